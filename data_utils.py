@@ -1,0 +1,351 @@
+"""The prepared format: flat arrays of token ids, their writers and their batches. No torch here.
+
+    train.bin, val.bin     uint16 or uint32 ids, one flat array a split
+    train_mask.bin, ...    questions and answers only: uint8, 1 where a token is trained
+    train_idx.bin, ...     questions and answers only: uint64 bounds of the rows, the last the length
+    meta.json              kind, tokenizer's sha256, sizes, fingerprint, sources, what was skipped
+    tokenizer.json         the vocabulary
+
+Raw files are the prepare scripts' business.
+"""
+
+import functools
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from configurator import ROOT, UserError, repo_path, show_path, written_aside
+from tokenizer import Tokenizer, load_tokenizer
+
+IGNORE = -100  # a target that is not trained; torch's own default
+POOL = 16  # steps whose rows are sorted by length together
+SENTENCE_END = re.compile(r"[。！？…；.!?;][”’」』）)]*")
+
+
+# --- writers -----------------------------------------------------------------------------------
+
+
+def write_pretrain(
+    out: Path, tokenizer: Tokenizer, documents: dict[str, Iterable[str]], sources: list[str]
+) -> dict:
+    """Writes each split's documents, each with its end token, and returns the meta.json."""
+
+    def rows(split: str, sizes: Counter) -> Iterator[tuple[list[int], None]]:
+        for text in documents[split]:
+            if not text.strip():
+                sizes["skipped: empty"] += 1
+                continue
+            sizes["documents"] += 1
+            sizes["characters"] += len(text)
+            sizes["bytes"] += len(text.encode())
+            yield [*tokenizer.encode(text), tokenizer.end_of_text], None
+
+    return _write(out, "pretrain", tokenizer, {s: rows for s in documents}, {"sources": sources})
+
+
+def write_sft(
+    out: Path,
+    tokenizer: Tokenizer,
+    conversations: dict[str, Iterable[list[dict]]],
+    sources: list[str],
+    max_tokens: int,
+) -> dict:
+    """Writes each split's conversations with the mask of their answers, and returns the meta.json.
+
+    What is longer than max_tokens is fitted (see `fit`); repeated conversations are left out, in
+    later splits those of earlier ones too. All of it is counted in meta.json.
+    """
+    seen = set()
+
+    def rows(split: str, sizes: Counter) -> Iterator[tuple[list[int], list[int]]]:
+        for messages in conversations[split]:
+            key = hashlib.blake2b(json.dumps(messages).encode(), digest_size=16).digest()
+            if key in seen:
+                sizes["skipped: duplicate"] += 1
+                continue
+            seen.add(key)
+            fitted, how = fit(tokenizer, messages, max_tokens)
+            if how:
+                sizes[how] += 1
+            if fitted is None:
+                continue
+            sizes["conversations"] += 1
+            text = "".join(message["content"] for message in fitted)
+            sizes["characters"] += len(text)
+            sizes["bytes"] += len(text.encode())
+            yield tokenizer.render(fitted)
+
+    meta = {"sources": sources, "max_tokens": max_tokens}
+    return _write(out, "sft", tokenizer, {s: rows for s in conversations}, meta)
+
+
+def fit(tokenizer: Tokenizer, messages: list[dict], max_tokens: int) -> tuple[list | None, str]:
+    """Messages of at most max_tokens ids, and what was done: "" where nothing was.
+
+    The oldest turns go first, then the answer ends at the last sentence end that fits; None where
+    there is none, or where the last message is no answer.
+    """
+    if not messages or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+        return None, "skipped: no answer"
+    system = [m for m in messages[:1] if m["role"] == "system"]
+    turns = messages[len(system) :]
+    how = ""
+    while len(tokenizer.render(system + turns)[0]) > max_tokens and len(turns) > 2:
+        turns, how = turns[2:], "cut: oldest turns"
+    if len(tokenizer.render(system + turns)[0]) <= max_tokens:
+        return system + turns, how
+    *question, answer = turns
+    ends = [match.end() for match in SENTENCE_END.finditer(answer["content"])]
+    for end in reversed(ends):
+        shorter = {"role": "assistant", "content": answer["content"][:end]}
+        if len(tokenizer.render([*system, *question, shorter])[0]) <= max_tokens:
+            return [*system, *question, shorter], "cut: answer"
+    return None, "skipped: too long"
+
+
+def _write(out: Path, kind: str, tokenizer: Tokenizer, splits: dict, meta: dict) -> dict:
+    dtype = np.dtype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
+    meta = {"kind": kind, "tokenizer_sha256": tokenizer.sha256, "dtype": dtype.name} | meta
+    meta["splits"] = {}
+    with ExitStack() as files:  # renamed together at the end, meta.json last
+        meta_file = files.enter_context(written_aside(out / "meta.json"))
+        tokenizer.save(files.enter_context(written_aside(out / "tokenizer.json")))
+        for split, rows in splits.items():
+            path = files.enter_context(written_aside(out / f"{split}.bin"))
+            names = ["", "_mask", "_idx"] if kind == "sft" else [""]
+            paths = [path] + [
+                files.enter_context(written_aside(out / f"{split}{name}.bin")) for name in names[1:]
+            ]
+            sizes = Counter()
+            sizes["tokens"], fingerprint = _write_split(paths, rows(split, sizes), dtype)
+            if sizes["tokens"] == 0:
+                raise UserError(f"nothing to write for {show_path(out)}/{split}.bin: no text in it")
+            meta["splits"][split] = dict(sizes) | {"fingerprint": fingerprint}
+        meta_file.write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
+    return meta
+
+
+def _write_split(paths: list[Path], rows: Iterable, dtype: np.dtype) -> tuple[int, str]:
+    """Appends the rows to the files as they come; returns the tokens and the files' sha256."""
+    digest = hashlib.sha256()
+    position = 0
+    with ExitStack() as stack:
+        files = [stack.enter_context(path.open("wb")) for path in paths]
+        if len(files) == 3:
+            files[2].write(np.uint64(0).tobytes())
+        for ids, mask in rows:
+            position += len(ids)
+            parts = [np.array(ids, dtype).tobytes()]
+            if len(files) == 3:
+                parts += [np.array(mask, np.uint8).tobytes(), np.uint64(position).tobytes()]
+            for file, part in zip(files, parts, strict=True):
+                file.write(part)
+                digest.update(part)
+    return position, digest.hexdigest()
+
+
+# --- datasets and their batches ----------------------------------------------------------------
+
+
+class Dataset:
+    """A prepared directory: `name` is one under data/, or a path. Arrays are memory-mapped."""
+
+    def __init__(self, name: str):
+        under_data = ROOT / "data" / name
+        self.path = under_data if under_data.is_dir() else repo_path(name)
+        self.name = self.path.name
+        self.meta = self._read_meta()
+        self.kind = self.meta["kind"]
+        self.fingerprint = self.meta["splits"]["train"]["fingerprint"]
+        self.tokens, self.mask, self.bounds = {}, {}, {}
+        for split, sizes in self.meta["splits"].items():
+            self.tokens[split] = self._map(f"{split}.bin", self.meta["dtype"], sizes["tokens"])
+            if self.kind == "sft":
+                rows = sizes["conversations"]
+                self.mask[split] = self._map(f"{split}_mask.bin", "uint8", sizes["tokens"])
+                self.bounds[split] = self._map(f"{split}_idx.bin", "uint64", rows + 1)
+
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.path)
+
+    def check(self, block_size: int, split: str) -> None:
+        """Raises UserError where the split cannot serve a model of this block_size."""
+        if split not in self.tokens:
+            have = ", ".join(self.tokens)
+            raise UserError(f"{show_path(self.path)} has no split {split!r}; it has {have}")
+        where = f"{show_path(self.path)}/{split}.bin"
+        tokens = len(self.tokens[split])
+        if self.kind == "pretrain" and tokens <= block_size:
+            raise UserError(
+                f"{where} has {tokens} tokens, block_size={block_size} needs {block_size + 1}; "
+                "prepare more text or lower --block_size="
+            )
+        if self.kind == "sft" and self.meta["max_tokens"] > block_size:
+            raise UserError(
+                f"{where} has rows of up to {self.meta['max_tokens']} tokens, block_size is "
+                f"{block_size}; prepare it with --max_tokens={block_size}"
+            )
+
+    def conversations(self, split: str) -> list[list[dict]]:
+        """The messages of each row of a question and answer set."""
+        tokenizer = self.tokenizer()
+        bounds, tokens = self.bounds[split], self.tokens[split]
+        rows = zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+        return [tokenizer.parse(tokens[start:end]) for start, end in rows]
+
+    def n_rows(self, split: str, block_size: int) -> int:
+        """Rows of an epoch: windows of block_size tokens, or conversations."""
+        if self.kind == "sft":
+            return len(self.bounds[split]) - 1
+        return len(self.tokens[split]) // block_size
+
+    def step_rows(self, seed: int, start: int, count: int, block_size: int) -> np.ndarray:
+        """The training rows of the step that begins after `start` rows, (count,) int64.
+
+        A pure function of its arguments and the dataset's fingerprint: each epoch holds each row
+        once, in another order. In question and answer sets the rows of a step are of like length.
+        """
+        n = self.n_rows("train", block_size)
+        stream = np.arange(start, start + count)
+        rows = np.empty(count, np.int64)
+        for epoch in range(start // n, (start + count - 1) // n + 1):
+            here = stream // n == epoch
+            key = f"{seed} {self.fingerprint} {epoch}"
+            if self.kind == "sft":
+                order = _order_by_length(self, key, n, epoch * n % count, count)
+                rows[here] = order[stream[here] - epoch * n]
+            else:  # the text is a ring, cut at another place in each epoch
+                windows = permute(stream[here] - epoch * n, n, key)
+                shift = _keys(key)[0] % np.uint64(len(self.tokens["train"]))
+                rows[here] = (windows * block_size + int(shift)) % len(self.tokens["train"])
+        return rows
+
+    def batch(
+        self, rows: np.ndarray, block_size: int, multiple: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Training rows as `step_rows` names them -> idx and targets, (B, T) int64 each.
+
+        Conversations are padded to the longest of them, up to a multiple of `multiple`.
+        """
+        if self.kind == "sft":
+            return self._padded("train", rows, multiple)
+        tokens = self.tokens["train"]
+        window = tokens[(rows[:, None] + np.arange(block_size + 1)) % len(tokens)].astype(np.int64)
+        return window[:, :-1], window[:, 1:]
+
+    def eval_batches(
+        self, split: str, block_size: int, batch_size: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The whole split once, always the same: idx and targets, (B, T) int64 each."""
+        if self.kind == "sft":
+            rows = np.argsort(np.diff(self.bounds[split].astype(np.int64)), kind="stable")
+            for first in range(0, len(rows), batch_size):
+                yield self._padded(split, rows[first : first + batch_size])
+            return
+        tokens = self.tokens[split]
+        starts = np.arange(0, len(tokens) - 1, block_size)
+        for first in range(0, len(starts), batch_size):
+            bounds = starts[first : first + batch_size]
+            ends = np.minimum(bounds + block_size + 1, len(tokens))
+            yield _gather(tokens, None, bounds, ends)
+
+    def _padded(
+        self, split: str, rows: np.ndarray, multiple: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        starts = self.bounds[split][rows].astype(np.int64)
+        ends = self.bounds[split][rows + 1].astype(np.int64)
+        return _gather(self.tokens[split], self.mask[split], starts, ends, multiple)
+
+    def _read_meta(self) -> dict:
+        path = self.path / "meta.json"
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+        scripts = sorted(self.path.glob("prepare*.py")) or sorted(
+            (ROOT / "data").glob(f"*/prepare_{self.path.name.rpartition('_')[2]}.py")
+        )
+        run = f"run python {show_path(scripts[0])}" if scripts else "prepare it first"
+        raise UserError(f"{show_path(path)} is missing; {run}")
+
+    def _map(self, file: str, dtype: str, length: int) -> np.ndarray:
+        path = self.path / file
+        found = path.stat().st_size // np.dtype(dtype).itemsize if path.is_file() else None
+        if found != length:
+            state = "is missing" if found is None else f"has {found} entries, not {length}"
+            raise UserError(f"{show_path(path)} {state}; run its prepare script again")
+        return np.memmap(path, dtype, "r")
+
+
+def _gather(
+    tokens: np.ndarray,
+    mask: np.ndarray | None,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    multiple: int = 1,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows tokens[start:end], padded on the right: idx (B, T), and targets shifted by one.
+
+    Right padding needs no attention mask: causal positions before it cannot see it.
+    """
+    longest = -(-((ends - starts).max() - 1) // multiple) * multiple
+    positions = starts[:, None] + np.arange(longest + 1)
+    inside = positions < ends[:, None]
+    positions = np.where(inside, positions, starts[:, None])
+    ids = tokens[positions].astype(np.int64)
+    trained = inside if mask is None else inside & (mask[positions] == 1)
+    return ids[:, :-1], np.where(trained, ids, IGNORE)[:, 1:]
+
+
+@functools.lru_cache(maxsize=2)
+def _order_by_length(data: Dataset, key: str, n: int, phase: int, count: int) -> np.ndarray:
+    """An epoch's order of n rows, in which each step of count rows has rows of like length.
+
+    phase: how far into a step the epoch begins. The steps on both edges are shared with the
+    neighbouring epochs and are left as they come.
+    """
+    order = permute(np.arange(n), n, key)
+    lengths = np.diff(data.bounds["train"].astype(np.int64))
+    first = -phase % count  # rows that complete the step before
+    last = first + max(0, n - first) // count * count
+    generator = np.random.default_rng(_keys(key))
+    for start in range(first, last, POOL * count):
+        pool = order[start : min(start + POOL * count, last)]
+        steps = pool[np.argsort(lengths[pool], kind="stable")].reshape(-1, count)
+        order[start : start + len(pool)] = generator.permutation(steps).ravel()
+    return order
+
+
+def permute(index: np.ndarray, n: int, key: str) -> np.ndarray:
+    """Where a keyed permutation of 0 .. n - 1 sends each index; nothing of length n is stored.
+
+    A Feistel network over the next even number of bits, walked until it falls below n
+    (Black and Rogaway, Ciphers with arbitrary finite domains, 2002).
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    keys = _keys(key)
+    out = np.asarray(index, np.uint64).copy()
+    todo = np.ones(len(out), bool)
+    while todo.any():
+        left, right = out[todo] >> half, out[todo] & low
+        for round_key in keys:
+            left, right = right, left ^ (_mix(right ^ round_key) & low)
+        out[todo] = (left << half) | right
+        todo[todo] = out[todo] >= n
+    return out.astype(np.int64)
+
+
+def _keys(key: str) -> np.ndarray:
+    return np.frombuffer(hashlib.blake2b(key.encode(), digest_size=48).digest(), np.uint64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finalizer: each input bit moves half of the output bits."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,318 @@
+"""The GPT: ids -> hidden states -> logits, its options, and its key-value cache.
+
+    hidden = model(idx)              (B, T) -> (B, T, n_embd)
+    logits = model.head(hidden)      (..., n_embd) -> (..., n_vocab)
+
+Losses are objectives.py's, sampling is sample.py's. ModelConfig spans the reference architecture
+(GPT-2: learned positions, LayerNorm, GELU, tied head) and the modern one (rotary positions,
+RMSNorm, SwiGLU, grouped-query attention, norm of queries and keys), each option on its own.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from configurator import UserError
+
+
+@dataclass
+class Architecture:
+    """What a user chooses of a model. The defaults are Qwen3's, at a small size."""
+
+    block_size: int = 256  # longest context, tokens
+    n_layer: int = 6  # blocks
+    n_head: int = 8  # query heads
+    n_kv_head: int | None = None  # key and value heads; None is n_head
+    n_embd: int = 512  # width
+    n_hidden: int | None = None  # width inside the MLP; None is 4 n_embd, for swiglu 8/3 n_embd
+    position: Literal["rope", "learned"] = "rope"  # rotary, or an embedding of positions
+    rope_theta: float = 10000.0  # base of the rotary wavelengths
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # before attention, MLP and head
+    norm_eps: float = 1e-6  # added to the variance
+    mlp: Literal["swiglu", "gelu"] = "swiglu"  # gelu is GPT-2's tanh form
+    bias: bool = False  # biases in Linear and LayerNorm
+    qk_norm: bool = True  # RMSNorm of each head's queries and keys, as in Qwen3
+    tie_weights: bool = True  # the head is the embedding
+    dropout: float = 0.0  # of embeddings, attention and both outputs of a block
+
+    def __post_init__(self):
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        if self.n_hidden is None:  # SwiGLU has three matrices: 2/3 as wide, in steps of 64
+            swiglu = max(64, round(8 / 3 * self.n_embd / 64) * 64)
+            self.n_hidden = swiglu if self.mlp == "swiglu" else 4 * self.n_embd
+        for name in ("block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
+        if self.position == "rope" and self.head_dim % 2:
+            raise UserError(f"n_embd / n_head = {self.head_dim} must be even for position='rope'")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+
+@dataclass
+class ModelConfig(Architecture):
+    """An architecture with its vocabulary."""
+
+    n_vocab: int = 0  # ids that exist
+    vocab_size: int | None = None  # rows of the embedding; None is n_vocab, up to a multiple of 64.
+    # The rows beyond n_vocab make round matrices; they are never sampled and never scored.
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.vocab_size is None:
+            self.vocab_size = math.ceil(self.n_vocab / 64) * 64
+
+
+class KVCache:
+    """Keys and values of B rows, and how many tokens each row holds. A token's slot is its
+    position, so rows may differ in length: what lies beyond `lengths` is not seen, and written
+    over by what comes next.
+
+    k, v: (n_layer, B, n_kv_head, block_size, head_dim); lengths: list of B ints.
+    """
+
+    def __init__(self, config: ModelConfig, batch_size: int, dtype: torch.dtype, device):
+        shape = (config.n_layer, batch_size, config.n_kv_head, config.block_size, config.head_dim)
+        self.k = torch.empty(shape, dtype=dtype, device=device)
+        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.lengths = [0] * batch_size
+
+    def copy_rows(self, source: "KVCache", rows: list[int], to: list[int]) -> None:
+        """Row rows[i] of source becomes row to[i] of this cache."""
+        end = max(source.lengths[row] for row in rows)
+        for mine, theirs in ((self.k, source.k), (self.v, source.v)):
+            mine[:, to, :, :end] = theirs[:, rows, :, :end]
+        for row, target in zip(rows, to, strict=True):
+            self.lengths[target] = source.lengths[row]
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Leaves only these rows, in this order."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.lengths = [self.lengths[row] for row in rows]
+
+
+class Span:
+    """Where the T new tokens of each row stand: shared by all layers of one forward pass.
+
+    start: the first position where all rows agree, else None; positions: (B, T) or (T,);
+    end: the longest context after this pass; mask: (B, 1, T, end) or None, True where seen.
+    """
+
+    def __init__(self, cache: KVCache | None, B: int, T: int, device):
+        lengths = cache.lengths if cache else [0]
+        self.end = max(lengths) + T
+        self.start = lengths[0] if min(lengths) == max(lengths) else None
+        steps = torch.arange(T, device=device)
+        if self.start is not None:
+            self.positions = steps + self.start
+        else:
+            self.positions = torch.tensor(lengths, device=device)[:, None] + steps
+        # sdpa's is_causal aligns top-left, so it is right only where nothing was before
+        self.is_causal = self.start == 0 and T > 1
+        self.mask = None
+        if not self.is_causal and not (self.start is not None and T == 1):
+            seen = torch.arange(self.end, device=device) <= self.positions[..., None]
+            self.mask = seen.view(-1, 1, T, self.end)
+        self.rows = torch.arange(B, device=device)[:, None]
+
+    def store(self, cached: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Writes new (B, n_kv_head, T, head_dim) into a layer's cache; returns what is seen."""
+        if self.start is not None:
+            cached[:, :, self.start : self.end] = new
+        else:
+            cached[self.rows, :, self.positions] = new.transpose(1, 2)
+        return cached[:, :, : self.end]
+
+
+class GPT(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.position == "learned":
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        else:
+            cos, sin = rotary_table(config.block_size, config.head_dim, config.rope_theta)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = make_norm(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.wte.weight
+        self.apply(_init_weights)
+        for name, weight in self.named_parameters():  # GPT-2: residuals add up over the depth
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def forward(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """(B, T) ids -> (B, T, n_embd) hidden states after the last norm.
+
+        With a cache the ids follow those it holds, row by row, and are added to it.
+        """
+        B, T = idx.shape
+        span = Span(cache, B, T, idx.device)
+        if span.end > self.config.block_size:
+            raise ValueError(f"{span.end} tokens exceed block_size={self.config.block_size}")
+        x = self.wte(idx)
+        rotation = None
+        if self.config.position == "learned":
+            x = x + self.wpe(span.positions)
+        else:
+            # (T, head_dim) or (B, 1, T, head_dim)
+            rotation = self.cos[span.positions], self.sin[span.positions]
+            if span.start is None:
+                rotation = rotation[0].unsqueeze(1), rotation[1].unsqueeze(1)
+        x = self.drop(x)
+        for layer, block in enumerate(self.blocks):
+            kv = (cache.k[layer], cache.v[layer]) if cache else None
+            x = block(x, rotation, span, kv)
+        if cache:
+            cache.lengths = [length + T for length in cache.lengths]
+        return self.norm(x)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., n_embd) -> logits (..., n_vocab); the padding of the vocabulary has none."""
+        return self.lm_head(hidden)[..., : self.config.n_vocab]
+
+    def new_cache(self, batch_size: int) -> KVCache:
+        weight = self.wte.weight
+        return KVCache(self.config, batch_size, weight.dtype, weight.device)
+
+    def n_params(self) -> int:
+        """Parameters, a tied weight once."""
+        return sum(p.numel() for p in self.parameters())
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.norm_1 = make_norm(config)
+        self.attn = Attention(config)
+        self.norm_2 = make_norm(config)
+        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else MLP(config)
+
+    def forward(self, x, rotation, span, kv):
+        x = x + self.attn(self.norm_1(x), rotation, span, kv)
+        return x + self.mlp(self.norm_2(x))
+
+
+class Attention(nn.Module):
+    """Causal self-attention; n_kv_head < n_head is grouped-query attention (arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        width = config.n_embd + 2 * config.n_kv_head * config.head_dim
+        self.c_attn = nn.Linear(config.n_embd, width, bias=config.bias)  # queries, keys, values
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.drop = nn.Dropout(config.dropout)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
+
+    def forward(self, x, rotation, span, kv):
+        c = self.config
+        B, T, C = x.shape
+        # (B, T, heads, head_dim): the queries' heads, then the keys', then the values'
+        qkv = self.c_attn(x).view(B, T, c.n_head + 2 * c.n_kv_head, c.head_dim)
+        q, k, v = qkv.split([c.n_head, c.n_kv_head, c.n_kv_head], dim=2)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, T, head_dim)
+        if rotation:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if kv:
+            k, v = span.store(kv[0], k), span.store(kv[1], v)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=span.mask,
+            dropout_p=c.dropout if self.training else 0.0,
+            is_causal=span.is_causal,
+            enable_gqa=c.n_kv_head < c.n_head,
+        )
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, heads, T, head_dim) -> (B, T, C)
+        return self.drop(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.n_hidden, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.drop(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class SwiGLU(nn.Module):
+    """silu(gate) * up (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=config.bias)  # gate, up
+        self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        gate, up = self.c_fc(x).chunk(2, dim=-1)
+        return self.drop(self.c_proj(F.silu(gate) * up))
+
+
+def pick_device(name: str) -> str:
+    """`auto` is CUDA, else MPS, else CPU; any other name must be a device that is there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device={name!r} cannot be used ({reason}); --device=auto picks") from None
+    return name
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, config.norm_eps)
+    return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
+
+
+def rotary_table(length: int, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position x frequency, (length, head_dim) each (arXiv 2104.09864)."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns the pairs (i, i + head_dim / 2) of x (B, heads, T, head_dim) by their angles."""
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return x * cos + turned * sin
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

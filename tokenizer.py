@@ -1,0 +1,190 @@
+"""Text <-> token ids, and the one chat format. Files of ids are data_utils.py's.
+
+A vocabulary is Hugging Face's tokenizer.json: a byte-level BPE, either trained on a corpus or
+GPT-2's. tiktoken does the encoding. Special tokens follow the ordinary ones, and are there from
+pretraining on; their names inside a text are plain text. A conversation is rendered as
+
+    <|user|>孔明是谁？<|end|><|assistant|>孔明是诸葛亮的字。<|end|>
+                                        ----------------------- trained (mask 1)
+"""
+
+import codecs
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from configurator import ROOT, UserError, repo_path, show_path
+
+END_OF_TEXT = "<|endoftext|>"  # ends a document
+END = "<|end|>"  # ends a message
+ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
+SPECIAL_TOKENS = [END_OF_TEXT, *ROLES.values(), END]
+
+# Qwen2's split pattern, which llama.cpp and Hugging Face know
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+RUN_LENGTH = 4  # characters; Chinese has no blanks, and the trainer is slow on long runs
+GPT2_FILES = ROOT / "data" / "raw" / "gpt2"
+
+
+class Tokenizer:
+    """A vocabulary. n_vocab: ids are 0 .. n_vocab - 1; bytes_per_id: UTF-8 bytes, special ones 0;
+    end_of_text: the id that ends documents; stop_ids: the ids that end a generated text."""
+
+    def __init__(self, text: str):
+        """text: the content of a tokenizer.json. ValueError if it is not a byte-level BPE."""
+        self.text = text
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
+        content = json.loads(text)
+        try:
+            special = {token["content"]: token["id"] for token in content["added_tokens"]}
+            vocab = content["model"]["vocab"]
+            pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+            byte_of = {char: byte for byte, char in _byte_to_unicode().items()}
+            ranks = {
+                bytes(byte_of[c] for c in token): id
+                for token, id in vocab.items()
+                if token not in special
+            }
+            missing = [token for token in SPECIAL_TOKENS if token not in special]
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"not a byte-level BPE with a split pattern ({error!r})") from None
+        if missing:
+            raise ValueError(f"special tokens are missing: {' '.join(missing)}")
+        self._encoding = tiktoken.Encoding(
+            "miniglm", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+        )
+        self.n_vocab = max(max(ranks.values()), max(special.values())) + 1
+        self._bytes = [b""] * self.n_vocab
+        for token, id in ranks.items():
+            self._bytes[id] = token
+        self.bytes_per_id = np.array([len(token) for token in self._bytes], np.int64)
+        self.end_of_text, self.end = special[END_OF_TEXT], special[END]
+        self.stop_ids = (self.end_of_text, self.end)
+        self._role_id = {role: special[token] for role, token in ROLES.items()}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; names of special tokens inside it are plain text."""
+        return self._encoding.encode_ordinary(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; special tokens have none, bytes that are no character become U+FFFD."""
+        return b"".join(self._bytes[id] for id in ids).decode("utf-8", errors="replace")
+
+    def stream_decoder(self) -> "StreamDecoder":
+        return StreamDecoder(self._bytes)
+
+    def render(self, messages: list[dict]) -> tuple[list[int], list[int]]:
+        """Messages {"role", "content"} -> ids and mask; 1: an answer's token or its end."""
+        ids, mask = [], []
+        for message in messages:
+            body = self.encode(message["content"])
+            ids += [self._role_id[message["role"]], *body, self.end]
+            mask += [0] + [int(message["role"] == "assistant")] * (len(body) + 1)
+        return ids, mask
+
+    def render_prompt(self, messages: list[dict]) -> list[int]:
+        """Ids that ask for the next answer; `render` of the answered messages starts with them."""
+        return [*self.render(messages)[0], self._role_id["assistant"]]
+
+    def parse(self, ids: Iterable[int]) -> list[dict]:
+        """Messages of ids that `render` made."""
+        role_of = {id: role for role, id in self._role_id.items()}
+        messages = []
+        for id in map(int, ids):
+            if id in role_of:
+                messages.append((role_of[id], []))
+            elif id != self.end:
+                messages[-1][1].append(id)
+        return [{"role": role, "content": self.decode(body)} for role, body in messages]
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.text, encoding="utf-8", newline="")
+
+
+class StreamDecoder:
+    """Ids -> text as it comes, holding bytes back until they form whole characters."""
+
+    def __init__(self, token_bytes: list[bytes]):
+        self._bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, id: int) -> str:
+        return self._decoder.decode(self._bytes[id])
+
+    def flush(self) -> str:
+        """What is left; U+FFFD where a character never became whole."""
+        return self._decoder.decode(b"", final=True)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of vocab_size entries (the special ones included) of the texts' own."""
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise UserError(f"vocab_size={vocab_size} is too small; it must be {smallest} or more")
+    bpe = _new_bpe(models.BPE(), QWEN2_PATTERN)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(itertools.chain.from_iterable(map(_runs, texts)), trainer)
+    bpe.add_special_tokens(SPECIAL_TOKENS)
+    return Tokenizer(bpe.to_str())
+
+
+def load_tokenizer(name: str | Path) -> Tokenizer:
+    """The tokenizer named `gpt2`, or that of a directory or a tokenizer.json."""
+    if str(name) == "gpt2":
+        return _gpt2_tokenizer()
+    path = repo_path(name)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"no tokenizer {show_path(path)}; name gpt2, or a directory that holds one")
+    try:
+        return Tokenizer(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{show_path(path)} cannot be used as a tokenizer: {error}") from None
+
+
+def _gpt2_tokenizer() -> Tokenizer:
+    """GPT-2's 50,257 entries, and the chat format's four behind them."""
+    vocab_file, merges_file = GPT2_FILES / "encoder.json", GPT2_FILES / "vocab.bpe"
+    if not (vocab_file.is_file() and merges_file.is_file()):
+        raise UserError("the gpt2 vocabulary is not here; run python data/fetch_data.py gpt2")
+    vocab = json.loads(vocab_file.read_text(encoding="utf-8"))
+    lines = merges_file.read_text(encoding="utf-8").splitlines()[1:]  # the first names a version
+    merges = [tuple(line.split()) for line in lines if line]
+    bpe = _new_bpe(models.BPE(vocab, merges), GPT2_PATTERN)
+    bpe.add_special_tokens(SPECIAL_TOKENS)
+    return Tokenizer(bpe.to_str())
+
+
+def _new_bpe(model: models.BPE, pattern: str) -> tokenizers.Tokenizer:
+    bpe = tokenizers.Tokenizer(model)
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    bpe.decoder = decoders.ByteLevel()
+    return bpe
+
+
+def _runs(text: str) -> Iterator[str]:
+    return (text[i : i + RUN_LENGTH] for i in range(0, len(text), RUN_LENGTH))
+
+
+def _byte_to_unicode() -> dict[int, str]:
+    """GPT-2's printable character for each byte, in which vocabulary files are written."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}

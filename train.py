@@ -1,0 +1,474 @@
+"""Trains a model: settings, schedule, optimizer, and the one loop for every stage.
+
+    python train.py config/pretrain_sanguo.py
+    python train.py config/sft_sanguo.py --learning_rate=5e-4
+    python train.py --out_dir=out-sanguo --resume
+"""
+
+import dataclasses
+import math
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import (
+    append_log,
+    environment,
+    has_checkpoint,
+    load_checkpoint,
+    load_optimizer,
+    read_run,
+    rewind,
+    save_checkpoint,
+)
+from configurator import UserError, command, configure, repo_path, show_path
+from data_utils import Dataset
+from model import GPT, Architecture, ModelConfig, pick_device
+from objectives import count_terms, next_token, split_sums, to_device
+from tokenizer import Tokenizer
+
+
+@dataclass
+class Settings(Architecture):
+    out_dir: str = "out"  # checkpoints and log
+    dataset: str = "sanguo"  # a name under data/, or a path
+    init_from: str = "scratch"  # scratch, or the out_dir of a model to go on from
+    resume: bool = False  # go on from out_dir's latest checkpoint, if there is one
+    dry_run: bool = False  # print parameters, memory and time expected, and stop
+    seed: int = 1337  # of weights, order of rows and dropout
+    max_iters: int = 2000  # steps of the optimizer
+    batch_size: int = 16  # rows of a micro-batch
+    gradient_accumulation_steps: int = 1  # micro-batches of a step
+    learning_rate: float = 1e-3  # at its highest
+    warmup_iters: int = 50  # steps of linear rise
+    lr_decay_iters: int | None = None  # step at which min_lr is reached; None is max_iters
+    min_lr: float = 0.0  # learning rate at the end of the linear decay
+    weight_decay: float = 0.1  # of matrices, not of norms and biases
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    grad_clip: float = 1.0  # norm that gradients are clipped to; 0 is off
+    eval_interval: int = 250  # steps between evaluations, each with a checkpoint
+    patience: int | None = None  # evaluations without a lower validation loss before it stops
+    log_interval: int = 10  # steps between lines of log.jsonl
+    device: str = "auto"  # cuda, mps, cpu; auto is the first of them that is there
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on CUDA
+    compile: bool | None = None  # torch.compile; None: on CUDA
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("max_iters", "batch_size", "gradient_accumulation_steps", "eval_interval"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
+        for name in ("learning_rate", "min_lr", "warmup_iters", "weight_decay", "grad_clip"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} must not be negative")
+        if self.log_interval < 1 or (self.patience is not None and self.patience < 1):
+            raise UserError("log_interval and patience must be 1 or more")
+
+
+@dataclass
+class Progress:
+    """Where a run stands: with the weights and the optimizer, all that resuming needs."""
+
+    iter: int = 0  # steps done
+    rows: int = 0  # training rows consumed
+    tokens: int = 0  # input tokens seen, padding left out
+    seconds: float = 0.0  # of training and evaluation
+    best_val_loss: float | None = None  # nats per target
+    worse: int = 0  # evaluations since the best one
+
+    def is_finished(self, config: Settings) -> bool:
+        out_of_patience = config.patience is not None and self.worse >= config.patience
+        return self.iter >= config.max_iters or out_of_patience
+
+
+@dataclass
+class Run:
+    """All that a run holds."""
+
+    config: Settings
+    out_dir: Path
+    data: Dataset
+    tokenizer: Tokenizer
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+    device: str
+    scaler: torch.amp.GradScaler
+
+
+def main(argv: list[str]) -> None:
+    run = start(argv)
+    rows = run.data.n_rows("train", run.config.block_size)
+    print(
+        f"{show_path(run.out_dir)}: {run.model.n_params() / 1e6:.2f}M parameters on {run.device}; "
+        f"{rows:,} rows of {run.data.name}, {rows_per_step(run.config)} a step"
+    )
+    if run.config.dry_run:
+        dry_run(run)
+    elif run.progress.is_finished(run.config):
+        print(f"finished at step {run.progress.iter}, nothing to do")
+    else:
+        train(run)
+
+
+def start(argv: list[str]) -> Run:
+    """A run at its first step, or where its latest checkpoint stands."""
+    config = configure(Settings, argv)
+    out_dir = repo_path(config.out_dir)
+    resumes = config.resume and has_checkpoint(out_dir)
+    if has_checkpoint(out_dir) and not config.resume and not config.dry_run:
+        raise UserError(
+            f"{show_path(out_dir)} already holds a run; pass --resume to go on with it, "
+            "or another --out_dir="
+        )
+    source, which = (out_dir, "latest") if resumes else (repo_path(config.init_from), "best")
+    saved = None
+    if resumes or config.init_from != "scratch":
+        saved = read_run(source, which)
+        # what the checkpoint has stands, unless argv says otherwise
+        base = saved["settings"] if resumes else architecture(saved["architecture"])
+        config = configure(Settings, argv, base)
+        check_shape(config, saved, source)
+    data = Dataset(config.dataset)
+    tokenizer = data.tokenizer()
+    for split in ("train", "val"):
+        data.check(config.block_size, split)
+    device = pick_device(config.device)
+    torch.manual_seed(config.seed)
+    if saved:
+        checkpoint = load_checkpoint(source, which, device, dropout=config.dropout)
+        if checkpoint.tokenizer.sha256 != tokenizer.sha256:
+            raise UserError(
+                f"{show_path(data.path)} has another tokenizer than {show_path(checkpoint.path)}; "
+                f"prepare it with --tokenizer={show_path(checkpoint.path)}"
+            )
+        model = checkpoint.model.train()
+    else:
+        model = GPT(ModelConfig(**architecture(config), n_vocab=tokenizer.n_vocab)).to(device)
+    optimizer = make_optimizer(model, config, device)
+    scaler = make_scaler(config, device)
+    progress = Progress()
+    if resumes:
+        warn_of_changes(saved, config, data, device)
+        load_optimizer(checkpoint, optimizer)
+        scaler.load_state_dict(saved["scaler"])
+        progress = Progress(**saved["progress"])
+        rewind(out_dir)
+    return Run(config, out_dir, data, tokenizer, model, optimizer, progress, device, scaler)
+
+
+def train(run: Run) -> None:
+    """The loop: step, log, evaluate, save; until max_iters, out of patience or Ctrl-C."""
+    config, progress = run.config, run.progress
+    if config.compile if config.compile is not None else run.device.startswith("cuda"):
+        run.model.compile()
+    run.out_dir.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter() - progress.seconds
+    with catch_interrupt() as interrupts, progress_bar(run) as bar:
+        losses = []  # of the steps since the last line of the log
+        for batches, counts, tokens in one_ahead(step_batches(run)):
+            loss, grad_norm = train_step(run, batches, counts)
+            losses.append(loss)
+            progress.iter += 1
+            progress.rows += rows_per_step(config)
+            progress.tokens += tokens
+            bar.update()
+            evaluates = progress.iter % config.eval_interval == 0 or progress.is_finished(config)
+            if progress.iter % config.log_interval == 0 or evaluates or interrupts:
+                train_loss = torch.stack(losses).mean().item()
+                if not math.isfinite(train_loss):
+                    raise UserError(
+                        f"the loss is {train_loss} at step {progress.iter}; lower --learning_rate="
+                        f"{config.learning_rate}; the checkpoint in {show_path(run.out_dir)} stands"
+                    )
+                seconds, before = time.perf_counter() - began, progress.seconds
+                record = {
+                    "iter": progress.iter,
+                    "tokens": progress.tokens,
+                    "seconds": round(seconds, 3),
+                    "train_loss": train_loss,
+                    "lr": learning_rate(progress.iter - 1, config),
+                    "grad_norm": grad_norm.item(),
+                    "tokens_per_second": round(len(losses) * tokens / (seconds - before)),
+                }
+                bar.set_postfix(loss=f"{train_loss:.3f}", refresh=False)
+                losses = []
+                if evaluates:
+                    record |= evaluate(run)
+                    bar.write(
+                        f"step {progress.iter}: loss {train_loss:.3f} in training, "
+                        f"{record['val_loss']:.3f} in validation (nats per token), "
+                        f"{record['val_bits_per_byte']:.3f} bits per byte"
+                    )
+                progress.seconds = time.perf_counter() - began
+                append_log(run.out_dir, record)
+                if evaluates or interrupts:
+                    save(run, is_best=evaluates and progress.worse == 0)
+            if interrupts:
+                break
+            if progress.is_finished(config):
+                break
+    if interrupts and not progress.is_finished(config):
+        print(
+            f"stopped at step {progress.iter} and saved; go on with\n"
+            f"  python train.py --out_dir={shlex.quote(config.out_dir)} --resume"
+        )
+        sys.exit(130)
+    why = "" if progress.iter == config.max_iters else " (out of patience)"
+    print(
+        f"finished at step {progress.iter}{why} in {progress.seconds:.0f} s; "
+        f"best validation loss {progress.best_val_loss:.3f}; {show_path(run.out_dir)} is ready"
+    )
+
+
+def train_step(run: Run, batches: list, counts: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of the optimizer over its micro-batches -> loss and gradient norm, both scalars."""
+    config = run.config
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(run.progress.iter, config)
+    loss = torch.zeros((), device=run.device)
+    for micro, batch in enumerate(batches):
+        seed_dropout(config.seed, run.progress.iter, micro)
+        with autocast(run):
+            sums = next_token(run.model, batch)
+        term = sum(sums[name] / max(1, counts[name]) for name in sums)
+        run.scaler.scale(term).backward()
+        loss += term.detach()
+    run.scaler.unscale_(run.optimizer)
+    limit = config.grad_clip or math.inf
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return loss, grad_norm
+
+
+def step_batches(run: Run) -> Iterator[tuple[list, dict, int]]:
+    """For each step from here on: its micro-batches on the device, their counts, their tokens."""
+    config, consumed = run.config, run.progress.rows
+    multiple = 64 if run.device.startswith("cuda") else 1  # few shapes, so compiled code is reused
+    while True:
+        rows = run.data.step_rows(config.seed, consumed, rows_per_step(config), config.block_size)
+        micro = [
+            run.data.batch(part, config.block_size, multiple)
+            for part in rows.reshape(-1, config.batch_size)
+        ]
+        tokens = sum(idx.size for idx, _ in micro)
+        yield [to_device(batch, run.device) for batch in micro], count_terms(micro), tokens
+        consumed += len(rows)
+
+
+def one_ahead(steps: Iterator) -> Iterator:
+    """The same steps, each made while the one before is still being computed on a GPU."""
+    pending = next(steps)
+    for following in steps:
+        yield pending
+        pending = following
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Loss and bits per byte on the whole validation split; keeps count of the best."""
+    with autocast(run):
+        nats, count, n_bytes = split_sums(
+            run.model, run.data, "val", run.config.batch_size, run.device
+        )
+    val_loss, progress = nats / count, run.progress
+    if progress.best_val_loss is None or val_loss < progress.best_val_loss:
+        progress.best_val_loss, progress.worse = val_loss, 0
+    else:
+        progress.worse += 1
+    return {"val_loss": val_loss, "val_bits_per_byte": nats / math.log(2) / n_bytes}
+
+
+def save(run: Run, is_best: bool) -> None:
+    """A checkpoint of the run as it stands."""
+    state = {
+        "settings": dataclasses.asdict(run.config),
+        "dataset": {
+            "name": run.data.name,
+            "kind": run.data.kind,
+            "fingerprint": run.data.fingerprint,
+        },
+        "tokenizer_sha256": run.tokenizer.sha256,
+        "progress": dataclasses.asdict(run.progress),
+        "scaler": run.scaler.state_dict(),
+        "environment": environment(run.device),
+    }
+    save_checkpoint(run.out_dir, run.model, run.optimizer, run.tokenizer, state, is_best)
+
+
+def dry_run(run: Run, steps: int = 3) -> None:
+    """Prints parameters, memory and time expected, from a few steps that are not kept."""
+    config = run.config
+    saved = {}  # storages that backward needs: address -> bytes
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    batches = step_batches(run)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        micro, counts, tokens = next(batches)
+        with autocast(run):
+            sums = next_token(run.model, micro[0])
+    weights = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
+    activations = sum(size for address, size in saved.items() if address not in weights)
+    del sums, saved
+    train_step(run, micro, counts)  # warms up
+    began = time.perf_counter()
+    for _ in range(steps):
+        micro, counts, tokens = next(batches)
+        loss, _ = train_step(run, micro, counts)
+    loss.item()  # waits for a GPU
+    seconds = (time.perf_counter() - began) / steps
+    parameters = run.model.n_params()
+    state = 16 * parameters  # float32: weight, gradient, AdamW's two moments
+    left = config.max_iters - run.progress.iter
+    print(
+        f"parameters  {parameters:,}\n"
+        f"memory      {(state + activations) / 1e9:.2f} GB: {state / 1e9:.2f} of weights, gradients "
+        f"and AdamW, {activations / 1e9:.2f} of activations\n"
+        f"speed       {tokens / seconds:,.0f} tokens per second, {seconds:.3f} s a step\n"
+        f"time        {left * seconds / 60:.1f} minutes for {left:,} steps, evaluations left out"
+    )
+
+
+# --- settings, schedule, optimizer, precision --------------------------------------------------
+
+
+def architecture(config: Architecture | dict) -> dict:
+    """The settings that make a model's shape, dropout included."""
+    names = [field.name for field in dataclasses.fields(Architecture)]
+    if isinstance(config, dict):
+        return {name: config[name] for name in names}
+    return {name: getattr(config, name) for name in names}
+
+
+def check_shape(config: Settings, saved: dict, source: Path) -> None:
+    """A checkpoint's shape cannot be changed; its dropout can."""
+    for name, value in architecture(saved["architecture"]).items():
+        wanted = getattr(config, name)
+        if wanted != value and name != "dropout":
+            raise UserError(
+                f"{name}={wanted}, but the model in {show_path(source)} has {name}={value}; "
+                "leave it out, or train another model from scratch"
+            )
+
+
+def warn_of_changes(saved: dict, config: Settings, data: Dataset, device: str) -> None:
+    """Says what differs from the run that is resumed. UserError where its data are others."""
+    if saved["dataset"]["fingerprint"] != data.fingerprint:
+        raise UserError(
+            f"{show_path(data.path)} is not what this run was trained on: it was prepared anew; "
+            "train again in another --out_dir="
+        )
+    before = saved["settings"] | saved["environment"]
+    now = dataclasses.asdict(config) | environment(device)
+    changed = [
+        f"{name} was {before.get(name)!r}, now {now[name]!r}"
+        for name in now
+        if name not in ("resume", "dry_run") and before.get(name) != now[name]
+    ]
+    if changed:
+        print(f"note: not bit for bit the run that was stopped: {'; '.join(changed)}")
+
+
+def rows_per_step(config: Settings) -> int:
+    return config.batch_size * config.gradient_accumulation_steps
+
+
+def learning_rate(step: int, config: Settings) -> float:
+    """Linear warm-up, then linear decay to min_lr (arXiv 2502.15938: best at a fixed budget)."""
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / config.warmup_iters
+    end = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
+    left = max(0.0, (end - step) / max(1, end - config.warmup_iters))
+    return config.min_lr + left * (config.learning_rate - config.min_lr)
+
+
+def make_optimizer(model: GPT, config: Settings, device: str) -> torch.optim.Optimizer:
+    """AdamW, with weight decay on matrices only; fused, which is the fastest form."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    fused = not device.startswith("mps")
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)
+
+
+def pick_dtype(config: Settings, device: str) -> torch.dtype:
+    """bfloat16 where CUDA has it natively, else float16 there; float32 elsewhere."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    if not device.startswith("cuda"):
+        return torch.float32
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
+
+
+def autocast(run: Run) -> AbstractContextManager:
+    dtype = pick_dtype(run.config, run.device)
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(torch.device(run.device).type, dtype)
+
+
+def make_scaler(config: Settings, device: str) -> torch.amp.GradScaler:
+    """Scales losses under float16, and does nothing otherwise."""
+    enabled = pick_dtype(config, device) == torch.float16
+    return torch.amp.GradScaler(torch.device(device).type, enabled=enabled)
+
+
+def seed_dropout(seed: int, step: int, micro: int) -> None:
+    """Dropout depends on (seed, step, micro-batch) alone, so a resumed run draws the same."""
+    state = np.random.SeedSequence([seed, step, micro]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(state))
+
+
+# --- terminal ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def catch_interrupt() -> Iterator[list[int]]:
+    """A list that holds something once Ctrl-C was pressed; a second Ctrl-C stops at once."""
+    caught = []
+
+    def handler(signum: int, frame: object) -> None:
+        caught.append(signum)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nstopping after this step; Ctrl-C again stops without saving", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def progress_bar(run: Run) -> tqdm:
+    """Steps done and time left; where no one watches, a line each half minute."""
+    return tqdm(
+        total=run.config.max_iters,
+        initial=run.progress.iter,
+        desc=run.out_dir.name,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )
+
+
+if __name__ == "__main__":
+    command(main)
