@@ -61,7 +61,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     aside = path.with_name(path.name + ".tmp")
     try:
         yield aside
-        os.replace(aside, path)
+        aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -166,7 +166,9 @@ def _read_file(word: str, values: dict, hints: dict[str, type]) -> dict:
     try:
         names = runpy.run_path(str(path), init_globals=dict(values))
     except Exception as error:
-        line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
+        line = (
+            getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
+        )
         raise UserError(f"{word}, line {line}: {type(error).__name__}: {error}") from None
     found = {}
     for name, value in names.items():

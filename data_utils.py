@@ -2,7 +2,7 @@
 
     train.bin, val.bin     uint16 or uint32 ids, one flat array a split
     train_mask.bin, ...    questions and answers only: uint8, 1 where a token is trained
-    train_idx.bin, ...     questions and answers only: uint64 bounds of the rows, the last the length
+    train_idx.bin, ...     questions and answers only: uint64 bounds of rows, the last the length
     meta.json              kind, tokenizer's sha256, sizes, fingerprint, sources, what was skipped
     tokenizer.json         the vocabulary
 

@@ -51,7 +51,9 @@ class Architecture:
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         if self.n_head % self.n_kv_head:
-            raise UserError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
+            raise UserError(
+                f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}"
+            )
         if self.position == "rope" and self.head_dim % 2:
             raise UserError(f"n_embd / n_head = {self.head_dim} must be even for position='rope'")
         if not 0 <= self.dropout < 1:
@@ -86,8 +88,9 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, batch_size: int, dtype: torch.dtype, device):
         shape = (config.n_layer, batch_size, config.n_kv_head, config.block_size, config.head_dim)
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty(shape, dtype=dtype, device=device)
+        # zeros, since what a row does not see is weighted with 0, and 0 x NaN is NaN
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = [0] * batch_size
 
     def copy_rows(self, source: "KVCache", rows: list[int], to: list[int]) -> None:
@@ -98,10 +101,13 @@ class KVCache:
         for row, target in zip(rows, to, strict=True):
             self.lengths[target] = source.lengths[row]
 
-    def keep_rows(self, rows: list[int]) -> None:
-        """Leaves only these rows, in this order."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
-        self.lengths = [self.lengths[row] for row in rows]
+    def drop_row(self, row: int) -> None:
+        """Removes a row: the last one takes its place, so only one row is moved."""
+        last = len(self.lengths) - 1
+        if row != last:
+            self.copy_rows(self, [last], [row])
+        self.k, self.v = self.k[:, :last], self.v[:, :last]
+        self.lengths.pop()
 
 
 class Span:

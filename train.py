@@ -1,8 +1,8 @@
 """Trains a model: settings, schedule, optimizer, and the one loop for every stage.
 
-    python train.py config/pretrain_sanguo.py
-    python train.py config/sft_sanguo.py --learning_rate=5e-4
-    python train.py --out_dir=out-sanguo --resume
+python train.py config/pretrain_sanguo.py
+python train.py config/sft_sanguo.py --learning_rate=5e-4
+python train.py --out_dir=out-sanguo --resume
 """
 
 import dataclasses
@@ -324,7 +324,7 @@ def dry_run(run: Run, steps: int = 3) -> None:
             sums = next_token(run.model, micro[0])
     weights = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
     activations = sum(size for address, size in saved.items() if address not in weights)
-    del sums, saved
+    del sums
     train_step(run, micro, counts)  # warms up
     began = time.perf_counter()
     for _ in range(steps):
@@ -337,8 +337,8 @@ def dry_run(run: Run, steps: int = 3) -> None:
     left = config.max_iters - run.progress.iter
     print(
         f"parameters  {parameters:,}\n"
-        f"memory      {(state + activations) / 1e9:.2f} GB: {state / 1e9:.2f} of weights, gradients "
-        f"and AdamW, {activations / 1e9:.2f} of activations\n"
+        f"memory      {(state + activations) / 1e9:.2f} GB: {state / 1e9:.2f} of weights, "
+        f"gradients and AdamW, {activations / 1e9:.2f} of activations\n"
         f"speed       {tokens / seconds:,.0f} tokens per second, {seconds:.3f} s a step\n"
         f"time        {left * seconds / 60:.1f} minutes for {left:,} steps, evaluations left out"
     )

@@ -1,8 +1,8 @@
 """三国演义 -> data/sanguo: the whole novel, each tenth chapter for validation.
 
-    python data/fetch_data.py sanguo
-    python data/sanguo/prepare.py
-    python data/sanguo/prepare.py --tokenizer=gpt2 --out=data/sanguo_gpt2
+python data/fetch_data.py sanguo
+python data/sanguo/prepare.py
+python data/sanguo/prepare.py --tokenizer=gpt2 --out=data/sanguo_gpt2
 """
 
 import json
