@@ -281,6 +281,16 @@ class Dataset:
         return np.memmap(path, dtype, "r")
 
 
+def collate(
+    rendered: list[tuple[list[int], list[int]]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids and masks as `render` gives them -> idx and targets, (B, T) int64 each."""
+    ids = np.concatenate([np.array(ids) for ids, _ in rendered])
+    mask = np.concatenate([np.array(mask) for _, mask in rendered])
+    ends = np.cumsum([len(ids) for ids, _ in rendered])
+    return _gather(ids, mask, np.append(0, ends[:-1]), ends)
+
+
 def _gather(
     tokens: np.ndarray,
     mask: np.ndarray | None,

@@ -175,8 +175,8 @@ def train(run: Run) -> None:
         run.model.compile()
     run.out_dir.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter() - progress.seconds
+    losses, last_time, last_tokens = [], time.perf_counter(), progress.tokens
     with catch_interrupt() as interrupts, progress_bar(run) as bar:
-        losses = []  # of the steps since the last line of the log
         for batches, counts, tokens in one_ahead(step_batches(run)):
             loss, grad_norm = train_step(run, batches, counts)
             losses.append(loss)
@@ -185,40 +185,35 @@ def train(run: Run) -> None:
             progress.tokens += tokens
             bar.update()
             evaluates = progress.iter % config.eval_interval == 0 or progress.is_finished(config)
-            if progress.iter % config.log_interval == 0 or evaluates or interrupts:
-                train_loss = torch.stack(losses).mean().item()
-                if not math.isfinite(train_loss):
-                    raise UserError(
-                        f"the loss is {train_loss} at step {progress.iter}; lower --learning_rate="
-                        f"{config.learning_rate}; the checkpoint in {show_path(run.out_dir)} stands"
-                    )
-                seconds, before = time.perf_counter() - began, progress.seconds
-                record = {
-                    "iter": progress.iter,
-                    "tokens": progress.tokens,
-                    "seconds": round(seconds, 3),
-                    "train_loss": train_loss,
-                    "lr": learning_rate(progress.iter - 1, config),
-                    "grad_norm": grad_norm.item(),
-                    "tokens_per_second": round(len(losses) * tokens / (seconds - before)),
-                }
-                bar.set_postfix(loss=f"{train_loss:.3f}", refresh=False)
-                losses = []
-                if evaluates:
-                    record |= evaluate(run)
-                    bar.write(
-                        f"step {progress.iter}: loss {train_loss:.3f} in training, "
-                        f"{record['val_loss']:.3f} in validation (nats per token), "
-                        f"{record['val_bits_per_byte']:.3f} bits per byte"
-                    )
-                progress.seconds = time.perf_counter() - began
-                append_log(run.out_dir, record)
-                if evaluates or interrupts:
-                    save(run, is_best=evaluates and progress.worse == 0)
-            if interrupts:
+            if not (evaluates or interrupts or progress.iter % config.log_interval == 0):
+                continue
+            train_loss = mean_loss(run, losses)
+            elapsed = time.perf_counter() - last_time
+            record = {
+                "iter": progress.iter,
+                "tokens": progress.tokens,
+                "seconds": round(time.perf_counter() - began, 3),
+                "train_loss": train_loss,
+                "lr": learning_rate(progress.iter - 1, config),
+                "grad_norm": grad_norm.item(),
+                "tokens_per_second": round((progress.tokens - last_tokens) / elapsed),
+            }
+            bar.set_postfix(loss=f"{train_loss:.3f}", refresh=False)
+            if evaluates:
+                record |= evaluate(run)
+                bar.write(
+                    f"step {progress.iter}: loss {train_loss:.3f} in training, "
+                    f"{record['val_loss']:.3f} in validation (nats per token), "
+                    f"{record['val_bits_per_byte']:.3f} bits per byte",
+                    file=sys.stdout,
+                )
+            progress.seconds = time.perf_counter() - began
+            append_log(run.out_dir, record)
+            if evaluates or interrupts:
+                save(run, is_best=evaluates and progress.worse == 0)
+            if interrupts or progress.is_finished(config):
                 break
-            if progress.is_finished(config):
-                break
+            losses, last_time, last_tokens = [], time.perf_counter(), progress.tokens
     if interrupts and not progress.is_finished(config):
         print(
             f"stopped at step {progress.iter} and saved; go on with\n"
@@ -230,6 +225,17 @@ def train(run: Run) -> None:
         f"finished at step {progress.iter}{why} in {progress.seconds:.0f} s; "
         f"best validation loss {progress.best_val_loss:.3f}; {show_path(run.out_dir)} is ready"
     )
+
+
+def mean_loss(run: Run, losses: list[torch.Tensor]) -> float:
+    """The mean of some steps' losses. UserError where it is no number: nothing is saved then."""
+    loss = torch.stack(losses).mean().item()
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss} at step {run.progress.iter}; lower --learning_rate="
+            f"{run.config.learning_rate:g}; what {show_path(run.out_dir)} holds is as it was"
+        )
+    return loss
 
 
 def train_step(run: Run, batches: list, counts: dict) -> tuple[torch.Tensor, torch.Tensor]:

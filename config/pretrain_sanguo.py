@@ -1,0 +1,15 @@
+# The demonstration: a small model of 三国演义, on two CPU cores.
+#   python train.py config/pretrain_sanguo.py
+out_dir = "out-sanguo"
+dataset = "sanguo"
+
+n_layer = 4
+n_head = 4
+n_embd = 256
+block_size = 256
+
+batch_size = 8
+max_iters = 500
+learning_rate = 3e-3
+warmup_iters = 30
+eval_interval = 125

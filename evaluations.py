@@ -1,0 +1,281 @@
+"""Scores of a model: perplexity, bits per byte, and for questions ROUGE-L; report files.
+
+    python evaluations.py --out_dir=out-sanguo
+    python evaluations.py --out_dir=out-sanguo-sft --split=val
+
+Into the out_dir go evaluation.json (and a copy named after dataset and split), for questions also
+answers.jsonl, answers-seen.jsonl and histograms. Drawing is visualize.py's.
+"""
+
+import json
+import math
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rouge import Rouge
+from tqdm import tqdm
+from visualize import draw_histogram
+
+import sample
+from checkpoint import Checkpoint, load_checkpoint
+from configurator import UserError, command, configure, repo_path, show_path, written_aside
+from data_utils import Dataset, collate, fit
+from model import pick_device
+from objectives import IGNORE, split_sums, target_losses, to_device
+
+ROUGE = Rouge(metrics=["rouge-l"], exclusive=False)  # its default counts unique characters only
+LONGEST_FOR_ROUGE = 400  # characters of both texts; the package recurses once for each
+FULL_STOP = "\ue000"  # the package would split sentences at "."
+
+
+@dataclass
+class Settings(sample.Sampling):
+    out_dir: str = "out"  # of the model
+    dataset: str | None = None  # a name under data/, or a path; None is what it was trained on
+    split: str = "val"  # val, or train
+    batch_size: int = 32  # rows at once
+    device: str = "auto"  # cuda, mps, cpu; auto is the first of them that is there
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise UserError(f"batch_size={self.batch_size} must be 1 or more")
+
+
+# --- scores of texts ---------------------------------------------------------------------------
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """F1 of the longest common subsequence of characters, white space left out; 0 where one is
+    empty (Lin, ROUGE, 2004)."""
+    a, b = ("".join(text.split()).replace(".", FULL_STOP) for text in (answer, reference))
+    if not a or not b:
+        return 0.0
+    if len(a) + len(b) <= LONGEST_FOR_ROUGE:
+        return ROUGE.get_scores(" ".join(a), " ".join(b))[0]["rouge-l"]["f"]
+    return 2 * lcs_length(a, b) / (len(a) + len(b))
+
+
+def lcs_length(a: str, b: str) -> int:
+    """Length of the longest common subsequence, a row of the table as the bits of an integer
+    (Hyyrö, Bit-parallel LCS-length computation revisited, 2004)."""
+    places = {}
+    for i, char in enumerate(a):
+        places[char] = places.get(char, 0) | 1 << i
+    row = all_ones = (1 << len(a)) - 1
+    for char in b:
+        matches = row & places.get(char, 0)
+        row = (row + matches | row - matches) & all_ones
+    return len(a) - row.bit_count()
+
+
+def ngrams(text: str, n: int) -> list[str]:
+    return [text[i : i + n] for i in range(len(text) - n + 1)]
+
+
+def distinct(texts: list[str], n: int = 2) -> float:
+    """Share of the texts' character n-grams that are different (arXiv 1510.03055)."""
+    grams = [gram for text in texts for gram in ngrams(text, n)]
+    return len(set(grams)) / max(1, len(grams))
+
+
+def repeated(texts: list[str], n: int = 4) -> float:
+    """Share of character n-grams that stood in the same text before."""
+    grams = [ngrams(text, n) for text in texts]
+    total = sum(map(len, grams))
+    return (total - sum(len(set(g)) for g in grams)) / max(1, total)
+
+
+def look_up(questions: list[str], known: list[tuple[str, str]]) -> list[str]:
+    """For each question the answer of the known question that shares most character pairs."""
+    known_pairs = [set(ngrams(question, 2)) for question, _ in known]
+
+    def nearest(question: str) -> str:
+        pairs = set(ngrams(question, 2))
+        overlaps = [len(pairs & other) / max(1, len(pairs | other)) for other in known_pairs]
+        return known[int(np.argmax(overlaps))][1]
+
+    return [nearest(question) for question in questions]
+
+
+# --- scores of a model -------------------------------------------------------------------------
+
+
+def reference_perplexities(
+    checkpoint: Checkpoint, conversations: list[list[dict]], batch_size: int, device: str
+) -> list[float]:
+    """exp of the mean -log p of each reference answer's tokens, its end token included."""
+    tokenizer = checkpoint.tokenizer
+    perplexities = []
+    for first in range(0, len(conversations), batch_size):
+        rendered = [tokenizer.render(c) for c in conversations[first : first + batch_size]]
+        idx, targets = collate(rendered)
+        losses = target_losses(checkpoint.model, to_device((idx, targets), device))
+        counts = (targets != IGNORE).sum(axis=1)
+        perplexities += np.exp(losses.double().sum(dim=1).cpu().numpy() / counts).tolist()
+    return perplexities
+
+
+def answer_all(
+    checkpoint: Checkpoint, conversations: list[list[dict]], config: sample.Sampling, name: str
+) -> list[dict]:
+    """A record for each conversation: question, reference, the model's answer and its scores."""
+    tokenizer, device = checkpoint.tokenizer, str(checkpoint.model.wte.weight.device)
+    prompts = [tokenizer.render_prompt(messages[:-1]) for messages in conversations]
+    outputs = sample.complete(checkpoint, prompts, config, 1, config.batch_size)
+    answers = [out for [out] in tqdm(outputs, name, total=len(prompts), unit="answer")]
+    perplexities = reference_perplexities(checkpoint, conversations, config.batch_size, device)
+    return [
+        {
+            "question": messages[-2]["content"],
+            "reference": messages[-1]["content"],
+            "answer": answer.text,
+            "rouge_l": rouge_l(answer.text, messages[-1]["content"]),
+            "perplexity": perplexity,
+            "ended": answer.ended,
+        }
+        for messages, answer, perplexity in zip(conversations, answers, perplexities, strict=True)
+    ]
+
+
+def mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def score_answers(asked: list[dict], seen: list[dict], known: list[tuple[str, str]]) -> dict:
+    """What evaluation.json says of answers: asked is what was asked for, seen are trained ones."""
+    texts = [record["answer"] for record in asked]
+    looked_up = look_up([r["question"] for r in asked], known) if known else []
+    return {
+        "n": len(asked),
+        "rouge_l": mean([record["rouge_l"] for record in asked]),
+        "n_seen": len(seen),
+        "rouge_l_seen": mean([record["rouge_l"] for record in seen]),
+        "rouge_l_lookup": mean(
+            [rouge_l(text, r["reference"]) for text, r in zip(looked_up, asked, strict=bool(known))]
+        ),
+        "ended": mean([record["ended"] for record in asked]),
+        "distinct_2": distinct(texts),
+        "repeated_4grams": repeated(texts),
+        "answer_characters": mean([len(text) for text in texts]),
+        "reference_characters": mean([len(record["reference"]) for record in asked]),
+    }
+
+
+def evaluate(checkpoint: Checkpoint, data: Dataset, config: Settings, device: str) -> None:
+    """Scores the whole split and writes the reports."""
+    began = time.perf_counter()
+    nats, tokens, n_bytes = split_sums(
+        checkpoint.model, data, config.split, config.batch_size, device
+    )
+    report = {
+        "dataset": data.name,
+        "split": config.split,
+        "tokens": tokens,
+        "bytes": n_bytes,
+        "perplexity": math.exp(nats / tokens),
+        "bits_per_byte": nats / math.log(2) / n_bytes,
+    }
+    asked, seen = [], []
+    if data.kind == "sft":
+        conversations = data.conversations(config.split)
+        trained = data.conversations("train")
+        count = min(len(conversations), len(trained))
+        chosen = np.random.default_rng(0).choice(len(trained), count, replace=False)
+        asked = answer_all(checkpoint, conversations, config, config.split)
+        seen = answer_all(checkpoint, [trained[row] for row in sorted(chosen)], config, "seen")
+        known = [(m[-2]["content"], m[-1]["content"]) for m in trained]
+        report |= score_answers(asked, seen, known)
+    report["seconds"] = round(time.perf_counter() - began, 1)
+    write_reports(checkpoint, report, asked, seen)
+
+
+def evaluate_file(checkpoint: Checkpoint, config: sample.Settings, records: list[dict]) -> None:
+    """Scores the answers to a file's questions. References come from the file, else from the
+    dataset; questions that have neither are counted and left out."""
+    if not config.start.startswith("FILE:"):
+        raise UserError("--eval_mode takes its questions from a file; pass --start=FILE:x.jsonl")
+    data = Dataset(config.dataset or checkpoint.run["settings"]["dataset"])
+    if data.kind != "sft":
+        raise UserError(f"{show_path(data.path)} has no answers; pass --dataset= of questions")
+    known = [
+        [(m[-2]["content"], m[-1]["content"]) for m in data.conversations(split)]
+        for split in ("train", *(set(data.tokens) - {"train"}))
+    ]
+    reference_of = {question: answer for pairs in reversed(known) for question, answer in pairs}
+    trained = {question for question, _ in known[0]}
+    conversations, unmatched, too_long = [], 0, 0
+    for record in records:
+        answer = record["Answer"] or reference_of.get(record["Question"])
+        if answer is None:
+            unmatched += 1
+            continue
+        messages = [
+            {"role": "user", "content": record["Question"]},
+            {"role": "assistant", "content": answer},
+        ]
+        fitted, how = fit(checkpoint.tokenizer, messages, checkpoint.model.config.block_size)
+        too_long += bool(how)
+        conversations += [fitted] if fitted else []
+    print(f"{len(conversations)} questions; {unmatched} without a reference were left out")
+    if too_long:
+        print(f"{too_long} longer than block_size were cut, or left out")
+    if not conversations:
+        raise UserError(f"no question of {config.start} has a reference")
+    asked = answer_all(checkpoint, conversations, config, "file")
+    seen = [record for record in asked if record["question"] in trained]
+    name = Path(config.start.removeprefix("FILE:")).stem
+    report = {"dataset": name, "split": "file", "unmatched": unmatched}
+    write_reports(checkpoint, report | score_answers(asked, seen, known[0]), asked, seen)
+
+
+# --- reports -----------------------------------------------------------------------------------
+
+
+def write_reports(checkpoint: Checkpoint, report: dict, asked: list[dict], seen: list) -> None:
+    """evaluation.json and its copy, answers as JSON lines, histograms; printed in short."""
+    out_dir = checkpoint.path.parent
+    report = {"checkpoint": checkpoint.path.name} | report
+    text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
+    name = re.sub(r"[^\w.-]", "_", f"{report['dataset']}-{report['split']}")
+    for file in ("evaluation.json", f"evaluation-{name}.json"):
+        with written_aside(out_dir / file) as path:
+            path.write_text(text, encoding="utf-8")
+    for key, value in report.items():
+        print(f"{key:<20}  {value:.4g}" if isinstance(value, float) else f"{key:<20}  {value}")
+    if asked:
+        for file, records in (("answers.jsonl", asked), ("answers-seen.jsonl", seen)):
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            with written_aside(out_dir / file) as path:
+                path.write_text("".join(lines), encoding="utf-8")
+        groups = {str(report["split"]): asked, "trained questions": seen}
+        for key, label, log_x in (
+            ("rouge_l", "ROUGE-L of each answer, over characters", False),
+            ("perplexity", "perplexity of each reference answer", True),
+        ):
+            values = {group: [r[key] for r in records] for group, records in groups.items()}
+            title = f"{out_dir.name} on {report['dataset']}"
+            draw_histogram(values, out_dir / f"{key}.png", title, label, log_x=log_x)
+    print(f"written to {show_path(out_dir)}/evaluation.json")
+
+
+def main(argv: list[str]) -> None:
+    config = configure(Settings, argv)
+    device = pick_device(config.device)
+    checkpoint = load_checkpoint(repo_path(config.out_dir), "best", device)
+    sample.default_temperature(checkpoint, config)
+    data = Dataset(config.dataset or checkpoint.run["settings"]["dataset"])
+    data.check(checkpoint.model.config.block_size, config.split)
+    if data.meta["tokenizer_sha256"] != checkpoint.tokenizer.sha256:
+        raise UserError(
+            f"{show_path(data.path)} has another tokenizer than {show_path(checkpoint.path)}; "
+            f"prepare it with --tokenizer={show_path(checkpoint.path)}"
+        )
+    evaluate(checkpoint, data, config, device)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# From a fresh machine with Python to a trained model that answers:
+#   bash run.sh              the demonstration
+#   bash run.sh test [--all] the tests; --all adds the minutes-long ones
+# Run again, it does only what is missing or was interrupted.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+fail() { echo "error: $*" >&2; exit 1; }
+
+# setup FILE: .venv with the packages of a requirements file, installed anew when the file changes
+setup() {
+  if [ ! -d .venv ]; then
+    local base
+    base=$(command -v python3 || command -v python) || fail "no Python; install Python 3.10 or newer"
+    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+      fail "$("$base" --version) is too old; install Python 3.10 or newer"
+    "$base" -m venv .venv ||
+      { rm -rf .venv; fail "python -m venv failed; on Debian: apt-get install python3-venv"; }
+  fi
+  if [ -d .venv/Scripts ]; then python=.venv/Scripts/python; else python=.venv/bin/python; fi
+  local stamp=.venv/$1.installed
+  if ! cat requirements.txt "$1" | cmp -s - "$stamp"; then
+    echo "installing $1 (some minutes)"
+    "$python" -m pip install --quiet --disable-pip-version-check -r "$1" ||
+      fail "pip could not install $1; see above"
+    cat requirements.txt "$1" >"$stamp"
+  fi
+}
+
+# stage NAME COMMAND...: says what runs, and afterwards how long it took
+stage() {
+  local name=$1 began=$SECONDS
+  shift
+  echo
+  echo "== $name: ${*/#"$python"/python}"
+  "$@"
+  times+=("$(printf '%-22s %4d s' "$name" $((SECONDS - began)))")
+}
+
+demo() {
+  setup requirements.txt
+  local times=() began=$SECONDS
+  stage fetch "$python" data/fetch_data.py sanguo
+  # prepared once; prepare again by hand after editing qa.jsonl
+  [ -f data/sanguo/meta.json ] || stage prepare "$python" data/sanguo/prepare.py
+  stage pretrain "$python" train.py config/pretrain_sanguo.py --resume
+  [ -f data/sanguo_sft/meta.json ] ||
+    stage "prepare questions" "$python" data/sanguo/prepare_sft.py
+  stage fine-tune "$python" train.py config/sft_sanguo.py --resume
+  [ out-sanguo/evaluation.json -nt out-sanguo/latest ] ||
+    stage "evaluate novel" "$python" evaluations.py --out_dir=out-sanguo
+  [ out-sanguo-sft/evaluation.json -nt out-sanguo-sft/latest ] ||
+    stage "evaluate answers" "$python" evaluations.py --out_dir=out-sanguo-sft
+  stage draw "$python" visualize.py --runs=out-sanguo,out-sanguo-sft
+  stage answer "$python" sample.py --out_dir=out-sanguo-sft --start=FILE:data/sanguo/questions.txt
+  stage continue "$python" sample.py --out_dir=out-sanguo --start=却说曹操 --max_new_tokens=150
+  echo
+  printf '%s\n' "${times[@]}" "$(printf '%-22s %4d s' 'in all' $((SECONDS - began)))"
+  echo
+  echo "pictures  out-sanguo/curves.png  out-sanguo-sft/rouge_l.png  out-sanguo-sft/perplexity.png"
+  echo "reports   out-sanguo/evaluation.json  out-sanguo-sft/evaluation.json"
+  echo "answers   out-sanguo-sft/answers.jsonl"
+}
+
+run_tests() {
+  setup requirements-dev.txt
+  "$python" -m ruff check .
+  "$python" -m ruff format --check .
+  "$python" data/fetch_data.py sanguo gpt2
+  case ${1-} in
+    "") "$python" -m pytest -q -m "not slow" ;;
+    --all) "$python" -m pytest -q ;;
+    *) fail "bash run.sh test takes --all or nothing, not $1" ;;
+  esac
+}
+
+case ${1-} in
+  "") demo ;;
+  test) run_tests "${2-}" ;;
+  *) fail "unknown command $1; write bash run.sh, or bash run.sh test [--all]" ;;
+esac

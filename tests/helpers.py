@@ -1,0 +1,108 @@
+"""Small models, texts and datasets that several tests share."""
+
+from pathlib import Path
+
+import torch
+
+from checkpoint import save_checkpoint
+from data_utils import write_pretrain, write_sft
+from model import GPT, ModelConfig
+from tokenizer import Tokenizer, train_tokenizer
+
+torch.set_num_threads(1)  # on a busy machine tiny models are many times slower on two
+
+TEXT = """话说天下大势，分久必合，合久必分。周末七国分争，并入于秦。及秦灭之后，楚、汉分争，又并入于汉。
+汉朝自高祖斩白蛇而起义，一统天下，后来光武中兴，传至献帝，遂分为三国。推其致乱之由，殆始于桓、灵二帝。
+桓帝禁锢善类，崇信宦官。及桓帝崩，灵帝即位，大将军窦武、太傅陈蕃共相辅佐。时有宦官曹节等弄权，窦武、陈蕃谋诛之，
+机事不密，反为所害，中涓自此愈横。建宁二年四月望日，帝御温德殿。方升座，殿角狂风骤起。
+只见一条大青蛇，从梁上飞将下来，蟠于椅上。帝惊倒，左右急救入宫，百官俱奔避。须臾，蛇不见了。
+"""
+
+# every option away from its default at least once
+ARCHITECTURES = {
+    "qwen3": {},
+    "gpt2": {
+        "position": "learned",
+        "norm": "layernorm",
+        "mlp": "gelu",
+        "bias": True,
+        "qk_norm": False,
+        "dropout": 0.3,
+    },
+    "llama": {"qk_norm": False, "n_kv_head": 2, "rope_theta": 500.0, "tie_weights": False},
+    "one_kv_head": {"n_kv_head": 1, "norm": "layernorm", "mlp": "gelu", "n_hidden": 40},
+    "learned_gqa": {"position": "learned", "n_kv_head": 2, "bias": True, "norm_eps": 1e-3},
+}
+
+
+def tiny_model(seed: int = 0, **options) -> GPT:
+    """A model in eval mode whose weights are all random and large enough to matter."""
+    options = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 24, "n_vocab": 50} | options
+    model = GPT(ModelConfig(**options)).eval()
+    randomize(model, seed)
+    return model
+
+
+@torch.no_grad()
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Norm weights and biases too: what stands at 1 or 0 hides its absence."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:
+            std = 0.3 if "wte" in name or "wpe" in name or "embed" in name else 0.25
+            weight.normal_(0, std, generator=generator)
+        elif name.endswith("bias"):
+            weight.normal_(0, 0.3, generator=generator)
+        else:
+            weight.uniform_(0.5, 1.5, generator=generator)
+
+
+def random_ids(*shape: int, n_vocab: int = 50, seed: int = 0) -> torch.Tensor:
+    return torch.randint(n_vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_tokenizer() -> Tokenizer:
+    return train_tokenizer([TEXT], 320)
+
+
+def dialogue(*texts: str) -> list[dict]:
+    """Turns that alternate between user and assistant."""
+    roles = ["user", "assistant"] * len(texts)
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+
+
+def write_novel(out: Path, tokenizer: Tokenizer) -> Path:
+    lines = TEXT.splitlines()
+    write_pretrain(out, tokenizer, {"train": lines[:3], "val": lines[3:]}, ["test"])
+    return out
+
+
+QUESTIONS = {
+    "train": [
+        dialogue("汉朝自谁起义？", "自高祖斩白蛇而起义。"),
+        dialogue("谁弄权？", "宦官曹节等弄权。"),
+        dialogue("帝御何殿？", "温德殿。", "殿角如何？", "狂风骤起，一条大青蛇飞将下来。"),
+    ],
+    "val": [
+        dialogue("谁谋诛宦官？", "窦武、陈蕃谋诛之。"),
+        dialogue("谁弄权于汉？", "曹节。"),
+    ],
+}
+
+
+def write_questions(
+    out: Path, tokenizer: Tokenizer, conversations: dict = QUESTIONS, max_tokens: int = 128
+) -> Path:
+    write_sft(out, tokenizer, conversations, ["test"], max_tokens)
+    return out
+
+
+def save_run(out_dir: Path, model: GPT, tokenizer: Tokenizer, dataset: Path, kind: str) -> Path:
+    run = {
+        "progress": {"iter": 5},
+        "settings": {"dataset": str(dataset)},
+        "dataset": {"kind": kind},
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    save_checkpoint(out_dir, model, optimizer, tokenizer, run, is_best=True)
+    return out_dir

@@ -1,0 +1,377 @@
+"""The GPT against Hugging Face's on the same weights, and the laws of its cache."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from configurator import UserError
+from model import GPT, ModelConfig, pick_device
+from tests.helpers import ARCHITECTURES, random_ids, randomize, tiny_model
+
+each_architecture = pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
+
+
+def count(**options) -> int:
+    return GPT(ModelConfig(**options)).n_params()
+
+
+@torch.no_grad()
+def copy_weights(model: GPT, theirs: dict[str, torch.Tensor]) -> None:
+    """Fills every parameter of ours; the vocabulary's padding keeps what it has."""
+    ours = dict(model.named_parameters())
+    assert set(ours) == set(theirs)
+    for name, weight in theirs.items():
+        if name in ("wte.weight", "lm_head.weight"):
+            ours[name][: len(weight)] = weight
+        else:
+            assert ours[name].shape == weight.shape, name
+            ours[name].copy_(weight)
+
+
+def from_gpt2(hf: GPT2LMHeadModel) -> dict[str, torch.Tensor]:
+    """Hugging Face's GPT-2 keeps its matrices transposed."""
+    h = hf.state_dict()
+    theirs = {"wte.weight": h["transformer.wte.weight"], "wpe.weight": h["transformer.wpe.weight"]}
+    if not hf.config.tie_word_embeddings:
+        theirs["lm_head.weight"] = h["lm_head.weight"]
+    modules = {
+        "norm_1": "ln_1",
+        "attn.c_attn": "attn.c_attn",
+        "attn.c_proj": "attn.c_proj",
+        "norm_2": "ln_2",
+        "mlp.c_fc": "mlp.c_fc",
+        "mlp.c_proj": "mlp.c_proj",
+    }
+    for i in range(hf.config.n_layer):
+        for our, their in modules.items():
+            for kind in ("weight", "bias"):
+                theirs[f"blocks.{i}.{our}.{kind}"] = h[f"transformer.h.{i}.{their}.{kind}"].t()
+    for kind in ("weight", "bias"):
+        theirs[f"norm.{kind}"] = h[f"transformer.ln_f.{kind}"]
+    return theirs
+
+
+def from_llama(hf: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Llama's and Qwen3's names; c_attn stacks q, k, v and c_fc gate, up."""
+    h = {name.removeprefix("model."): weight for name, weight in hf.state_dict().items()}
+    theirs = {"wte.weight": h["embed_tokens.weight"], "norm.weight": h["norm.weight"]}
+    if not hf.config.tie_word_embeddings:
+        theirs["lm_head.weight"] = h["lm_head.weight"]
+    modules = {
+        "norm_1": ["input_layernorm"],
+        "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "attn.c_proj": ["self_attn.o_proj"],
+        "attn.q_norm": ["self_attn.q_norm"],
+        "attn.k_norm": ["self_attn.k_norm"],
+        "norm_2": ["post_attention_layernorm"],
+        "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
+        "mlp.c_proj": ["mlp.down_proj"],
+    }
+    for i in range(hf.config.num_hidden_layers):
+        for our, their in modules.items():
+            for kind in ("weight", "bias"):
+                names = [f"layers.{i}.{name}.{kind}" for name in their]
+                if names[0] in h:
+                    theirs[f"blocks.{i}.{our}.{kind}"] = torch.cat([h[name] for name in names])
+    return theirs
+
+
+def assert_equal_logits(model: GPT, hf: torch.nn.Module, idx: torch.Tensor) -> None:
+    with torch.no_grad():
+        wanted = hf.eval()(idx).logits
+        got = model.head(model(idx))
+    assert wanted.std() > 1  # so 1e-4 is small
+    assert got.shape == wanted.shape
+    assert (got - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_equal_hugging_faces_gpt2(tied):
+    hf = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=100,
+            n_positions=32,
+            n_embd=48,
+            n_layer=3,
+            n_head=4,
+            layer_norm_epsilon=1e-4,
+            tie_word_embeddings=tied,
+            attn_implementation="eager",
+        )
+    )
+    randomize(hf, 1)
+    options = ARCHITECTURES["gpt2"] | {"tie_weights": tied, "norm_eps": 1e-4}
+    shape = {"n_layer": 3, "n_head": 4, "n_embd": 48, "block_size": 32, "n_vocab": 100}
+    model = tiny_model(2, **shape, **options)
+    copy_weights(model, from_gpt2(hf))
+    assert_equal_logits(model, hf, random_ids(3, 32, n_vocab=100))
+
+
+@pytest.mark.parametrize(
+    "family, tied, n_kv_head, theta, bias",
+    [
+        ("qwen3", True, 4, 10000.0, False),
+        ("qwen3", False, 2, 300.0, False),
+        ("qwen3", True, 1, 1e6, False),
+        ("llama", False, 2, 10000.0, True),
+        ("llama", True, 1, 500.0, False),
+    ],
+)
+def test_logits_equal_hugging_faces_llama_and_qwen3(family, tied, n_kv_head, theta, bias):
+    shape = {
+        "vocab_size": 100,
+        "hidden_size": 48,
+        "intermediate_size": 72,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": n_kv_head,
+        "head_dim": 12,
+        "max_position_embeddings": 32,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": tied,
+        "attn_implementation": "eager",
+    }
+    if family == "qwen3":
+        hf = Qwen3ForCausalLM(Qwen3Config(**shape))
+    else:
+        hf = LlamaForCausalLM(LlamaConfig(**shape, attention_bias=bias, mlp_bias=bias))
+    randomize(hf, 1)
+    model = tiny_model(
+        2,
+        n_vocab=100,
+        block_size=32,
+        n_layer=3,
+        n_head=4,
+        n_kv_head=n_kv_head,
+        n_embd=48,
+        n_hidden=72,
+        rope_theta=theta,
+        norm_eps=1e-5,
+        qk_norm=family == "qwen3",
+        tie_weights=tied,
+        bias=bias,
+    )
+    copy_weights(model, from_llama(hf))
+    assert_equal_logits(model, hf, random_ids(3, 32, n_vocab=100))
+
+
+def test_the_reference_model_has_45_million_parameters():
+    reference = {
+        "n_layer": 6,
+        "n_head": 8,
+        "n_embd": 512,
+        "block_size": 256,
+        "n_vocab": 50257,
+        "position": "learned",
+        "norm": "layernorm",
+        "mlp": "gelu",
+        "qk_norm": False,
+    }
+    assert ModelConfig(**reference).vocab_size == 50304
+    assert count(**reference) == 44_767_744
+
+
+def test_parameters_are_those_counted_by_hand():
+    # 64 x 8 embedding; a block: two norms of 8, two of a head's 4, q and k and v, output, SwiGLU
+    block = 2 * 8 + 2 * 4 + (8 + 4 + 4) * 8 + 8 * 8 + 3 * 8 * 20
+    shape = {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 8, "n_hidden": 20}
+    assert count(n_vocab=33, **shape) == 64 * 8 + 2 * block + 8
+    assert count(n_vocab=33, **shape, tie_weights=False) == 2 * 64 * 8 + 2 * block + 8
+
+
+@each_architecture
+def test_every_parameter_has_a_gradient(options):
+    model = tiny_model(**options).train()
+    model.head(model(random_ids(3, 24))).log_softmax(dim=-1)[..., 7].sum().backward()
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None and weight.grad.abs().sum() > 0, name
+
+
+@each_architecture
+def test_a_token_changes_its_own_logits_and_later_ones_only(options):
+    model = tiny_model(**options).double()
+    idx = random_ids(2, 24)
+    with torch.no_grad():
+        before = model.head(model(idx))
+        for at in (0, 11, 23):
+            changed = idx.clone()
+            changed[:, at] = (idx[:, at] + 1) % 50
+            moved = (model.head(model(changed)) - before).abs().amax(dim=(0, 2))
+            assert (moved[:at] < 1e-12).all()
+            assert (moved[at:] > 1e-6).all()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_padding_of_the_vocabulary_has_no_logits(tied):
+    model = tiny_model(n_vocab=50, tie_weights=tied)
+    idx = random_ids(1, 5)
+    with torch.no_grad():
+        before = model.head(model(idx))
+        model.lm_head.weight[50:] = 1e4
+        assert model.lm_head.weight.shape[0] == 64
+        assert before.shape == (1, 5, 50)
+        assert torch.equal(model.head(model(idx)), before)
+
+
+def test_a_tied_head_is_the_embedding():
+    model = tiny_model()
+    assert model.lm_head.weight is model.wte.weight
+    model = tiny_model(tie_weights=False)
+    assert model.lm_head.weight is not model.wte.weight
+
+
+def test_dropout_acts_in_training_only():
+    model = tiny_model(dropout=0.5)
+    idx = random_ids(1, 8)
+    plain = tiny_model()(idx)
+    assert torch.equal(model(idx), plain)
+    model.train()
+    assert not torch.allclose(model(idx), model(idx))
+
+
+@each_architecture
+@pytest.mark.parametrize("chunks", [[24], [1] * 24, [1, 23], [5, 1, 1, 9, 8], [16, 1, 7]])
+@torch.no_grad()
+def test_cached_chunks_of_any_size_equal_one_pass(options, chunks):
+    model = tiny_model(**options).double()
+    idx = random_ids(3, 24)
+    cache = model.new_cache(3)
+    hidden = torch.cat([model(part, cache) for part in idx.split(chunks, dim=1)], dim=1)
+    assert cache.lengths == [24, 24, 24]
+    assert (hidden - model(idx)).abs().max() < 1e-12
+
+
+def ragged_cache(model: GPT, idx: torch.Tensor, lengths: list[int]):
+    """A cache of the first lengths[row] tokens of each row, read in one padded batch."""
+    cache = model.new_cache(len(lengths))
+    model(idx[:, : max(lengths)], cache)
+    cache.lengths = list(lengths)
+    return cache
+
+
+@each_architecture
+@torch.no_grad()
+def test_rows_of_different_lengths_go_on_as_each_alone(options):
+    model = tiny_model(**options).double()
+    lengths = [9, 1, 14, 14]
+    idx = random_ids(4, 24)
+    cache = ragged_cache(model, idx, lengths)
+    whole = model(idx)
+    for T in (1, 3, 1, 2):
+        rows = torch.arange(4)[:, None]
+        places = torch.tensor(cache.lengths)[:, None] + torch.arange(T)
+        hidden = model(idx[rows, places], cache)
+        assert (hidden - whole[rows, places]).abs().max() < 1e-12
+    assert cache.lengths == [length + 7 for length in lengths]
+
+
+@each_architecture
+@torch.no_grad()
+def test_what_lies_beyond_a_rows_length_is_not_seen(options):
+    model = tiny_model(**options).double()
+    idx = random_ids(3, 24)
+    cache = ragged_cache(model, idx, [4, 10, 7])
+    assert cache.k.isfinite().all() and cache.v.isfinite().all()
+    for row, length in enumerate(cache.lengths):
+        cache.k[:, row, :, length:] = 1e6
+        cache.v[:, row, :, length:] = -1e6
+    hidden = model(idx[torch.arange(3), [4, 10, 7]][:, None], cache)
+    whole = model(idx)[torch.arange(3), [4, 10, 7]][:, None]
+    assert (hidden - whole).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("dropped", [[0], [1], [3], [3, 0], [0, 0, 0], [2, 1]])
+@torch.no_grad()
+def test_dropping_a_row_leaves_the_others_and_moves_the_last_into_its_place(dropped):
+    model = tiny_model(n_kv_head=2).double()
+    lengths, idx = [3, 8, 5, 6], random_ids(4, 24)
+    cache, rows = ragged_cache(model, idx, lengths), [0, 1, 2, 3]
+    for row in dropped:
+        cache.drop_row(row)
+        rows[row] = rows[-1]
+        rows.pop()
+    assert cache.lengths == [lengths[row] for row in rows]
+    next_ids = idx[rows, cache.lengths][:, None]
+    wanted = model(idx)[rows, cache.lengths][:, None]
+    assert (model(next_ids, cache) - wanted).abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_copied_rows_go_on_as_their_source_does():
+    model = tiny_model(n_kv_head=2).double()
+    idx = random_ids(3, 24)
+    source = ragged_cache(model, idx, [7, 2, 12])
+    others = random_ids(5, 24, seed=1)
+    cache = ragged_cache(model, others, [20, 9, 1, 15, 3])
+    cache.copy_rows(source, [2, 0, 0, 1], [0, 1, 3, 4])
+    assert cache.lengths == [12, 7, 1, 7, 2]
+    texts = [idx[2, :13], idx[0, :8], others[2, :2], idx[0, :8], idx[1, :3]]
+    hidden = model(torch.stack([text[-1:] for text in texts]), cache)
+    for row, text in enumerate(texts):
+        assert (hidden[row, 0] - model(text[None])[0, -1]).abs().max() < 1e-12
+    assert source.lengths == [7, 2, 12]
+
+
+@pytest.mark.parametrize("lengths", [[22, 22], [5, 22]])
+def test_a_context_beyond_block_size_is_refused(lengths):
+    model = tiny_model()
+    cache = ragged_cache(model, random_ids(2, 24), lengths)
+    model(random_ids(2, 2), cache)
+    with pytest.raises(ValueError, match="block_size=24"):
+        model(random_ids(2, 1), cache)
+    with pytest.raises(ValueError, match="block_size=24"):
+        model(random_ids(2, 25))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"n_embd": 100, "n_head": 6}, "n_embd=100 must be a multiple of n_head=6"),
+        ({"n_head": 8, "n_kv_head": 3}, "n_head=8 must be a multiple of n_kv_head=3"),
+        ({"n_head": 4, "n_kv_head": 8}, "n_head=4 must be a multiple of n_kv_head=8"),
+        ({"n_head": 0}, "n_head=0"),
+        ({"n_kv_head": 0}, "n_kv_head=0"),
+        ({"n_layer": 0}, "n_layer=0"),
+        ({"n_hidden": -1}, "n_hidden=-1"),
+        ({"block_size": 0}, "block_size=0"),
+        ({"n_embd": 12, "n_head": 4}, "must be even"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"dropout": -0.1}, "dropout=-0.1"),
+    ],
+)
+def test_an_impossible_shape_is_named_in_one_line(options, words):
+    with pytest.raises(UserError, match=words) as error:
+        ModelConfig(n_vocab=50, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_an_odd_head_is_fine_where_nothing_rotates():
+    options = {"n_embd": 12, "n_head": 4, "position": "learned"}
+    assert tiny_model(**options)(random_ids(1, 3)).shape == (1, 3, 12)
+
+
+def test_a_rotary_base_that_gives_no_numbers_is_refused():
+    with pytest.raises(UserError, match="rope_theta"):
+        ModelConfig(n_vocab=50, rope_theta=0.0)
+
+
+def test_a_config_survives_the_round_trip_through_a_dict():
+    config = ModelConfig(n_vocab=50, n_embd=192, n_head=6, n_kv_head=2)
+    assert (config.n_hidden, config.vocab_size) == (512, 64)
+    assert ModelConfig(**dataclasses.asdict(config)) == config
+
+
+def test_a_device_that_is_not_there_is_refused():
+    assert pick_device("cpu") == "cpu"
+    with pytest.raises(UserError, match="no_such_device"):
+        pick_device("no_such_device")

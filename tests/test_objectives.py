@@ -1,0 +1,209 @@
+"""Sums and counts of the next token against slow and obvious versions."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from data_utils import IGNORE, Dataset
+from objectives import count_terms, next_token, split_sums, target_losses, to_device
+from tests.helpers import (
+    ARCHITECTURES,
+    QUESTIONS,
+    TEXT,
+    random_ids,
+    tiny_model,
+    tiny_tokenizer,
+    write_novel,
+    write_questions,
+)
+
+
+def ragged_batch(rows: list[int], T: int = 12, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """idx and targets in which row i has rows[i] trained targets, at random places."""
+    ids = random_ids(len(rows), T + 1, seed=seed).numpy()
+    targets = np.full((len(rows), T), IGNORE)
+    generator = np.random.default_rng(seed)
+    for row, trained in enumerate(rows):
+        places = generator.choice(T, trained, replace=False)
+        targets[row, places] = ids[row, 1:][places]
+    return ids[:, :-1], targets
+
+
+def slow_losses(model: torch.nn.Module, idx, targets) -> list[list[float]]:
+    """-log p of each trained target, a row at a time, the softmax written out in float64."""
+    losses = []
+    for ids, wanted in zip(np.asarray(idx), np.asarray(targets), strict=True):
+        with torch.no_grad():
+            logits = model.head(model(torch.tensor(ids)[None]))[0].double().numpy()
+        losses.append([])
+        for row, target in zip(logits, wanted, strict=True):
+            if target != IGNORE:
+                shifted = row - row.max()
+                losses[-1].append(math.log(np.exp(shifted).sum()) - shifted[target])
+    return losses
+
+
+def gradients(model: torch.nn.Module, batches: list, count: int) -> list[torch.Tensor]:
+    """Those of the sum over all batches, each batch's divided by the count of the whole."""
+    model.zero_grad()
+    for batch in batches:
+        (next_token(model, to_device(batch, "cpu"))["next_token"] / count).backward()
+    return [weight.grad.clone() for weight in model.parameters()]
+
+
+@pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_next_token_is_the_log_softmax_by_hand(options):
+    model = tiny_model(**options)
+    for rows in ([12, 12], [3, 0, 12, 1]):
+        batch = ragged_batch(rows)
+        slow = slow_losses(model, *batch)
+        assert list(map(len, slow)) == rows
+        total = next_token(model, to_device(batch, "cpu"))["next_token"]
+        assert total.item() == pytest.approx(sum(map(sum, slow)), rel=1e-5)
+        assert count_terms([batch]) == {"next_token": sum(rows)}
+
+
+def test_an_even_guess_costs_the_log_of_the_vocabulary():
+    model = tiny_model(tie_weights=False)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    batch = to_device(ragged_batch([12, 5]), "cpu")
+    assert next_token(model, batch)["next_token"].item() == pytest.approx(17 * math.log(50))
+
+
+def test_the_padding_of_the_vocabulary_is_never_scored():
+    model = tiny_model(tie_weights=False)
+    batch = to_device(ragged_batch([12, 5]), "cpu")
+    before = next_token(model, batch)["next_token"].item()
+    with torch.no_grad():
+        model.lm_head.weight[50:] = 1e4
+    assert next_token(model, batch)["next_token"].item() == before
+
+
+@pytest.mark.parametrize("sizes", [[1] * 6, [2, 4], [5, 1]])
+def test_accumulated_gradients_equal_the_full_batchs(sizes):
+    model = tiny_model(n_kv_head=2).double()
+    idx, targets = ragged_batch([12, 1, 0, 7, 3, 12])
+    cuts = np.cumsum(sizes)[:-1]
+    micro = list(zip(np.split(idx, cuts), np.split(targets, cuts), strict=True))
+    count = count_terms(micro)["next_token"]
+    assert count == count_terms([(idx, targets)])["next_token"] == 35
+    full = gradients(model, [(idx, targets)], count)
+    assert max(grad.abs().max() for grad in full) > 1e-2
+    for whole, summed in zip(full, gradients(model, micro, count), strict=True):
+        assert (whole - summed).abs().max() < 1e-12
+
+
+def test_gradients_are_the_slopes_of_the_sum():
+    model = tiny_model().double()
+    batch = to_device(ragged_batch([4, 0, 9]), "cpu")
+    model.zero_grad()
+    next_token(model, batch)["next_token"].backward()
+    weight = model.blocks[0].attn.c_attn.weight
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        sums = []
+        for step in (1e-3, -2e-3):
+            weight += step * direction
+            sums.append(target_losses(model, batch).double().sum().item())
+    slope = (sums[0] - sums[1]) / 2e-3
+    assert abs(slope) > 1
+    assert (weight.grad * direction).sum().item() == pytest.approx(slope, rel=1e-2)
+
+
+def test_a_batch_without_a_trained_target_gives_zero_and_zero_gradients():
+    model = tiny_model()
+    batch = ragged_batch([0, 0])
+    assert count_terms([batch]) == {"next_token": 0}
+    total = next_token(model, to_device(batch, "cpu"))["next_token"]
+    assert total.item() == 0
+    total.backward()
+    assert all(weight.grad is None or not weight.grad.any() for weight in model.parameters())
+    losses = target_losses(model, to_device(batch, "cpu"))
+    assert losses.shape == (2, 12) and not losses.any()
+
+
+def test_target_losses_stand_at_their_targets_and_sum_to_next_token():
+    model = tiny_model(n_kv_head=1)
+    batch = ragged_batch([12, 0, 5])
+    losses = target_losses(model, to_device(batch, "cpu")).numpy()
+    assert (losses[batch[1] == IGNORE] == 0).all()
+    for row, slow in zip(range(3), slow_losses(model, *batch), strict=True):
+        assert losses[row][batch[1][row] != IGNORE] == pytest.approx(slow, rel=1e-4, abs=1e-5)
+    total = next_token(model, to_device(batch, "cpu"))["next_token"]
+    assert losses.sum() == pytest.approx(total.item(), rel=1e-5)
+
+
+def test_target_losses_over_many_chunks_equal_those_row_by_row():
+    model = tiny_model(block_size=300)
+    idx, targets = ragged_batch([300] * 30 + [0, 7], T=300)
+    assert (targets != IGNORE).sum() > 2 * 4096
+    together = target_losses(model, to_device((idx, targets), "cpu"))
+    for row in (0, 13, 29, 30, 31):
+        alone = target_losses(model, to_device((idx[row : row + 1], targets[row : row + 1]), "cpu"))
+        assert torch.allclose(together[row], alone[0], atol=1e-4)
+
+
+def model_for(tokenizer, **options):
+    return tiny_model(n_vocab=tokenizer.n_vocab, dropout=0.2, **options)
+
+
+@pytest.mark.parametrize("block_size", [16, 37])
+def test_split_sums_of_a_text_equal_a_slow_loop_over_its_windows(tmp_path, block_size):
+    tokenizer = tiny_tokenizer()
+    data = Dataset(str(write_novel(tmp_path / "novel", tokenizer)))
+    model = model_for(tokenizer, block_size=block_size)
+    ids = [id for line in TEXT.splitlines()[3:] for id in [*tokenizer.encode(line), 0]]
+    ids = [tokenizer.end_of_text if id == 0 else id for id in ids]
+    assert data.tokens["val"].tolist() == ids
+    nats = 0.0
+    for start in range(0, len(ids) - 1, block_size):
+        window = ids[start : start + block_size + 1]
+        nats += sum(slow_losses(model, [window[:-1]], [window[1:]])[0])
+    text = "".join(TEXT.splitlines()[3:]).encode()
+    n_bytes = len(text) - len(text.decode()[0].encode())  # nothing predicts the first token
+    assert tokenizer.decode(ids[:1]) == text.decode()[0]
+    got = split_sums(model, data, "val", 3, "cpu")
+    assert got == (pytest.approx(nats, rel=1e-5), len(ids) - 1, n_bytes)
+
+
+def test_split_sums_of_questions_equal_a_slow_loop_over_their_answers(tmp_path):
+    tokenizer = tiny_tokenizer()
+    data = Dataset(str(write_questions(tmp_path / "qa", tokenizer)))
+    model = model_for(tokenizer, block_size=128)
+    for split, conversations in QUESTIONS.items():
+        nats, count, n_bytes = 0.0, 0, 0
+        for messages in conversations:
+            for turn in range(1, len(messages), 2):
+                prompt = tokenizer.render_prompt(messages[:turn])
+                answer = [*tokenizer.encode(messages[turn]["content"]), tokenizer.end]
+                targets = [IGNORE] * (len(prompt) - 1) + answer
+                nats += sum(slow_losses(model, [(prompt + answer)[:-1]], [targets])[0])
+                count += len(answer)
+                n_bytes += len(messages[turn]["content"].encode())
+        got = split_sums(model, data, split, 2, "cpu")
+        assert got == (pytest.approx(nats, rel=1e-5), count, n_bytes)
+
+
+@pytest.mark.parametrize("write", [write_novel, write_questions])
+def test_split_sums_do_not_depend_on_the_batch_size(tmp_path, write):
+    tokenizer = tiny_tokenizer()
+    data = Dataset(str(write(tmp_path / "data", tokenizer)))
+    model = model_for(tokenizer, block_size=128 if write is write_questions else 20)
+    nats, count, n_bytes = split_sums(model, data, "train", 1, "cpu")
+    assert count > 20 and n_bytes > 20
+    for batch_size in (2, 7, 1000):
+        got = split_sums(model, data, "train", batch_size, "cpu")
+        assert got == (pytest.approx(nats, rel=1e-6), count, n_bytes)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_split_sums_are_those_of_eval_mode_and_leave_the_mode_alone(tmp_path, training):
+    tokenizer = tiny_tokenizer()
+    data = Dataset(str(write_novel(tmp_path / "novel", tokenizer)))
+    model = model_for(tokenizer, block_size=20)
+    plain = split_sums(model, data, "val", 4, "cpu")
+    model.train(training)
+    assert split_sums(model, data, "val", 4, "cpu") == plain
+    assert model.training is model.drop.training is training

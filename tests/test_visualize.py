@@ -1,0 +1,276 @@
+import json
+import logging
+import math
+
+import matplotlib
+import numpy as np
+import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from fontTools.ttLib import TTFont
+from matplotlib.font_manager import FontProperties, findfont, fontManager
+from matplotlib.patches import StepPatch
+from matplotlib.text import Text
+
+from checkpoint import append_log
+from configurator import UserError
+from visualize import curves_figure, draw_histogram, histogram_figure, load_log, main
+
+pytestmark = pytest.mark.filterwarnings("error")
+RATIO = 0.5  # bits per byte of a nat per token
+
+
+def write_run(out_dir, tokenizer=None, steps=30, interval=5, best=25):
+    """An out_dir with a log of a loss that falls from 8, and rises after the step `best`."""
+    out_dir.mkdir()
+    for step in range(1, steps + 1):
+        loss = 4 + 4 * math.exp(-step / 2) + 0.01 * abs(step - best)
+        record = {"iter": step, "tokens": 1000 * step, "seconds": 0.5 * step, "train_loss": loss}
+        record |= {"lr": 1e-3 / step, "grad_norm": 1.0, "tokens_per_second": 2000 + step}
+        if step % interval == 0:
+            record |= {"val_loss": loss + 0.1, "val_bits_per_byte": RATIO * (loss + 0.1)}
+        append_log(out_dir, record)
+    if tokenizer:
+        (out_dir / "step-000030").mkdir()
+        run = json.dumps({"tokenizer_sha256": tokenizer})
+        (out_dir / "step-000030/run.json").write_text(run, encoding="utf-8")
+        (out_dir / "latest").write_text("step-000030\n", encoding="utf-8")
+    return out_dir
+
+
+def read_column(out_dir, key):
+    lines = (out_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return np.array([record[key] for record in map(json.loads, lines) if key in record])
+
+
+def legend_texts(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+@pytest.mark.parametrize("x", ["tokens", "seconds", "iter"])
+def test_curves_are_the_log(tmp_path, x):
+    runs = [write_run(tmp_path / "out-a"), write_run(tmp_path / "out-b", steps=20, best=15)]
+    figure = curves_figure([load_log(run) for run in runs], x, "loss")
+    curves, rate, speed = figure.axes
+    for i, run in enumerate(runs):
+        train, val = curves.lines[2 * i], curves.lines[2 * i + 1]
+        xs = read_column(run, x)
+        for line in (train, rate.lines[i], speed.lines[i]):
+            np.testing.assert_array_equal(line.get_xdata(), xs)
+        np.testing.assert_array_equal(train.get_ydata(), read_column(run, "train_loss"))
+        np.testing.assert_array_equal(val.get_xdata(), xs[4::5])
+        np.testing.assert_array_equal(val.get_ydata(), read_column(run, "val_loss"))
+        np.testing.assert_array_equal(rate.lines[i].get_ydata(), read_column(run, "lr"))
+        speeds = read_column(run, "tokens_per_second")
+        np.testing.assert_array_equal(speed.lines[i].get_ydata(), speeds)
+        colors = {line.get_color() for line in (train, val, rate.lines[i], speed.lines[i])}
+        assert colors == {f"C{i}"}
+    assert curves.get_ylabel() == "loss (nats per token)"
+    assert x in speed.get_xlabel() or speed.get_xlabel() == "steps of the optimizer"
+
+
+def test_bits_per_byte_scale_training_by_the_runs_ratio(tmp_path):
+    run = write_run(tmp_path / "out-a")
+    figure = curves_figure([load_log(run)], "tokens", "bits_per_byte")
+    train, val = figure.axes[0].lines[:2]
+    np.testing.assert_array_equal(val.get_ydata(), read_column(run, "val_bits_per_byte"))
+    np.testing.assert_allclose(train.get_ydata(), RATIO * read_column(run, "train_loss"))
+    assert figure.axes[0].get_ylabel() == "bits per byte"
+    assert "val_bits_per_byte / val_loss" in legend_texts(figure)[1]
+
+
+def test_the_best_evaluation_has_a_star_and_its_value(tmp_path):
+    run = write_run(tmp_path / "out-a", best=25)
+    figure = curves_figure([load_log(run)], "tokens", "loss")
+    star, best = figure.axes[0].lines[2], read_column(run, "val_loss").min()
+    assert (star.get_xdata()[0], star.get_ydata()[0]) == (25_000, best)
+    assert figure.axes[0].texts[0].get_text() == f"{best:.3f}" == "4.100"
+    assert legend_texts(figure)[2] == "out-a: best 4.100 at 25 k tokens"
+
+
+def test_the_first_steps_do_not_flatten_the_rest(tmp_path):
+    run = write_run(tmp_path / "out-a")
+    low, high = curves_figure([load_log(run)], "iter", "loss").axes[0].get_ylim()
+    train, val = read_column(run, "train_loss"), read_column(run, "val_loss")
+    assert high < train[0]
+    assert low < min(train.min(), val.min()) and high > max(train[3:].max(), val.max())
+
+
+@pytest.mark.parametrize(
+    ("tokenizers", "unit"), [("aa", "loss"), ("ab", "bits per byte"), (["a", None], "loss")]
+)
+def test_the_unit_is_one_in_which_the_runs_compare(tmp_path, capsys, tokenizers, unit):
+    runs = [write_run(tmp_path / f"out-{i}", tokenizer) for i, tokenizer in enumerate(tokenizers)]
+    main([f"--runs={runs[0]},{runs[1]}"])
+    assert f"shows {unit}" in capsys.readouterr().out
+    assert (runs[0] / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_without_evaluation_is_drawn_in_nats_only(tmp_path):
+    bare, full = write_run(tmp_path / "bare", interval=99), write_run(tmp_path / "full")
+    figure = curves_figure([load_log(bare)], "tokens", "loss")
+    assert len(figure.axes[0].lines[0].get_ydata()) == 30
+    assert legend_texts(figure)[2] == "bare: no evaluation"
+    figure = curves_figure([load_log(bare), load_log(full)], "tokens", "bits_per_byte")
+    assert np.isnan(figure.axes[0].lines[0].get_ydata()).all()
+    assert legend_texts(figure)[2] == "bare: no evaluation, so no bits per byte"
+    with pytest.raises(UserError, match="no run has one; pass --y=loss"):
+        main([f"--runs={bare}", "--y=bits_per_byte"])
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
+    (tmp_path / "x").mkdir()
+    runs = [load_log(write_run(tmp_path / name)) for name in ("out", "x/out")]
+    texts = legend_texts(curves_figure(runs, "tokens", "loss"))
+    assert texts[2].startswith(f"{tmp_path.as_posix()}/out:")
+    assert texts[3].startswith(f"{tmp_path.as_posix()}/x/out:")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--runs="], "no run to draw; pass --runs=out-a,out-b"),
+        (["--runs=" + ",".join("abcdefghijk")], "11 runs are too many"),
+        (["--runs=DIR/none"], "none/log.jsonl is missing"),
+        (["--runs=DIR/empty"], "empty/log.jsonl is empty"),
+        (["--runs=DIR/other"], "other/log.jsonl is not a log of train.py .KeyError: 'iter'"),
+        (["--runs=DIR/damaged"], "damaged/log.jsonl is not a log of train.py .JSONDecodeError"),
+        (["--runs=DIR/out-a", "--out=DIR/a.pdf"], "must end in .png"),
+        (["--runs=DIR/out-a", "--x=token"], "must be one of tokens, seconds, iter; did you mean"),
+        (["--runs=DIR/out-a", "--y=perplexity"], "must be one of loss, bits_per_byte"),
+    ],
+)
+def test_errors_say_what_to_do_in_one_line(tmp_path, flags, message):
+    write_run(tmp_path / "out-a")
+    logs = {"empty": "", "other": '{"loss": 1}\n', "damaged": '{"iter": 1\n{}\n{}\n'}
+    for name, text in logs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=message) as error:
+        main([flag.replace("DIR", str(tmp_path)) for flag in flags])
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.rglob("*.png*"))
+
+
+def test_pictures_are_whole_and_leave_matplotlib_as_it_was(tmp_path):
+    before = dict(matplotlib.rcParams)
+    run = write_run(tmp_path / "out-a")
+    main([f"--runs={run}", f"--out={tmp_path}/new/a.png"])
+    draw_histogram({"seen": [1.0, 2.0]}, tmp_path / "new/b.png", "title", "x")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["a.png", "b.png"]
+    assert dict(matplotlib.rcParams) == before
+
+
+# --- Chinese -----------------------------------------------------------------------------------
+
+
+def make_font(path, family, chars):
+    """A font file in which each of chars is a square."""
+    pen = TTGlyphPen(None)
+    for move, point in zip(
+        [pen.moveTo, pen.lineTo, pen.lineTo, pen.lineTo],
+        [(0, 0), (0, 900), (900, 900), (900, 0)],
+        strict=True,
+    ):
+        move(point)
+    pen.closePath()
+    glyphs = {".notdef": pen.glyph()} | {f"uni{ord(char):04X}": pen.glyph() for char in chars}
+    font = FontBuilder(1000)
+    font.setupGlyphOrder(list(glyphs))
+    font.setupCharacterMap({ord(char): f"uni{ord(char):04X}" for char in chars})
+    font.setupGlyf(glyphs)
+    font.setupHorizontalMetrics(dict.fromkeys(glyphs, (1000, 0)))
+    font.setupHorizontalHeader(ascent=900, descent=-100)
+    font.setupNameTable({"familyName": family, "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(path)
+
+
+@pytest.fixture(params=["no Chinese font", "a Chinese font"])
+def has_chinese(request, tmp_path, monkeypatch):
+    """Whether a font with 三国 is among those that matplotlib knows; it has both cases."""
+    dejavu = [font for font in fontManager.ttflist if font.name == "DejaVu Sans"]
+    with monkeypatch.context() as patch:
+        patch.setattr(fontManager, "ttflist", dejavu)
+        if request.param == "a Chinese font":
+            make_font(tmp_path / "cjk.ttf", "Noto Sans CJK SC", "三国")
+            fontManager.addfont(tmp_path / "cjk.ttf")
+        yield request.param == "a Chinese font"
+        fontManager.addfont(dejavu[0].fname)  # empties the cache of findfont
+
+
+def undrawable(figure):
+    """Characters in any text of a figure that none of the fonts of that text has."""
+    missing = set()
+    for text in figure.findobj(Text):
+        paths = [findfont(FontProperties(family=[name])) for name in text.get_fontfamily()]
+        known = set().union(*(TTFont(path).getBestCmap() for path in paths))
+        missing |= {char for char in text.get_text() if ord(char) not in known}
+    return missing
+
+
+def test_no_chinese_name_becomes_a_box(tmp_path, capsys, caplog, has_chinese):
+    caplog.set_level(logging.WARNING)
+    run = write_run(tmp_path / "out-三国")
+    main([f"--runs={run}"])  # warnings are errors here
+    printed = capsys.readouterr().out
+    assert ("no font for 三国" in printed.replace("国三", "三国")) != has_chinese
+    figure = curves_figure([load_log(run)], "tokens", "loss")
+    assert undrawable(figure) == set()
+    name = "out-三国" if has_chinese else r"out-\u4e09\u56fd"
+    assert legend_texts(figure)[2].startswith(f"{name}: best")
+
+    figure = histogram_figure({"三": [1.0]}, "三国 🙂", "国")
+    assert undrawable(figure) == set()
+    draw_histogram({"三": [1.0]}, tmp_path / "h.png", "三国 🙂", "国")
+    assert not caplog.records
+
+
+def test_a_dollar_or_an_underscore_in_a_name_means_nothing(tmp_path):
+    run = write_run(tmp_path / "_$x^$")
+    main([f"--runs={run}"])  # $x^$ is an error as mathematics
+    texts = legend_texts(curves_figure([load_log(run)], "tokens", "loss"))
+    assert texts[2].startswith(r"_\$x^\$: best")
+
+
+# --- histograms --------------------------------------------------------------------------------
+
+
+def filled_steps(figure):
+    return [patch.get_data() for patch in figure.axes[0].findobj(StepPatch) if patch.get_fill()]
+
+
+@pytest.mark.parametrize("log_x", [False, True])
+def test_histogram_shows_shares_of_each_group(log_x):
+    groups = {"seen": [1.0, 1.0, 1.0, 100.0], "unseen": [100.0, math.inf]}
+    figure = histogram_figure(groups, "title", "perplexity", log_x)
+    seen, unseen = filled_steps(figure)
+    assert (seen.values[0], seen.values[-1]) == (0.75, 0.25)
+    assert (unseen.values[0], unseen.values[-1]) == (0, 1)
+    np.testing.assert_allclose(seen.edges[[0, -1]], [1, 100])
+    assert legend_texts(figure) == [
+        "seen: n = 4, mean 25.75 (dashed)",
+        "unseen: n = 2, mean 100 (dashed), 1 not finite (drawn at 100)",
+    ]
+    assert figure.axes[0].get_xscale() == ("log" if log_x else "linear")
+    assert (figure.axes[0].get_title(), figure.axes[0].get_xlabel()) == ("title", "perplexity")
+
+
+@pytest.mark.parametrize("log_x", [False, True])
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {},
+        {"seen": []},
+        {"seen": [5.0], "unseen": []},
+        {"seen": [math.inf]},
+        {"seen": [0.0, math.nan]},
+    ],
+)
+def test_histogram_of_little_is_drawn(tmp_path, groups, log_x):
+    draw_histogram(groups, tmp_path / "h.png", "title", "x", log_x)
+    for steps, values in zip(
+        filled_steps(histogram_figure(groups, "", "", log_x)), groups.values(), strict=True
+    ):
+        assert steps.values.sum() == (1 if values else 0)
