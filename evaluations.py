@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 from rouge import Rouge
 from tqdm import tqdm
-from visualize import draw_histogram
 
 import sample
 from checkpoint import Checkpoint, load_checkpoint
@@ -25,6 +24,7 @@ from configurator import UserError, command, configure, repo_path, show_path, wr
 from data_utils import Dataset, collate, fit
 from model import pick_device
 from objectives import IGNORE, split_sums, target_losses, to_device
+from visualize import draw_histogram
 
 ROUGE = Rouge(metrics=["rouge-l"], exclusive=False)  # its default counts unique characters only
 LONGEST_FOR_ROUGE = 400  # characters of both texts; the package recurses once for each

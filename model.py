@@ -37,6 +37,7 @@ class Architecture:
     bias: bool = False  # biases in Linear and LayerNorm
     qk_norm: bool = True  # RMSNorm of each head's queries and keys, as in Qwen3
     tie_weights: bool = True  # the head is the embedding
+    init: Literal["fan_in", "gpt2"] = "fan_in"  # std 1 / sqrt(inputs), outputs 0; gpt2: std 0.02
     dropout: float = 0.0  # of embeddings, attention and both outputs of a block
 
     def __post_init__(self):
@@ -160,10 +161,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.wte.weight
-        self.apply(_init_weights)
-        for name, weight in self.named_parameters():  # GPT-2: residuals add up over the depth
-            if name.endswith("c_proj.weight"):
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer))
+        self.init_weights()
 
     def forward(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """(B, T) ids -> (B, T, n_embd) hidden states after the last norm.
@@ -198,6 +196,25 @@ class GPT(nn.Module):
     def new_cache(self, batch_size: int) -> KVCache:
         weight = self.wte.weight
         return KVCache(self.config, batch_size, weight.dtype, weight.device)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Embeddings have std 0.02. Matrices keep the size of what they read (fan_in), and what a
+        block adds starts at zero; gpt2 has 0.02 everywhere, less for the deeper sums."""
+        config = self.config
+        for name, parameter in self.named_parameters():
+            adds = name.endswith("c_proj.weight")
+            if parameter.dim() < 2:  # norms keep their 1, biases are 0
+                if name.endswith("bias"):
+                    parameter.zero_()
+            elif config.init == "gpt2" and adds:
+                parameter.normal_(std=0.02 / math.sqrt(2 * config.n_layer))
+            elif config.init == "gpt2" or name.startswith(("wte", "wpe", "lm_head")):
+                parameter.normal_(std=0.02)
+            elif adds:
+                parameter.zero_()
+            else:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
 
     def n_params(self) -> int:
         """Parameters, a tied weight once."""
@@ -315,10 +332,3 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     half = x.shape[-1] // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
     return x * cos + turned * sin
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)

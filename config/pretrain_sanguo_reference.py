@@ -15,6 +15,7 @@ norm = "layernorm"
 norm_eps = 1e-5
 mlp = "gelu"
 qk_norm = False
+init = "gpt2"
 dropout = 0.2
 
 batch_size = 32
