@@ -89,10 +89,12 @@ def fit(tokenizer: Tokenizer, messages: list[dict], max_tokens: int) -> tuple[li
     """Messages of at most max_tokens ids, and what was done: "" where nothing was.
 
     The oldest turns go first, then the answer ends at the last sentence end that fits; None where
-    there is none, or where the last message is no answer.
+    there is none, or where the last two messages are no question and answer.
     """
-    if not messages or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-        return None, "skipped: no answer"
+    if [message["role"] for message in messages[-2:]] != ["user", "assistant"]:
+        return None, "skipped: no question and answer"
+    if not messages[-1]["content"].strip():
+        return None, "skipped: empty answer"
     system = [m for m in messages[:1] if m["role"] == "system"]
     turns = messages[len(system) :]
     how = ""

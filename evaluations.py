@@ -91,6 +91,7 @@ def repeated(texts: list[str], n: int = 4) -> float:
 
 def look_up(questions: list[str], known: list[tuple[str, str]]) -> list[str]:
     """For each question the answer of the known question that shares most character pairs."""
+    exact = dict(reversed(known))
     known_pairs = [set(ngrams(question, 2)) for question, _ in known]
 
     def nearest(question: str) -> str:
@@ -98,7 +99,7 @@ def look_up(questions: list[str], known: list[tuple[str, str]]) -> list[str]:
         overlaps = [len(pairs & other) / max(1, len(pairs | other)) for other in known_pairs]
         return known[int(np.argmax(overlaps))][1]
 
-    return [nearest(question) for question in questions]
+    return [exact[q] if q in exact else nearest(q) for q in questions]
 
 
 # --- scores of a model -------------------------------------------------------------------------
@@ -111,7 +112,10 @@ def reference_perplexities(
     tokenizer = checkpoint.tokenizer
     perplexities = []
     for first in range(0, len(conversations), batch_size):
-        rendered = [tokenizer.render(c) for c in conversations[first : first + batch_size]]
+        rendered = []
+        for messages in conversations[first : first + batch_size]:
+            ids, prompt = tokenizer.render(messages)[0], tokenizer.render_prompt(messages[:-1])
+            rendered.append((ids, [0] * len(prompt) + [1] * (len(ids) - len(prompt))))
         idx, targets = collate(rendered)
         losses = target_losses(checkpoint.model, to_device((idx, targets), device))
         counts = (targets != IGNORE).sum(axis=1)
@@ -193,24 +197,35 @@ def evaluate(checkpoint: Checkpoint, data: Dataset, config: Settings, device: st
     write_reports(checkpoint, report, asked, seen)
 
 
+def known_pairs(dataset: str) -> dict[str, list[tuple[str, str]]]:
+    """The last question and answer of each conversation of a dataset, train first."""
+    data = Dataset(dataset)
+    if data.kind != "sft":
+        raise UserError(f"{show_path(data.path)} has no answers; pass --dataset= of questions")
+    splits = ("train", *(set(data.tokens) - {"train"}))
+    return {
+        split: [(m[-2]["content"], m[-1]["content"]) for m in data.conversations(split)]
+        for split in splits
+    }
+
+
 def evaluate_file(checkpoint: Checkpoint, config: sample.Settings, records: list[dict]) -> None:
     """Scores the answers to a file's questions. References come from the file, else from the
     dataset; questions that have neither are counted and left out."""
     if not config.start.startswith("FILE:"):
         raise UserError("--eval_mode takes its questions from a file; pass --start=FILE:x.jsonl")
-    data = Dataset(config.dataset or checkpoint.run["settings"]["dataset"])
-    if data.kind != "sft":
-        raise UserError(f"{show_path(data.path)} has no answers; pass --dataset= of questions")
-    known = [
-        [(m[-2]["content"], m[-1]["content"]) for m in data.conversations(split)]
-        for split in ("train", *(set(data.tokens) - {"train"}))
-    ]
-    reference_of = {question: answer for pairs in reversed(known) for question, answer in pairs}
-    trained = {question for question, _ in known[0]}
+    try:
+        known = known_pairs(config.dataset or checkpoint.run["settings"]["dataset"])
+    except UserError:
+        if config.dataset or not all(record["Answer"] for record in records):
+            raise
+        known = {}  # the file has all references
+    reference_of = {q: a for pairs in reversed(known.values()) for q, a in pairs}
+    trained = {question for question, _ in known.get("train", [])}
     conversations, unmatched, too_long = [], 0, 0
     for record in records:
         answer = record["Answer"] or reference_of.get(record["Question"])
-        if answer is None:
+        if not (answer and answer.strip()):
             unmatched += 1
             continue
         messages = [
@@ -229,7 +244,9 @@ def evaluate_file(checkpoint: Checkpoint, config: sample.Settings, records: list
     seen = [record for record in asked if record["question"] in trained]
     name = Path(config.start.removeprefix("FILE:")).stem
     report = {"dataset": name, "split": "file", "unmatched": unmatched}
-    write_reports(checkpoint, report | score_answers(asked, seen, known[0]), asked, seen)
+    write_reports(
+        checkpoint, report | score_answers(asked, seen, known.get("train", [])), asked, seen
+    )
 
 
 # --- reports -----------------------------------------------------------------------------------

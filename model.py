@@ -46,7 +46,12 @@ class Architecture:
         if self.n_hidden is None:  # SwiGLU has three matrices: 2/3 as wide, in steps of 64
             swiglu = max(64, round(8 / 3 * self.n_embd / 64) * 64)
             self.n_hidden = swiglu if self.mlp == "swiglu" else 4 * self.n_embd
-        for name in ("block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"):
+        if self.block_size < 2:
+            raise UserError(f"block_size={self.block_size} must be 2 or more")
+        for name in ("rope_theta", "norm_eps"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name}={getattr(self, name)} must be above 0")
+        for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
         if self.n_embd % self.n_head:

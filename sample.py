@@ -265,10 +265,10 @@ def read_start(start: str, answers: bool) -> list[dict]:
     if not text.strip():
         raise UserError(f"{show_path(path)} is empty")
     if path.suffix != ".jsonl":
-        prompts = text.splitlines() if answers else [text.rstrip("\n")]
-        return [{"Question": line.strip(), "Answer": None} for line in prompts if line.strip()]
+        lines = [line.strip() for line in text.splitlines()] if answers else [text.rstrip("\n")]
+        return [{"Question": line, "Answer": None} for line in lines if line]
     records = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines cuts at U+2028 too
         if not line.strip():
             continue
         try:

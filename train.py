@@ -58,6 +58,9 @@ class Settings(Architecture):
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # norm that gradients are clipped to; 0 is off
     eval_interval: int = 250  # steps between evaluations, each with a checkpoint
+    best_by: Literal["val_loss", "last"] = (
+        "val_loss"  # which checkpoint is `best`, that others take
+    )
     patience: int | None = None  # evaluations without a lower validation loss before it stops
     log_interval: int = 10  # steps between lines of log.jsonl
     device: str = "auto"  # cuda, mps, cpu; auto is the first of them that is there
@@ -210,7 +213,8 @@ def train(run: Run) -> None:
             progress.seconds = time.perf_counter() - began
             append_log(run.out_dir, record)
             if evaluates or interrupts:
-                save(run, is_best=evaluates and progress.worse == 0)
+                lowest = evaluates and progress.worse == 0
+                save(run, is_best=lowest or config.best_by == "last")
             if interrupts or progress.is_finished(config):
                 break
             losses, last_time, last_tokens = [], time.perf_counter(), progress.tokens

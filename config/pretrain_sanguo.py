@@ -8,8 +8,8 @@ n_head = 4
 n_embd = 256
 block_size = 256
 
-batch_size = 8
-max_iters = 500
+batch_size = 4
+max_iters = 1000
 learning_rate = 3e-3
 warmup_iters = 30
-eval_interval = 125
+eval_interval = 250

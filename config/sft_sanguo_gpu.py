@@ -11,3 +11,4 @@ max_iters = 1000
 learning_rate = 5e-4
 warmup_iters = 50
 eval_interval = 50
+best_by = "last"

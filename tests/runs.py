@@ -1,13 +1,16 @@
 """Toy datasets, tiny runs and the scripts' real command lines, for the tests of training."""
 
+import contextlib
 import json
 import os
 import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -37,7 +40,9 @@ torch.set_num_threads(1)  # where other processes run too, two threads wait for 
 
 def novel(seed: int, sentences: int) -> str:
     draw = random.Random(seed)
-    deeds = ((draw.choice(PEOPLE), draw.choice(DEEDS), draw.choice(PLACES)) for _ in range(sentences))
+    deeds = (
+        (draw.choice(PEOPLE), draw.choice(DEEDS), draw.choice(PLACES)) for _ in range(sentences)
+    )
     return "".join("".join(deed) + "。" for deed in deeds)
 
 
@@ -47,7 +52,10 @@ def questions(seed: int, count: int) -> list[list[dict]]:
     return [
         [
             {"role": "user", "content": f"{draw.choice(PEOPLE)}到{seed}{number}？"},
-            {"role": "assistant", "content": "".join(draw.choices(PLACES, k=1 + number % 4)) + "。"},
+            {
+                "role": "assistant",
+                "content": "".join(draw.choices(PLACES, k=1 + number % 4)) + "。",
+            },
         ]
         for number in range(count)
     ]
@@ -71,9 +79,7 @@ def words(**settings: object) -> list[str]:
 
 def train_here(**settings: object) -> Path:
     """train.py's main in this process, on a tiny model; returns the out_dir."""
-    given = {} if "resume" in settings or "init_from" in settings else TINY
-    if "init_from" in settings:
-        given = {name: value for name, value in TINY.items() if not name.startswith("n_")}
+    given = {} if settings.get("resume") else TINY
     train.main(words(**given | settings))
     return Path(settings["out_dir"])
 
@@ -96,19 +102,70 @@ def run(script: str, *argv: str, **options) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(process.args, process.returncode, decoded(out), decoded(err))
 
 
+# An interpreter that has imported torch forks for each line of stdin, [cwd, script, *argv]; the
+# child ends as any script does: Python prints what it raises, and sets its exit code.
+READY = """
+import gc, json, os, runpy, sys
+import numpy, safetensors.torch, tiktoken, tokenizers, torch, torch._dynamo, tqdm
+gc.freeze()  # no child need look through what was imported when it ends
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+cwd, out, err, *sys.argv = json.loads(line)
+for number, path in enumerate([os.devnull, out, err]):
+    os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+os.chdir(cwd)
+sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@contextlib.contextmanager
+def ready_python(folder: Path) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
+    """A `run` for many command lines: each is a process of its own, that need not import torch
+    again, which takes seconds. Where processes cannot fork it is `run` itself."""
+    if not hasattr(os, "fork"):
+        yield run
+        return
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    ready = subprocess.Popen([sys.executable, "-c", READY], env=environment, **pipes)
+    outputs = folder / "stdout", folder / "stderr"
+
+    def run_ready(script: str, *argv: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+        words = [cwd, *outputs, cwd / script, *argv]
+        ready.stdin.write(json.dumps([str(word) for word in words]) + "\n")
+        ready.stdin.flush()
+        code = int(ready.stdout.readline())
+        out, err = (path.read_text(encoding="utf-8") for path in outputs)
+        return subprocess.CompletedProcess(argv, code, out, err)
+
+    with ready:
+        yield run_ready
+
+
 def decoded(output: bytes | None) -> str:
     return (output or b"").decode()
 
 
 def error_line(done: subprocess.CompletedProcess) -> str:
     """The one line on stderr of a run that failed as it should; progress bars aside."""
-    lines = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
-    lines = [line for line in lines if not re.search(r"\d+%\|", line)]
+    lines = without_bars(done.stderr)
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: "), done.stderr
     assert done.returncode == 1
     assert "Traceback" not in done.stdout
     return lines[0].removeprefix("error: ")
+
+
+def without_bars(stderr: str) -> list[str]:
+    """The lines that are no progress bar."""
+    lines = [line for line in re.split(r"[\r\n]+", stderr) if line.strip()]
+    return [line for line in lines if not re.search(r"\d+%\|", line)]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -155,7 +212,32 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert same, f"{name} differs"
     assert course(one) == course(other)
     assert pointer(one, "best") == pointer(other, "best")
-    drop = {"seconds"}
-    progress = [saved(out)["progress"] for out in (one, other)]
-    assert progress[0].keys() == progress[1].keys()
-    assert all(progress[0][key] == progress[1][key] for key in progress[0].keys() - drop)
+    progress = [saved(out)["progress"] | {"seconds": None} for out in (one, other)]
+    assert progress[0] == progress[1]
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[tuple[Path, Callable[[int], None]]]:
+    """A disk of 1 MB mounted on folder, and leave(n), which fills it up to n bytes. The test is
+    skipped where no disk can be mounted."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        refused = subprocess.run(mount, capture_output=True, text=True, check=False)
+        reason = refused.stderr.strip() if refused.returncode else ""
+    except OSError as error:
+        reason = str(error)
+    if reason:
+        pytest.skip(f"no disk can be mounted here: {reason}")
+
+    def leave(room: int) -> None:
+        filler = folder / "filler"
+        filler.unlink(missing_ok=True)
+        state = os.statvfs(folder)
+        filler.write_bytes(bytes(state.f_bavail * state.f_frsize - room))
+
+    try:
+        yield folder, leave
+    finally:
+        # lazily: a loaded checkpoint may still be mapped into memory
+        subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -163,9 +163,10 @@ def test_look_up_takes_the_question_that_shares_most_character_pairs():
     assert look_up([], known) == []
 
 
-@pytest.mark.parametrize("question", ["谁", "哈哈哈", "哈哈"])
+@pytest.mark.parametrize("question", ["孔明是谁？", "谁", "哈哈哈", "哈哈"])
 def test_look_up_finds_the_very_question_that_is_known(question):
     known = [("谁啊", "A"), ("谁", "B"), ("哈哈哈", "C"), ("哈哈", "D")]
+    known += [("曹操是谁？孔明是谁？", "E"), ("孔明是谁？", "F")]
     assert look_up([question], known) == [dict(known)[question]]
 
 
@@ -290,7 +291,7 @@ def test_the_report_of_a_novel_by_hand(tmp_path):
         nats -= sum(log_probs[i, id].item() for i, id in enumerate(window[1:]))
     n_bytes = sum(len(checkpoint.tokenizer._bytes[id]) for id in ids[1:])
     assert (report["tokens"], report["bytes"]) == (len(ids) - 1, n_bytes)
-    assert n_bytes > 300
+    assert n_bytes > len(ids)
     assert report["perplexity"] == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-5)
     assert report["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
 

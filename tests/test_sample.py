@@ -115,7 +115,7 @@ def test_cached_ids_equal_uncached(options, way):
     model = tiny_model(**options).double()
     sampling = Sampling(max_new_tokens=40, **way)
     slow = [slow_generate(model, p, sampling, (), (i, 0)) for i, p in enumerate(PROMPTS)]
-    assert len(set(sum(slow, []))) > 20
+    assert len(set(itertools.chain(*slow))) > 10
     assert fast_generate(model, PROMPTS, sampling) == slow
 
 
@@ -339,6 +339,8 @@ def test_the_edges_of_the_unit_interval_are_the_first_and_the_last_choice():
     assert choose(logits, Sampling(temperature=1.0), edges, None).tolist() == [1, 3]
     assert choose(logits, Sampling(temperature=1.0, top_k=2), edges, None).tolist() == [1, 2]
     assert choose(logits, Sampling(temperature=1.0, top_p=0.8), edges, None).tolist() == [1, 2]
+    halves = [choose(torch.zeros(1, 2), Sampling(temperature=1.0), [u], None) for u in (0, 0.5)]
+    assert halves[0] != halves[1]
 
 
 def test_a_penalty_lowers_positive_and_negative_logits_by_hand():

@@ -1,0 +1,492 @@
+"""An out_dir outlives kills at any moment and full disks, and a run goes on from it."""
+
+import ast
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from checkpoint import (
+    append_log,
+    has_checkpoint,
+    load_checkpoint,
+    load_optimizer,
+    read_log,
+    read_run,
+    rewind,
+    save_checkpoint,
+)
+from configurator import UserError
+from model import GPT, ModelConfig
+from tests.runs import (
+    ROOT,
+    TINY,
+    assert_same_run,
+    checkpoint_file,
+    contents,
+    course,
+    log,
+    pointer,
+    small_disk,
+    start,
+    toy_tokenizer,
+    train_here,
+    words,
+    write_toys,
+)
+
+FILES = ("model.safetensors", "optimizer.safetensors", "run.json", "tokenizer.json")
+posix = pytest.mark.skipif(os.name != "posix", reason="Windows has no fork and no SIGINT to one")
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    """A directory with the datasets text and questions."""
+    folder = tmp_path_factory.mktemp("toys")
+    write_toys(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return toy_tokenizer()
+
+
+def stepped_model(**options) -> tuple[GPT, torch.optim.Optimizer]:
+    """A small model after one step of AdamW."""
+    torch.manual_seed(0)
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 8, "n_vocab": 320} | options
+    model = GPT(ModelConfig(**shape))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model.head(model(torch.arange(8)[None])).square().sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def save_step(out_dir: Path, step: int, is_best: bool, tokenizer, **options) -> None:
+    """A checkpoint of that step; all weights of its last norm are the step's number."""
+    model, optimizer = stepped_model(**options)
+    model.norm.weight.data.fill_(step)
+    run = {"progress": {"iter": step}, "settings": {}, "dataset": {"kind": "pretrain"}}
+    save_checkpoint(out_dir, model, optimizer, tokenizer, run, is_best)
+
+
+def step_of(out_dir: Path, which: str) -> int:
+    """The step of the checkpoint that loads, by its weights, run.json and optimizer alike."""
+    checkpoint = load_checkpoint(out_dir, which)
+    load_optimizer(checkpoint, torch.optim.AdamW(checkpoint.model.parameters()))
+    step = int(checkpoint.model.norm.weight[0])
+    assert checkpoint.run["progress"]["iter"] == step
+    return step
+
+
+def checkpoints(out_dir: Path) -> set[str]:
+    return {path.name for path in out_dir.iterdir() if "step-" in path.name}
+
+
+# --- what is saved -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_what_is_loaded_is_what_was_saved_and_a_tied_weight_is_stored_once(
+    tmp_path, tokenizer, tie_weights
+):
+    save_step(tmp_path, 3, True, tokenizer, tie_weights=tie_weights, n_kv_head=1, bias=True)
+    model, optimizer = stepped_model(tie_weights=tie_weights, n_kv_head=1, bias=True)
+    model.norm.weight.data.fill_(3)
+    stored = load_file(checkpoint_file(tmp_path, "model.safetensors"))
+    assert sum(value.numel() for value in stored.values()) == model.n_params()
+    assert ("lm_head.weight" in stored) == (not tie_weights)
+
+    loaded = load_checkpoint(tmp_path)
+    assert loaded.model.config == model.config
+    assert loaded.tokenizer.sha256 == tokenizer.sha256
+    assert not loaded.model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], value), name
+
+    again = torch.optim.AdamW(loaded.model.parameters(), lr=0.1)
+    load_optimizer(loaded, again)
+    for mine, theirs in zip(model.parameters(), loaded.model.parameters(), strict=True):
+        before, after = optimizer.state[mine], again.state[theirs]
+        assert before.keys() == after.keys() >= {"step", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_only_the_latest_and_the_best_checkpoint_are_kept(tmp_path, tokenizer):
+    for step, is_best in enumerate([True, True, False, False], 1):
+        save_step(tmp_path, step, is_best, tokenizer)
+    assert checkpoints(tmp_path) == {"step-000002", "step-000004"}
+    assert (step_of(tmp_path, "best"), step_of(tmp_path, "latest")) == (2, 4)
+    assert {path.name for path in (tmp_path / "step-000004").iterdir()} == set(FILES)
+    save_step(tmp_path, 5, True, tokenizer)
+    assert checkpoints(tmp_path) == {"step-000005"}
+
+
+def test_a_moved_out_dir_loads(tmp_path, tokenizer):
+    save_step(tmp_path / "here", 1, True, tokenizer)
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert step_of(tmp_path / "there", "best") == 1
+
+
+def test_nothing_is_unpickled():
+    """No source imports a module that unpickles, or calls a function that may."""
+    modules = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    calls = {"torch.load", "np.load", "numpy.load", "read_pickle", "torch.save"}
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py")]
+    assert ROOT / "checkpoint.py" in sources
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert not modules & {alias.name.partition(".")[0] for alias in node.names}, path
+            if isinstance(node, ast.ImportFrom):
+                assert (node.module or "").partition(".")[0] not in modules, path
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in calls, path
+            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                assert ast.unparse(node.value) == "False", path
+
+
+# --- killed ------------------------------------------------------------------------------------
+
+OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
+
+
+def kills(action: Callable[[], None], out_dir: Path) -> list[Path]:
+    """The states of out_dir after the action was killed before its 1st, 2nd, ... file operation,
+    each in a directory of its own; in the last one the action went through."""
+    states = []
+    while not states or (states[-1].parent / "killed").exists():
+        state = out_dir.parent / f"killed-{len(states)}" / out_dir.name
+        shutil.copytree(out_dir, state)
+        child = os.fork()
+        if child == 0:
+            kill_after(len(states))
+            try:
+                action(state)
+                os._exit(0)
+            finally:
+                os._exit(1)  # the action failed
+        status = os.waitpid(child, 0)[1]
+        if os.WIFSIGNALED(status):
+            assert os.WTERMSIG(status) == signal.SIGKILL
+            (state.parent / "killed").touch()
+        else:
+            assert os.WEXITSTATUS(status) == 0
+        states.append(state)
+    return states
+
+
+def kill_after(operations: int) -> None:
+    """From here on this process may do that many file operations; before the next it is killed."""
+    left = [operations]
+
+    def watch(event: str, args: tuple) -> None:
+        if event in OPERATIONS:
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+
+    sys.addaudithook(watch)
+
+
+@posix
+@pytest.mark.parametrize("is_best", [True, False])
+def test_a_save_killed_at_any_file_operation_leaves_whole_checkpoints(tmp_path, tokenizer, is_best):
+    out = tmp_path / "out"
+    save_step(out, 1, True, tokenizer)
+    save_step(out, 2, False, tokenizer)
+    states = kills(lambda state: save_step(state, 3, is_best, tokenizer), out)
+    assert len(states) > 20
+    found = []
+    for state in states:
+        loaded = step_of(state, "latest"), step_of(state, "best")
+        rewind(state)  # what resuming does
+        after = step_of(state, "latest"), step_of(state, "best")
+        assert after == ((3, 3 if is_best else 1) if loaded[0] == 3 else (2, 1))
+        assert checkpoints(state) == {f"step-{step:06d}" for step in after}
+        found.append(loaded)
+    between = {(3, 1)} if is_best else set()
+    assert set(found) == {(2, 1), (3, 3 if is_best else 1)} | between
+
+
+@posix
+def test_the_first_save_killed_at_any_file_operation_leaves_nothing_or_what_loads(
+    tmp_path, tokenizer
+):
+    out = tmp_path / "out"
+    out.mkdir()
+    states = kills(lambda state: save_step(state, 1, True, tokenizer), out)
+    assert len(states) > 15
+    assert not has_checkpoint(states[0])
+    assert has_checkpoint(states[-1])
+    for state in states:
+        if has_checkpoint(state):
+            assert step_of(state, "latest") == 1
+            assert step_of(state, "best") == 1
+
+
+@posix
+def test_a_rewind_killed_at_any_file_operation_is_made_up_by_the_next(tmp_path, tokenizer):
+    out = tmp_path / "out"
+    save_step(out, 1, True, tokenizer)
+    shutil.copytree(out / "step-000001", tmp_path / "kept")
+    save_step(out, 2, True, tokenizer)
+    (tmp_path / "kept").rename(out / "step-000001")
+    (out / "best").write_text("step-000001\n")  # as if killed before `best` was written
+    (out / ".step-000003.tmp").mkdir()
+    for step in (1, 2, 3):
+        append_log(out, {"iter": step})
+    states = kills(rewind, out)
+    assert len(states) > 5
+    for state in states:
+        assert step_of(state, "latest") == 2
+        assert step_of(state, "best") in (1, 2)
+        assert [record["iter"] for record in read_log(state)] in ([1, 2, 3], [1, 2])
+        rewind(state)
+        assert (step_of(state, "latest"), step_of(state, "best")) == (2, 2)
+        assert checkpoints(state) == {"step-000002"}
+        assert [record["iter"] for record in read_log(state)] == [1, 2]
+
+
+def test_the_rest_of_a_killed_save_is_no_part_of_the_next(tmp_path, tokenizer):
+    save_step(tmp_path, 1, True, tokenizer)
+    for rest in ("step-000002", ".step-000002.tmp"):  # renamed, but no pointer yet; not renamed
+        (tmp_path / rest).mkdir()
+        (tmp_path / rest / "model.safetensors").write_bytes(b"half")
+        (tmp_path / rest / "stale").touch()
+    save_step(tmp_path, 2, False, tokenizer)
+    assert checkpoints(tmp_path) == {"step-000001", "step-000002"}
+    assert {path.name for path in (tmp_path / "step-000002").iterdir()} == set(FILES)
+    assert step_of(tmp_path, "latest") == 2
+
+
+def test_a_log_cut_at_any_byte_keeps_its_whole_lines(tmp_path):
+    records = [{"iter": step, "train_loss": step / 3} for step in (1, 2, 3)]
+    for record in records:
+        append_log(tmp_path, record)
+    whole = (tmp_path / "log.jsonl").read_bytes()
+    ends = [i for i, byte in enumerate(whole) if byte == ord("}")]
+    for cut in range(len(whole) + 1):
+        (tmp_path / "log.jsonl").write_bytes(whole[:cut])
+        assert read_log(tmp_path) == records[: sum(end < cut for end in ends)]
+
+
+# --- full disks and damage ---------------------------------------------------------------------
+
+
+def test_a_save_on_a_full_disk_keeps_the_checkpoints_before(tmp_path, tokenizer):
+    with small_disk(tmp_path / "disk") as (disk, leave):
+        out = disk / "out"
+        save_step(out, 1, True, tokenizer)
+        save_step(out, 2, False, tokenizer)
+        size = sum(len(content) for content in contents(out / "step-000002").values())
+        page = 4096
+        rooms = [*range(0, size, 4 * page), *range(size, size + 8 * page, page)]
+        failures = 0
+        for room in rooms:  # the disk is full at another file each time
+            leave(room)
+            try:
+                save_step(out, 3, True, tokenizer)
+            except UserError as error:
+                failures += 1
+                assert "No space left on device" in str(error)
+                assert "\n" not in str(error)
+                assert step_of(out, "latest") == 2
+                assert step_of(out, "best") == 1
+                assert not [*disk.rglob("*.tmp")]
+                assert checkpoints(out) == {"step-000001", "step-000002"}
+            else:
+                break
+        assert failures > 5
+        assert step_of(out, "latest") == 3
+
+
+def damage(path: Path) -> list[bytes]:
+    """What a disk may have left of a file: nothing, its beginning, zeros."""
+    content = path.read_bytes()
+    return [b"", content[:1], content[: len(content) // 2], content[:-2], bytes(len(content))]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named(tmp_path, tokenizer, name):
+    save_step(tmp_path, 1, True, tokenizer)
+    file = checkpoint_file(tmp_path, name)
+    for content in [*damage(file), None]:
+        if content is None:
+            file.unlink()
+        else:
+            file.write_bytes(content)
+        with pytest.raises(UserError) as error:
+            step_of(tmp_path, "latest")
+        assert name in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"step-000009\n", b"", bytes(12), b"\xff\xfe\x00", b"../elsewhere\n"]
+)
+@pytest.mark.parametrize("which", ["latest", "best"])
+def test_a_damaged_pointer_is_an_error_of_one_line(tmp_path, tokenizer, which, content):
+    save_step(tmp_path, 1, True, tokenizer)
+    (tmp_path / which).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_checkpoint(tmp_path, which)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path, tokenizer):
+    save_step(tmp_path / "one", 1, True, tokenizer)
+    file = checkpoint_file(tmp_path / "one", "model.safetensors")
+    for options in ({"n_embd": 16}, {"n_layer": 2}, {"bias": True}, {"tie_weights": False}):
+        save_step(tmp_path / "other", 1, True, tokenizer, **options)
+        shutil.copy(checkpoint_file(tmp_path / "other", "model.safetensors"), file)
+        with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+            load_checkpoint(tmp_path / "one")
+        shutil.rmtree(tmp_path / "other")
+
+
+@pytest.mark.parametrize("text", ["{}", "null", '{"architecture": {"n_layers": 3}}'])
+def test_a_run_json_of_another_kind_is_an_error_of_one_line(tmp_path, tokenizer, text):
+    save_step(tmp_path, 1, True, tokenizer)
+    checkpoint_file(tmp_path, "run.json").write_text(text)
+    with pytest.raises(UserError, match=r"run\.json"):
+        load_checkpoint(tmp_path)
+
+
+def test_an_optimizer_of_another_model_is_refused(tmp_path, tokenizer):
+    save_step(tmp_path / "one", 1, True, tokenizer, n_layer=2)
+    save_step(tmp_path / "other", 1, True, tokenizer)
+    name = "optimizer.safetensors"
+    shutil.copy(checkpoint_file(tmp_path / "other", name), checkpoint_file(tmp_path / "one", name))
+    with pytest.raises(UserError, match=r"optimizer\.safetensors"):
+        step_of(tmp_path / "one", "latest")
+
+
+# --- stopped and resumed in processes of their own ---------------------------------------------
+
+
+def flags(toys: Path, kind: str, **settings: object) -> list[str]:
+    """A run of `text`, or one of `questions` that starts from the model toys/base."""
+    given = TINY | {"dataset": toys / kind, "dropout": 0.1, "gradient_accumulation_steps": 2}
+    if kind == "questions":
+        given |= {"init_from": toys / "base"}
+    return words(**given | settings)
+
+
+def wait_for(happens: Callable[[], bool], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not happens():
+        assert process.poll() is None, "it ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+
+
+def lines_of_log(out_dir: Path) -> int:
+    file = out_dir / "log.jsonl"
+    return file.read_bytes().count(b"\n") if file.is_file() else 0
+
+
+@posix
+def test_a_run_stopped_twice_by_ctrl_c_ends_in_the_bits_of_one_never_stopped(toys, tmp_path):
+    # a directory with a blank, as the printed command must quote it
+    out = tmp_path / "out 三国"
+    common = {"max_iters": 120, "eval_interval": 40}
+    process = start("train.py", *flags(toys, "text", out_dir=out, **common))
+    for stop in (10, 40):
+        wait_for(lambda stop=stop: lines_of_log(out) >= stop, process)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = (part.decode() for part in process.communicate(timeout=120))
+        assert process.returncode == 130
+        assert "Traceback" not in stderr
+        step = read_run(out, "latest")["progress"]["iter"]
+        assert stop <= step < 120
+        assert f"stopped at step {step} and saved; go on with\n" in stdout
+        # it prints what a person types: python, and a script beside which they stand
+        python, script, *argv = shlex.split(stdout.splitlines()[-1])
+        assert (python, script) == ("python", "train.py")
+        process = start(script, *argv)
+    stdout, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "finished at step 120" in stdout.decode()
+    train.main(flags(toys, "text", out_dir=tmp_path / "whole", **common))
+    assert_same_run(tmp_path / "whole", out)
+    assert len(log(out)) == 120
+
+
+@posix
+def test_a_second_ctrl_c_stops_without_saving(toys, tmp_path):
+    out = tmp_path / "out"
+    slow = {"gradient_accumulation_steps": 5000}  # a step takes many seconds
+    process = start("train.py", *flags(toys, "text", out_dir=out, **slow))
+    read_until(process, b"0%|")
+    process.send_signal(signal.SIGINT)
+    read_until(process, b"stopping after this step")
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert stderr.endswith(b"interrupted\n")
+    assert b"Traceback" not in stderr
+    assert not has_checkpoint(out)
+
+
+def read_until(process: subprocess.Popen, text: bytes) -> None:
+    """Reads stderr up to this text."""
+    read = b""
+    while text not in read:
+        piece = os.read(process.stderr.fileno(), 4096)
+        assert piece, read
+        read += piece
+
+
+@pytest.mark.slow
+@posix
+@pytest.mark.parametrize("kind", ["text", "questions"])
+def test_a_run_killed_ten_times_ends_in_the_bits_of_one_never_killed(toys, tmp_path, kind):
+    if kind == "questions" and not (toys / "base").exists():
+        train_here(dataset=toys / "text", out_dir=toys / "base")
+    common = {"max_iters": 400, "eval_interval": 4}
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    reference = start("train.py", *flags(toys, kind, out_dir=whole, **common))
+    draw = random.Random(kind)
+    for _ in range(10):
+        process = start("train.py", *flags(toys, kind, out_dir=out, **common), "--resume")
+        kill_at_random(process, out, draw)
+        if has_checkpoint(out):
+            for which in ("latest", "best"):
+                load_checkpoint(out, which)
+    process = start("train.py", *flags(toys, kind, out_dir=out, **common), "--resume")
+    for last in (process, reference):
+        last.communicate(timeout=300)
+        assert last.returncode == 0
+    assert_same_run(whole, out)
+    assert [record["iter"] for record in course(out)] == list(range(1, 401))
+
+
+def kill_at_random(process: subprocess.Popen, out_dir: Path, draw: random.Random) -> None:
+    """While it starts, while it saves, or at some moment after a checkpoint of its own."""
+    before = (out_dir / "latest").read_bytes() if has_checkpoint(out_dir) else None
+    when = draw.choice(["starting", "saving", "saving", "later"])
+    if when == "starting":
+        time.sleep(draw.uniform(0, 3))
+    elif when == "saving":
+        wait_for(lambda: any(out_dir.glob(".step-*.tmp")), process)
+        time.sleep(draw.uniform(0, 0.005))
+    else:
+        wait_for(lambda: has_checkpoint(out_dir) and pointer(out_dir, "latest"), process)
+        wait_for(lambda: (out_dir / "latest").read_bytes() != before, process)
+        time.sleep(draw.uniform(0, 0.2))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL

