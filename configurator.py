@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
-import math
 import os
 import re
 import runpy
@@ -166,10 +165,11 @@ def _read_file(word: str, values: dict, hints: dict[str, type]) -> dict:
     try:
         names = runpy.run_path(str(path), init_globals=dict(values))
     except Exception as error:
-        line = (
-            getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
-        )
-        raise UserError(f"{word}, line {line}: {type(error).__name__}: {error}") from None
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        line = lines[-1] if lines else getattr(error, "lineno", None)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{word}, line {line}: {reason}") from None
     found = {}
     for name, value in names.items():
         if name.startswith("_") or isinstance(value, types.ModuleType):
@@ -199,7 +199,7 @@ def _parse(name: str, text: str, hint: type) -> object:
             return text
     try:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         value = text
     return _convert(name, value, hint, "")
 
@@ -223,7 +223,7 @@ def _convert(name: str, value: object, hint: type, where: str) -> object:
         if isinstance(value, list | tuple):
             return [_convert(name, item, options[0], where) for item in value]
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if math.isfinite(value):
+        if abs(value) <= sys.float_info.max:
             return float(value)
     elif hint is int and isinstance(value, float) and value.is_integer():
         return int(value)

@@ -25,7 +25,7 @@ from tokenizer import Tokenizer, load_tokenizer
 
 IGNORE = -100  # a target that is not trained; torch's own default
 POOL = 16  # steps whose rows are sorted by length together
-SENTENCE_END = re.compile(r"[。！？…；.!?;][”’」』）)]*")
+SENTENCE_END = re.compile(r"(?:[。！？…；!?;]|\.(?!\d))+[”’」』）)]*")
 
 
 # --- writers -----------------------------------------------------------------------------------
@@ -65,12 +65,12 @@ def write_sft(
 
     def rows(split: str, sizes: Counter) -> Iterator[tuple[list[int], list[int]]]:
         for messages in conversations[split]:
-            key = hashlib.blake2b(json.dumps(messages).encode(), digest_size=16).digest()
+            fitted, how = fit(tokenizer, messages, max_tokens)
+            key = hashlib.blake2b(json.dumps(fitted or messages).encode(), digest_size=16).digest()
             if key in seen:
                 sizes["skipped: duplicate"] += 1
                 continue
             seen.add(key)
-            fitted, how = fit(tokenizer, messages, max_tokens)
             if how:
                 sizes[how] += 1
             if fitted is None:
@@ -98,8 +98,11 @@ def fit(tokenizer: Tokenizer, messages: list[dict], max_tokens: int) -> tuple[li
     system = [m for m in messages[:1] if m["role"] == "system"]
     turns = messages[len(system) :]
     how = ""
-    while len(tokenizer.render(system + turns)[0]) > max_tokens and len(turns) > 2:
-        turns, how = turns[2:], "cut: oldest turns"
+    while len(tokenizer.render(system + turns)[0]) > max_tokens:
+        later = [i for i, m in enumerate(turns) if i and m["role"] == "user"]
+        if not later:
+            break
+        turns, how = turns[later[0] :], "cut: oldest turns"
     if len(tokenizer.render(system + turns)[0]) <= max_tokens:
         return system + turns, how
     *question, answer = turns
@@ -163,8 +166,13 @@ class Dataset:
         self.path = under_data if under_data.is_dir() else repo_path(name)
         self.name = self.path.name
         self.meta = self._read_meta()
-        self.kind = self.meta["kind"]
-        self.fingerprint = self.meta["splits"]["train"]["fingerprint"]
+        try:
+            self.kind = self.meta["kind"]
+            self.fingerprint = self.meta["splits"]["train"]["fingerprint"]
+        except (KeyError, TypeError):
+            raise UserError(
+                f"{show_path(self.path)}/meta.json is damaged; prepare it again"
+            ) from None
         self.tokens, self.mask, self.bounds = {}, {}, {}
         for split, sizes in self.meta["splits"].items():
             self.tokens[split] = self._map(f"{split}.bin", self.meta["dtype"], sizes["tokens"])
@@ -267,7 +275,10 @@ class Dataset:
     def _read_meta(self) -> dict:
         path = self.path / "meta.json"
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            try:
+                return json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"{show_path(path)} is damaged: {error}") from None
         scripts = sorted(self.path.glob("prepare*.py")) or sorted(
             (ROOT / "data").glob(f"*/prepare_{self.path.name.rpartition('_')[2]}.py")
         )
@@ -276,7 +287,7 @@ class Dataset:
 
     def _map(self, file: str, dtype: str, length: int) -> np.ndarray:
         path = self.path / file
-        found = path.stat().st_size // np.dtype(dtype).itemsize if path.is_file() else None
+        found = path.stat().st_size / np.dtype(dtype).itemsize if path.is_file() else None
         if found != length:
             state = "is missing" if found is None else f"has {found} entries, not {length}"
             raise UserError(f"{show_path(path)} {state}; run its prepare script again")

@@ -214,6 +214,11 @@ def evaluate_file(checkpoint: Checkpoint, config: sample.Settings, records: list
     dataset; questions that have neither are counted and left out."""
     if not config.start.startswith("FILE:"):
         raise UserError("--eval_mode takes its questions from a file; pass --start=FILE:x.jsonl")
+    if not checkpoint.answers:
+        raise UserError(
+            f"{show_path(checkpoint.path.parent)} continues texts, it has learnt no answers; "
+            "pass a fine-tuned model's --out_dir="
+        )
     try:
         known = known_pairs(config.dataset or checkpoint.run["settings"]["dataset"])
     except UserError:

@@ -57,10 +57,16 @@ class Tokenizer:
                 if token not in special
             }
             missing = [token for token in SPECIAL_TOKENS if token not in special]
-        except (KeyError, TypeError, IndexError) as error:
+            ids = sorted([*ranks.values(), *special.values()])
+            normalizer = content["normalizer"]
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"not a byte-level BPE with a split pattern ({error!r})") from None
         if missing:
             raise ValueError(f"special tokens are missing: {' '.join(missing)}")
+        if ids != list(range(len(ids))) or not all(bytes([b]) in ranks for b in range(256)):
+            raise ValueError("an id or a byte is missing or there twice")
+        if normalizer:
+            raise ValueError("it has a normalizer")
         self._encoding = tiktoken.Encoding(
             "miniglm", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
         )

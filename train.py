@@ -58,9 +58,7 @@ class Settings(Architecture):
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # norm that gradients are clipped to; 0 is off
     eval_interval: int = 250  # steps between evaluations, each with a checkpoint
-    best_by: Literal["val_loss", "last"] = (
-        "val_loss"  # which checkpoint is `best`, that others take
-    )
+    best_by: Literal["val_loss", "last"] = "val_loss"  # what sampling and init_from take
     patience: int | None = None  # evaluations without a lower validation loss before it stops
     log_interval: int = 10  # steps between lines of log.jsonl
     device: str = "auto"  # cuda, mps, cpu; auto is the first of them that is there

@@ -407,6 +407,19 @@ def test_a_line_that_another_question_quotes_is_not_drawn(chapters):
     assert first not in again
 
 
+def test_a_name_of_two_people_is_neither_a_speaker_nor_told():
+    names = {"张飞": ["张飞", "翼德", "将军"], "黄忠": ["黄忠", "汉升", "将军"]}
+    line = "燕人张翼德在此，谁敢与我决死战？"
+    text = "张飞字翼德。黄忠字汉升。张飞、黄忠、翼德、汉升、张将军、黄将军。\n"
+    chapters = {1: f"{text}将军曰：“{line}”", 2: f"翼德曰：“{line[1:]}”\n无名曰：“{line[2:]}”"}
+    drawn = prepare_sft.quote_pairs(chapters, names, "", 9)
+    assert [(pair["Question"], pair["Answer"]) for pair in drawn] == [
+        (f"“{line[1:]}”这句话是谁说的？", "这句话是张飞说的。")
+    ]
+    told = [pair["Answer"] for pair in prepare_sft.name_pairs(text, names)]
+    assert told == ["张飞也被称为翼德。", "黄忠也被称为汉升。"]
+
+
 # --- wrong questions ---------------------------------------------------------------------------
 
 

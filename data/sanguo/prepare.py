@@ -27,6 +27,8 @@ REPAIRS = {
     "【舟冓】": "𦩷",
     "【舟鹿】": "𦪇",
     "【上雨下单】": "𩅦",
+    "奔剑阁张中计": "奔剑阁张郃中计",
+    "丁奉定计斩孙\u3000": "丁奉定计斩孙綝\u3000",
     "......": "……",
     "?": "？",
 }
@@ -53,7 +55,9 @@ def read_chapters(path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"{show_path(path)} is missing; run python data/fetch_data.py sanguo")
     try:
-        chapters = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        chapters = json.loads(text)
+        json.dumps(chapters, ensure_ascii=False).encode()
     except ValueError as error:
         raise UserError(f"{show_path(path)} is not JSON: {error}") from None
     if not isinstance(chapters, list) or not all(isinstance(c, str) for c in chapters):

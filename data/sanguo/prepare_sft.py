@@ -44,13 +44,15 @@ def read_pairs(path: Path) -> list[dict]:
     if not path.is_file():
         raise UserError(f"no file {show_path(path)}")
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1
+    ):
         try:
             pair = json.loads(line)
             question, answer = pair["Question"], pair["Answer"]
-            pairs.append(
-                {"Question": question, "Answer": answer, "Fact": pair.get("Fact", question)}
-            )
+            fact = pair.get("Fact", question)
+            "".join([question, answer, fact]).encode()
+            pairs.append({"Question": question, "Answer": answer, "Fact": fact})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{show_path(path)}, line {number}: {error!r}") from None
     return pairs
@@ -88,7 +90,8 @@ def quote_pairs(chapters: dict[int, str], names: dict[str, list[str]], taken: st
             if speaker in person and not quoted:
                 found.setdefault(line, person[speaker])
     lines = list(found.items())
-    chosen = [lines[i * len(lines) // n] for i in range(min(n, len(lines)))] if n else []
+    n = min(n, len(lines))
+    chosen = [lines[i * len(lines) // n] for i in range(n)]
     return [
         {
             "Question": f"“{line}”这句话是谁说的？",
@@ -106,7 +109,11 @@ def name_pairs(novel: str, names: dict[str, list[str]]) -> Iterator[dict]:
         own = [
             name
             for name in dict.fromkeys(others)
-            if len(name) > 1 and owners[name] == 1 and name not in who and novel.count(name) > 1
+            if len(name) > 1
+            and owners[name] == 1
+            and name not in who
+            and (name[0] == who[0] or re.search(f"(字|号|号为|号曰|{who[0]}){name}", novel))
+            and novel.count(name) > 1
         ]
         if own and novel.count(who) > 1:
             yield {
@@ -120,12 +127,15 @@ def read_people(path: Path) -> dict[str, list[str]]:
     """Each person's names, the own one included."""
     if not path.is_file():
         raise UserError(f"{show_path(path)} is missing; run python data/fetch_data.py sanguo")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return {
-        who: [who, *others]
-        for who, others in content["mention"].items()
-        if content["type"].get(who) == "人名"
-    }
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            who: [who, *others]
+            for who, others in content["mention"].items()
+            if content["type"].get(who) == "人名"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{show_path(path)} is no list of people: {error!r}") from None
 
 
 def is_validation(fact: str) -> bool:
@@ -137,6 +147,8 @@ def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     tokenizer = load_tokenizer(config.tokenizer)
     chapters = dict(enumerate(read_chapters(user_path(config.novel)), 1))
+    if not all(text.split("\n", 1)[0].count(" ") == 2 for text in chapters.values()):
+        raise UserError(f"{config.novel} has a chapter without the title of two lines")
     trained = {number: text for number, text in chapters.items() if number % 10}
     people = read_people(user_path(config.people))
     pairs = {"written by hand": read_pairs(user_path(config.input))}
