@@ -218,10 +218,10 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[tuple[Path, Callable[[int], None]]]:
-    """A disk of 1 MB mounted on folder, and leave(n), which fills it up to n bytes. The test is
+    """A disk of 2 MB mounted on folder, and leave(n), which fills it up to n bytes. The test is
     skipped where no disk can be mounted."""
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
     try:
         refused = subprocess.run(mount, capture_output=True, text=True, check=False)
         reason = refused.stderr.strip() if refused.returncode else ""

@@ -140,6 +140,17 @@ def test_a_moved_out_dir_loads(tmp_path, tokenizer):
     assert step_of(tmp_path / "there", "best") == 1
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_what_is_loaded_does_not_hold_its_files(tmp_path, tokenizer):
+    # a mapped file keeps its space on the disk after it is deleted, and on Windows cannot be
+    save_step(tmp_path, 1, True, tokenizer)
+    checkpoint = load_checkpoint(tmp_path)
+    optimizer = torch.optim.AdamW(checkpoint.model.parameters())
+    load_optimizer(checkpoint, optimizer)
+    assert optimizer.state
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
 def test_nothing_is_unpickled():
     """No source imports a module that unpickles, or calls a function that may."""
     modules = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
