@@ -142,9 +142,9 @@ def report(seconds: Seconds, names: list[str], tokens: int, ratios: dict[str, di
     """Prints and returns the speeds of the contenders that are named, and the ratios."""
     speeds = {name: tokens / median(seconds[name]) for name in names}
     for name, speed in speeds.items():
-        print(f"  {name:<44} {speed:,.0f} tokens per second")
+        print(f"  {name:<50} {speed:,.0f} tokens per second")
     for label, of in ratios.items():
-        print(f"  {label:<44} {of['ratio']:.3g} ({of['min']:.3g} to {of['max']:.3g})")
+        print(f"  {label:<50} {of['ratio']:.3g} ({of['min']:.3g} to {of['max']:.3g})")
     return {"tokens_per_second": speeds, "ratios": ratios, "seconds": seconds}
 
 
@@ -165,12 +165,11 @@ def bench_train(config: Settings) -> dict:
     assert models[ours].n_params() == sum(p.numel() for p in models[peer].parameters())
     ids = torch.randint(config.vocab_size, (config.batch_size, config.block_size + 1))
     idx, targets = (part.to(config.device) for part in (ids[:, :-1], ids[:, 1:]))
+    size = targets.numel()
     losses = {
-        ours: lambda: next_token(models[ours], (idx, targets))["next_token"] / targets.numel(),
+        ours: lambda: next_token(models[ours], (idx, targets))["next_token"] / size,
         peer: lambda: models[peer](input_ids=idx, labels=idx, use_cache=False).loss,
-        default: lambda: (
-            next_token(models[default], (idx, targets))["next_token"] / targets.numel()
-        ),
+        default: lambda: next_token(models[default], (idx, targets))["next_token"] / size,
     }
     steps = {name: training_step(models[name], losses[name], config.device) for name in models}
     square = torch.randn(SIDE, SIDE, device=config.device)
@@ -181,7 +180,7 @@ def bench_train(config: Settings) -> dict:
         f"train: {config.n_layer} layers x {config.n_embd}, vocabulary {config.vocab_size}, "
         f"{config.batch_size} x {config.block_size} tokens a step, {config.rounds} turns each"
     )
-    work = {n: step_flops(models[n], idx.numel()) / (2 * SIDE**3) for n in (ours, default)}
+    work = {n: step_flops(models[n], size) / (2 * SIDE**3) for n in (ours, default)}
     ratios = {
         "ours / Hugging Face, GPT-2's shape": speed_ratio(seconds, ours, peer),
         "ours, default / Hugging Face, GPT-2": speed_ratio(seconds, default, peer),
@@ -190,7 +189,7 @@ def bench_train(config: Settings) -> dict:
         for name in work
     }
     rate = 2 * SIDE**3 / median(seconds[product])
-    results = report(seconds, list(models), idx.numel(), ratios)
+    results = report(seconds, list(models), size, ratios)
     print(f"  a product of matrices runs at {rate / 1e9:,.0f} GFLOP/s in float32")
     return results | {"product_flops_per_second": rate}
 
@@ -223,9 +222,9 @@ def step_flops(model: GPT, tokens: int) -> float:
 def bench_generate(config: Settings) -> dict:
     """Greedy generation by our cache, by recomputing, and by Hugging Face on the same weights."""
     n = config.new_tokens
-    model = random_model(config).to(config.device).eval()
-    peer = hugging_face_qwen3(model)
+    model = random_model(config).to(config.device).eval().lay_out_for_decoding()
     prompt = torch.randint(config.vocab_size, (config.prompt_tokens,)).tolist()
+    peer = hugging_face_qwen3(model)
     idx = torch.tensor([prompt], device=config.device)
     sampling = Sampling(max_new_tokens=n, temperature=0.0)
     peers_way = {"do_sample": False, "min_new_tokens": n, "max_new_tokens": n}
@@ -346,10 +345,11 @@ def hugging_face_gpt2(config: Settings) -> torch.nn.Module:
         attn_pdrop=0.0,
         bos_token_id=None,
         eos_token_id=None,
-        loss_type="ForCausalLM",
         attn_implementation="sdpa",
     )
-    return transformers.GPT2LMHeadModel(shape)
+    model = transformers.GPT2LMHeadModel(shape)
+    model.loss_type = "ForCausalLM"  # what it takes anyway, after a warning
+    return model
 
 
 def hugging_face_qwen3(model: GPT) -> torch.nn.Module:
@@ -421,21 +421,21 @@ def bench_recipe(config: Settings, words: dict[str, list[str]] | None = None) ->
         if dataset in PREPARE and not (ROOT / "data" / dataset / "meta.json").is_file():
             raise UserError(f"data/{dataset} is missing; run python {PREPARE[dataset]}")
     commands = {name: [*words[name], *flags] for name, flags in plan(config, words).items()}
-    runs = {
-        name: run_recipe(repo_path(config.runs) / name, argv) for name, argv in commands.items()
-    }
+    folder = repo_path(config.runs)
+    runs = {name: run_recipe(folder / name, argv) for name, argv in commands.items()}
     print(f"recipe: {config.seconds:.0f} s each, evaluations included; validation bits per byte")
     for name, run in runs.items():
         print(
-            f"  {name:<14} {run['steps']:,} steps in {run['seconds']:.0f} s, {run['evaluations']} "
-            f"evaluations: {run['bits_at_end']:.3f} at the end, {run['bits_best']:.3f} at best"
+            f"  {name:<14} {run['steps']:,} steps in {run['seconds']:.0f} s: "
+            f"{run['bits_at_end']:.3f} at the end, {run['bits_best']:.3f} at the best of "
+            f"{run['evaluations']}"
         )
     (ours, our_run), (other, other_run) = runs.items()
     ratio = other_run["bits_best"] / our_run["bits_best"]
     print(f"  bits per byte at best, {other} / {ours}: {ratio:.3f}")
-    folders = ",".join(str(repo_path(config.runs) / name) for name in runs)
-    picture = f"--out={repo_path(config.runs) / 'curves.png'}"
-    run_script("visualize.py", f"--runs={folders}", "--x=seconds", "--y=bits_per_byte", picture)
+    drawn = f"--runs={','.join(str(folder / name) for name in runs)}"
+    picture = f"--out={folder / 'curves.png'}"
+    run_script("visualize.py", drawn, "--x=seconds", "--y=bits_per_byte", picture)
     return {"runs": runs, "bits_best_ratio": ratio}
 
 
@@ -449,7 +449,7 @@ def plan(config: Settings, words: dict[str, list[str]]) -> dict[str, list[str]]:
         n_parts[name] = (len(run.data.tokens["val"]) - 1) / count_terms([part])["next_token"]
         calls[name, "step"], calls[name, "part"] = calls_of(run, part)
     device = next(iter(runs.values())).device
-    seconds = measure(calls, min(3, config.rounds), "wall", device)
+    seconds = measure(calls, min(2, config.rounds), "wall", device)
     return {
         name: fitting(
             config,
@@ -481,9 +481,14 @@ def fitting(
     config: Settings, settings: training.Settings, step: float, evaluation: float
 ) -> list[str]:
     """Flags for as many steps as fit, given the seconds of a step and of an evaluation."""
-    affordable = int(EVALUATION_SHARE * config.seconds / evaluation)
-    evaluations = max(1, min(config.evaluations, affordable))
-    max_iters = max(1, int((config.seconds - evaluations * evaluation) / step))
+    affordable = max(1, int(EVALUATION_SHARE * config.seconds / evaluation))
+    evaluations = min(config.evaluations, affordable)
+    max_iters = int((config.seconds - evaluations * evaluation) / step)
+    if max_iters < 1:
+        raise UserError(
+            f"seconds={config.seconds:g} is too short for {settings.dataset}: a step takes "
+            f"{step:.1f} s and an evaluation {evaluation:.1f} s; pass a longer --seconds="
+        )
     tenth = math.ceil(max_iters / 10)
     return [
         f"--max_iters={max_iters}",

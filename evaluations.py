@@ -288,6 +288,7 @@ def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     device = pick_device(config.device)
     checkpoint = load_checkpoint(repo_path(config.out_dir), "best", device)
+    checkpoint.model.lay_out_for_decoding()
     sample.default_temperature(checkpoint, config)
     data = Dataset(config.dataset or checkpoint.run["settings"]["dataset"])
     data.check(checkpoint.model.config.block_size, config.split)

@@ -221,6 +221,15 @@ class GPT(nn.Module):
             else:
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
 
+    def lay_out_for_decoding(self) -> "GPT":
+        """On CPU, stores the wide matrices column by column: one row times such a matrix is read
+        some three times as fast. Sums are rounded otherwise, so training keeps the usual layout."""
+        if self.wte.weight.device.type == "cpu":
+            for module in self.modules():
+                if isinstance(module, nn.Linear) and module.out_features > module.in_features:
+                    module.weight.data = module.weight.data.t().contiguous().t()
+        return self
+
     def n_params(self) -> int:
         """Parameters, a tied weight once."""
         return sum(p.numel() for p in self.parameters())

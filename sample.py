@@ -287,6 +287,7 @@ def read_start(start: str, answers: bool) -> list[dict]:
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     checkpoint = load_checkpoint(repo_path(config.out_dir), "best", pick_device(config.device))
+    checkpoint.model.lay_out_for_decoding()
     default_temperature(checkpoint, config)
     records = read_start(config.start, checkpoint.answers)
     if config.eval_mode:

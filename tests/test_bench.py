@@ -77,5 +77,5 @@ def test_an_unknown_part_names_the_nearest():
 
 def test_without_transformers_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)  # as Python marks what is not there
-    with pytest.raises(UserError, match="requirements-dev.txt"):
+    with pytest.raises(UserError, match=r"requirements-dev\.txt"):
         bench.main(["train"])
