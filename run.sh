@@ -56,7 +56,7 @@ demo() {
     stage "evaluate answers" "$python" evaluations.py --out_dir=out-sanguo-sft
   stage draw "$python" visualize.py --runs=out-sanguo,out-sanguo-sft
   stage answer "$python" sample.py --out_dir=out-sanguo-sft --start=FILE:data/sanguo/questions.txt
-  stage continue "$python" sample.py --out_dir=out-sanguo --start=却说曹操 --max_new_tokens=150
+  stage continue "$python" sample.py --out_dir=out-sanguo --start=却说曹操 --top_p=0.9 --max_new_tokens=150
   echo
   printf '%s\n' "${times[@]}" "$(printf '%-22s %4d s' 'in all' $((SECONDS - began)))"
   echo

@@ -9,7 +9,7 @@ n_embd = 256
 block_size = 256
 
 batch_size = 4
-max_iters = 900
+max_iters = 850
 learning_rate = 3e-3
 warmup_iters = 30
-eval_interval = 150
+eval_interval = 170

@@ -5,8 +5,8 @@ dataset = "sanguo_sft"
 init_from = "out-sanguo"
 
 batch_size = 16
-max_iters = 1000
+max_iters = 900
 learning_rate = 2e-3
 warmup_iters = 20
-eval_interval = 250
+eval_interval = 225
 best_by = "last"  # the loss on unseen answers rises while the trained ones are learnt by heart

