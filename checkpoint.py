@@ -76,7 +76,7 @@ def save_checkpoint(
         _point(out_dir, "latest", name)
         _point(out_dir, "best", best)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        _delete_unnamed(out_dir)
         reason = getattr(error, "strerror", None) or str(error)
         kept = _pointer(out_dir, "latest")
         rest = f"{kept} is whole, --resume goes on from it" if kept else "nothing was saved"
@@ -94,7 +94,8 @@ def load_checkpoint(
     path = _checkpoint_path(out_dir, which)
     run = read_run(out_dir, which)
     tokenizer = load_tokenizer(path)
-    model = GPT(ModelConfig(**run["architecture"] | changes)).to(device).eval()
+    config = _read(path / "run.json", lambda: ModelConfig(**run["architecture"] | changes))
+    model = GPT(config).to(device).eval()
 
     def load() -> None:
         weights = load_file(path / "model.safetensors", device=device)
@@ -110,7 +111,15 @@ def load_checkpoint(
 def load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
     """Puts the saved state of the optimizer back, parameter by parameter."""
     file = checkpoint.path / "optimizer.safetensors"
-    tensors = _read(file, lambda: load_file(file))
+    names = {name for name, _ in checkpoint.model.named_parameters()}
+
+    def load() -> dict[str, torch.Tensor]:
+        tensors = {key: value.clone() for key, value in load_file(file).items()}
+        if {key.rpartition(":")[0] for key in tensors} != names:
+            raise ValueError("its parameters are not the model's")
+        return tensors
+
+    tensors = _read(file, load)
     for name, parameter in checkpoint.model.named_parameters():
         state = {
             key.removeprefix(f"{name}:"): value
@@ -135,17 +144,24 @@ def has_checkpoint(out_dir: Path) -> bool:
 
 def rewind(out_dir: Path) -> None:
     """Brings an out_dir back to what it was at `latest`: the pointer `best`, and log.jsonl."""
-    run = read_run(out_dir, "latest")
-    _point(out_dir, "best", run["best"])
+    step = 0
+    if has_checkpoint(out_dir):
+        run = read_run(out_dir, "latest")
+        _point(out_dir, "best", run["best"])
+        step = run["progress"]["iter"]
     _delete_unnamed(out_dir)
-    kept = [r for r in read_log(out_dir) if r["iter"] <= run["progress"]["iter"]]
+    kept = [r for r in read_log(out_dir) if r["iter"] <= step]
     with written_aside(out_dir / "log.jsonl") as path:
         path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
 
 
 def append_log(out_dir: Path, record: dict) -> None:
-    with (out_dir / "log.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    path = out_dir / "log.jsonl"
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {show_path(path)}: {error.strerror}") from None
 
 
 def read_log(out_dir: Path) -> list[dict]:
@@ -175,7 +191,9 @@ def _processor() -> str:
 
 
 def _checkpoint_path(out_dir: Path, which: str) -> Path:
-    name = _pointer(out_dir, which)
+    # killed within its first save, an out_dir has no `best` yet
+    if (name := _pointer(out_dir, which)) is None:
+        name = _pointer(out_dir, "latest")
     if name is None:
         raise UserError(f"no checkpoint in {show_path(out_dir)}; train first, or pass --out_dir=")
     return out_dir / name
@@ -187,7 +205,7 @@ def _read(file: Path, read: Callable) -> object:
         return read()
     except FileNotFoundError:
         raise UserError(f"{show_path(file)} is missing; {_REMEDY}") from None
-    except (SafetensorError, ValueError, RuntimeError) as error:
+    except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{show_path(file)} is damaged ({reason}); {_REMEDY}") from None
 
@@ -211,7 +229,7 @@ def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _pointer(out_dir: Path, which: str) -> str | None:
     file = out_dir / which
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
+    return file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else None
 
 
 def _point(out_dir: Path, which: str, name: str) -> None:

@@ -132,6 +132,10 @@ def command(main: Callable[[list[str]], None]) -> None:
     except OSError as error:
         name = f" ({show_path(error.filename)})" if error.filename else ""
         sys.exit(f"error: {error.strerror or error}{name}")
+    except (MemoryError, RuntimeError) as error:
+        if not re.search("out of memory|allocate memory", str(error)):
+            raise
+        sys.exit(f"error: out of memory ({str(error).splitlines()[0]}); lower --batch_size=")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

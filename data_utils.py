@@ -182,7 +182,20 @@ class Dataset:
                 self.bounds[split] = self._map(f"{split}_idx.bin", "uint64", rows + 1)
 
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.path)
+        tokenizer = load_tokenizer(self.path)
+        if tokenizer.sha256 != self.meta["tokenizer_sha256"]:
+            raise UserError(
+                f"{show_path(self.path)}/tokenizer.json is not what the dataset was prepared with; "
+                "run its prepare script again"
+            )
+        return tokenizer
+
+    def input_tokens(self, rows: np.ndarray, block_size: int) -> int:
+        """Tokens that the model reads of these training rows, padding left out."""
+        if self.kind == "pretrain":
+            return len(rows) * block_size
+        bounds = self.bounds["train"]
+        return int((bounds[rows + 1] - bounds[rows] - 1).sum())
 
     def check(self, block_size: int, split: str) -> None:
         """Raises UserError where the split cannot serve a model of this block_size."""

@@ -155,6 +155,9 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         return _gpt2_tokenizer()
     path = repo_path(name)
     path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file() and (path.parent / "prepare.py").is_file():
+        script = show_path(path.parent / "prepare.py")
+        raise UserError(f"{show_path(path)} is missing; run python {script}")
     if not path.is_file():
         raise UserError(f"no tokenizer {show_path(path)}; name gpt2, or a directory that holds one")
     try:

@@ -73,6 +73,11 @@ class Settings(Architecture):
         for name in ("learning_rate", "min_lr", "warmup_iters", "weight_decay", "grad_clip"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must not be negative")
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed} must not be negative")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name):g} must be at least 0 and below 1")
         if self.log_interval < 1 or (self.patience is not None and self.patience < 1):
             raise UserError("log_interval and patience must be 1 or more")
 
@@ -135,6 +140,10 @@ def start(argv: list[str]) -> Run:
         )
     source, which = (out_dir, "latest") if resumes else (repo_path(config.init_from), "best")
     saved = None
+    if not resumes and config.init_from != "scratch" and not has_checkpoint(source):
+        raise UserError(
+            f"no checkpoint in {show_path(source)}; train it first, or pass --init_from="
+        )
     if resumes or config.init_from != "scratch":
         saved = read_run(source, which)
         # what the checkpoint has stands, unless argv says otherwise
@@ -165,7 +174,8 @@ def start(argv: list[str]) -> Run:
         load_optimizer(checkpoint, optimizer)
         scaler.load_state_dict(saved["scaler"])
         progress = Progress(**saved["progress"])
-        rewind(out_dir)
+        if not config.dry_run:
+            rewind(out_dir)
     return Run(config, out_dir, data, tokenizer, model, optimizer, progress, device, scaler)
 
 
@@ -175,6 +185,8 @@ def train(run: Run) -> None:
     if config.compile if config.compile is not None else run.device.startswith("cuda"):
         run.model.compile()
     run.out_dir.mkdir(parents=True, exist_ok=True)
+    if progress.iter == 0:
+        rewind(run.out_dir)
     began = time.perf_counter() - progress.seconds
     losses, last_time, last_tokens = [], time.perf_counter(), progress.tokens
     with catch_interrupt() as interrupts, progress_bar(run) as bar:
@@ -188,7 +200,7 @@ def train(run: Run) -> None:
             evaluates = progress.iter % config.eval_interval == 0 or progress.is_finished(config)
             if not (evaluates or interrupts or progress.iter % config.log_interval == 0):
                 continue
-            train_loss = mean_loss(run, losses)
+            train_loss = finite(run, torch.stack(losses).mean().item())
             elapsed = time.perf_counter() - last_time
             record = {
                 "iter": progress.iter,
@@ -229,9 +241,8 @@ def train(run: Run) -> None:
     )
 
 
-def mean_loss(run: Run, losses: list[torch.Tensor]) -> float:
-    """The mean of some steps' losses. UserError where it is no number: nothing is saved then."""
-    loss = torch.stack(losses).mean().item()
+def finite(run: Run, loss: float) -> float:
+    """The loss. UserError where it is no number: nothing is saved then."""
     if not math.isfinite(loss):
         raise UserError(
             f"the loss is {loss} at step {run.progress.iter}; lower --learning_rate="
@@ -272,7 +283,7 @@ def step_batches(run: Run) -> Iterator[tuple[list, dict, int]]:
             run.data.batch(part, config.block_size, multiple)
             for part in rows.reshape(-1, config.batch_size)
         ]
-        tokens = sum(idx.size for idx, _ in micro)
+        tokens = run.data.input_tokens(rows, config.block_size)
         yield [to_device(batch, run.device) for batch in micro], count_terms(micro), tokens
         consumed += len(rows)
 
@@ -291,7 +302,7 @@ def evaluate(run: Run) -> dict[str, float]:
         nats, count, n_bytes = split_sums(
             run.model, run.data, "val", run.config.batch_size, run.device
         )
-    val_loss, progress = nats / count, run.progress
+    val_loss, progress = finite(run, nats / count), run.progress
     if progress.best_val_loss is None or val_loss < progress.best_val_loss:
         progress.best_val_loss, progress.worse = val_loss, 0
     else:
@@ -386,7 +397,7 @@ def warn_of_changes(saved: dict, config: Settings, data: Dataset, device: str) -
     changed = [
         f"{name} was {before.get(name)!r}, now {now[name]!r}"
         for name in now
-        if name not in ("resume", "dry_run") and before.get(name) != now[name]
+        if name not in ("resume", "dry_run", "out_dir") and before.get(name) != now[name]
     ]
     if changed:
         print(f"note: not bit for bit the run that was stopped: {'; '.join(changed)}")
