@@ -54,7 +54,7 @@ def save_checkpoint(
     """
     name = f"step-{run['progress']['iter']:06d}"
     best = name if is_best else _pointer(out_dir, "best") or name
-    run = run | {"architecture": dataclasses.asdict(model.config), "best": best}
+    run = run | {"model": "gpt", "architecture": dataclasses.asdict(model.config), "best": best}
     aside = out_dir / f".{name}.tmp"
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -108,28 +108,25 @@ def load_checkpoint(
     return Checkpoint(path, model, tokenizer, run)
 
 
-def load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
-    """Puts the saved state of the optimizer back, parameter by parameter."""
-    file = checkpoint.path / "optimizer.safetensors"
-    names = {name for name, _ in checkpoint.model.named_parameters()}
+def load_optimizer(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> None:
+    """Puts the optimizer's state in the checkpoint at path back, parameter by parameter."""
+    file = path / "optimizer.safetensors"
+    parameters = dict(model.named_parameters())
+    fused = optimizer.param_groups[0].get("fused")
 
     def load() -> dict[str, torch.Tensor]:
-        tensors = {key: value.clone() for key, value in load_file(file).items()}
-        if {key.rpartition(":")[0] for key in tensors} != names:
+        tensors = load_file(file)
+        if {key.rpartition(":")[0] for key in tensors} != parameters.keys():
             raise ValueError("its parameters are not the model's")
         return tensors
 
-    tensors = _read(file, load)
-    for name, parameter in checkpoint.model.named_parameters():
-        state = {
-            key.removeprefix(f"{name}:"): value
-            for key, value in tensors.items()
-            if key.startswith(f"{name}:")
-        }
-        optimizer.state[parameter] = {
-            key: value if key == "step" else value.to(parameter.device)
-            for key, value in state.items()
-        }
+    for name, tensor in _read(file, load).items():
+        parameter_name, _, key = name.rpartition(":")
+        parameter = parameters[parameter_name]
+        # AdamW counts steps on the CPU, unless it is fused
+        device = "cpu" if key == "step" and not fused else parameter.device
+        # a copy, since the file is mapped into memory and will be deleted
+        optimizer.state[parameter][key] = tensor.to(device, copy=True)
 
 
 def read_run(out_dir: Path, which: str) -> dict:

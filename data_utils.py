@@ -181,6 +181,7 @@ class Dataset:
                 self.mask[split] = self._map(f"{split}_mask.bin", "uint8", sizes["tokens"])
                 self.bounds[split] = self._map(f"{split}_idx.bin", "uint64", rows + 1)
 
+    @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         tokenizer = load_tokenizer(self.path)
         if tokenizer.sha256 != self.meta["tokenizer_sha256"]:
@@ -189,6 +190,14 @@ class Dataset:
                 "run its prepare script again"
             )
         return tokenizer
+
+    def check_tokenizer(self, tokenizer: Tokenizer, checkpoint: Path) -> None:
+        """Raises UserError where the checkpoint's tokenizer is not the dataset's."""
+        if tokenizer.sha256 != self.tokenizer.sha256:
+            raise UserError(
+                f"{show_path(self.path)} has another tokenizer than {show_path(checkpoint)}; "
+                f"prepare it with --tokenizer={show_path(checkpoint)}"
+            )
 
     def input_tokens(self, rows: np.ndarray, block_size: int) -> int:
         """Tokens that the model reads of these training rows, padding left out."""
@@ -217,7 +226,7 @@ class Dataset:
 
     def conversations(self, split: str) -> list[list[dict]]:
         """The messages of each row of a question and answer set."""
-        tokenizer = self.tokenizer()
+        tokenizer = self.tokenizer
         bounds, tokens = self.bounds[split], self.tokens[split]
         rows = zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
         return [tokenizer.parse(tokens[start:end]) for start, end in rows]
@@ -257,7 +266,7 @@ class Dataset:
         Conversations are padded to the longest of them, up to a multiple of `multiple`.
         """
         if self.kind == "sft":
-            return self._padded("train", rows, multiple)
+            return self._padded("train", rows, multiple, block_size)
         tokens = self.tokens["train"]
         window = tokens[(rows[:, None] + np.arange(block_size + 1)) % len(tokens)].astype(np.int64)
         return window[:, :-1], window[:, 1:]
@@ -279,11 +288,11 @@ class Dataset:
             yield _gather(tokens, None, bounds, ends)
 
     def _padded(
-        self, split: str, rows: np.ndarray, multiple: int = 1
+        self, split: str, rows: np.ndarray, multiple: int = 1, longest: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         starts = self.bounds[split][rows].astype(np.int64)
         ends = self.bounds[split][rows + 1].astype(np.int64)
-        return _gather(self.tokens[split], self.mask[split], starts, ends, multiple)
+        return _gather(self.tokens[split], self.mask[split], starts, ends, multiple, longest)
 
     def _read_meta(self) -> dict:
         path = self.path / "meta.json"
@@ -323,13 +332,14 @@ def _gather(
     starts: np.ndarray,
     ends: np.ndarray,
     multiple: int = 1,
+    longest: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows tokens[start:end], padded on the right: idx (B, T), and targets shifted by one.
 
     Right padding needs no attention mask: causal positions before it cannot see it.
     """
-    longest = -(-((ends - starts).max() - 1) // multiple) * multiple
-    positions = starts[:, None] + np.arange(longest + 1)
+    T = -(-((ends - starts).max() - 1) // multiple) * multiple
+    positions = starts[:, None] + np.arange((min(T, longest) if longest else T) + 1)
     inside = positions < ends[:, None]
     positions = np.where(inside, positions, starts[:, None])
     ids = tokens[positions].astype(np.int64)

@@ -105,48 +105,60 @@ def look_up(questions: list[str], known: list[tuple[str, str]]) -> list[str]:
 # --- scores of a model -------------------------------------------------------------------------
 
 
-def reference_perplexities(
-    checkpoint: Checkpoint, conversations: list[list[dict]], batch_size: int, device: str
-) -> list[float]:
-    """exp of the mean -log p of each reference answer's tokens, its end token included."""
-    tokenizer = checkpoint.tokenizer
-    perplexities = []
+def reference_losses(
+    checkpoint: Checkpoint, conversations: list[list[dict]], batch_size: int
+) -> list[tuple[float, int, int]]:
+    """For each conversation's last answer, its end token included: the sum of -log p in nats, its
+    tokens, its UTF-8 bytes."""
+    tokenizer, device = checkpoint.tokenizer, str(checkpoint.model.wte.weight.device)
+    losses = []
     for first in range(0, len(conversations), batch_size):
         rendered = []
         for messages in conversations[first : first + batch_size]:
             ids, prompt = tokenizer.render(messages)[0], tokenizer.render_prompt(messages[:-1])
             rendered.append((ids, [0] * len(prompt) + [1] * (len(ids) - len(prompt))))
-        idx, targets = collate(rendered)
-        losses = target_losses(checkpoint.model, to_device((idx, targets), device))
-        counts = (targets != IGNORE).sum(axis=1)
-        perplexities += np.exp(losses.double().sum(dim=1).cpu().numpy() / counts).tolist()
-    return perplexities
+        batch = collate(rendered)
+        nats = target_losses(checkpoint.model, to_device(batch, device)).cpu().double().sum(dim=1)
+        for row, targets in zip(nats.tolist(), batch[1], strict=True):
+            trained = targets[targets != IGNORE]
+            losses.append((row, len(trained), int(tokenizer.bytes_per_id[trained].sum())))
+    return losses
 
 
 def answer_all(
     checkpoint: Checkpoint, conversations: list[list[dict]], config: sample.Sampling, name: str
 ) -> list[dict]:
     """A record for each conversation: question, reference, the model's answer and its scores."""
-    tokenizer, device = checkpoint.tokenizer, str(checkpoint.model.wte.weight.device)
+    tokenizer = checkpoint.tokenizer
     prompts = [tokenizer.render_prompt(messages[:-1]) for messages in conversations]
     outputs = sample.complete(checkpoint, prompts, config, 1, config.batch_size)
     answers = [out for [out] in tqdm(outputs, name, total=len(prompts), unit="answer")]
-    perplexities = reference_perplexities(checkpoint, conversations, config.batch_size, device)
+    losses = reference_losses(checkpoint, conversations, config.batch_size)
     return [
         {
             "question": messages[-2]["content"],
             "reference": messages[-1]["content"],
             "answer": answer.text,
             "rouge_l": rouge_l(answer.text, messages[-1]["content"]),
-            "perplexity": perplexity,
+            "perplexity": math.exp(nats / tokens),
             "ended": answer.ended,
         }
-        for messages, answer, perplexity in zip(conversations, answers, perplexities, strict=True)
+        for messages, answer, (nats, tokens, _) in zip(conversations, answers, losses, strict=True)
     ]
 
 
 def mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def per_token(nats: float, tokens: int, n_bytes: int) -> dict[str, float]:
+    """What evaluation.json says of the tokens scored, from the sum of their -log p."""
+    return {
+        "tokens": tokens,
+        "bytes": n_bytes,
+        "perplexity": math.exp(nats / tokens),
+        "bits_per_byte": nats / math.log(2) / n_bytes,
+    }
 
 
 def score_answers(asked: list[dict], seen: list[dict], known: list[tuple[str, str]]) -> dict:
@@ -175,14 +187,7 @@ def evaluate(checkpoint: Checkpoint, data: Dataset, config: Settings, device: st
     nats, tokens, n_bytes = split_sums(
         checkpoint.model, data, config.split, config.batch_size, device
     )
-    report = {
-        "dataset": data.name,
-        "split": config.split,
-        "tokens": tokens,
-        "bytes": n_bytes,
-        "perplexity": math.exp(nats / tokens),
-        "bits_per_byte": nats / math.log(2) / n_bytes,
-    }
+    report = {"dataset": data.name, "split": config.split} | per_token(nats, tokens, n_bytes)
     asked, seen = [], []
     if data.kind == "sft":
         conversations = data.conversations(config.split)
@@ -248,7 +253,9 @@ def evaluate_file(checkpoint: Checkpoint, config: sample.Settings, records: list
     asked = answer_all(checkpoint, conversations, config, "file")
     seen = [record for record in asked if record["question"] in trained]
     name = Path(config.start.removeprefix("FILE:")).stem
+    losses = reference_losses(checkpoint, conversations, config.batch_size)
     report = {"dataset": name, "split": "file", "unmatched": unmatched}
+    report |= per_token(*(sum(column) for column in zip(*losses, strict=True)))
     write_reports(
         checkpoint, report | score_answers(asked, seen, known.get("train", [])), asked, seen
     )
@@ -292,11 +299,7 @@ def main(argv: list[str]) -> None:
     sample.default_temperature(checkpoint, config)
     data = Dataset(config.dataset or checkpoint.run["settings"]["dataset"])
     data.check(checkpoint.model.config.block_size, config.split)
-    if data.meta["tokenizer_sha256"] != checkpoint.tokenizer.sha256:
-        raise UserError(
-            f"{show_path(data.path)} has another tokenizer than {show_path(checkpoint.path)}; "
-            f"prepare it with --tokenizer={show_path(checkpoint.path)}"
-        )
+    data.check_tokenizer(checkpoint.tokenizer, checkpoint.path)
     evaluate(checkpoint, data, config, device)
 
 

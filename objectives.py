@@ -64,7 +64,7 @@ def split_sums(
 
     perplexity = exp(nats / targets); bits per byte = nats / log(2) / bytes.
     """
-    bytes_per_id = data.tokenizer().bytes_per_id
+    bytes_per_id = data.tokenizer.bytes_per_id
     nats, count, n_bytes = 0.0, 0, 0
     was_training = model.training
     model.eval()
@@ -72,6 +72,6 @@ def split_sums(
         trained = batch[1][batch[1] != IGNORE]
         count += len(trained)
         n_bytes += int(bytes_per_id[trained].sum())
-        nats += target_losses(model, to_device(batch, device)).double().sum().item()
+        nats += target_losses(model, to_device(batch, device)).cpu().double().sum().item()
     model.train(was_training)
     return nats, count, n_bytes

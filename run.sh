@@ -12,15 +12,20 @@ fail() { echo "error: $*" >&2; exit 1; }
 
 # setup FILE: .venv with the packages of a requirements file, installed anew when the file changes
 setup() {
-  if [ ! -d .venv ]; then
-    local base
-    base=$(command -v python3 || command -v python) || fail "no Python; install Python 3.10 or newer"
-    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-      fail "$("$base" --version) is too old; install Python 3.10 or newer"
-    "$base" -m venv .venv ||
-      { rm -rf .venv; fail "python -m venv failed; on Debian: apt-get install python3-venv"; }
+  local name base=
+  python=.venv/bin/python
+  case $(uname -s) in MINGW* | MSYS* | CYGWIN*) python=.venv/Scripts/python ;; esac
+  if ! "$python" -m pip --version >/dev/null 2>&1; then
+    for name in python3 python; do
+      if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+        base=$name
+        break
+      fi
+    done
+    [ -n "$base" ] || fail "no Python 3.11 or newer found; install one"
+    "$base" -m venv --clear .venv ||
+      fail "python -m venv failed; on Debian and Ubuntu: apt-get install python3-venv"
   fi
-  if [ -d .venv/Scripts ]; then python=.venv/Scripts/python; else python=.venv/bin/python; fi
   local stamp=.venv/$1.installed
   if ! cat requirements.txt "$1" | cmp -s - "$stamp"; then
     echo "installing $1 (some minutes)"
@@ -50,9 +55,9 @@ demo() {
   [ -f data/sanguo_sft/meta.json ] ||
     stage "prepare questions" "$python" data/sanguo/prepare_sft.py
   stage fine-tune "$python" train.py config/sft_sanguo.py --resume
-  [ out-sanguo/evaluation.json -nt out-sanguo/latest ] ||
+  [ out-sanguo/evaluation-sanguo-val.json -nt out-sanguo/latest ] ||
     stage "evaluate novel" "$python" evaluations.py --out_dir=out-sanguo
-  [ out-sanguo-sft/evaluation.json -nt out-sanguo-sft/latest ] ||
+  [ out-sanguo-sft/evaluation-sanguo_sft-val.json -nt out-sanguo-sft/latest ] ||
     stage "evaluate answers" "$python" evaluations.py --out_dir=out-sanguo-sft
   stage draw "$python" visualize.py --runs=out-sanguo,out-sanguo-sft
   stage answer "$python" sample.py --out_dir=out-sanguo-sft --start=FILE:data/sanguo/questions.txt

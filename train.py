@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -63,7 +64,7 @@ class Settings(Architecture):
     log_interval: int = 10  # steps between lines of log.jsonl
     device: str = "auto"  # cuda, mps, cpu; auto is the first of them that is there
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on CUDA
-    compile: bool | None = None  # torch.compile; None: on CUDA
+    compile: bool | None = None  # torch.compile; None: on CUDA, where triton serves it
 
     def __post_init__(self):
         super().__post_init__()
@@ -151,18 +152,14 @@ def start(argv: list[str]) -> Run:
         config = configure(Settings, argv, base)
         check_shape(config, saved, source)
     data = Dataset(config.dataset)
-    tokenizer = data.tokenizer()
+    tokenizer = data.tokenizer
     for split in ("train", "val"):
         data.check(config.block_size, split)
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     if saved:
         checkpoint = load_checkpoint(source, which, device, dropout=config.dropout)
-        if checkpoint.tokenizer.sha256 != tokenizer.sha256:
-            raise UserError(
-                f"{show_path(data.path)} has another tokenizer than {show_path(checkpoint.path)}; "
-                f"prepare it with --tokenizer={show_path(checkpoint.path)}"
-            )
+        data.check_tokenizer(checkpoint.tokenizer, checkpoint.path)
         model = checkpoint.model.train()
     else:
         model = GPT(ModelConfig(**architecture(config), n_vocab=tokenizer.n_vocab)).to(device)
@@ -171,8 +168,9 @@ def start(argv: list[str]) -> Run:
     progress = Progress()
     if resumes:
         warn_of_changes(saved, config, data, device)
-        load_optimizer(checkpoint, optimizer)
-        scaler.load_state_dict(saved["scaler"])
+        load_optimizer(checkpoint.path, model, optimizer)
+        if saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
         progress = Progress(**saved["progress"])
         if not config.dry_run:
             rewind(out_dir)
@@ -182,7 +180,7 @@ def start(argv: list[str]) -> Run:
 def train(run: Run) -> None:
     """The loop: step, log, evaluate, save; until max_iters, out of patience or Ctrl-C."""
     config, progress = run.config, run.progress
-    if config.compile if config.compile is not None else run.device.startswith("cuda"):
+    if compiles(config, run.device):
         run.model.compile()
     run.out_dir.mkdir(parents=True, exist_ok=True)
     if progress.iter == 0:
@@ -397,7 +395,7 @@ def warn_of_changes(saved: dict, config: Settings, data: Dataset, device: str) -
     changed = [
         f"{name} was {before.get(name)!r}, now {now[name]!r}"
         for name in now
-        if name not in ("resume", "dry_run", "out_dir") and before.get(name) != now[name]
+        if name not in ("resume", "dry_run", "out_dir", "best_by") and before.get(name) != now[name]
     ]
     if changed:
         print(f"note: not bit for bit the run that was stopped: {'; '.join(changed)}")
@@ -436,6 +434,13 @@ def pick_dtype(config: Settings, device: str) -> torch.dtype:
         return torch.float32
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float16
+
+
+def compiles(config: Settings, device: str) -> bool:
+    """As asked, else on CUDA where triton is there and the GPU is not too old for it."""
+    if config.compile is not None or not device.startswith("cuda"):
+        return bool(config.compile)
+    return bool(find_spec("triton")) and torch.cuda.get_device_capability() >= (7, 0)
 
 
 def autocast(run: Run) -> AbstractContextManager:

@@ -121,7 +121,7 @@ def test_meta_counts_what_was_written(tokenizer, tmp_path):
     assert meta == json.loads((tmp_path / "meta.json").read_text(encoding="utf-8"))
     assert meta["kind"] == "pretrain"
     assert meta["sources"] == ["一本书"]
-    assert meta["tokenizer_sha256"] == Dataset(str(tmp_path)).tokenizer().sha256
+    assert meta["tokenizer_sha256"] == Dataset(str(tmp_path)).tokenizer.sha256
     train = meta["splits"]["train"]
     assert (train["documents"], train["skipped: empty"]) == (2, 2)
     assert (train["characters"], train["bytes"]) == (5 + 3, 15 + 6)

@@ -139,7 +139,7 @@ def test_the_written_ids_are_the_chapters(name, novel, chapters, tmp_path):
         done = run(PREPARE, "--tokenizer=gpt2", f"--out={tmp_path / 'gpt2'}", cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
         data, output = Dataset(str(tmp_path / "gpt2")), done.stdout
-    tokenizer = data.tokenizer()
+    tokenizer = data.tokenizer
     assert tokenizer.n_vocab == {"train": 4096, "gpt2": 50261}[name]
     if name == "gpt2":
         assert tokenizer.sha256 == load_tokenizer("gpt2").sha256
@@ -161,14 +161,14 @@ def test_the_tokenizer_has_seen_no_validation_chapter(novel, chapters, tmp_path)
     source = json_file(tmp_path, changed)
     prepare.main([f"--input={source}", f"--out={tmp_path / 'other'}"])
     other, data = Dataset(str(tmp_path / "other")), novel[0]
-    assert other.tokenizer().sha256 == data.tokenizer().sha256
+    assert other.tokenizer.sha256 == data.tokenizer.sha256
     assert other.fingerprint == data.fingerprint  # prepared again, the same bits
 
 
 def test_a_tokenizer_that_lies_somewhere_is_used(novel, tmp_path):
     source = json_file(tmp_path, twelve_chapters())
     prepare.main([f"--input={source}", f"--out={tmp_path}", f"--tokenizer={novel[0].path}"])
-    assert Dataset(str(tmp_path)).tokenizer().sha256 == novel[0].tokenizer().sha256
+    assert Dataset(str(tmp_path)).tokenizer.sha256 == novel[0].tokenizer.sha256
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_sizes_add_up_from_the_pairs_to_the_files(questions, pairs, asked):
 
 def test_questions_carry_no_loss_and_answers_train_their_end(questions, asked):
     data, _ = questions
-    tokenizer = data.tokenizer()
+    tokenizer = data.tokenizer
     for split in ("train", "val"):
         tokens = np.fromfile(data.path / f"{split}.bin", np.uint16)
         mask = np.fromfile(data.path / f"{split}_mask.bin", np.uint8)
@@ -286,7 +286,7 @@ def test_every_pair_written_by_hand_is_asked(asked, pairs):
 
 def test_the_questions_have_the_novels_tokenizer(novel, questions):
     assert questions[0].meta["tokenizer_sha256"] == novel[0].meta["tokenizer_sha256"]
-    assert questions[0].tokenizer().sha256 == novel[0].tokenizer().sha256
+    assert questions[0].tokenizer.sha256 == novel[0].tokenizer.sha256
 
 
 def test_preparing_the_questions_again_gives_the_same_files(novel, tmp_path):

