@@ -5,8 +5,8 @@ dataset = "sanguo_sft"
 init_from = "out-sanguo"
 
 batch_size = 16
-max_iters = 900
-learning_rate = 2e-3
-warmup_iters = 20
-eval_interval = 225
+max_iters = 1100
+learning_rate = 3e-3
+warmup_iters = 50
+eval_interval = 275
 best_by = "last"  # the loss on unseen answers rises while the trained ones are learnt by heart
