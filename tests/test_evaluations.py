@@ -34,6 +34,7 @@ from tests.helpers import (
     write_novel,
     write_questions,
 )
+from tokenizer import train_tokenizer
 
 REPORT_KEYS = {
     *("dataset", "split", "tokens", "bytes", "perplexity", "bits_per_byte"),
@@ -336,9 +337,7 @@ def test_an_evaluation_that_cannot_be_is_refused(tmp_path):
     out = make_run(tmp_path, "sft")
     with pytest.raises(UserError, match="no split 'test'"):
         evaluate(out, "--split=test")
-    other = write_novel(tmp_path / "other", tiny_tokenizer())
-    meta = read_json(other / "meta.json") | {"tokenizer_sha256": "another"}
-    (other / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    other = write_novel(tmp_path / "other", train_tokenizer([TEXT], 300))
     with pytest.raises(UserError, match="another tokenizer"):
         evaluate(out, f"--dataset={other}")
     with pytest.raises(UserError, match="no checkpoint in"):
