@@ -43,7 +43,7 @@ class Checkpoint:
 def save_checkpoint(
     out_dir: Path,
     model: GPT,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     tokenizer: Tokenizer,
     run: dict,
     is_best: bool,
@@ -63,7 +63,7 @@ def save_checkpoint(
         if model.config.tie_weights:
             del weights["lm_head.weight"]
         save_file(_contiguous(weights), aside / "model.safetensors")
-        save_file(_optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
+        save_file(_optimizer_tensors(model, optimizers), aside / "optimizer.safetensors")
         tokenizer.save(aside / "tokenizer.json")
         text = json.dumps(run, ensure_ascii=False, indent=1)
         (aside / "run.json").write_text(text, encoding="utf-8")
@@ -108,11 +108,11 @@ def load_checkpoint(
     return Checkpoint(path, model, tokenizer, run)
 
 
-def load_optimizer(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-    """Puts the optimizer's state in the checkpoint at path back, parameter by parameter."""
+def load_optimizers(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Puts the optimizers' state in the checkpoint at path back, parameter by parameter."""
     file = path / "optimizer.safetensors"
     parameters = dict(model.named_parameters())
-    fused = optimizer.param_groups[0].get("fused")
+    owners = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
 
     def load() -> dict[str, torch.Tensor]:
         tensors = load_file(file)
@@ -123,6 +123,8 @@ def load_optimizer(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> 
     for name, tensor in _read(file, load).items():
         parameter_name, _, key = name.rpartition(":")
         parameter = parameters[parameter_name]
+        optimizer = owners[id(parameter)]
+        fused = optimizer.defaults.get("fused")
         # AdamW counts steps on the CPU, unless it is fused
         device = "cpu" if key == "step" and not fused else parameter.device
         # a copy, since the file is mapped into memory and will be deleted
@@ -210,12 +212,15 @@ def _read(file: Path, read: Callable) -> object:
 _REMEDY = "train again in another --out_dir="
 
 
-def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(
+    model: GPT, optimizers: list[torch.optim.Optimizer]
+) -> dict[str, torch.Tensor]:
     return _contiguous(
         {
             f"{name}:{key}": value
             for name, parameter in model.named_parameters()
-            for key, value in optimizer.state[parameter].items()
+            for optimizer in optimizers
+            for key, value in optimizer.state.get(parameter, {}).items()
         }
     )
 

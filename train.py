@@ -27,7 +27,7 @@ from checkpoint import (
     environment,
     has_checkpoint,
     load_checkpoint,
-    load_optimizer,
+    load_optimizers,
     read_run,
     rewind,
     save_checkpoint,
@@ -35,6 +35,7 @@ from checkpoint import (
 from configurator import UserError, command, configure, repo_path, show_path
 from data_utils import Dataset
 from model import GPT, Architecture, ModelConfig, pick_device
+from muon import Muon
 from objectives import count_terms, next_token, split_sums, to_device
 from tokenizer import Tokenizer
 
@@ -50,7 +51,9 @@ class Settings(Architecture):
     max_iters: int = 2000  # steps of the optimizer
     batch_size: int = 16  # rows of a micro-batch
     gradient_accumulation_steps: int = 1  # micro-batches of a step
+    optimizer: Literal["muon", "adamw"] = "muon"  # of the blocks' matrices; AdamW for all else
     learning_rate: float = 1e-3  # at its highest
+    embedding_lr: float | None = None  # of embeddings and head; None is learning_rate
     warmup_iters: int = 50  # steps of linear rise
     lr_decay_iters: int | None = None  # step at which min_lr is reached; None is max_iters
     min_lr: float = 0.0  # learning rate at the end of the linear decay
@@ -63,7 +66,7 @@ class Settings(Architecture):
     patience: int | None = None  # evaluations without a lower validation loss before it stops
     log_interval: int = 10  # steps between lines of log.jsonl
     device: str = "auto"  # cuda, mps, cpu; auto is the first of them that is there
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on CUDA
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # bfloat16 where it is native
     compile: bool | None = None  # torch.compile; None: on CUDA, where triton serves it
 
     def __post_init__(self):
@@ -108,7 +111,7 @@ class Run:
     data: Dataset
     tokenizer: Tokenizer
     model: GPT
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     progress: Progress
     device: str
     scaler: torch.amp.GradScaler
@@ -163,18 +166,18 @@ def start(argv: list[str]) -> Run:
         model = checkpoint.model.train()
     else:
         model = GPT(ModelConfig(**architecture(config), n_vocab=tokenizer.n_vocab)).to(device)
-    optimizer = make_optimizer(model, config, device)
+    optimizers = make_optimizers(model, config, device)
     scaler = make_scaler(config, device)
     progress = Progress()
     if resumes:
         warn_of_changes(saved, config, data, device)
-        load_optimizer(checkpoint.path, model, optimizer)
+        load_optimizers(checkpoint.path, model, optimizers)
         if saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
         progress = Progress(**saved["progress"])
         if not config.dry_run:
             rewind(out_dir)
-    return Run(config, out_dir, data, tokenizer, model, optimizer, progress, device, scaler)
+    return Run(config, out_dir, data, tokenizer, model, optimizers, progress, device, scaler)
 
 
 def train(run: Run) -> None:
@@ -252,8 +255,9 @@ def finite(run: Run, loss: float) -> float:
 def train_step(run: Run, batches: list, counts: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """One step of the optimizer over its micro-batches -> loss and gradient norm, both scalars."""
     config = run.config
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(run.progress.iter, config)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(run.progress.iter, config) * group["lr_ratio"]
     loss = torch.zeros((), device=run.device)
     for micro, batch in enumerate(batches):
         seed_dropout(config.seed, run.progress.iter, micro)
@@ -262,12 +266,14 @@ def train_step(run: Run, batches: list, counts: dict) -> tuple[torch.Tensor, tor
         term = sum(sums[name] / max(1, counts[name]) for name in sums)
         run.scaler.scale(term).backward()
         loss += term.detach()
-    run.scaler.unscale_(run.optimizer)
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
     limit = config.grad_clip or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit)
-    run.scaler.step(run.optimizer)
+    for optimizer in run.optimizers:
+        run.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm
 
 
@@ -322,7 +328,7 @@ def save(run: Run, is_best: bool) -> None:
         "scaler": run.scaler.state_dict(),
         "environment": environment(run.device),
     }
-    save_checkpoint(run.out_dir, run.model, run.optimizer, run.tokenizer, state, is_best)
+    save_checkpoint(run.out_dir, run.model, run.optimizers, run.tokenizer, state, is_best)
 
 
 def dry_run(run: Run, steps: int = 3) -> None:
@@ -414,22 +420,42 @@ def learning_rate(step: int, config: Settings) -> float:
     return config.min_lr + left * (config.learning_rate - config.min_lr)
 
 
-def make_optimizer(model: GPT, config: Settings, device: str) -> torch.optim.Optimizer:
-    """AdamW, with weight decay on matrices only; fused, which is the fastest form."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    fused = not device.startswith("mps")
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)
+def make_optimizers(model: GPT, config: Settings, device: str) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, or AdamW for all; only matrices decay.
+
+    lr_ratio of a group: its learning rate over the schedule's.
+    """
+    ratio = 1.0
+    if config.embedding_lr is not None and config.learning_rate:
+        ratio = config.embedding_lr / config.learning_rate
+    inside = {id(parameter) for parameter in model.blocks.parameters()}
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    blocks = {"params": [p for p in matrices if id(p) in inside], "lr_ratio": 1.0}
+    embeddings = {"params": [p for p in matrices if id(p) not in inside], "lr_ratio": ratio}
+    vectors = {"params": [p for p in model.parameters() if p.dim() < 2], "lr_ratio": 1.0}
+    common = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    by_adamw = [embeddings, vectors | {"weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(
+        by_adamw if config.optimizer == "muon" else [blocks, *by_adamw],
+        betas=(config.beta1, config.beta2),
+        fused=not device.startswith("mps"),
+        **common,
+    )
+    if config.optimizer == "adamw":
+        return [adamw]
+    if device.startswith("cuda"):
+        return [torch.optim.Muon([blocks], adjust_lr_fn="match_rms_adamw", **common), adamw]
+    return [Muon([blocks], dtype=pick_dtype(config, device), **common), adamw]
 
 
 def pick_dtype(config: Settings, device: str) -> torch.dtype:
-    """bfloat16 where CUDA has it natively, else float16 there; float32 elsewhere."""
+    """bfloat16 where CUDA or the CPU has it natively; else float16 on CUDA, float32 elsewhere."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
+    if device == "cpu":
+        has = torch.cpu.get_capabilities()
+        native = has.get("avx512_bf16") or has.get("amx_bf16")
+        return torch.bfloat16 if native else torch.float32
     if not device.startswith("cuda"):
         return torch.float32
     native = torch.cuda.is_bf16_supported(including_emulation=False)

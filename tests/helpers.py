@@ -33,6 +33,12 @@ ARCHITECTURES = {
     "llama": {"qk_norm": False, "n_kv_head": 2, "rope_theta": 500.0, "tie_weights": False},
     "one_kv_head": {"n_kv_head": 1, "norm": "layernorm", "mlp": "gelu", "n_hidden": 40},
     "learned_gqa": {"position": "learned", "n_kv_head": 2, "bias": True, "norm_eps": 1e-3},
+    "beyond_qwen3": {
+        "mlp": "relu2",
+        "logit_soft_cap": 3.0,
+        "value_residual": True,
+        "embedding_skip": True,
+    },
 }
 
 
@@ -105,5 +111,5 @@ def save_run(out_dir: Path, model: GPT, tokenizer: Tokenizer, dataset: Path, kin
         "dataset": {"kind": kind},
     }
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    save_checkpoint(out_dir, model, optimizer, tokenizer, run, is_best=True)
+    save_checkpoint(out_dir, model, [optimizer], tokenizer, run, is_best=True)
     return out_dir

@@ -33,6 +33,7 @@ TINY = {
     "eval_interval": 10,
     "log_interval": 1,
     "device": "cpu",
+    "dtype": "float32",
 }
 
 torch.set_num_threads(1)  # where other processes run too, two threads wait for each other

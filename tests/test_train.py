@@ -27,7 +27,7 @@ from tests.runs import (
     weights,
     write_toys,
 )
-from train import Settings, learning_rate, make_optimizer
+from train import Settings, learning_rate, make_optimizers
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +189,7 @@ def test_a_warm_up_longer_than_the_run_only_rises():
 def test_the_first_step_moves_weights_by_the_logged_learning_rate(toys, tmp_path):
     # Adam's first step is lr x sign(gradient), wherever the gradient is far above its epsilon
     common = {"dataset": toys / "text", "max_iters": 1, "warmup_iters": 2, "weight_decay": 0}
+    common |= {"optimizer": "adamw"}
     still = train_here(out_dir=tmp_path / "still", learning_rate=0, **common)
     moved = train_here(out_dir=tmp_path / "moved", learning_rate=1e-2, **common)
     name = "blocks.0.attn.c_proj.weight"
@@ -208,18 +209,27 @@ def test_only_matrices_decay(toys, tmp_path):
         assert torch.equal(value, decayed[name]) == (value.dim() < 2), name
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("tie_weights", [True, False])
-def test_every_parameter_is_optimized_once(tie_weights):
+def test_every_parameter_is_optimized_once(tie_weights, optimizer):
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 8, "bias": True, "tie_weights": tie_weights}
     model = GPT(ModelConfig(n_vocab=10, **shape))
-    groups = make_optimizer(model, Settings(), "cpu").param_groups
+    config = Settings(optimizer=optimizer, learning_rate=1e-2, embedding_lr=2e-3)
+    optimizers = make_optimizers(model, config, "cpu")
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     optimized = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(optimized) == sorted({id(parameter) for parameter in model.parameters()})
+    for group in groups:
+        for name, parameter in model.named_parameters():
+            if any(parameter is other for other in group["params"]):
+                embeds = name in ("wte.weight", "lm_head.weight")
+                assert group["lr_ratio"] == pytest.approx(0.2 if embeds else 1.0), name
 
 
 def test_gradients_are_clipped_and_logged_as_they_were(toys, tmp_path):
     for clip in (0, 0.1):
         common = {"dataset": toys / "text", "max_iters": 1, "grad_clip": clip}
+        common |= {"optimizer": "adamw"}
         out = train_here(out_dir=tmp_path / str(clip), **common)
         tensors = load_file(checkpoint_file(out, "optimizer.safetensors"))
         # after one step Adam's first moment is (1 - beta1) x the gradient
