@@ -369,7 +369,7 @@ def _gather(
     return ids[:, :-1], np.where(trained, ids, IGNORE)[:, 1:]
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)  # two epochs of two datasets
 def _order_by_length(data: Dataset, key: str, n: int, phase: int, count: int) -> np.ndarray:
     """An epoch's order of n rows, in which each step of count rows has rows of like length.
 
