@@ -50,6 +50,9 @@ class Settings(Architecture):
     seed: int = 1337  # of weights, order of rows and dropout
     max_iters: int = 2000  # steps of the optimizer
     batch_size: int = 16  # rows of a micro-batch
+    mix_dataset: str | None = None  # mixed in as a term of its own: pretraining text, say
+    mix_batch_size: int = 4  # rows of it in each micro-batch, beside batch_size
+    mix_weight: float = 1.0  # of its mean loss, beside the dataset's own at 1
     gradient_accumulation_steps: int = 1  # micro-batches of a step
     optimizer: Literal["muon", "adamw"] = "muon"  # of the blocks' matrices; AdamW for all else
     learning_rate: float = 1e-3  # at its highest
@@ -77,6 +80,10 @@ class Settings(Architecture):
         for name in ("learning_rate", "min_lr", "warmup_iters", "weight_decay", "grad_clip"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must not be negative")
+        if self.mix_batch_size < 1:
+            raise UserError(f"mix_batch_size={self.mix_batch_size} must be 1 or more")
+        if self.mix_weight < 0:
+            raise UserError(f"mix_weight={self.mix_weight:g} must not be negative")
         if self.seed < 0:
             raise UserError(f"seed={self.seed} must not be negative")
         for name in ("beta1", "beta2"):
@@ -115,6 +122,7 @@ class Run:
     progress: Progress
     device: str
     scaler: torch.amp.GradScaler
+    mix: Dataset | None = None  # the one of mix_dataset
 
 
 def main(argv: list[str]) -> None:
@@ -123,6 +131,7 @@ def main(argv: list[str]) -> None:
     print(
         f"{show_path(run.out_dir)}: {run.model.n_params() / 1e6:.2f}M parameters on {run.device}; "
         f"{rows:,} rows of {run.data.name}, {rows_per_step(run.config)} a step"
+        + (f", and {mix_rows_per_step(run.config)} of {run.mix.name}" if run.mix else "")
     )
     if run.config.dry_run:
         dry_run(run)
@@ -158,6 +167,7 @@ def start(argv: list[str]) -> Run:
     tokenizer = data.tokenizer
     for split in ("train", "val"):
         data.check(config.block_size, split)
+    mix = open_mix(config, data)
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     if saved:
@@ -170,14 +180,25 @@ def start(argv: list[str]) -> Run:
     scaler = make_scaler(config, device)
     progress = Progress()
     if resumes:
-        warn_of_changes(saved, config, data, device)
+        warn_of_changes(saved, config, data, mix, device)
         load_optimizers(checkpoint.path, model, optimizers)
         if saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
         progress = Progress(**saved["progress"])
         if not config.dry_run:
             rewind(out_dir)
-    return Run(config, out_dir, data, tokenizer, model, optimizers, progress, device, scaler)
+    return Run(config, out_dir, data, tokenizer, model, optimizers, progress, device, scaler, mix)
+
+
+def open_mix(config: Settings, data: Dataset) -> Dataset | None:
+    """The dataset that is mixed in, if any. UserError where it does not go with data."""
+    if config.mix_dataset is None:
+        return None
+    mix = Dataset(config.mix_dataset)
+    mix.check_tokenizer(data.tokenizer, data.path)
+    for split in ("train", "val"):
+        mix.check(config.block_size, split)
+    return mix
 
 
 def train(run: Run) -> None:
@@ -192,8 +213,8 @@ def train(run: Run) -> None:
     losses, last_time, last_tokens = [], time.perf_counter(), progress.tokens
     with catch_interrupt() as interrupts, progress_bar(run) as bar:
         for batches, counts, tokens in one_ahead(step_batches(run)):
-            loss, grad_norm = train_step(run, batches, counts)
-            losses.append(loss)
+            step_losses, grad_norm = train_step(run, batches, counts)
+            losses.append(step_losses)
             progress.iter += 1
             progress.rows += rows_per_step(config)
             progress.tokens += tokens
@@ -201,7 +222,9 @@ def train(run: Run) -> None:
             evaluates = progress.iter % config.eval_interval == 0 or progress.is_finished(config)
             if not (evaluates or interrupts or progress.iter % config.log_interval == 0):
                 continue
-            train_loss = finite(run, torch.stack(losses).mean().item())
+            train_loss, *mixed = (
+                finite(run, loss) for loss in torch.stack(losses).mean(dim=0).tolist()
+            )
             elapsed = time.perf_counter() - last_time
             record = {
                 "iter": progress.iter,
@@ -212,13 +235,18 @@ def train(run: Run) -> None:
                 "grad_norm": grad_norm.item(),
                 "tokens_per_second": round((progress.tokens - last_tokens) / elapsed),
             }
+            if run.mix:
+                record["train_loss_mix"] = mixed[0]
             bar.set_postfix(loss=f"{train_loss:.3f}", refresh=False)
             if evaluates:
                 record |= evaluate(run)
+                kept = (
+                    f", {record['val_bits_per_byte_mix']:.3f} of {run.mix.name}" if run.mix else ""
+                )
                 bar.write(
                     f"step {progress.iter}: loss {train_loss:.3f} in training, "
                     f"{record['val_loss']:.3f} in validation (nats per token), "
-                    f"{record['val_bits_per_byte']:.3f} bits per byte",
+                    f"{record['val_bits_per_byte']:.3f} bits per byte{kept}",
                     file=sys.stdout,
                 )
             progress.seconds = time.perf_counter() - began
@@ -253,19 +281,23 @@ def finite(run: Run, loss: float) -> float:
 
 
 def train_step(run: Run, batches: list, counts: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step of the optimizer over its micro-batches -> loss and gradient norm, both scalars."""
+    """One step of the optimizer over its micro-batches, as step_batches makes them -> the mean
+    loss of each term, (terms,), and the gradient norm, a scalar."""
     config = run.config
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(run.progress.iter, config) * group["lr_ratio"]
-    loss = torch.zeros((), device=run.device)
-    for micro, batch in enumerate(batches):
+    weights = {"next_token": 1.0, "mix": config.mix_weight}
+    losses = torch.zeros(len(counts), device=run.device)
+    for micro, terms in enumerate(batches):
         seed_dropout(config.seed, run.progress.iter, micro)
-        with autocast(run):
-            sums = next_token(run.model, batch)
-        term = sum(sums[name] / max(1, counts[name]) for name in sums)
-        run.scaler.scale(term).backward()
-        loss += term.detach()
+        for place, (name, batch) in enumerate(terms.items()):
+            with autocast(run):
+                sums = next_token(run.model, batch)
+            term = sums["next_token"] / max(1, counts[name])
+            # a backward pass for each term, so that the activations of only one are held
+            run.scaler.scale(weights[name] * term).backward()
+            losses[place] += term.detach()
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     limit = config.grad_clip or math.inf
@@ -274,22 +306,44 @@ def train_step(run: Run, batches: list, counts: dict) -> tuple[torch.Tensor, tor
         run.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
-    return loss, grad_norm
+    return losses, grad_norm
 
 
 def step_batches(run: Run) -> Iterator[tuple[list, dict, int]]:
-    """For each step from here on: its micro-batches on the device, their counts, their tokens."""
-    config, consumed = run.config, run.progress.rows
-    multiple = 64 if run.device.startswith("cuda") else 1  # few shapes, so compiled code is reused
+    """For each step from here on: its micro-batches on the device, their counts, their tokens.
+
+    A micro-batch has a batch for each term: next_token, of the dataset, and mix, of mix_dataset,
+    whose rows so far follow from the steps done: nothing more need be kept to resume.
+    """
+    config, consumed, step = run.config, run.progress.rows, run.progress.iter
     while True:
-        rows = run.data.step_rows(config.seed, consumed, rows_per_step(config), config.block_size)
+        sources = {"next_token": (run.data, consumed, config.batch_size)}
+        if run.mix:
+            mixed = step * mix_rows_per_step(config)
+            sources["mix"] = (run.mix, mixed, config.mix_batch_size)
+        batches, counts, tokens = {}, {}, 0
+        for name, (data, start, batch_size) in sources.items():
+            batches[name], n_tokens = micro_batches(run, data, start, batch_size)
+            counts[name] = count_terms(batches[name])["next_token"]
+            tokens += n_tokens
         micro = [
-            run.data.batch(part, config.block_size, multiple)
-            for part in rows.reshape(-1, config.batch_size)
+            {name: to_device(batch, run.device) for name, batch in zip(batches, parts, strict=True)}
+            for parts in zip(*batches.values(), strict=True)
         ]
-        tokens = run.data.input_tokens(rows, config.block_size)
-        yield [to_device(batch, run.device) for batch in micro], count_terms(micro), tokens
-        consumed += len(rows)
+        yield micro, counts, tokens
+        consumed += rows_per_step(config)
+        step += 1
+
+
+def micro_batches(run: Run, data: Dataset, start: int, batch_size: int) -> tuple[list, int]:
+    """The batches of one step of a dataset, which begins after `start` rows, and their tokens."""
+    config = run.config
+    multiple = 64 if run.device.startswith("cuda") else 1  # few shapes, so compiled code is reused
+    count = batch_size * config.gradient_accumulation_steps
+    rows = data.step_rows(config.seed, start, count, config.block_size)
+    parts = rows.reshape(-1, batch_size)
+    batches = [data.batch(part, config.block_size, multiple) for part in parts]
+    return batches, data.input_tokens(rows, config.block_size)
 
 
 def one_ahead(steps: Iterator) -> Iterator:
@@ -301,34 +355,43 @@ def one_ahead(steps: Iterator) -> Iterator:
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Loss and bits per byte on the whole validation split; keeps count of the best."""
-    with autocast(run):
-        nats, count, n_bytes = split_sums(
-            run.model, run.data, "val", run.config.batch_size, run.device
-        )
+    """Loss and bits per byte on the whole validation split, and bits per byte on that of the
+    mixed dataset; keeps count of the best."""
+    nats, count, n_bytes = validation_sums(run, run.data)
     val_loss, progress = finite(run, nats / count), run.progress
     if progress.best_val_loss is None or val_loss < progress.best_val_loss:
         progress.best_val_loss, progress.worse = val_loss, 0
     else:
         progress.worse += 1
-    return {"val_loss": val_loss, "val_bits_per_byte": nats / math.log(2) / n_bytes}
+    scores = {"val_loss": val_loss, "val_bits_per_byte": nats / math.log(2) / n_bytes}
+    if run.mix:
+        nats, _, n_bytes = validation_sums(run, run.mix)
+        scores["val_bits_per_byte_mix"] = finite(run, nats / math.log(2) / n_bytes)
+    return scores
+
+
+def validation_sums(run: Run, data: Dataset) -> tuple[float, int, int]:
+    with autocast(run):
+        return split_sums(run.model, data, "val", run.config.batch_size, run.device)
 
 
 def save(run: Run, is_best: bool) -> None:
     """A checkpoint of the run as it stands."""
     state = {
         "settings": dataclasses.asdict(run.config),
-        "dataset": {
-            "name": run.data.name,
-            "kind": run.data.kind,
-            "fingerprint": run.data.fingerprint,
-        },
+        "dataset": identity(run.data),
+        "mix": identity(run.mix) if run.mix else None,
         "tokenizer_sha256": run.tokenizer.sha256,
         "progress": dataclasses.asdict(run.progress),
         "scaler": run.scaler.state_dict(),
         "environment": environment(run.device),
     }
     save_checkpoint(run.out_dir, run.model, run.optimizers, run.tokenizer, state, is_best)
+
+
+def identity(data: Dataset) -> dict[str, str]:
+    """What run.json says of a dataset."""
+    return {"name": data.name, "kind": data.kind, "fingerprint": data.fingerprint}
 
 
 def dry_run(run: Run, steps: int = 3) -> None:
@@ -341,19 +404,22 @@ def dry_run(run: Run, steps: int = 3) -> None:
         return tensor
 
     batches = step_batches(run)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        micro, counts, tokens = next(batches)
-        with autocast(run):
-            sums = next_token(run.model, micro[0])
+    micro, counts, tokens = next(batches)
     weights = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
-    activations = sum(size for address, size in saved.items() if address not in weights)
-    del sums
+    activations = 0  # of the largest term: they are not held together
+    for batch in micro[0].values():
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(run):
+            sums = next_token(run.model, batch)
+        held = sum(size for address, size in saved.items() if address not in weights)
+        activations = max(activations, held)
+        del sums
     train_step(run, micro, counts)  # warms up
     began = time.perf_counter()
     for _ in range(steps):
         micro, counts, tokens = next(batches)
-        loss, _ = train_step(run, micro, counts)
-    loss.item()  # waits for a GPU
+        losses, _ = train_step(run, micro, counts)
+    losses.tolist()  # waits for a GPU
     seconds = (time.perf_counter() - began) / steps
     parameters = run.model.n_params()
     state = 16 * parameters  # float32: weight, gradient, AdamW's two moments
@@ -389,14 +455,18 @@ def check_shape(config: Settings, saved: dict, source: Path) -> None:
             )
 
 
-def warn_of_changes(saved: dict, config: Settings, data: Dataset, device: str) -> None:
+def warn_of_changes(
+    saved: dict, config: Settings, data: Dataset, mix: Dataset | None, device: str
+) -> None:
     """Says what differs from the run that is resumed. UserError where its data are others."""
-    if saved["dataset"]["fingerprint"] != data.fingerprint:
-        raise UserError(
-            f"{show_path(data.path)} is not what this run was trained on: it was prepared anew; "
-            "train again in another --out_dir="
-        )
-    before = saved["settings"] | saved["environment"]
+    for before, now in ((saved["dataset"], data), (saved.get("mix"), mix)):
+        if before and now and before["fingerprint"] != now.fingerprint:
+            raise UserError(
+                f"{show_path(now.path)} is not what this run was trained on: it was prepared "
+                "anew; train again in another --out_dir="
+            )
+    # a setting that a run of an earlier version does not name was at its default
+    before = dataclasses.asdict(Settings()) | saved["settings"] | saved["environment"]
     now = dataclasses.asdict(config) | environment(device)
     changed = [
         f"{name} was {before.get(name)!r}, now {now[name]!r}"
@@ -409,6 +479,10 @@ def warn_of_changes(saved: dict, config: Settings, data: Dataset, device: str) -
 
 def rows_per_step(config: Settings) -> int:
     return config.batch_size * config.gradient_accumulation_steps
+
+
+def mix_rows_per_step(config: Settings) -> int:
+    return config.mix_batch_size * config.gradient_accumulation_steps
 
 
 def learning_rate(step: int, config: Settings) -> float:

@@ -128,6 +128,17 @@ CASES = {
         "{}/questions/train.bin has rows of up to 32 tokens, block_size is 16; "
         "prepare it with --max_tokens=16",
     ),
+    "mix of another tokenizer": (
+        train_on("questions", mix_dataset="{}/other_tokens"),
+        "{}/other_tokens has another tokenizer than {}/questions; "
+        "prepare it with --tokenizer={}/questions",
+    ),
+    "mix without validation": (
+        train_on("questions", mix_dataset="{}/no_val"),
+        "{}/no_val has no split 'val'; it has train",
+    ),
+    "no rows of a mix": (train_on("questions", mix_batch_size=0), "mix_batch_size=0 must be 1"),
+    "a negative mix": (train_on("questions", mix_weight=-1), "mix_weight=-1 must not be"),
     "out_dir is a file": (train_on("text", out_dir="{}/a_file"), "{}/a_file"),
     "init_from nothing": (train_on("text", init_from="{}/nothing"), "--init_from="),
     "init_from another tokenizer": (
