@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import (
+    MODELS,
     append_log,
     environment,
     has_checkpoint,
@@ -34,6 +35,7 @@ from checkpoint import (
 )
 from configurator import UserError, command, configure, repo_path, show_path
 from data_utils import Dataset
+from lstm_model import LSTM
 from model import GPT, Architecture, ModelConfig, pick_device
 from objectives import count_terms, next_token, split_sums, to_device
 from tokenizer import Tokenizer
@@ -107,7 +109,7 @@ class Run:
     out_dir: Path
     data: Dataset
     tokenizer: Tokenizer
-    model: GPT
+    model: GPT | LSTM
     optimizer: torch.optim.Optimizer
     progress: Progress
     device: str
@@ -162,7 +164,8 @@ def start(argv: list[str]) -> Run:
         data.check_tokenizer(checkpoint.tokenizer, checkpoint.path)
         model = checkpoint.model.train()
     else:
-        model = GPT(ModelConfig(**architecture(config), n_vocab=tokenizer.n_vocab)).to(device)
+        model_config = ModelConfig(**architecture(config), n_vocab=tokenizer.n_vocab)
+        model = MODELS[config.model](model_config).to(device)
     optimizer = make_optimizer(model, config, device)
     scaler = make_scaler(config, device)
     progress = Progress()
@@ -365,11 +368,10 @@ def dry_run(run: Run, steps: int = 3) -> None:
 
 
 def architecture(config: Architecture | dict) -> dict:
-    """The settings that make a model's shape, dropout included."""
-    names = [field.name for field in dataclasses.fields(Architecture)]
-    if isinstance(config, dict):
-        return {name: config[name] for name in names}
-    return {name: getattr(config, name) for name in names}
+    """The settings that make a model's shape, dropout included. A checkpoint that is older than a
+    setting has its default."""
+    values = config if isinstance(config, dict) else vars(config)
+    return {field.name: values.get(field.name, field.default) for field in fields(Architecture)}
 
 
 def check_shape(config: Settings, saved: dict, source: Path) -> None:
@@ -390,7 +392,8 @@ def warn_of_changes(saved: dict, config: Settings, data: Dataset, device: str) -
             f"{show_path(data.path)} is not what this run was trained on: it was prepared anew; "
             "train again in another --out_dir="
         )
-    before = saved["settings"] | saved["environment"]
+    # a run that is older than a setting had its default
+    before = dataclasses.asdict(Settings()) | saved["settings"] | saved["environment"]
     now = dataclasses.asdict(config) | environment(device)
     changed = [
         f"{name} was {before.get(name)!r}, now {now[name]!r}"
@@ -414,7 +417,7 @@ def learning_rate(step: int, config: Settings) -> float:
     return config.min_lr + left * (config.learning_rate - config.min_lr)
 
 
-def make_optimizer(model: GPT, config: Settings, device: str) -> torch.optim.Optimizer:
+def make_optimizer(model: GPT | LSTM, config: Settings, device: str) -> torch.optim.Optimizer:
     """AdamW, with weight decay on matrices only; fused, which is the fastest form."""
     parameters = list(model.parameters())
     groups = [
