@@ -23,14 +23,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from configurator import UserError, show_path, written_aside
+from lstm_model import LSTM
 from model import GPT, ModelConfig
 from tokenizer import Tokenizer, load_tokenizer
+
+MODELS = {"gpt": GPT, "lstm": LSTM}  # by an architecture's `model`
 
 
 @dataclass
 class Checkpoint:
     path: Path
-    model: GPT
+    model: GPT | LSTM
     tokenizer: Tokenizer
     run: dict  # run.json: architecture, settings, dataset, progress, losses, environment
 
@@ -42,7 +45,7 @@ class Checkpoint:
 
 def save_checkpoint(
     out_dir: Path,
-    model: GPT,
+    model: GPT | LSTM,
     optimizers: list[torch.optim.Optimizer],
     tokenizer: Tokenizer,
     run: dict,
@@ -54,7 +57,7 @@ def save_checkpoint(
     """
     name = f"step-{run['progress']['iter']:06d}"
     best = name if is_best else _pointer(out_dir, "best") or name
-    run = run | {"model": "gpt", "architecture": dataclasses.asdict(model.config), "best": best}
+    run = run | {"architecture": dataclasses.asdict(model.config), "best": best}
     aside = out_dir / f".{name}.tmp"
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -95,7 +98,7 @@ def load_checkpoint(
     run = read_run(out_dir, which)
     tokenizer = load_tokenizer(path)
     config = _read(path / "run.json", lambda: ModelConfig(**run["architecture"] | changes))
-    model = GPT(config).to(device).eval()
+    model = MODELS[config.model](config).to(device).eval()
 
     def load() -> None:
         weights = load_file(path / "model.safetensors", device=device)
@@ -108,7 +111,7 @@ def load_checkpoint(
     return Checkpoint(path, model, tokenizer, run)
 
 
-def load_optimizers(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
+def load_optimizers(path: Path, model: GPT | LSTM, optimizers: list[torch.optim.Optimizer]) -> None:
     """Puts the optimizers' state in the checkpoint at path back, parameter by parameter."""
     file = path / "optimizer.safetensors"
     parameters = dict(model.named_parameters())
@@ -213,7 +216,7 @@ _REMEDY = "train again in another --out_dir="
 
 
 def _optimizer_tensors(
-    model: GPT, optimizers: list[torch.optim.Optimizer]
+    model: GPT | LSTM, optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, torch.Tensor]:
     return _contiguous(
         {

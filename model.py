@@ -8,6 +8,7 @@ Losses are objectives.py's, sampling is sample.py's. ModelConfig spans the refer
 RMSNorm, SwiGLU, grouped-query attention, norm of queries and keys), each option on its own.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -18,11 +19,16 @@ import torch.nn.functional as F
 
 from configurator import UserError
 
+# what lstm_model.py reads of an Architecture; the GPT reads all
+LSTM_READS = {"model", "block_size", "n_layer", "n_embd", "norm", "norm_eps", "bias"}
+LSTM_READS |= {"tie_weights", "dropout"}
+
 
 @dataclass
 class Architecture:
     """What a user chooses of a model. The defaults are Qwen3's, at a small size."""
 
+    model: Literal["gpt", "lstm"] = "gpt"  # the GPT below, or the baseline of lstm_model.py
     block_size: int = 256  # longest context, tokens
     n_layer: int = 6  # blocks
     n_head: int = 8  # query heads
@@ -44,19 +50,19 @@ class Architecture:
     dropout: float = 0.0  # of embeddings, attention and both outputs of a block
 
     def __post_init__(self):
+        if self.block_size < 2:
+            raise UserError(f"block_size={self.block_size} must be 2 or more")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
+        self._check_above_zero("n_layer", "n_embd", "norm_eps")
+        if self.model == "lstm":
+            return self._refuse_what_only_the_gpt_reads()
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         if self.n_hidden is None:  # SwiGLU has three matrices: 2/3 as wide, in steps of 64
             swiglu = max(64, round(8 / 3 * self.n_embd / 64) * 64)
             self.n_hidden = swiglu if self.mlp == "swiglu" else 4 * self.n_embd
-        if self.block_size < 2:
-            raise UserError(f"block_size={self.block_size} must be 2 or more")
-        for name in ("rope_theta", "norm_eps"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)} must be above 0")
-        for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
+        self._check_above_zero("n_head", "n_kv_head", "n_hidden", "rope_theta")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         if self.n_head % self.n_kv_head:
@@ -67,8 +73,19 @@ class Architecture:
             raise UserError(f"n_embd / n_head = {self.head_dim} must be even for position='rope'")
         if self.logit_soft_cap < 0:
             raise UserError(f"logit_soft_cap={self.logit_soft_cap} must be 0 (off) or above")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
+
+    def _check_above_zero(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name}={getattr(self, name)} must be above 0")
+
+    def _refuse_what_only_the_gpt_reads(self) -> None:
+        for field in dataclasses.fields(Architecture):
+            value = getattr(self, field.name)
+            if value != field.default and field.name not in LSTM_READS:
+                raise UserError(
+                    f"{field.name}={value!r} means nothing to model='lstm'; leave one of them out"
+                )
 
     @property
     def head_dim(self) -> int:
@@ -175,10 +192,16 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight
         self.init_weights()
 
-    def forward(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        idx: torch.Tensor,
+        cache: KVCache | None = None,
+        new_tokens: list[int] | None = None,
+    ) -> torch.Tensor:
         """(B, T) ids -> (B, T, n_embd) hidden states after the last norm.
 
-        With a cache the ids follow those it holds, row by row, and are added to it.
+        With a cache the ids follow those it holds, row by row, and are added to it: the first
+        new_tokens[row] of each row, the rest is padding; None is all T.
         """
         B, T = idx.shape
         span = Span(cache, B, T, idx.device)
@@ -199,7 +222,8 @@ class GPT(nn.Module):
             kv = (cache.k[layer], cache.v[layer]) if cache else None
             x = block(x, rotation, span, kv)
         if cache:
-            cache.lengths = [length + T for length in cache.lengths]
+            added = new_tokens or [T] * B
+            cache.lengths = [old + new for old, new in zip(cache.lengths, added, strict=True)]
         return self.norm(x)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:

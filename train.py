@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import (
+    MODELS,
     append_log,
     environment,
     has_checkpoint,
@@ -34,6 +35,7 @@ from checkpoint import (
 )
 from configurator import UserError, command, configure, repo_path, show_path
 from data_utils import Dataset
+from lstm_model import LSTM
 from model import GPT, Architecture, ModelConfig, pick_device
 from muon import Muon
 from objectives import count_terms, next_token, split_sums, to_device
@@ -117,7 +119,7 @@ class Run:
     out_dir: Path
     data: Dataset
     tokenizer: Tokenizer
-    model: GPT
+    model: GPT | LSTM
     optimizers: list[torch.optim.Optimizer]
     progress: Progress
     device: str
@@ -175,7 +177,8 @@ def start(argv: list[str]) -> Run:
         data.check_tokenizer(checkpoint.tokenizer, checkpoint.path)
         model = checkpoint.model.train()
     else:
-        model = GPT(ModelConfig(**architecture(config), n_vocab=tokenizer.n_vocab)).to(device)
+        model_config = ModelConfig(**architecture(config), n_vocab=tokenizer.n_vocab)
+        model = MODELS[config.model](model_config).to(device)
     optimizers = make_optimizers(model, config, device)
     scaler = make_scaler(config, device)
     progress = Progress()
@@ -437,11 +440,10 @@ def dry_run(run: Run, steps: int = 3) -> None:
 
 
 def architecture(config: Architecture | dict) -> dict:
-    """The settings that make a model's shape, dropout included."""
-    names = [field.name for field in dataclasses.fields(Architecture)]
-    if isinstance(config, dict):
-        return {name: config[name] for name in names}
-    return {name: getattr(config, name) for name in names}
+    """The settings that make a model's shape, dropout included. A checkpoint that is older than a
+    setting has its default."""
+    values = config if isinstance(config, dict) else vars(config)
+    return {field.name: values.get(field.name, field.default) for field in fields(Architecture)}
 
 
 def check_shape(config: Settings, saved: dict, source: Path) -> None:
@@ -494,15 +496,17 @@ def learning_rate(step: int, config: Settings) -> float:
     return config.min_lr + left * (config.learning_rate - config.min_lr)
 
 
-def make_optimizers(model: GPT, config: Settings, device: str) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: GPT | LSTM, config: Settings, device: str
+) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, or AdamW for all; only matrices decay.
 
-    lr_ratio of a group: its learning rate over the schedule's.
+    lr_ratio of a group: its learning rate over the schedule's. An LSTM's matrices are AdamW's.
     """
     ratio = 1.0
     if config.embedding_lr is not None and config.learning_rate:
         ratio = config.embedding_lr / config.learning_rate
-    inside = {id(parameter) for parameter in model.blocks.parameters()}
+    inside = {id(p) for name, p in model.named_parameters() if name.startswith("blocks.")}
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     blocks = {"params": [p for p in matrices if id(p) in inside], "lr_ratio": 1.0}
     embeddings = {"params": [p for p in matrices if id(p) not in inside], "lr_ratio": ratio}
@@ -515,7 +519,7 @@ def make_optimizers(model: GPT, config: Settings, device: str) -> list[torch.opt
         fused=not device.startswith("mps"),
         **common,
     )
-    if config.optimizer == "adamw":
+    if config.optimizer == "adamw" or not inside:
         return [adamw]
     if device.startswith("cuda"):
         return [torch.optim.Muon([blocks], adjust_lr_fn="match_rms_adamw", **common), adamw]

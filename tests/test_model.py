@@ -15,9 +15,13 @@ from transformers import (
 
 from configurator import UserError
 from model import GPT, ModelConfig, pick_device
-from tests.helpers import ARCHITECTURES, random_ids, randomize, tiny_model
+from tests.helpers import ALL_MODELS, ARCHITECTURES, random_ids, randomize, tiny_model
 
 each_architecture = pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
+each_model = pytest.mark.parametrize("options", ALL_MODELS.values(), ids=ALL_MODELS)
+gpt_and_lstm = pytest.mark.parametrize(
+    "options", [{"n_kv_head": 2}, {"model": "lstm"}], ids=["gpt", "lstm"]
+)
 
 
 def count(**options) -> int:
@@ -213,7 +217,7 @@ def test_new_weights_have_the_spread_of_their_init(init, first, output):
     assert model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
-@each_architecture
+@each_model
 def test_every_parameter_has_a_gradient(options):
     model = tiny_model(**options).train()
     model.head(model(random_ids(3, 24))).log_softmax(dim=-1)[..., 7].sum().backward()
@@ -221,7 +225,7 @@ def test_every_parameter_has_a_gradient(options):
         assert weight.grad is not None and weight.grad.abs().sum() > 0, name
 
 
-@each_architecture
+@each_model
 def test_a_token_changes_its_own_logits_and_later_ones_only(options):
     model = tiny_model(**options).double()
     idx = random_ids(2, 24)
@@ -272,7 +276,7 @@ def test_each_dropout_acts_in_training_only(site):
     assert not torch.allclose(model(idx), model(idx), atol=1e-3)
 
 
-@each_architecture
+@each_model
 @pytest.mark.parametrize("chunks", [[24], [1] * 24, [1, 23], [5, 1, 1, 9, 8], [16, 1, 7]])
 @torch.no_grad()
 def test_cached_chunks_of_any_size_equal_one_pass(options, chunks):
@@ -287,12 +291,11 @@ def test_cached_chunks_of_any_size_equal_one_pass(options, chunks):
 def ragged_cache(model: GPT, idx: torch.Tensor, lengths: list[int]):
     """A cache of the first lengths[row] tokens of each row, read in one padded batch."""
     cache = model.new_cache(len(lengths))
-    model(idx[:, : max(lengths)], cache)
-    cache.lengths = list(lengths)
+    model(idx[:, : max(lengths)], cache, lengths)
     return cache
 
 
-@each_architecture
+@each_model
 @torch.no_grad()
 def test_rows_of_different_lengths_go_on_as_each_alone(options):
     model = tiny_model(**options).double()
@@ -324,9 +327,10 @@ def test_what_lies_beyond_a_rows_length_is_not_seen(options):
 
 
 @pytest.mark.parametrize("dropped", [[0], [1], [3], [3, 0], [0, 0, 0], [2, 1]])
+@gpt_and_lstm
 @torch.no_grad()
-def test_dropping_a_row_leaves_the_others_and_moves_the_last_into_its_place(dropped):
-    model = tiny_model(n_kv_head=2).double()
+def test_dropping_a_row_leaves_the_others_and_moves_the_last_into_its_place(options, dropped):
+    model = tiny_model(**options).double()
     lengths, idx = [3, 8, 5, 6], random_ids(4, 24)
     cache, rows = ragged_cache(model, idx, lengths), [0, 1, 2, 3]
     for row in dropped:
@@ -339,9 +343,10 @@ def test_dropping_a_row_leaves_the_others_and_moves_the_last_into_its_place(drop
     assert (model(next_ids, cache) - wanted).abs().max() < 1e-12
 
 
+@gpt_and_lstm
 @torch.no_grad()
-def test_copied_rows_go_on_as_their_source_does():
-    model = tiny_model(n_kv_head=2).double()
+def test_copied_rows_go_on_as_their_source_does(options):
+    model = tiny_model(**options).double()
     idx = random_ids(3, 24)
     source = ragged_cache(model, idx, [7, 2, 12])
     others = random_ids(5, 24, seed=1)
@@ -355,9 +360,10 @@ def test_copied_rows_go_on_as_their_source_does():
     assert source.lengths == [7, 2, 12]
 
 
+@gpt_and_lstm
 @pytest.mark.parametrize("lengths", [[22, 22], [5, 22]])
-def test_a_context_beyond_block_size_is_refused(lengths):
-    model = tiny_model()
+def test_a_context_beyond_block_size_is_refused(lengths, options):
+    model = tiny_model(**options)
     cache = ragged_cache(model, random_ids(2, 24), lengths)
     model(random_ids(2, 2), cache)
     with pytest.raises(ValueError, match="block_size=24"):
