@@ -109,6 +109,11 @@ CASES = {
     ),
     "syntax error": (line("train.py", "{}/syntax.py"), "{}/syntax.py, line 2: SyntaxError"),
     "error in a file": (line("train.py", "{}/failing.py"), "{}/failing.py, line 3: NameError"),
+    "no such model": (train_on("text", model="lstms"), "did you mean 'lstm'?"),
+    "a GPT's setting for an LSTM": (
+        train_on("text", model="lstm"),
+        "n_head=2 means nothing to model='lstm'; leave one of them out",
+    ),
     "negative seed": (train_on("text", seed=-1), "seed=-1"),
     "beta above 1": (train_on("text", beta2=2), "beta2=2"),
     "no such device": (train_on("text", device="gpu"), "device='gpu' cannot be used"),
