@@ -4,6 +4,7 @@
     out-x/step-000500/             model.safetensors (a tied weight once), run.json, tokenizer.json,
                                    optimizer.safetensors
     out-x/log.jsonl                an object a line
+    out-x/tracking_id              by which trackers know the run, where it has any
 
 A checkpoint is written aside and renamed, then the pointers are replaced, then what no pointer
 names is deleted: killed at any moment, an out_dir still loads. Nothing is unpickled.
@@ -14,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,6 +177,15 @@ def read_log(out_dir: Path) -> list[dict]:
         return records + [json.loads(line) for line in lines[-2:] if line]
     except json.JSONDecodeError:
         return records + [json.loads(line) for line in lines[-2:-1] if lines[-1]]
+
+
+def tracking_id(out_dir: Path, new: bool) -> str:
+    """The id by which trackers know the run: kept in the out_dir, another one for a new run."""
+    path = out_dir / "tracking_id"
+    if new or not path.is_file():
+        with written_aside(path) as aside:
+            aside.write_text(f"{uuid.uuid4().hex[:16]}\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def environment(device: str) -> dict:

@@ -268,6 +268,14 @@ class GPT(nn.Module):
         """Parameters, a tied weight once."""
         return sum(p.numel() for p in self.parameters())
 
+    def flops_per_token(self, T: float) -> float:
+        """Floating-point operations of training on a token in a row of T: 6 for each parameter in
+        matrix products (the head's, not the look-up of embeddings), and causal attention's."""
+        c = self.config
+        matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() >= 2)
+        matrices += self.lm_head.weight.numel()
+        return 6 * matrices + 12 * c.n_layer * c.n_embd * T / 2
+
 
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):

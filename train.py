@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from checkpoint import (
     MODELS,
+    Checkpoint,
     append_log,
     environment,
     has_checkpoint,
@@ -32,14 +33,18 @@ from checkpoint import (
     read_run,
     rewind,
     save_checkpoint,
+    tracking_id,
 )
 from configurator import UserError, command, configure, repo_path, show_path
 from data_utils import Dataset
+from devices import Peak, find_peak, show_rate
 from lstm_model import LSTM
 from model import GPT, Architecture, ModelConfig, pick_device
 from muon import Muon
 from objectives import count_terms, next_token, split_sums, to_device
 from tokenizer import Tokenizer
+from trackers import Tracked, check_trackers, open_trackers
+from watch import Stopwatch, sample_prompts, write_samples
 
 
 @dataclass
@@ -70,6 +75,8 @@ class Settings(Architecture):
     best_by: Literal["val_loss", "last"] = "val_loss"  # what sampling and init_from take
     patience: int | None = None  # evaluations without a lower validation loss before it stops
     log_interval: int = 10  # steps between lines of log.jsonl
+    track: list[str] = field(default_factory=list)  # tensorboard, wandb, trackio, swanlab
+    prompts: list[str] | None = None  # of samples at evaluations; None: from val.bin; empty: none
     device: str = "auto"  # cuda, mps, cpu; auto is the first of them that is there
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # bfloat16 where it is native
     compile: bool | None = None  # torch.compile; None: on CUDA, where triton serves it
@@ -93,6 +100,7 @@ class Settings(Architecture):
                 raise UserError(f"{name}={getattr(self, name):g} must be at least 0 and below 1")
         if self.log_interval < 1 or (self.patience is not None and self.patience < 1):
             raise UserError("log_interval and patience must be 1 or more")
+        check_trackers(self.track)
 
 
 @dataclass
@@ -124,27 +132,32 @@ class Run:
     progress: Progress
     device: str
     scaler: torch.amp.GradScaler
+    startup: Stopwatch
     mix: Dataset | None = None  # the one of mix_dataset
 
 
 def main(argv: list[str]) -> None:
     run = start(argv)
     rows = run.data.n_rows("train", run.config.block_size)
+    peak = find_peak(run.device, pick_dtype(run.config, run.device))
+    run.startup.lap("peak")
     print(
-        f"{show_path(run.out_dir)}: {run.model.n_params() / 1e6:.2f}M parameters on {run.device}; "
+        f"{show_path(run.out_dir)}: {run.model.n_params() / 1e6:.2f}M parameters on {run.device} "
+        f"({peak}); "
         f"{rows:,} rows of {run.data.name}, {rows_per_step(run.config)} a step"
         + (f", and {mix_rows_per_step(run.config)} of {run.mix.name}" if run.mix else "")
     )
     if run.config.dry_run:
-        dry_run(run)
+        dry_run(run, peak)
     elif run.progress.is_finished(run.config):
         print(f"finished at step {run.progress.iter}, nothing to do")
     else:
-        train(run)
+        train(run, peak)
 
 
 def start(argv: list[str]) -> Run:
     """A run at its first step, or where its latest checkpoint stands."""
+    startup = Stopwatch()
     config = configure(Settings, argv)
     out_dir = repo_path(config.out_dir)
     resumes = config.resume and has_checkpoint(out_dir)
@@ -170,6 +183,7 @@ def start(argv: list[str]) -> Run:
     for split in ("train", "val"):
         data.check(config.block_size, split)
     mix = open_mix(config, data)
+    startup.lap("data")
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     if saved:
@@ -190,7 +204,10 @@ def start(argv: list[str]) -> Run:
         progress = Progress(**saved["progress"])
         if not config.dry_run:
             rewind(out_dir)
-    return Run(config, out_dir, data, tokenizer, model, optimizers, progress, device, scaler, mix)
+    startup.lap("model")
+    return Run(
+        config, out_dir, data, tokenizer, model, optimizers, progress, device, scaler, startup, mix
+    )
 
 
 def open_mix(config: Settings, data: Dataset) -> Dataset | None:
@@ -204,17 +221,28 @@ def open_mix(config: Settings, data: Dataset) -> Dataset | None:
     return mix
 
 
-def train(run: Run) -> None:
+def train(run: Run, peak: Peak) -> None:
     """The loop: step, log, evaluate, save; until max_iters, out of patience or Ctrl-C."""
     config, progress = run.config, run.progress
-    if compiles(config, run.device):
+    compiled = compiles(config, run.device)
+    if compiled:
         run.model.compile()
+    about = {"dataset": {"kind": run.data.kind}}  # what sampling asks of a checkpoint's run.json
+    checkpoint = Checkpoint(run.out_dir, run.model, run.tokenizer, about)
+    prompts = sample_prompts(checkpoint, run.data, config.prompts)
     run.out_dir.mkdir(parents=True, exist_ok=True)
     if progress.iter == 0:
         rewind(run.out_dir)
-    began = time.perf_counter() - progress.seconds
-    losses, last_time, last_tokens = [], time.perf_counter(), progress.tokens
-    with catch_interrupt() as interrupts, progress_bar(run) as bar:
+    with (
+        open_trackers(config.track, tracked(run)) as trackers,
+        catch_interrupt() as interrupts,
+        progress_bar(run) as bar,
+    ):
+        began = time.perf_counter() - progress.seconds
+        losses, last = [], mark(progress)
+        if trackers:
+            run.startup.lap("trackers")
+        first = progress.iter + 1
         for batches, counts, tokens in one_ahead(step_batches(run)):
             step_losses, grad_norm = train_step(run, batches, counts)
             losses.append(step_losses)
@@ -222,13 +250,17 @@ def train(run: Run) -> None:
             progress.rows += rows_per_step(config)
             progress.tokens += tokens
             bar.update()
+            if progress.iter == first:
+                step_losses.tolist()  # waits for a GPU
+                run.startup.lap("first step")
+                bar.write(str(run.startup), file=sys.stdout)
             evaluates = progress.iter % config.eval_interval == 0 or progress.is_finished(config)
             if not (evaluates or interrupts or progress.iter % config.log_interval == 0):
                 continue
             train_loss, *mixed = (
                 finite(run, loss) for loss in torch.stack(losses).mean(dim=0).tolist()
             )
-            elapsed = time.perf_counter() - last_time
+            speed = speed_since(last, run, peak)
             record = {
                 "iter": progress.iter,
                 "tokens": progress.tokens,
@@ -236,11 +268,13 @@ def train(run: Run) -> None:
                 "train_loss": train_loss,
                 "lr": learning_rate(progress.iter - 1, config),
                 "grad_norm": grad_norm.item(),
-                "tokens_per_second": round((progress.tokens - last_tokens) / elapsed),
+                **speed,
             }
             if run.mix:
                 record["train_loss_mix"] = mixed[0]
-            bar.set_postfix(loss=f"{train_loss:.3f}", refresh=False)
+            rate, share = show_rate(speed["tflops"] * 1e12), f"{speed['mfu']:.0%} of peak"
+            bar.set_postfix_str(f"loss {train_loss:.3f}, {rate}, {share}", refresh=False)
+            samples = []
             if evaluates:
                 record |= evaluate(run)
                 kept = (
@@ -252,14 +286,19 @@ def train(run: Run) -> None:
                     f"{record['val_bits_per_byte']:.3f} bits per byte{kept}",
                     file=sys.stdout,
                 )
+                samples = write_samples(checkpoint, prompts, config.seed, compiled)
+                for sample in samples:
+                    bar.write(sample, file=sys.stdout)
             progress.seconds = time.perf_counter() - began
             append_log(run.out_dir, record)
+            for tracker in trackers:
+                tracker.log(record, "\n".join(samples))
             if evaluates or interrupts:
                 lowest = evaluates and progress.worse == 0
                 save(run, is_best=lowest or config.best_by == "last")
             if interrupts or progress.is_finished(config):
                 break
-            losses, last_time, last_tokens = [], time.perf_counter(), progress.tokens
+            losses, last = [], mark(progress)
     if interrupts and not progress.is_finished(config):
         print(
             f"stopped at step {progress.iter} and saved; go on with\n"
@@ -271,6 +310,33 @@ def train(run: Run) -> None:
         f"finished at step {progress.iter}{why} in {progress.seconds:.0f} s; "
         f"best validation loss {progress.best_val_loss:.3f}; {show_path(run.out_dir)} is ready"
     )
+
+
+def mark(progress: Progress) -> tuple[float, int, int]:
+    """Where speed is measured from: the clock, tokens and rows."""
+    return time.perf_counter(), progress.tokens, progress.rows
+
+
+def speed_since(last: tuple[float, int, int], run: Run, peak: Peak) -> dict[str, float]:
+    """Tokens per second, the model's TFLOP/s, and their share of the peak since `last`.
+
+    Padding does not count; rows of questions count at their mean length, as if each of their
+    tokens were trained.
+    """
+    seconds, tokens, rows = (now - then for now, then in zip(mark(run.progress), last, strict=True))
+    rate = tokens * run.model.flops_per_token(tokens / rows) / seconds
+    return {
+        "tokens_per_second": round(tokens / seconds),
+        "tflops": round(rate / 1e12, 6),
+        "mfu": round(rate / peak.rate, 4),
+    }
+
+
+def tracked(run: Run) -> Tracked:
+    """What trackers know the run by."""
+    settings = dataclasses.asdict(run.config)
+    id = tracking_id(run.out_dir, new=run.progress.iter == 0) if run.config.track else ""
+    return Tracked(id, run.out_dir.name, run.out_dir, run.progress.iter, settings)
 
 
 def finite(run: Run, loss: float) -> float:
@@ -397,7 +463,7 @@ def identity(data: Dataset) -> dict[str, str]:
     return {"name": data.name, "kind": data.kind, "fingerprint": data.fingerprint}
 
 
-def dry_run(run: Run, steps: int = 3) -> None:
+def dry_run(run: Run, peak: Peak, steps: int = 3) -> None:
     """Prints parameters, memory and time expected, from a few steps that are not kept."""
     config = run.config
     saved = {}  # storages that backward needs: address -> bytes
@@ -424,6 +490,7 @@ def dry_run(run: Run, steps: int = 3) -> None:
         losses, _ = train_step(run, micro, counts)
     losses.tolist()  # waits for a GPU
     seconds = (time.perf_counter() - began) / steps
+    rate = tokens * run.model.flops_per_token(tokens / rows_per_step(config)) / seconds
     parameters = run.model.n_params()
     state = 16 * parameters  # float32: weight, gradient, AdamW's two moments
     left = config.max_iters - run.progress.iter
@@ -432,6 +499,7 @@ def dry_run(run: Run, steps: int = 3) -> None:
         f"memory      {(state + activations) / 1e9:.2f} GB: {state / 1e9:.2f} of weights, "
         f"gradients and AdamW, {activations / 1e9:.2f} of activations\n"
         f"speed       {tokens / seconds:,.0f} tokens per second, {seconds:.3f} s a step\n"
+        f"            {show_rate(rate)}, {rate / peak.rate:.0%} of the peak\n"
         f"time        {left * seconds / 60:.1f} minutes for {left:,} steps, evaluations left out"
     )
 
@@ -457,6 +525,9 @@ def check_shape(config: Settings, saved: dict, source: Path) -> None:
             )
 
 
+FREE = ("resume", "dry_run", "out_dir", "best_by", "track", "prompts")  # they change no bits
+
+
 def warn_of_changes(
     saved: dict, config: Settings, data: Dataset, mix: Dataset | None, device: str
 ) -> None:
@@ -473,7 +544,7 @@ def warn_of_changes(
     changed = [
         f"{name} was {before.get(name)!r}, now {now[name]!r}"
         for name in now
-        if name not in ("resume", "dry_run", "out_dir", "best_by") and before.get(name) != now[name]
+        if name not in FREE and before.get(name) != now[name]
     ]
     if changed:
         print(f"note: not bit for bit the run that was stopped: {'; '.join(changed)}")
@@ -496,6 +567,15 @@ def learning_rate(step: int, config: Settings) -> float:
     return config.min_lr + left * (config.learning_rate - config.min_lr)
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's, its methods taken out of their wrappers for torch.compile: these would import the
+    compiler, which takes as long as torch itself."""
+
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
+    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__
+    step = torch.no_grad()(torch.optim.Adam.step.__wrapped__)
+
+
 def make_optimizers(
     model: GPT | LSTM, config: Settings, device: str
 ) -> list[torch.optim.Optimizer]:
@@ -513,7 +593,7 @@ def make_optimizers(
     vectors = {"params": [p for p in model.parameters() if p.dim() < 2], "lr_ratio": 1.0}
     common = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     by_adamw = [embeddings, vectors | {"weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(
+    adamw = AdamW(
         by_adamw if config.optimizer == "muon" else [blocks, *by_adamw],
         betas=(config.beta1, config.beta2),
         fused=not device.startswith("mps"),

@@ -202,7 +202,7 @@ def log(out_dir: Path) -> list[dict]:
 
 def course(out_dir: Path) -> list[dict]:
     """The log without what a clock measures."""
-    clock = ("seconds", "tokens_per_second")
+    clock = ("seconds", "tokens_per_second", "tflops", "mfu")
     return [{key: value for key, value in r.items() if key not in clock} for r in log(out_dir)]
 
 

@@ -122,6 +122,14 @@ CASES = {
     "cut train.bin": (train_on("cut_tokens"), "{}/cut_tokens/train.bin has "),
     "cut meta.json": (train_on("cut_meta"), "{}/cut_meta/meta.json"),
     "another tokenizer.json": (train_on("swapped_tokens"), "{}/swapped_tokens"),
+    "unknown tracker": (
+        train_on("text", track="tensorbord"),
+        "unknown tracker 'tensorbord' in track; did you mean 'tensorboard'?",
+    ),
+    "prompt beyond block_size": (
+        train_on("text", prompts="话说天下大势分久必合合久必分周末七国分争"),
+        "longer than block_size=32; shorten it",
+    ),
     "no validation split": (train_on("no_val"), "{}/no_val has no split 'val'; it has train"),
     "short validation split": (
         train_on("short"),

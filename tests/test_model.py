@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -414,3 +416,21 @@ def test_a_device_that_is_not_there_is_refused():
     assert pick_device("cpu") == "cpu"
     with pytest.raises(UserError, match="no_such_device"):
         pick_device("no_such_device")
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_flops_per_token_counted_by_hand(tie_weights):
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 4, "mlp": "gelu", "position": "learned"}
+    model = GPT(ModelConfig(block_size=8, n_vocab=64, tie_weights=tie_weights, **shape))
+    matrices = 4 * 12 + 4 * 4 + 2 * 4 * 16 + 4 * 64  # q k v, output, mlp, head
+    assert model.flops_per_token(8) == 6 * matrices + 12 * 1 * 4 * 8 / 2
+    assert model.flops_per_token(2) == 6 * matrices + 12 * 1 * 4 * 2 / 2
+
+
+def test_flops_per_token_are_torch_s_count_less_the_masked_half_of_attention():
+    model = tiny_model(block_size=16)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.head(model(random_ids(2, 16))).sum().backward()
+    c = model.config
+    masked = 12 * c.n_layer * c.n_embd * 16 / 2  # torch multiplies all pairs of positions
+    assert counter.get_total_flops() == 2 * 16 * (model.flops_per_token(16) + masked)

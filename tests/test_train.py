@@ -359,6 +359,7 @@ def test_gradients_are_clipped_and_logged_as_they_were(toys, tmp_path):
 
 def test_a_line_of_the_log_has_these_keys(toys):
     always = ["iter", "tokens", "seconds", "train_loss", "lr", "grad_norm", "tokens_per_second"]
+    always += ["tflops", "mfu"]
     for record in log(toys / "base"):
         evaluated = ["val_loss", "val_bits_per_byte"] if record["iter"] in (10, 20) else []
         assert list(record) == always + evaluated
