@@ -1,9 +1,10 @@
-"""Speed beside Hugging Face's, and what a recipe reaches in a given time.
+"""Speed beside Hugging Face's, and what three recipes reach in the same time.
 
     pip install -r requirements-dev.txt
     python bench.py                          train, then generate
     python bench.py train --n_layer=6 --n_embd=512 --n_head=8
-    python bench.py recipe --seconds=240     the demonstration against the reference
+    python bench.py quality                  ours, MiniMind's, the reference's: some three hours
+    python bench.py quality --only=ours-2    one run of these; Ctrl-C and the same command go on
 
 Figures are ratios within one run, since machines differ and are shared: the contenders take turns
 (A B A B ...), medians are compared, and the range is that of the ratios turn by turn. On a busy
@@ -17,7 +18,7 @@ operations; a decoding step as one reading of all weights, and of the cache at i
 import dataclasses
 import json
 import math
-import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,13 +26,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from types import ModuleType
 from typing import Literal
 
 import torch
 
 import train as training
-from checkpoint import environment, read_log, read_run
+from bench_peers import hugging_face_gpt2, hugging_face_qwen3, import_transformers
+from bench_quality import judge, own_step, print_quality, quality_figure
+from checkpoint import environment, has_checkpoint, read_log, read_run
 from configurator import (
     ROOT,
     UserError,
@@ -45,6 +47,7 @@ from configurator import (
 from model import GPT, ModelConfig, pick_device
 from objectives import count_terms, next_token, target_losses, to_device
 from sample import Sampling, generate
+from visualize import save_figure
 
 GPT2_SHAPE = {
     "position": "learned",
@@ -57,9 +60,11 @@ GPT2_SHAPE = {
 SIDE = 2048  # of the square matrices whose product is timed
 MEMORY = 2**28  # bytes whose reading is timed
 TIE = 1e-4  # two best logits nearer than this may change places between implementations
-EVALUATION_SHARE = 0.25  # of a recipe's time, at most
+EVALUATIONS = 20  # of a run in quality
+EVALUATION_SHARE = 0.1  # of its time, at most
 PREPARE = {
     "sanguo": "data/sanguo/prepare.py",
+    "sanguo_6400": "data/sanguo/prepare.py --vocab_size=6400 --out=data/sanguo_6400",
     "sanguo_gpt2": "data/sanguo/prepare.py --tokenizer=gpt2 --out=data/sanguo_gpt2",
 }
 
@@ -68,30 +73,33 @@ Seconds = dict[str, list[float]]  # of each contender, turn by turn
 
 @dataclass
 class Settings:
-    names: list[str] = field(default_factory=list)  # train, generate, recipe; none: the first two
-    n_layer: int = 4  # blocks, in train and generate; recipe has the demonstration's
+    names: list[str] = field(default_factory=list)  # train, generate, quality; none: the first two
+    n_layer: int = 4  # blocks
     n_head: int = 4  # heads
     n_embd: int = 256  # width
-    vocab_size: int = 4096  # ids
-    batch_size: int = 16  # rows of a training step
-    block_size: int = 256  # tokens of a training row
+    vocab_size: int = 4096  # ids, in train and generate; quality's recipes have their own
+    batch_size: int = 16  # rows of a training step in train
+    block_size: int = 256  # tokens of a training row in train
     prompt_tokens: int = 16  # that generation starts from
     new_tokens: int = 512  # that generation adds
     rounds: int = 7  # turns of each contender, after one to warm up
     clock: Literal["wall", "cpu"] = "wall"  # cpu: the time of this process, on all its threads
-    seconds: float = 240.0  # of each recipe's run, evaluations included
-    evaluations: int = 6  # of each recipe's run; fewer where they took over a quarter of its time
-    runs: str = "bench-recipe"  # where the recipes train
+    ours_minutes: list[float] = field(default_factory=lambda: [2, 4, 6.67, 20])  # a run each
+    minimind_minutes: float = 20.0  # of each of its runs
+    minimind_rates: list[float] = field(default_factory=lambda: [5e-4, 1e-3, 2e-3])  # a run each
+    reference_minutes: float = 60.0  # of its run
+    only: list[str] = field(default_factory=list)  # runs of quality, as ours-2, or a recipe's
+    runs: str = "bench-quality"  # where quality trains
     out: str = "bench-results"  # where figures are written, a .json a part
     seed: int = 1337  # of weights and ids
-    device: str = "cpu"  # of train and generate, in float32, not compiled
+    device: str = "cpu"  # nothing is compiled; train and generate are in float32
 
     def __post_init__(self):
         for name in self.names:
             if name not in PARTS:
                 near = nearest(name, PARTS) or f"; there are {', '.join(PARTS)}"
                 raise UserError(f"unknown part {name!r}{near}")
-        for name in ("batch_size", "prompt_tokens", "new_tokens", "rounds", "evaluations"):
+        for name in ("batch_size", "prompt_tokens", "new_tokens", "rounds"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
 
@@ -99,14 +107,17 @@ class Settings:
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     config.device = pick_device(config.device)
-    if config.names != ["recipe"]:
+    if config.names != ["quality"]:
         import_transformers()  # before anything long
     for name in config.names or ["train", "generate"]:
+        results = PARTS[name](config)
+        if results is None:  # what was asked for is done, but it is not all
+            continue
         record = {
             "part": name,
             "environment": environment(config.device),
             "settings": dataclasses.asdict(config),
-            "results": PARTS[name](config),
+            "results": results,
         }
         path = repo_path(config.out) / f"{name}.json"
         with written_aside(path) as aside:
@@ -156,9 +167,10 @@ def bench_train(config: Settings) -> dict:
     shape = {name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
     vocab = {"n_vocab": config.vocab_size, "vocab_size": config.vocab_size}
     torch.manual_seed(config.seed)
+    gpt2 = ModelConfig(**shape, **vocab, **GPT2_SHAPE)
     models = {
-        "ours, GPT-2's shape": GPT(ModelConfig(**shape, **vocab, **GPT2_SHAPE)),
-        "Hugging Face, GPT-2": hugging_face_gpt2(config),
+        "ours, GPT-2's shape": GPT(gpt2),
+        "Hugging Face, GPT-2": hugging_face_gpt2(gpt2),
         "ours, default architecture": GPT(ModelConfig(**shape, **vocab)),
     }
     ours, peer, default = models
@@ -318,212 +330,237 @@ def processor_cache() -> int:
     return max((int(text[:-1]) * units[text[-1]] for text in texts), default=0)
 
 
-# --- Hugging Face ------------------------------------------------------------------------------
+# --- quality -----------------------------------------------------------------------------------
 
 
-def import_transformers() -> ModuleType:
-    try:
-        import transformers
-    except ImportError:
-        raise UserError(
-            "transformers is not installed; run pip install -r requirements-dev.txt"
-        ) from None
-    return transformers
+@dataclass
+class Trial:
+    """A run of quality: a recipe and its time."""
+
+    name: str  # of its out_dir
+    recipe: str
+    minutes: float  # of training steps at their measured cost; evaluations are not counted
+    words: list[str]  # train.py's, without what depends on the cost
 
 
-def hugging_face_gpt2(config: Settings) -> torch.nn.Module:
-    """A GPT2LMHeadModel of the settings' shape, without dropout."""
-    transformers = import_transformers()
-    shape = transformers.GPT2Config(
-        vocab_size=config.vocab_size,
-        n_positions=config.block_size,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_embd=config.n_embd,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=None,
-        eos_token_id=None,
-        attn_implementation="sdpa",
-    )
-    model = transformers.GPT2LMHeadModel(shape)
-    model.loss_type = "ForCausalLM"  # what it takes anyway, after a warning
-    return model
-
-
-def hugging_face_qwen3(model: GPT) -> torch.nn.Module:
-    """A Qwen3ForCausalLM in eval mode, with the weights of a model of our default architecture."""
-    transformers = import_transformers()
-    c = model.config
-    config = transformers.Qwen3Config(
-        vocab_size=c.vocab_size,
-        hidden_size=c.n_embd,
-        intermediate_size=c.n_hidden,
-        num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head,
-        num_key_value_heads=c.n_kv_head,
-        head_dim=c.head_dim,
-        max_position_embeddings=c.block_size,
-        rms_norm_eps=c.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        tie_word_embeddings=c.tie_weights,
-        attn_implementation="sdpa",
-    )
-    weights = {
-        "model.embed_tokens": model.wte.weight,
-        "model.norm": model.norm.weight,
-        "lm_head": model.lm_head.weight,
-    }
-    kv = c.n_kv_head * c.head_dim
-    for layer, block in enumerate(model.blocks):
-        q, k, v = block.attn.c_attn.weight.split([c.n_embd, kv, kv])
-        gate, up = block.mlp.c_fc.weight.chunk(2)
-        of_layer = {
-            "self_attn.q_proj": q,
-            "self_attn.k_proj": k,
-            "self_attn.v_proj": v,
-            "self_attn.o_proj": block.attn.c_proj.weight,
-            "self_attn.q_norm": block.attn.q_norm.weight,
-            "self_attn.k_norm": block.attn.k_norm.weight,
-            "mlp.gate_proj": gate,
-            "mlp.up_proj": up,
-            "mlp.down_proj": block.mlp.c_proj.weight,
-            "input_layernorm": block.norm_1.weight,
-            "post_attention_layernorm": block.norm_2.weight,
-        }
-        weights |= {f"model.layers.{layer}.{name}": weight for name, weight in of_layer.items()}
-    peer = transformers.Qwen3ForCausalLM(config)
-    peer.load_state_dict({f"{name}.weight": weight for name, weight in weights.items()})
-    return peer.to(model.wte.weight.device).eval()
-
-
-# --- recipe ------------------------------------------------------------------------------------
-
-
-def recipes() -> dict[str, list[str]]:
-    """train.py's words for the demonstration, and for the reference at the same depth and width."""
-    demonstration = ["config/pretrain_sanguo.py"]
-    settings = configure(training.Settings, demonstration)
-    shape = [f"--{name}={getattr(settings, name)}" for name in ("n_layer", "n_head", "n_embd")]
-    reference = ["config/pretrain_sanguo_reference.py", *shape]
-    return {"demonstration": demonstration, "reference": reference}
-
-
-def bench_recipe(config: Settings, words: dict[str, list[str]] | None = None) -> dict:
-    """Trains two recipes for the same time, one after the other -> bits per byte, and a picture.
-
-    words: train.py's, of each recipe; None is recipes().
-    """
-    words = words or recipes()
-    for argv in words.values():
-        dataset = configure(training.Settings, argv).dataset
-        if dataset in PREPARE and not (ROOT / "data" / dataset / "meta.json").is_file():
-            raise UserError(f"data/{dataset} is missing; run python {PREPARE[dataset]}")
-    commands = {name: [*words[name], *flags] for name, flags in plan(config, words).items()}
-    folder = repo_path(config.runs)
-    runs = {name: run_recipe(folder / name, argv) for name, argv in commands.items()}
-    print(f"recipe: {config.seconds:.0f} s each, evaluations included; validation bits per byte")
-    for name, run in runs.items():
-        print(
-            f"  {name:<14} {run['steps']:,} steps in {run['seconds']:.0f} s: "
-            f"{run['bits_at_end']:.3f} at the end, {run['bits_best']:.3f} at the best of "
-            f"{run['evaluations']}"
-        )
-    (ours, our_run), (other, other_run) = runs.items()
-    ratio = other_run["bits_best"] / our_run["bits_best"]
-    print(f"  bits per byte at best, {other} / {ours}: {ratio:.3f}")
-    drawn = f"--runs={','.join(str(folder / name) for name in runs)}"
-    picture = f"--out={folder / 'curves.png'}"
-    run_script("visualize.py", drawn, "--x=seconds", "--y=bits_per_byte", picture)
-    return {"runs": runs, "bits_best_ratio": ratio}
-
-
-def plan(config: Settings, words: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The flags with which train.py takes config.seconds, from a few steps of both in turns."""
-    runs, calls, n_parts = {}, {}, {}
-    for name, argv in words.items():
-        # a dry run may start where the out_dir holds a run
-        run = runs[name] = training.start([*argv, f"--out_dir={config.runs}/{name}", "--dry_run"])
-        part = next(run.data.eval_batches("val", run.config.block_size, run.config.batch_size))
-        n_parts[name] = (len(run.data.tokens["val"]) - 1) / count_terms([part])["next_token"]
-        calls[name, "step"], calls[name, "part"] = calls_of(run, part)
-    device = next(iter(runs.values())).device
-    seconds = measure(calls, min(2, config.rounds), "wall", device)
+def recipe_words(config: Settings) -> dict[str, list[str]]:
+    """train.py's words for each recipe, all of the same depth and width."""
+    same = [f"--{name}={getattr(config, name)}" for name in ("n_layer", "n_head", "n_embd")]
+    same += [f"--device={config.device}", "--compile=False", "--patience=None"]
     return {
-        name: fitting(
-            config,
-            run.config,
-            step=median(seconds[name, "step"]),
-            evaluation=median(seconds[name, "part"]) * n_parts[name],
-        )
-        for name, run in runs.items()
+        "ours": ["config/pretrain_sanguo.py", *same],
+        "minimind": ["config/minimind.py", *same, f"--n_kv_head={max(1, config.n_head // 4)}"],
+        "reference": ["config/pretrain_sanguo_reference.py", *same],
     }
 
 
-def calls_of(run: training.Run, part: tuple) -> tuple[Callable, Callable]:
-    """Two functions: a real step on the run's next batch, and the evaluation of one batch."""
-    batches = training.step_batches(run)
-
-    def step() -> None:
-        micro, counts, _ = next(batches)
-        training.train_step(run, micro, counts)
-
-    def evaluate() -> None:
-        run.model.eval()
-        target_losses(run.model, to_device(part, run.device))
-        run.model.train()
-
-    return step, evaluate
-
-
-def fitting(
-    config: Settings, settings: training.Settings, step: float, evaluation: float
-) -> list[str]:
-    """Flags for as many steps as fit, given the seconds of a step and of an evaluation."""
-    affordable = max(1, int(EVALUATION_SHARE * config.seconds / evaluation))
-    evaluations = min(config.evaluations, affordable)
-    max_iters = int((config.seconds - evaluations * evaluation) / step)
-    if max_iters < 1:
-        raise UserError(
-            f"seconds={config.seconds:g} is too short for {settings.dataset}: a step takes "
-            f"{step:.1f} s and an evaluation {evaluation:.1f} s; pass a longer --seconds="
+def list_trials(config: Settings, words: dict[str, list[str]]) -> list[Trial]:
+    ours = [("ours", minutes, []) for minutes in config.ours_minutes]
+    minimind = [
+        (
+            "minimind",
+            config.minimind_minutes,
+            [f"--learning_rate={rate:g}", f"--min_lr={rate / 10:g}"],
         )
-    tenth = math.ceil(max_iters / 10)
+        for rate in config.minimind_rates
+    ]
+    reference = [("reference", config.reference_minutes, [])]
     return [
-        f"--max_iters={max_iters}",
-        f"--lr_decay_iters={max_iters}",
-        f"--eval_interval={math.ceil(max_iters / evaluations)}",
-        f"--warmup_iters={min(settings.warmup_iters, tenth)}",
-        f"--log_interval={min(settings.log_interval, tenth)}",
+        Trial(
+            "-".join([recipe, f"{minutes:g}", *(w.partition("=")[2] for w in rate[:1])]),
+            recipe,
+            minutes,
+            [*words[recipe], *rate],
+        )
+        for recipe, minutes, rate in [*ours, *minimind, *reference]
     ]
 
 
-def run_recipe(out_dir: Path, argv: list[str]) -> dict:
-    """Runs train.py into out_dir, in place of what was there -> its steps, seconds and bits."""
-    shutil.rmtree(out_dir, ignore_errors=True)
-    run_script("train.py", *argv, f"--out_dir={out_dir}")
-    bits = [r["val_bits_per_byte"] for r in read_log(out_dir) if "val_bits_per_byte" in r]
-    progress = read_run(out_dir, "latest")["progress"]
-    return {
-        "command": ["train.py", *argv],
-        "steps": progress["iter"],
-        "seconds": progress["seconds"],
-        "evaluations": len(bits),
-        "bits_at_end": bits[-1],
-        "bits_best": min(bits),
+def bench_quality(config: Settings, words: dict[str, list[str]] | None = None) -> dict | None:
+    """Trains the trials that are missing -> who has which bits per byte when, and a picture.
+
+    words: train.py's, of each recipe; None is recipe_words(config). None while trials are missing.
+    """
+    words = words or recipe_words(config)
+    trials = list_trials(config, words)
+    chosen = choose(trials, config.only)
+    for dataset in [configure(training.Settings, argv).dataset for argv in words.values()]:
+        if dataset in PREPARE and not (ROOT / "data" / dataset / "meta.json").is_file():
+            raise UserError(f"data/{dataset} is missing; run python {PREPARE[dataset]}")
+    folder = repo_path(config.runs)
+    costs = plan(config, words)
+    commands = {trial.name: [*trial.words, *budget(trial, costs)] for trial in trials}
+    for trial in chosen:
+        train_trial(folder / trial.name, commands[trial.name])
+    steps = {name: steps_wanted(argv) for name, argv in commands.items()}
+    missing = [name for name in steps if steps_done(folder / name) < steps[name]]
+    if missing:
+        print(f"quality: still to be trained: {', '.join(missing)}")
+        return None
+    runs = {t.name: read_trial(folder / t.name, t, commands[t.name], costs) for t in trials}
+    results = {"costs": costs, "runs": runs} | judge(runs, costs)
+    print_quality(results)
+    save_figure(quality_figure(results), folder / "quality.png")
+    print(f"  drawn in {show_path(folder / 'quality.png')}")
+    return results
+
+
+def choose(trials: list[Trial], only: list[str]) -> list[Trial]:
+    """The trials that `only` names, themselves or by their recipe; all where it is empty."""
+    names = {name for trial in trials for name in (trial.name, trial.recipe)}
+    for name in only:
+        if name not in names:
+            have = ", ".join(trial.name for trial in trials)
+            raise UserError(f"only={name!r} names no run{nearest(name, names)}; there are {have}")
+    return [t for t in trials if not only or t.name in only or t.recipe in only]
+
+
+def plan(config: Settings, words: dict[str, list[str]]) -> dict[str, dict]:
+    """What a step and an evaluation of each recipe cost, in seconds, measured in turns.
+
+    A step in float32 too, where the recipe's own dtype is another. Kept in plan.json.
+    """
+    path = repo_path(config.runs) / "plan.json"
+    recipes = {n: dataclasses.asdict(configure(training.Settings, words[n])) for n in words}
+    if path.is_file():
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        for name, before in plan["recipes"].items():
+            if changed := [key for key in before if before[key] != recipes[name].get(key)]:
+                raise UserError(
+                    f"{show_path(path)} is of another {', '.join(changed)} of {name}; "
+                    "pass another --runs="
+                )
+        print(f"costs as in {show_path(path)}; without that file they are measured anew")
+        return plan["costs"]
+    calls, dtypes, n_parts = {}, {}, {}
+    for name, argv in words.items():
+        # a dry run may start where the out_dir holds a run
+        run = training.start([*argv, f"--out_dir={config.runs}/{name}", "--dry_run"])
+        own = str(training.pick_dtype(run.config, run.device)).removeprefix("torch.")
+        dtypes[name] = list(dict.fromkeys([own, "float32"]))
+        part = next(run.data.eval_batches("val", run.config.block_size, run.config.batch_size))
+        n_parts[name] = (len(run.data.tokens["val"]) - 1) / count_terms([part])["next_token"]
+        calls |= {f"{name}, {dtype}": step_call(run, dtype) for dtype in dtypes[name]}
+        calls[f"{name}, evaluation"] = evaluation_call(run, part, own)
+    print(f"measuring the cost of a step, {config.rounds + 1} turns of {len(calls)} contenders")
+    seconds = measure(calls, config.rounds, "wall", config.device)
+    costs = {
+        name: {
+            "dtype": own[0],
+            "step": {dtype: median(seconds[f"{name}, {dtype}"]) for dtype in own},
+            "evaluation": median(seconds[f"{name}, evaluation"]) * n_parts[name],
+        }
+        for name, own in dtypes.items()
     }
+    plan = {"environment": environment(config.device), "recipes": recipes, "costs": costs}
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(plan | {"seconds": seconds}, indent=1) + "\n", encoding="utf-8")
+    return costs
+
+
+def step_call(run: training.Run, dtype: str) -> Callable[[], None]:
+    """A real step on the run's next batch, which is made too."""
+    batches = training.step_batches(run)
+
+    def step() -> None:
+        run.config.dtype = dtype
+        micro, counts, _ = next(batches)
+        training.train_step(run, micro, counts)
+
+    return step
+
+
+def evaluation_call(run: training.Run, part: tuple, dtype: str) -> Callable[[], None]:
+    """The evaluation of one batch."""
+
+    def evaluate() -> None:
+        run.config.dtype = dtype
+        run.model.eval()
+        with training.autocast(run):
+            target_losses(run.model, to_device(part, run.device))
+        run.model.train()
+
+    return evaluate
+
+
+def budget(trial: Trial, costs: dict[str, dict]) -> list[str]:
+    """train.py's flags for as many steps as the trial's minutes have."""
+    settings = configure(training.Settings, trial.words)
+    step, evaluation = own_step(costs, trial.recipe), costs[trial.recipe]["evaluation"]
+    seconds = 60 * trial.minutes
+    max_iters = int(seconds / step)
+    if max_iters < 1:
+        raise UserError(
+            f"{trial.name}: a step takes {step:.1f} s; give {trial.recipe} more minutes"
+        )
+    evaluations = max(2, min(EVALUATIONS, int(EVALUATION_SHARE * seconds / evaluation)))
+    tenth = math.ceil(max_iters / 10)
+    return [
+        f"--max_iters={max_iters}",
+        f"--eval_interval={math.ceil(max_iters / evaluations)}",
+        f"--warmup_iters={min(settings.warmup_iters, tenth)}",
+        f"--log_interval={min(settings.log_interval, tenth)}",
+        f"--dtype={costs[trial.recipe]['dtype']}",
+    ]
+
+
+def steps_wanted(argv: list[str]) -> int:
+    return configure(training.Settings, argv).max_iters
+
+
+def steps_done(out_dir: Path) -> int:
+    return read_run(out_dir, "latest")["progress"]["iter"] if has_checkpoint(out_dir) else 0
+
+
+def train_trial(out_dir: Path, argv: list[str]) -> None:
+    """Trains from the start, or from where it was stopped; not at all where it is finished."""
+    if has_checkpoint(out_dir):
+        before = read_run(out_dir, "latest")["settings"]["max_iters"]
+        if before != steps_wanted(argv):
+            raise UserError(
+                f"{show_path(out_dir)} is a run of {before} steps, the plan has "
+                f"{steps_wanted(argv)}; delete it, or pass another --runs="
+            )
+    if steps_done(out_dir) < steps_wanted(argv):
+        run_script("train.py", *argv, f"--out_dir={out_dir}", "--resume")
 
 
 def run_script(name: str, *words: str) -> None:
-    """Runs a script of this repository; UserError where it fails."""
+    """Runs a script of this repository. UserError where it fails; Ctrl-C is left to it."""
     sys.stdout.flush()
-    done = subprocess.run([sys.executable, str(ROOT / name), *words], check=False)
-    if done.returncode:
-        raise UserError(f"{name} ended with exit code {done.returncode}; its message is above")
+    # subprocess.run would kill a script that is saving; a handler is not inherited, SIG_IGN is
+    before = signal.signal(signal.SIGINT, lambda signum, frame: None)
+    try:
+        code = subprocess.Popen([sys.executable, str(ROOT / name), *words]).wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if code == 130:
+        raise UserError("stopped; the same command goes on with it")
+    if code:
+        raise UserError(f"{name} ended with exit code {code}; its message is above")
 
 
-PARTS = {"train": bench_train, "generate": bench_generate, "recipe": bench_recipe}
+def read_trial(out_dir: Path, trial: Trial, argv: list[str], costs: dict[str, dict]) -> dict:
+    """A finished trial: its curve on the axis of its steps' cost, and its best evaluation."""
+    minutes = own_step(costs, trial.recipe) / 60
+    evaluated = [r for r in read_log(out_dir) if "val_bits_per_byte" in r]
+    curve = [(r["iter"] * minutes, r["val_bits_per_byte"]) for r in evaluated]
+    at, best = min(curve, key=lambda point: point[1])
+    progress = read_run(out_dir, "latest")["progress"]
+    return {
+        "recipe": trial.recipe,
+        "minutes": trial.minutes,
+        "command": ["train.py", *argv],
+        "steps": progress["iter"],
+        "clock_seconds": progress["seconds"],
+        "curve": curve,
+        "bits_best": best,
+        "minutes_at_best": at,
+        "bits_at_end": curve[-1][1],
+    }
+
+
+PARTS = {"train": bench_train, "generate": bench_generate, "quality": bench_quality}
 
 
 if __name__ == "__main__":
