@@ -1,8 +1,8 @@
 """Speed beside Hugging Face's, and what three recipes reach in the same time.
 
     pip install -r requirements-dev.txt
-    python bench.py                          train, then generate
-    python bench.py train --n_layer=6 --n_embd=512 --n_head=8
+    python bench.py                          step, then generate
+    python bench.py step --n_layer=6 --n_embd=512 --n_head=8
     python bench.py quality                  ours, MiniMind's, the reference's: some three hours
     python bench.py quality --only=ours-2    one run of these; Ctrl-C and the same command go on
 
@@ -10,20 +10,21 @@ Figures are ratios within one run, since machines differ and are shared: the con
 (A B A B ...), medians are compared, and the range is that of the ratios turn by turn. On a busy
 machine, OMP_NUM_THREADS=1 and --clock=cpu leave most of the neighbours' work out.
 
-A training step counts as 6 x parameters in matrix products (with the head, without the look-up of
-embeddings) x tokens + 12 x n_layer x n_embd x T x tokens / 2 (causal attention) floating-point
-operations; a decoding step as one reading of all weights, and of the cache at its mean length.
+A training step counts as the floating-point operations of its matrix products: 6 x parameters of
+Linear layers (the head is one) x tokens + 12 x n_layer x n_embd x T x tokens / 2 (causal
+attention); a decoding step as one reading of all weights, and of the cache at its mean length.
 """
 
 import dataclasses
+import importlib.util
 import json
-import math
-import signal
-import subprocess
-import sys
+import multiprocessing
+import re
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -31,9 +32,20 @@ from typing import Literal
 import torch
 
 import train as training
-from bench_peers import hugging_face_gpt2, hugging_face_qwen3, import_transformers
-from bench_quality import judge, own_step, print_quality, quality_figure
-from checkpoint import environment, has_checkpoint, read_log, read_run
+from bench_peers import PEERS, hugging_face_qwen3, import_transformers
+from bench_quality import (
+    Trial,
+    budget,
+    choose,
+    judge,
+    print_quality,
+    quality_figure,
+    read_trial,
+    steps_done,
+    steps_wanted,
+    train_trial,
+)
+from checkpoint import environment
 from configurator import (
     ROOT,
     UserError,
@@ -49,19 +61,26 @@ from objectives import count_terms, next_token, target_losses, to_device
 from sample import Sampling, generate
 from visualize import save_figure
 
-GPT2_SHAPE = {
-    "position": "learned",
-    "norm": "layernorm",
-    "norm_eps": 1e-5,
-    "mlp": "gelu",
-    "bias": True,
-    "qk_norm": False,
+ARCHITECTURES = {  # as our settings
+    "Qwen3": {},  # our default
+    "Llama": {"qk_norm": False, "norm_eps": 1e-5},
+    "GPT-2": {
+        "position": "learned",
+        "norm": "layernorm",
+        "norm_eps": 1e-5,
+        "mlp": "gelu",
+        "bias": True,
+        "qk_norm": False,
+    },
 }
+CONTENDERS = [
+    *(("ours", "Qwen3"), ("ours", "Llama"), ("Hugging Face", "Llama")),
+    *(("ours", "GPT-2"), ("Hugging Face", "GPT-2")),
+]
+LIMITS = {"Llama": ("Qwen3", "Llama"), "GPT-2": ("GPT-2",)}  # whose products are whose too
 SIDE = 2048  # of the square matrices whose product is timed
 MEMORY = 2**28  # bytes whose reading is timed
 TIE = 1e-4  # two best logits nearer than this may change places between implementations
-EVALUATIONS = 20  # of a run in quality
-EVALUATION_SHARE = 0.1  # of its time, at most
 PREPARE = {
     "sanguo": "data/sanguo/prepare.py",
     "sanguo_6400": "data/sanguo/prepare.py --vocab_size=6400 --out=data/sanguo_6400",
@@ -73,13 +92,13 @@ Seconds = dict[str, list[float]]  # of each contender, turn by turn
 
 @dataclass
 class Settings:
-    names: list[str] = field(default_factory=list)  # train, generate, quality; none: the first two
+    names: list[str] = field(default_factory=list)  # step, generate, quality; none: the first two
     n_layer: int = 4  # blocks
     n_head: int = 4  # heads
     n_embd: int = 256  # width
-    vocab_size: int = 4096  # ids, in train and generate; quality's recipes have their own
-    batch_size: int = 16  # rows of a training step in train
-    block_size: int = 256  # tokens of a training row in train
+    vocab_size: int = 4096  # ids, in step and generate; quality's recipes have their own
+    batch_size: int = 16  # rows of a training step, in step
+    block_size: int = 256  # tokens of a training row, in step
     prompt_tokens: int = 16  # that generation starts from
     new_tokens: int = 512  # that generation adds
     rounds: int = 7  # turns of each contender, after one to warm up
@@ -92,7 +111,7 @@ class Settings:
     runs: str = "bench-quality"  # where quality trains
     out: str = "bench-results"  # where figures are written, a .json a part
     seed: int = 1337  # of weights and ids
-    device: str = "cpu"  # nothing is compiled; train and generate are in float32
+    device: str = "cpu"  # nothing is compiled; generate is in float32
 
     def __post_init__(self):
         for name in self.names:
@@ -109,7 +128,7 @@ def main(argv: list[str]) -> None:
     config.device = pick_device(config.device)
     if config.names != ["quality"]:
         import_transformers()  # before anything long
-    for name in config.names or ["train", "generate"]:
+    for name in config.names or ["step", "generate"]:
         results = PARTS[name](config)
         if results is None:  # what was asked for is done, but it is not all
             continue
@@ -159,60 +178,61 @@ def report(seconds: Seconds, names: list[str], tokens: int, ratios: dict[str, di
     return {"tokens_per_second": speeds, "ratios": ratios, "seconds": seconds}
 
 
-# --- train -------------------------------------------------------------------------------------
+# --- step --------------------------------------------------------------------------------------
 
 
-def bench_train(config: Settings) -> dict:
-    """Training steps of our GPT in GPT-2's shape, of Hugging Face's GPT-2, of our default."""
-    shape = {name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
-    vocab = {"n_vocab": config.vocab_size, "vocab_size": config.vocab_size}
+def bench_step(config: Settings) -> dict:
+    """Training steps of ours and of Hugging Face's, in float32 and in what train.py takes here:
+    their speed, also as a share of the rate of matrix products, and their memory."""
+    auto = str(training.pick_dtype(training.Settings(), config.device)).removeprefix("torch.")
+    dtypes = list(dict.fromkeys(["float32", auto]))
+    memory = peak_memory(config, dtypes)
+    models = {contender: build(config, *contender) for contender in CONTENDERS}
+    steps = {contender: training_step(config, model) for contender, model in models.items()}
+    products = {of: matrix_products(models["ours", of], config.batch_size) for of in LIMITS}
+    square = torch.randn(SIDE, SIDE, device=config.device)
+    calls = {}
+    for dtype in dtypes:
+        to = getattr(torch, dtype)
+        calls |= {label(*contender, dtype): partial(steps[contender], to) for contender in steps}
+        calls |= {label("products", of, dtype): run_products(products[of], to) for of in products}
+        calls[label("product", dtype)] = run_products([(square, square)], to)
+    seconds = measure(calls, config.rounds, config.clock, config.device)
+    flops = {of: n_flops(products[limit]) for limit, shapes in LIMITS.items() for of in shapes}
+    results = rate_steps(config, dtypes, seconds, flops)
+    for row in results["steps"]:
+        row["memory"] = memory[row["name"]]
+    print_steps(config, results)
+    return results
+
+
+def build(config: Settings, who: str, architecture: str) -> torch.nn.Module:
+    """One of CONTENDERS, with random weights."""
     torch.manual_seed(config.seed)
-    gpt2 = ModelConfig(**shape, **vocab, **GPT2_SHAPE)
-    models = {
-        "ours, GPT-2's shape": GPT(gpt2),
-        "Hugging Face, GPT-2": hugging_face_gpt2(gpt2),
-        "ours, default architecture": GPT(ModelConfig(**shape, **vocab)),
-    }
-    ours, peer, default = models
-    assert models[ours].n_params() == sum(p.numel() for p in models[peer].parameters())
+    shape = {name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
+    shape |= {"n_vocab": config.vocab_size, "vocab_size": config.vocab_size}
+    ours = ModelConfig(**shape, **ARCHITECTURES[architecture])
+    model = GPT(ours) if who == "ours" else PEERS[architecture](ours)
+    return model.to(config.device).train()
+
+
+def training_step(config: Settings, model: torch.nn.Module) -> Callable[[torch.dtype], None]:
+    """A step as train.py's in a dtype: forward, loss, backward, clipping, fused AdamW."""
+    settings = training.Settings()
+    optimizer = training.make_optimizer(model, settings, config.device)
     ids = torch.randint(config.vocab_size, (config.batch_size, config.block_size + 1))
     idx, targets = (part.to(config.device) for part in (ids[:, :-1], ids[:, 1:]))
-    size = targets.numel()
-    losses = {
-        ours: lambda: next_token(models[ours], (idx, targets))["next_token"] / size,
-        peer: lambda: models[peer](input_ids=idx, labels=idx, use_cache=False).loss,
-        default: lambda: next_token(models[default], (idx, targets))["next_token"] / size,
-    }
-    steps = {name: training_step(models[name], losses[name], config.device) for name in models}
-    square = torch.randn(SIDE, SIDE, device=config.device)
-    product = "matrix product"
-    steps[product] = lambda: square @ square
-    seconds = measure(steps, config.rounds, config.clock, config.device)
-    print(
-        f"train: {config.n_layer} layers x {config.n_embd}, vocabulary {config.vocab_size}, "
-        f"{config.batch_size} x {config.block_size} tokens a step, {config.rounds} turns each"
-    )
-    work = {n: step_flops(models[n], size) / (2 * SIDE**3) for n in (ours, default)}
-    ratios = {
-        "ours / Hugging Face, GPT-2's shape": speed_ratio(seconds, ours, peer),
-        "ours, default / Hugging Face, GPT-2": speed_ratio(seconds, default, peer),
-    } | {
-        f"{name}: share of product rate": speed_ratio(seconds, name, product, work[name])
-        for name in work
-    }
-    rate = 2 * SIDE**3 / median(seconds[product])
-    results = report(seconds, list(models), size, ratios)
-    print(f"  a product of matrices runs at {rate / 1e9:,.0f} GFLOP/s in float32")
-    return results | {"product_flops_per_second": rate}
 
+    def loss() -> torch.Tensor:
+        if isinstance(model, GPT):
+            return next_token(model, (idx, targets))["next_token"] / targets.numel()
+        return model(input_ids=idx, labels=idx, use_cache=False).loss
 
-def training_step(model: torch.nn.Module, loss: Callable, device: str) -> Callable[[], None]:
-    """A step as train.py's: forward, loss, backward, clipping, fused AdamW."""
-    settings = training.Settings()
-    optimizer = training.make_optimizer(model.to(device).train(), settings, device)
-
-    def step() -> None:
-        loss().backward()
+    def step(dtype: torch.dtype) -> None:
+        on = dtype != torch.float32
+        with torch.autocast(torch.device(config.device).type, dtype if on else None, enabled=on):
+            value = loss()
+        value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -220,12 +240,131 @@ def training_step(model: torch.nn.Module, loss: Callable, device: str) -> Callab
     return step
 
 
-def step_flops(model: GPT, tokens: int) -> float:
-    """Floating-point operations of a training step, as the head of this file counts them."""
-    c = model.config
-    matrices = sum(p.numel() for p in model.blocks.parameters() if p.dim() >= 2)
-    matrices += model.lm_head.weight.numel()
-    return 6 * matrices * tokens + 12 * c.n_layer * c.n_embd * c.block_size * tokens / 2
+def matrix_products(model: GPT, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The pairs of matrices that a step multiplies, of random numbers: for each Linear forward, its
+    input's gradient, its weight's; for attention two and four, on half of the heads, since the
+    causal half of each is enough."""
+    c, device = model.config, model.wte.weight.device
+    tokens, heads = rows * c.block_size, max(1, rows * c.n_head // 2)
+    pairs = []
+    for weight in (m.weight.detach() for m in model.modules() if isinstance(m, torch.nn.Linear)):
+        n, k = weight.shape
+        x, g = torch.randn(tokens, k, device=device), torch.randn(tokens, n, device=device)
+        pairs += [(x, weight.t()), (g, weight), (g.t(), x)]
+    q = torch.randn(heads, c.block_size, c.head_dim, device=device)
+    scores = torch.randn(heads, c.block_size, c.block_size, device=device)
+    attention = 2 * [(q, q.mT), (scores, q), (scores.mT, q)]
+    return pairs + c.n_layer * attention
+
+
+def n_flops(products: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
+    return sum(2 * left.numel() * right.shape[-1] for left, right in products)
+
+
+def run_products(products: list, dtype: torch.dtype) -> Callable[[], None]:
+    """A function that computes them all, into memory that is already there."""
+    pairs = [(left.to(dtype), right.to(dtype)) for left, right in products]
+    shared = {}  # shape -> where its products go
+    outs = [shared.setdefault(out.shape, out) for out in (left @ right for left, right in pairs)]
+
+    def run() -> None:
+        for (left, right), out in zip(pairs, outs, strict=True):
+            torch.matmul(left, right, out=out)
+
+    return run
+
+
+def rate_steps(
+    config: Settings, dtypes: list[str], seconds: Seconds, flops: dict[str, int]
+) -> dict:
+    """Tokens per second, shares of the two rates, and the ratios of ours to Hugging Face's."""
+    tokens = config.batch_size * config.block_size
+    rows, ratios, rates = [], {}, {}
+    for dtype in dtypes:
+        product = label("product", dtype)
+        rates[product] = 2 * SIDE**3 / median(seconds[product])
+        for limit, architectures in LIMITS.items():
+            products = label("products", limit, dtype)
+            rates[products] = flops[limit] / median(seconds[products])
+            for who, of in (c for c in CONTENDERS if c[1] in architectures):
+                name = label(who, of, dtype)
+                rows.append(
+                    {
+                        "name": name,
+                        "tokens_per_second": tokens / median(seconds[name]),
+                        "share_of_product": speed_ratio(
+                            seconds, name, product, flops[of] / (2 * SIDE**3)
+                        ),
+                        "share_of_own_products": speed_ratio(seconds, name, products),
+                    }
+                )
+        for ours, peer in (("GPT-2", "GPT-2"), ("Llama", "Llama"), ("Qwen3", "Llama")):
+            names = label("ours", ours, dtype), label("Hugging Face", peer, dtype)
+            ratios[" / ".join(names)] = speed_ratio(seconds, *names)
+    return {"steps": rows, "ratios": ratios, "flops_per_second": rates, "seconds": seconds}
+
+
+def print_steps(config: Settings, results: dict) -> None:
+    print(
+        f"step: {config.n_layer} layers x {config.n_embd}, vocabulary {config.vocab_size}, "
+        f"{config.batch_size} x {config.block_size} tokens, {config.rounds} turns each\n"
+        f"  {'':<32}  tokens/s  of {SIDE} cubed  of its products  MB of a step (+ before it)"
+    )
+    for row in results["steps"]:
+        shares = [row[key]["ratio"] for key in ("share_of_product", "share_of_own_products")]
+        memory = row["memory"]
+        size = "not measured"
+        if memory:
+            size = f"{memory['step'] / 1e6:,.0f} (+ {memory['built'] / 1e6:,.0f})"
+        print(
+            f"  {row['name']:<32}  {row['tokens_per_second']:>8,.0f}  {shares[0]:>13.2f}  "
+            f"{shares[1]:>15.2f}  {size:>26}"
+        )
+    for name, of in results["ratios"].items():
+        print(f"  {name:<60} {of['ratio']:.3g} ({of['min']:.3g} to {of['max']:.3g})")
+    for name, rate in results["flops_per_second"].items():
+        print(f"  {name:<32}  {rate / 1e9:,.0f} GFLOP/s")
+
+
+def label(*words: str) -> str:
+    return ", ".join(words)
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+def peak_memory(config: Settings, dtypes: list[str]) -> dict[str, dict | None]:
+    """step_memory of each contender in each dtype, each in a process of its own."""
+    contenders = [(*contender, dtype) for dtype in dtypes for contender in CONTENDERS]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
+        measured = pool.map(partial(step_memory, config), *zip(*contenders, strict=True))
+        return {label(*c): memory for c, memory in zip(contenders, measured, strict=True)}
+
+
+def step_memory(config: Settings, who: str, architecture: str, dtype: str) -> dict | None:
+    """Bytes that this process has had at most when the model is built, and what two steps add to
+    them. None where it cannot be told: on a GPU, on Windows."""
+    model = build(config, who, architecture)
+    step = training_step(config, model)
+    built = peak_bytes()
+    if built is None or config.device != "cpu":
+        return None
+    for _ in range(2):  # AdamW's moments come with the first
+        step(getattr(torch, dtype))
+    return {"built": built, "step": peak_bytes() - built}
+
+
+def peak_bytes() -> int | None:
+    """The most memory that this process has had; None on Windows."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux counts what the parent had into ru_maxrss
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text(encoding="utf-8"))[1])
+    if importlib.util.find_spec("resource") is None:
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS has bytes
 
 
 # --- generate ----------------------------------------------------------------------------------
@@ -333,16 +472,6 @@ def processor_cache() -> int:
 # --- quality -----------------------------------------------------------------------------------
 
 
-@dataclass
-class Trial:
-    """A run of quality: a recipe and its time."""
-
-    name: str  # of its out_dir
-    recipe: str
-    minutes: float  # of training steps at their measured cost; evaluations are not counted
-    words: list[str]  # train.py's, without what depends on the cost
-
-
 def recipe_words(config: Settings) -> dict[str, list[str]]:
     """train.py's words for each recipe, all of the same depth and width."""
     same = [f"--{name}={getattr(config, name)}" for name in ("n_layer", "n_head", "n_embd")]
@@ -403,16 +532,6 @@ def bench_quality(config: Settings, words: dict[str, list[str]] | None = None) -
     save_figure(quality_figure(results), folder / "quality.png")
     print(f"  drawn in {show_path(folder / 'quality.png')}")
     return results
-
-
-def choose(trials: list[Trial], only: list[str]) -> list[Trial]:
-    """The trials that `only` names, themselves or by their recipe; all where it is empty."""
-    names = {name for trial in trials for name in (trial.name, trial.recipe)}
-    for name in only:
-        if name not in names:
-            have = ", ".join(trial.name for trial in trials)
-            raise UserError(f"only={name!r} names no run{nearest(name, names)}; there are {have}")
-    return [t for t in trials if not only or t.name in only or t.recipe in only]
 
 
 def plan(config: Settings, words: dict[str, list[str]]) -> dict[str, dict]:
@@ -483,84 +602,7 @@ def evaluation_call(run: training.Run, part: tuple, dtype: str) -> Callable[[], 
     return evaluate
 
 
-def budget(trial: Trial, costs: dict[str, dict]) -> list[str]:
-    """train.py's flags for as many steps as the trial's minutes have."""
-    settings = configure(training.Settings, trial.words)
-    step, evaluation = own_step(costs, trial.recipe), costs[trial.recipe]["evaluation"]
-    seconds = 60 * trial.minutes
-    max_iters = int(seconds / step)
-    if max_iters < 1:
-        raise UserError(
-            f"{trial.name}: a step takes {step:.1f} s; give {trial.recipe} more minutes"
-        )
-    evaluations = max(2, min(EVALUATIONS, int(EVALUATION_SHARE * seconds / evaluation)))
-    tenth = math.ceil(max_iters / 10)
-    return [
-        f"--max_iters={max_iters}",
-        f"--eval_interval={math.ceil(max_iters / evaluations)}",
-        f"--warmup_iters={min(settings.warmup_iters, tenth)}",
-        f"--log_interval={min(settings.log_interval, tenth)}",
-        f"--dtype={costs[trial.recipe]['dtype']}",
-    ]
-
-
-def steps_wanted(argv: list[str]) -> int:
-    return configure(training.Settings, argv).max_iters
-
-
-def steps_done(out_dir: Path) -> int:
-    return read_run(out_dir, "latest")["progress"]["iter"] if has_checkpoint(out_dir) else 0
-
-
-def train_trial(out_dir: Path, argv: list[str]) -> None:
-    """Trains from the start, or from where it was stopped; not at all where it is finished."""
-    if has_checkpoint(out_dir):
-        before = read_run(out_dir, "latest")["settings"]["max_iters"]
-        if before != steps_wanted(argv):
-            raise UserError(
-                f"{show_path(out_dir)} is a run of {before} steps, the plan has "
-                f"{steps_wanted(argv)}; delete it, or pass another --runs="
-            )
-    if steps_done(out_dir) < steps_wanted(argv):
-        run_script("train.py", *argv, f"--out_dir={out_dir}", "--resume")
-
-
-def run_script(name: str, *words: str) -> None:
-    """Runs a script of this repository. UserError where it fails; Ctrl-C is left to it."""
-    sys.stdout.flush()
-    # subprocess.run would kill a script that is saving; a handler is not inherited, SIG_IGN is
-    before = signal.signal(signal.SIGINT, lambda signum, frame: None)
-    try:
-        code = subprocess.Popen([sys.executable, str(ROOT / name), *words]).wait()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if code == 130:
-        raise UserError("stopped; the same command goes on with it")
-    if code:
-        raise UserError(f"{name} ended with exit code {code}; its message is above")
-
-
-def read_trial(out_dir: Path, trial: Trial, argv: list[str], costs: dict[str, dict]) -> dict:
-    """A finished trial: its curve on the axis of its steps' cost, and its best evaluation."""
-    minutes = own_step(costs, trial.recipe) / 60
-    evaluated = [r for r in read_log(out_dir) if "val_bits_per_byte" in r]
-    curve = [(r["iter"] * minutes, r["val_bits_per_byte"]) for r in evaluated]
-    at, best = min(curve, key=lambda point: point[1])
-    progress = read_run(out_dir, "latest")["progress"]
-    return {
-        "recipe": trial.recipe,
-        "minutes": trial.minutes,
-        "command": ["train.py", *argv],
-        "steps": progress["iter"],
-        "clock_seconds": progress["seconds"],
-        "curve": curve,
-        "bits_best": best,
-        "minutes_at_best": at,
-        "bits_at_end": curve[-1][1],
-    }
-
-
-PARTS = {"train": bench_train, "generate": bench_generate, "quality": bench_quality}
+PARTS = {"step": bench_step, "generate": bench_generate, "quality": bench_quality}
 
 
 if __name__ == "__main__":

@@ -39,6 +39,27 @@ def hugging_face_gpt2(config: ModelConfig) -> torch.nn.Module:
     return model
 
 
+def hugging_face_llama(config: ModelConfig) -> torch.nn.Module:
+    """A LlamaForCausalLM of the settings' shape."""
+    transformers = import_transformers()
+    shape = transformers.LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.n_embd,
+        intermediate_size=config.n_hidden,
+        num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head,
+        num_key_value_heads=config.n_kv_head,
+        max_position_embeddings=config.block_size,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=config.tie_weights,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation="sdpa",
+    )
+    return transformers.LlamaForCausalLM(shape)
+
+
 def hugging_face_qwen3(model: GPT) -> torch.nn.Module:
     """A Qwen3ForCausalLM in eval mode, with the weights of a model of our default architecture."""
     transformers = import_transformers()
@@ -83,3 +104,6 @@ def hugging_face_qwen3(model: GPT) -> torch.nn.Module:
     peer = transformers.Qwen3ForCausalLM(config)
     peer.load_state_dict({f"{name}.weight": weight for name, weight in weights.items()})
     return peer.to(model.wte.weight.device).eval()
+
+
+PEERS = {"GPT-2": hugging_face_gpt2, "Llama": hugging_face_llama}

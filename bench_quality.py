@@ -1,22 +1,136 @@
-"""What the curves of bench.py's quality say: who has which bits per byte when; table and picture.
+"""The trials of bench.py's quality, and what their curves say: who has which bits per byte when.
 
-runs: of each trial its recipe, minutes, curve and best evaluation; costs: of each recipe its dtype,
-and the seconds of a step in that and in float32.
+costs: of each recipe its dtype, the seconds of a step in that and in float32, of an evaluation;
+runs: of each trial its recipe, minutes, steps, curve and best evaluation.
 """
 
 import itertools
 import math
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 from matplotlib.figure import Figure
 
+import train as training
+from checkpoint import has_checkpoint, read_log, read_run
+from configurator import ROOT, UserError, configure, nearest, show_path
 from visualize import style
 
+EVALUATIONS = 20  # of a run
+EVALUATION_SHARE = 0.1  # of its time, at most
+
 Curve = list[tuple[float, float]]  # minutes, bits per byte: an evaluation each
+
+
+# --- trials ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trial:
+    """A run of quality: a recipe and its time."""
+
+    name: str  # of its out_dir
+    recipe: str
+    minutes: float  # of training steps at their measured cost; evaluations are not counted
+    words: list[str]  # train.py's, without what depends on the cost
+
+
+def choose(trials: list[Trial], only: list[str]) -> list[Trial]:
+    """The trials that `only` names, themselves or by their recipe; all where it is empty."""
+    names = {name for trial in trials for name in (trial.name, trial.recipe)}
+    for name in only:
+        if name not in names:
+            have = ", ".join(trial.name for trial in trials)
+            raise UserError(f"only={name!r} names no run{nearest(name, names)}; there are {have}")
+    return [t for t in trials if not only or t.name in only or t.recipe in only]
 
 
 def own_step(costs: dict[str, dict], recipe: str) -> float:
     """Seconds of a recipe's step in its own dtype."""
     return costs[recipe]["step"][costs[recipe]["dtype"]]
+
+
+def budget(trial: Trial, costs: dict[str, dict]) -> list[str]:
+    """train.py's flags for as many steps as the trial's minutes have."""
+    settings = configure(training.Settings, trial.words)
+    step, evaluation = own_step(costs, trial.recipe), costs[trial.recipe]["evaluation"]
+    seconds = 60 * trial.minutes
+    max_iters = int(seconds / step)
+    if max_iters < 1:
+        raise UserError(
+            f"{trial.name}: a step takes {step:.1f} s; give {trial.recipe} more minutes"
+        )
+    evaluations = max(2, min(EVALUATIONS, int(EVALUATION_SHARE * seconds / evaluation)))
+    tenth = math.ceil(max_iters / 10)
+    return [
+        f"--max_iters={max_iters}",
+        f"--eval_interval={math.ceil(max_iters / evaluations)}",
+        f"--warmup_iters={min(settings.warmup_iters, tenth)}",
+        f"--log_interval={min(settings.log_interval, tenth)}",
+        f"--dtype={costs[trial.recipe]['dtype']}",
+    ]
+
+
+def steps_wanted(argv: list[str]) -> int:
+    return configure(training.Settings, argv).max_iters
+
+
+def steps_done(out_dir: Path) -> int:
+    return read_run(out_dir, "latest")["progress"]["iter"] if has_checkpoint(out_dir) else 0
+
+
+def train_trial(out_dir: Path, argv: list[str]) -> None:
+    """Trains from the start, or from where it was stopped; not at all where it is finished."""
+    if has_checkpoint(out_dir):
+        before = read_run(out_dir, "latest")["settings"]["max_iters"]
+        if before != steps_wanted(argv):
+            raise UserError(
+                f"{show_path(out_dir)} is a run of {before} steps, the plan has "
+                f"{steps_wanted(argv)}; delete it, or pass another --runs="
+            )
+    if steps_done(out_dir) < steps_wanted(argv):
+        run_script("train.py", *argv, f"--out_dir={out_dir}", "--resume")
+
+
+def run_script(name: str, *words: str) -> None:
+    """Runs a script of this repository. UserError where it fails; Ctrl-C is left to it."""
+    sys.stdout.flush()
+    # subprocess.run would kill a script that is saving; a handler is not inherited, SIG_IGN is
+    before = signal.signal(signal.SIGINT, lambda signum, frame: None)
+    try:
+        code = subprocess.Popen([sys.executable, str(ROOT / name), *words]).wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if code == 130:
+        raise UserError("stopped; the same command goes on with it")
+    if code:
+        raise UserError(f"{name} ended with exit code {code}; its message is above")
+
+
+def read_trial(out_dir: Path, trial: Trial, argv: list[str], costs: dict[str, dict]) -> dict:
+    """A finished trial: its curve on the axis of its steps' cost, and its best evaluation."""
+    minutes = own_step(costs, trial.recipe) / 60
+    evaluated = [r for r in read_log(out_dir) if "val_bits_per_byte" in r]
+    curve = [(r["iter"] * minutes, r["val_bits_per_byte"]) for r in evaluated]
+    at, best = min(curve, key=lambda point: point[1])
+    progress = read_run(out_dir, "latest")["progress"]
+    return {
+        "recipe": trial.recipe,
+        "minutes": trial.minutes,
+        "command": ["train.py", *argv],
+        "steps": progress["iter"],
+        "clock_seconds": progress["seconds"],
+        "curve": curve,
+        "bits_best": best,
+        "minutes_at_best": at,
+        "bits_at_end": curve[-1][1],
+    }
+
+
+# --- curves ------------------------------------------------------------------------------------
 
 
 def first_time(curve: Curve, level: float) -> float | None:

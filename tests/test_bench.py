@@ -1,6 +1,5 @@
 """bench.py at tiny sizes: every part runs, its ratios are positive numbers, and its counts hold."""
 
-import json
 import math
 import os
 import shutil
@@ -12,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch.profiler import profile
 
 import bench
 import train
@@ -32,16 +33,53 @@ def assert_positive(ratios: dict[str, dict]) -> None:
         assert all(math.isfinite(number) and number > 0 for number in numbers), label
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "n_ratios"), [("train", 4), ("generate", 3)])
-def test_a_part_prints_positive_ratios(name, n_ratios, tmp_path, capsys):
+def results_of(part: str, folder: Path) -> dict:
     pytest.importorskip("transformers")
-    bench.main([name, *TINY, f"--out={tmp_path}"])
-    results = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))["results"]
-    assert len(results["ratios"]) == n_ratios
+    bench.main([part, *TINY, f"--out={folder}"])
+    return read_json(folder / f"{part}.json")["results"]
+
+
+@pytest.mark.slow
+def test_generate_prints_positive_ratios(tmp_path, capsys):
+    results = results_of("generate", tmp_path)
+    assert len(results["ratios"]) == 3
     assert_positive(results["ratios"])
     printed = capsys.readouterr().out
     assert all(f"  {label}" in printed for label in results["ratios"])
+
+
+@pytest.mark.slow
+def test_step_has_speeds_shares_and_memory_of_every_contender(tmp_path, capsys):
+    results = results_of("step", tmp_path)
+    printed = capsys.readouterr().out
+    names = [row["name"] for row in results["steps"]]
+    contenders = {f"{who}, {architecture}" for who, architecture in bench.CONTENDERS}
+    assert {name.rpartition(", ")[0] for name in names} == contenders
+    for row in results["steps"]:
+        assert row["tokens_per_second"] > 0
+        assert_positive({key: row[key] for key in ("share_of_product", "share_of_own_products")})
+        assert f"  {row['name']} " in printed
+        if Path("/proc/self/status").is_file():
+            assert row["memory"]["built"] > row["memory"]["step"] > 0
+    assert len(results["ratios"]) == 3 * len(names) / len(contenders)
+    assert_positive(results["ratios"])
+
+
+@pytest.mark.parametrize("architecture", bench.PEERS)
+def test_a_step_moves_as_many_parameters_as_the_peers(architecture):
+    pytest.importorskip("transformers")
+    config = bench.Settings(n_layer=1, n_head=2, n_embd=32, vocab_size=64, block_size=16)
+    sizes = []
+    for who in ("ours", "Hugging Face"):
+        model = bench.build(config, who, architecture)
+        before = [p.detach().clone() for p in model.parameters()]
+        step = bench.training_step(config, model)
+        for _ in range(2):  # in the first, ours has outputs of 0, which pass nothing back
+            step(torch.float32)
+        after = list(model.parameters())
+        assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
+        sizes.append(sum(p.numel() for p in after))
+    assert sizes[0] == sizes[1]
 
 
 @pytest.fixture(scope="module")
@@ -195,13 +233,22 @@ def test_ours_is_judged_by_whichever_run_is_first():
     assert results["reference_at"] == {"2": None, "20": None, "60": 3.0}
 
 
-def test_step_flops_of_a_model_counted_by_hand():
+def test_products_of_a_step_counted_by_hand():
     config = ModelConfig(
         block_size=8, n_layer=1, n_head=2, n_embd=4, mlp="gelu", n_vocab=64, position="learned"
     )
+    products = bench.matrix_products(GPT(config), rows=5)
     matrices = 4 * 12 + 4 * 4 + 2 * 4 * 16 + 4 * 64  # q k v, output, mlp, head
     attention = 12 * 1 * 4 * 8 / 2
-    assert bench.step_flops(GPT(config), tokens=10) == 10 * (6 * matrices + attention)
+    assert bench.n_flops(products) == 5 * 8 * (6 * matrices + attention)
+
+
+def test_products_are_computed_anew_in_each_turn():
+    left, right = torch.randn(3, 4), torch.randn(4, 5)
+    run = bench.run_products([(left, right)], torch.float32)
+    with profile() as profiled:
+        run()
+    assert [e.count for e in profiled.key_averages() if e.key == "aten::mm"] == [1]
 
 
 def test_a_ratio_is_of_medians_and_its_range_of_turns():
@@ -218,11 +265,11 @@ def test_contenders_take_turns():
 
 
 def test_an_unknown_part_names_the_nearest():
-    with pytest.raises(UserError, match="unknown part 'trian'; did you mean 'train'"):
-        bench.main(["trian"])
+    with pytest.raises(UserError, match="unknown part 'stpe'; did you mean 'step'"):
+        bench.main(["stpe"])
 
 
 def test_without_transformers_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)  # as Python marks what is not there
     with pytest.raises(UserError, match=r"requirements-dev\.txt"):
-        bench.main(["train"])
+        bench.main(["step"])
