@@ -1,36 +1,51 @@
-"""Speed beside Hugging Face's, and what a recipe reaches in a given time.
+"""Speed beside Hugging Face's, and what three recipes reach in the same time.
 
     pip install -r requirements-dev.txt
-    python bench.py                          train, then generate
-    python bench.py train --n_layer=6 --n_embd=512 --n_head=8
-    python bench.py recipe --seconds=240     the demonstration against the reference
+    python bench.py                          step, then generate
+    python bench.py step --n_layer=6 --n_embd=512 --n_head=8
+    python bench.py quality                  ours, MiniMind's, the reference's: some three hours
+    python bench.py quality --only=ours-2    one run of these; Ctrl-C and the same command go on
 
 Figures are ratios within one run, since machines differ and are shared: the contenders take turns
 (A B A B ...), medians are compared, and the range is that of the ratios turn by turn. On a busy
 machine, OMP_NUM_THREADS=1 and --clock=cpu leave most of the neighbours' work out.
 
-A training step counts as GPT.flops_per_token has it; a decoding step as one reading of all weights,
-and of the cache at its mean length.
+A training step counts as the floating-point operations of its matrix products: 6 x parameters of
+Linear layers (the head is one) x tokens + 12 x n_layer x n_embd x T x tokens / 2 (causal
+attention); a decoding step as one reading of all weights, and of the cache at its mean length.
 """
 
 import dataclasses
+import importlib.util
 import json
-import math
-import shutil
-import subprocess
-import sys
+import multiprocessing
+import re
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
-from types import ModuleType
 from typing import Literal
 
 import torch
 
 import train as training
-from checkpoint import environment, read_log, read_run
+from bench_peers import PEERS, hugging_face_qwen3, import_transformers
+from bench_quality import (
+    Trial,
+    budget,
+    choose,
+    judge,
+    print_quality,
+    quality_figure,
+    read_trial,
+    steps_done,
+    steps_wanted,
+    train_trial,
+)
+from checkpoint import environment
 from configurator import (
     ROOT,
     UserError,
@@ -44,21 +59,31 @@ from configurator import (
 from model import GPT, ModelConfig, pick_device
 from objectives import count_terms, next_token, target_losses, to_device
 from sample import Sampling, generate
+from visualize import save_figure
 
-GPT2_SHAPE = {
-    "position": "learned",
-    "norm": "layernorm",
-    "norm_eps": 1e-5,
-    "mlp": "gelu",
-    "bias": True,
-    "qk_norm": False,
+ARCHITECTURES = {  # as our settings
+    "Qwen3": {},  # our default
+    "Llama": {"qk_norm": False, "norm_eps": 1e-5},
+    "GPT-2": {
+        "position": "learned",
+        "norm": "layernorm",
+        "norm_eps": 1e-5,
+        "mlp": "gelu",
+        "bias": True,
+        "qk_norm": False,
+    },
 }
+CONTENDERS = [
+    *(("ours", "Qwen3"), ("ours", "Llama"), ("Hugging Face", "Llama")),
+    *(("ours", "GPT-2"), ("Hugging Face", "GPT-2")),
+]
+LIMITS = {"Llama": ("Qwen3", "Llama"), "GPT-2": ("GPT-2",)}  # whose products are whose too
 SIDE = 2048  # of the square matrices whose product is timed
 MEMORY = 2**28  # bytes whose reading is timed
 TIE = 1e-4  # two best logits nearer than this may change places between implementations
-EVALUATION_SHARE = 0.25  # of a recipe's time, at most
 PREPARE = {
     "sanguo": "data/sanguo/prepare.py",
+    "sanguo_6400": "data/sanguo/prepare.py --vocab_size=6400 --out=data/sanguo_6400",
     "sanguo_gpt2": "data/sanguo/prepare.py --tokenizer=gpt2 --out=data/sanguo_gpt2",
 }
 
@@ -67,30 +92,33 @@ Seconds = dict[str, list[float]]  # of each contender, turn by turn
 
 @dataclass
 class Settings:
-    names: list[str] = field(default_factory=list)  # train, generate, recipe; none: the first two
-    n_layer: int = 4  # blocks, in train and generate; recipe has the demonstration's
+    names: list[str] = field(default_factory=list)  # step, generate, quality; none: the first two
+    n_layer: int = 4  # blocks
     n_head: int = 4  # heads
     n_embd: int = 256  # width
-    vocab_size: int = 4096  # ids
-    batch_size: int = 16  # rows of a training step
-    block_size: int = 256  # tokens of a training row
+    vocab_size: int = 4096  # ids, in step and generate; quality's recipes have their own
+    batch_size: int = 16  # rows of a training step, in step
+    block_size: int = 256  # tokens of a training row, in step
     prompt_tokens: int = 16  # that generation starts from
     new_tokens: int = 512  # that generation adds
     rounds: int = 7  # turns of each contender, after one to warm up
     clock: Literal["wall", "cpu"] = "wall"  # cpu: the time of this process, on all its threads
-    seconds: float = 240.0  # of each recipe's run, evaluations included
-    evaluations: int = 6  # of each recipe's run; fewer where they took over a quarter of its time
-    runs: str = "bench-recipe"  # where the recipes train
+    ours_minutes: list[float] = field(default_factory=lambda: [2, 4, 6.67, 20])  # a run each
+    minimind_minutes: float = 20.0  # of each of its runs
+    minimind_rates: list[float] = field(default_factory=lambda: [5e-4, 1e-3, 2e-3])  # a run each
+    reference_minutes: float = 60.0  # of its run
+    only: list[str] = field(default_factory=list)  # runs of quality, as ours-2, or a recipe's
+    runs: str = "bench-quality"  # where quality trains
     out: str = "bench-results"  # where figures are written, a .json a part
     seed: int = 1337  # of weights and ids
-    device: str = "cpu"  # of train and generate, in float32, not compiled
+    device: str = "cpu"  # nothing is compiled; generate is in float32
 
     def __post_init__(self):
         for name in self.names:
             if name not in PARTS:
                 near = nearest(name, PARTS) or f"; there are {', '.join(PARTS)}"
                 raise UserError(f"unknown part {name!r}{near}")
-        for name in ("batch_size", "prompt_tokens", "new_tokens", "rounds", "evaluations"):
+        for name in ("batch_size", "prompt_tokens", "new_tokens", "rounds"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
 
@@ -98,14 +126,17 @@ class Settings:
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     config.device = pick_device(config.device)
-    if config.names != ["recipe"]:
+    if config.names != ["quality"]:
         import_transformers()  # before anything long
-    for name in config.names or ["train", "generate"]:
+    for name in config.names or ["step", "generate"]:
+        results = PARTS[name](config)
+        if results is None:  # what was asked for is done, but it is not all
+            continue
         record = {
             "part": name,
             "environment": environment(config.device),
             "settings": dataclasses.asdict(config),
-            "results": PARTS[name](config),
+            "results": results,
         }
         path = repo_path(config.out) / f"{name}.json"
         with written_aside(path) as aside:
@@ -147,65 +178,193 @@ def report(seconds: Seconds, names: list[str], tokens: int, ratios: dict[str, di
     return {"tokens_per_second": speeds, "ratios": ratios, "seconds": seconds}
 
 
-# --- train -------------------------------------------------------------------------------------
+# --- step --------------------------------------------------------------------------------------
 
 
-def bench_train(config: Settings) -> dict:
-    """Training steps of our GPT in GPT-2's shape, of Hugging Face's GPT-2, of our default."""
-    shape = {name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
-    vocab = {"n_vocab": config.vocab_size, "vocab_size": config.vocab_size}
+def bench_step(config: Settings) -> dict:
+    """Training steps of ours and of Hugging Face's, in float32 and in what train.py takes here:
+    their speed, also as a share of the rate of matrix products, and their memory."""
+    auto = str(training.pick_dtype(training.Settings(), config.device)).removeprefix("torch.")
+    dtypes = list(dict.fromkeys(["float32", auto]))
+    memory = peak_memory(config, dtypes)
+    models = {contender: build(config, *contender) for contender in CONTENDERS}
+    steps = {contender: training_step(config, model) for contender, model in models.items()}
+    products = {of: matrix_products(models["ours", of], config.batch_size) for of in LIMITS}
+    square = torch.randn(SIDE, SIDE, device=config.device)
+    calls = {}
+    for dtype in dtypes:
+        to = getattr(torch, dtype)
+        calls |= {label(*contender, dtype): partial(steps[contender], to) for contender in steps}
+        calls |= {label("products", of, dtype): run_products(products[of], to) for of in products}
+        calls[label("product", dtype)] = run_products([(square, square)], to)
+    seconds = measure(calls, config.rounds, config.clock, config.device)
+    flops = {of: n_flops(products[limit]) for limit, shapes in LIMITS.items() for of in shapes}
+    results = rate_steps(config, dtypes, seconds, flops)
+    for row in results["steps"]:
+        row["memory"] = memory[row["name"]]
+    print_steps(config, results)
+    return results
+
+
+def build(config: Settings, who: str, architecture: str) -> torch.nn.Module:
+    """One of CONTENDERS, with random weights."""
     torch.manual_seed(config.seed)
-    models = {
-        "ours, GPT-2's shape": GPT(ModelConfig(**shape, **vocab, **GPT2_SHAPE)),
-        "Hugging Face, GPT-2": hugging_face_gpt2(config),
-        "ours, default architecture": GPT(ModelConfig(**shape, **vocab)),
-    }
-    ours, peer, default = models
-    assert models[ours].n_params() == sum(p.numel() for p in models[peer].parameters())
+    shape = {name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
+    shape |= {"n_vocab": config.vocab_size, "vocab_size": config.vocab_size}
+    ours = ModelConfig(**shape, **ARCHITECTURES[architecture])
+    model = GPT(ours) if who == "ours" else PEERS[architecture](ours)
+    return model.to(config.device).train()
+
+
+def training_step(config: Settings, model: torch.nn.Module) -> Callable[[torch.dtype], None]:
+    """A step as train.py's in a dtype: forward, loss, backward, clipping, fused AdamW."""
+    settings = training.Settings(optimizer="adamw")
+    [optimizer] = training.make_optimizers(model, settings, config.device)
     ids = torch.randint(config.vocab_size, (config.batch_size, config.block_size + 1))
     idx, targets = (part.to(config.device) for part in (ids[:, :-1], ids[:, 1:]))
-    size = targets.numel()
-    losses = {
-        ours: lambda: next_token(models[ours], (idx, targets))["next_token"] / size,
-        peer: lambda: models[peer](input_ids=idx, labels=idx, use_cache=False).loss,
-        default: lambda: next_token(models[default], (idx, targets))["next_token"] / size,
-    }
-    steps = {name: training_step(models[name], losses[name], config.device) for name in models}
-    square = torch.randn(SIDE, SIDE, device=config.device)
-    product = "matrix product"
-    steps[product] = lambda: square @ square
-    seconds = measure(steps, config.rounds, config.clock, config.device)
-    print(
-        f"train: {config.n_layer} layers x {config.n_embd}, vocabulary {config.vocab_size}, "
-        f"{config.batch_size} x {config.block_size} tokens a step, {config.rounds} turns each"
-    )
-    flops = {n: models[n].flops_per_token(config.block_size) * size for n in (ours, default)}
-    work = {n: flops[n] / (2 * SIDE**3) for n in flops}
-    ratios = {
-        "ours / Hugging Face, GPT-2's shape": speed_ratio(seconds, ours, peer),
-        "ours, default / Hugging Face, GPT-2": speed_ratio(seconds, default, peer),
-    } | {
-        f"{name}: share of product rate": speed_ratio(seconds, name, product, work[name])
-        for name in work
-    }
-    rate = 2 * SIDE**3 / median(seconds[product])
-    results = report(seconds, list(models), size, ratios)
-    print(f"  a product of matrices runs at {rate / 1e9:,.0f} GFLOP/s in float32")
-    return results | {"product_flops_per_second": rate}
 
+    def loss() -> torch.Tensor:
+        if isinstance(model, GPT):
+            return next_token(model, (idx, targets))["next_token"] / targets.numel()
+        return model(input_ids=idx, labels=idx, use_cache=False).loss
 
-def training_step(model: torch.nn.Module, loss: Callable, device: str) -> Callable[[], None]:
-    """A step as train.py's: forward, loss, backward, clipping, fused AdamW."""
-    settings = training.Settings()
-    optimizer = training.make_optimizer(model.to(device).train(), settings, device)
-
-    def step() -> None:
-        loss().backward()
+    def step(dtype: torch.dtype) -> None:
+        on = dtype != torch.float32
+        with torch.autocast(torch.device(config.device).type, dtype if on else None, enabled=on):
+            value = loss()
+        value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def matrix_products(model: GPT, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The pairs of matrices that a step multiplies, of random numbers: for each Linear forward, its
+    input's gradient, its weight's; for attention two and four, on half of the heads, since the
+    causal half of each is enough."""
+    c, device = model.config, model.wte.weight.device
+    tokens, heads = rows * c.block_size, max(1, rows * c.n_head // 2)
+    pairs = []
+    for weight in (m.weight.detach() for m in model.modules() if isinstance(m, torch.nn.Linear)):
+        n, k = weight.shape
+        x, g = torch.randn(tokens, k, device=device), torch.randn(tokens, n, device=device)
+        pairs += [(x, weight.t()), (g, weight), (g.t(), x)]
+    q = torch.randn(heads, c.block_size, c.head_dim, device=device)
+    scores = torch.randn(heads, c.block_size, c.block_size, device=device)
+    attention = 2 * [(q, q.mT), (scores, q), (scores.mT, q)]
+    return pairs + c.n_layer * attention
+
+
+def n_flops(products: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
+    return sum(2 * left.numel() * right.shape[-1] for left, right in products)
+
+
+def run_products(products: list, dtype: torch.dtype) -> Callable[[], None]:
+    """A function that computes them all, into memory that is already there."""
+    pairs = [(left.to(dtype), right.to(dtype)) for left, right in products]
+    shared = {}  # shape -> where its products go
+    outs = [shared.setdefault(out.shape, out) for out in (left @ right for left, right in pairs)]
+
+    def run() -> None:
+        for (left, right), out in zip(pairs, outs, strict=True):
+            torch.matmul(left, right, out=out)
+
+    return run
+
+
+def rate_steps(
+    config: Settings, dtypes: list[str], seconds: Seconds, flops: dict[str, int]
+) -> dict:
+    """Tokens per second, shares of the two rates, and the ratios of ours to Hugging Face's."""
+    tokens = config.batch_size * config.block_size
+    rows, ratios, rates = [], {}, {}
+    for dtype in dtypes:
+        product = label("product", dtype)
+        rates[product] = 2 * SIDE**3 / median(seconds[product])
+        for limit, architectures in LIMITS.items():
+            products = label("products", limit, dtype)
+            rates[products] = flops[limit] / median(seconds[products])
+            for who, of in (c for c in CONTENDERS if c[1] in architectures):
+                name = label(who, of, dtype)
+                rows.append(
+                    {
+                        "name": name,
+                        "tokens_per_second": tokens / median(seconds[name]),
+                        "share_of_product": speed_ratio(
+                            seconds, name, product, flops[of] / (2 * SIDE**3)
+                        ),
+                        "share_of_own_products": speed_ratio(seconds, name, products),
+                    }
+                )
+        for ours, peer in (("GPT-2", "GPT-2"), ("Llama", "Llama"), ("Qwen3", "Llama")):
+            names = label("ours", ours, dtype), label("Hugging Face", peer, dtype)
+            ratios[" / ".join(names)] = speed_ratio(seconds, *names)
+    return {"steps": rows, "ratios": ratios, "flops_per_second": rates, "seconds": seconds}
+
+
+def print_steps(config: Settings, results: dict) -> None:
+    print(
+        f"step: {config.n_layer} layers x {config.n_embd}, vocabulary {config.vocab_size}, "
+        f"{config.batch_size} x {config.block_size} tokens, {config.rounds} turns each\n"
+        f"  {'':<32}  tokens/s  of {SIDE} cubed  of its products  MB of a step (+ before it)"
+    )
+    for row in results["steps"]:
+        shares = [row[key]["ratio"] for key in ("share_of_product", "share_of_own_products")]
+        memory = row["memory"]
+        size = "not measured"
+        if memory:
+            size = f"{memory['step'] / 1e6:,.0f} (+ {memory['built'] / 1e6:,.0f})"
+        print(
+            f"  {row['name']:<32}  {row['tokens_per_second']:>8,.0f}  {shares[0]:>13.2f}  "
+            f"{shares[1]:>15.2f}  {size:>26}"
+        )
+    for name, of in results["ratios"].items():
+        print(f"  {name:<60} {of['ratio']:.3g} ({of['min']:.3g} to {of['max']:.3g})")
+    for name, rate in results["flops_per_second"].items():
+        print(f"  {name:<32}  {rate / 1e9:,.0f} GFLOP/s")
+
+
+def label(*words: str) -> str:
+    return ", ".join(words)
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+def peak_memory(config: Settings, dtypes: list[str]) -> dict[str, dict | None]:
+    """step_memory of each contender in each dtype, each in a process of its own."""
+    contenders = [(*contender, dtype) for dtype in dtypes for contender in CONTENDERS]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
+        measured = pool.map(partial(step_memory, config), *zip(*contenders, strict=True))
+        return {label(*c): memory for c, memory in zip(contenders, measured, strict=True)}
+
+
+def step_memory(config: Settings, who: str, architecture: str, dtype: str) -> dict | None:
+    """Bytes that this process has had at most when the model is built, and what two steps add to
+    them. None where it cannot be told: on a GPU, on Windows."""
+    model = build(config, who, architecture)
+    step = training_step(config, model)
+    built = peak_bytes()
+    if built is None or config.device != "cpu":
+        return None
+    for _ in range(2):  # AdamW's moments come with the first
+        step(getattr(torch, dtype))
+    return {"built": built, "step": peak_bytes() - built}
+
+
+def peak_bytes() -> int | None:
+    """The most memory that this process has had; None on Windows."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux counts what the parent had into ru_maxrss
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text(encoding="utf-8"))[1])
+    if importlib.util.find_spec("resource") is None:
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS has bytes
 
 
 # --- generate ----------------------------------------------------------------------------------
@@ -310,212 +469,140 @@ def processor_cache() -> int:
     return max((int(text[:-1]) * units[text[-1]] for text in texts), default=0)
 
 
-# --- Hugging Face ------------------------------------------------------------------------------
+# --- quality -----------------------------------------------------------------------------------
 
 
-def import_transformers() -> ModuleType:
-    try:
-        import transformers
-    except ImportError:
-        raise UserError(
-            "transformers is not installed; run pip install -r requirements-dev.txt"
-        ) from None
-    return transformers
-
-
-def hugging_face_gpt2(config: Settings) -> torch.nn.Module:
-    """A GPT2LMHeadModel of the settings' shape, without dropout."""
-    transformers = import_transformers()
-    shape = transformers.GPT2Config(
-        vocab_size=config.vocab_size,
-        n_positions=config.block_size,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_embd=config.n_embd,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=None,
-        eos_token_id=None,
-        attn_implementation="sdpa",
-    )
-    model = transformers.GPT2LMHeadModel(shape)
-    model.loss_type = "ForCausalLM"  # what it takes anyway, after a warning
-    return model
-
-
-def hugging_face_qwen3(model: GPT) -> torch.nn.Module:
-    """A Qwen3ForCausalLM in eval mode, with the weights of a model of our default architecture."""
-    transformers = import_transformers()
-    c = model.config
-    config = transformers.Qwen3Config(
-        vocab_size=c.vocab_size,
-        hidden_size=c.n_embd,
-        intermediate_size=c.n_hidden,
-        num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head,
-        num_key_value_heads=c.n_kv_head,
-        head_dim=c.head_dim,
-        max_position_embeddings=c.block_size,
-        rms_norm_eps=c.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        tie_word_embeddings=c.tie_weights,
-        attn_implementation="sdpa",
-    )
-    weights = {
-        "model.embed_tokens": model.wte.weight,
-        "model.norm": model.norm.weight,
-        "lm_head": model.lm_head.weight,
-    }
-    kv = c.n_kv_head * c.head_dim
-    for layer, block in enumerate(model.blocks):
-        q, k, v = block.attn.c_attn.weight.split([c.n_embd, kv, kv])
-        gate, up = block.mlp.c_fc.weight.chunk(2)
-        of_layer = {
-            "self_attn.q_proj": q,
-            "self_attn.k_proj": k,
-            "self_attn.v_proj": v,
-            "self_attn.o_proj": block.attn.c_proj.weight,
-            "self_attn.q_norm": block.attn.q_norm.weight,
-            "self_attn.k_norm": block.attn.k_norm.weight,
-            "mlp.gate_proj": gate,
-            "mlp.up_proj": up,
-            "mlp.down_proj": block.mlp.c_proj.weight,
-            "input_layernorm": block.norm_1.weight,
-            "post_attention_layernorm": block.norm_2.weight,
-        }
-        weights |= {f"model.layers.{layer}.{name}": weight for name, weight in of_layer.items()}
-    peer = transformers.Qwen3ForCausalLM(config)
-    peer.load_state_dict({f"{name}.weight": weight for name, weight in weights.items()})
-    return peer.to(model.wte.weight.device).eval()
-
-
-# --- recipe ------------------------------------------------------------------------------------
-
-
-def recipes() -> dict[str, list[str]]:
-    """train.py's words for the demonstration, and for the reference at the same depth and width."""
-    demonstration = ["config/pretrain_sanguo.py"]
-    settings = configure(training.Settings, demonstration)
-    shape = [f"--{name}={getattr(settings, name)}" for name in ("n_layer", "n_head", "n_embd")]
-    reference = ["config/pretrain_sanguo_reference.py", *shape]
-    return {"demonstration": demonstration, "reference": reference}
-
-
-def bench_recipe(config: Settings, words: dict[str, list[str]] | None = None) -> dict:
-    """Trains two recipes for the same time, one after the other -> bits per byte, and a picture.
-
-    words: train.py's, of each recipe; None is recipes().
-    """
-    words = words or recipes()
-    for argv in words.values():
-        dataset = configure(training.Settings, argv).dataset
-        if dataset in PREPARE and not (ROOT / "data" / dataset / "meta.json").is_file():
-            raise UserError(f"data/{dataset} is missing; run python {PREPARE[dataset]}")
-    commands = {name: [*words[name], *flags] for name, flags in plan(config, words).items()}
-    folder = repo_path(config.runs)
-    runs = {name: run_recipe(folder / name, argv) for name, argv in commands.items()}
-    print(f"recipe: {config.seconds:.0f} s each, evaluations included; validation bits per byte")
-    for name, run in runs.items():
-        print(
-            f"  {name:<14} {run['steps']:,} steps in {run['seconds']:.0f} s: "
-            f"{run['bits_at_end']:.3f} at the end, {run['bits_best']:.3f} at the best of "
-            f"{run['evaluations']}"
-        )
-    (ours, our_run), (other, other_run) = runs.items()
-    ratio = other_run["bits_best"] / our_run["bits_best"]
-    print(f"  bits per byte at best, {other} / {ours}: {ratio:.3f}")
-    drawn = f"--runs={','.join(str(folder / name) for name in runs)}"
-    picture = f"--out={folder / 'curves.png'}"
-    run_script("visualize.py", drawn, "--x=seconds", "--y=bits_per_byte", picture)
-    return {"runs": runs, "bits_best_ratio": ratio}
-
-
-def plan(config: Settings, words: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The flags with which train.py takes config.seconds, from a few steps of both in turns."""
-    runs, calls, n_parts = {}, {}, {}
-    for name, argv in words.items():
-        # a dry run may start where the out_dir holds a run
-        run = runs[name] = training.start([*argv, f"--out_dir={config.runs}/{name}", "--dry_run"])
-        part = next(run.data.eval_batches("val", run.config.block_size, run.config.batch_size))
-        n_parts[name] = (len(run.data.tokens["val"]) - 1) / count_terms([part])["next_token"]
-        calls[name, "step"], calls[name, "part"] = calls_of(run, part)
-    device = next(iter(runs.values())).device
-    seconds = measure(calls, min(2, config.rounds), "wall", device)
+def recipe_words(config: Settings) -> dict[str, list[str]]:
+    """train.py's words for each recipe, all of the same depth and width."""
+    same = [f"--{name}={getattr(config, name)}" for name in ("n_layer", "n_head", "n_embd")]
+    same += [f"--device={config.device}", "--compile=False", "--patience=None"]
     return {
-        name: fitting(
-            config,
-            run.config,
-            step=median(seconds[name, "step"]),
-            evaluation=median(seconds[name, "part"]) * n_parts[name],
-        )
-        for name, run in runs.items()
+        "ours": ["config/pretrain_sanguo.py", *same],
+        "minimind": ["config/minimind.py", *same, f"--n_kv_head={max(1, config.n_head // 4)}"],
+        "reference": ["config/pretrain_sanguo_reference.py", *same],
     }
 
 
-def calls_of(run: training.Run, part: tuple) -> tuple[Callable, Callable]:
-    """Two functions: a real step on the run's next batch, and the evaluation of one batch."""
-    batches = training.step_batches(run)
-
-    def step() -> None:
-        micro, counts, _ = next(batches)
-        training.train_step(run, micro, counts)
-
-    def evaluate() -> None:
-        run.model.eval()
-        target_losses(run.model, to_device(part, run.device))
-        run.model.train()
-
-    return step, evaluate
-
-
-def fitting(
-    config: Settings, settings: training.Settings, step: float, evaluation: float
-) -> list[str]:
-    """Flags for as many steps as fit, given the seconds of a step and of an evaluation."""
-    affordable = max(1, int(EVALUATION_SHARE * config.seconds / evaluation))
-    evaluations = min(config.evaluations, affordable)
-    max_iters = int((config.seconds - evaluations * evaluation) / step)
-    if max_iters < 1:
-        raise UserError(
-            f"seconds={config.seconds:g} is too short for {settings.dataset}: a step takes "
-            f"{step:.1f} s and an evaluation {evaluation:.1f} s; pass a longer --seconds="
+def list_trials(config: Settings, words: dict[str, list[str]]) -> list[Trial]:
+    ours = [("ours", minutes, []) for minutes in config.ours_minutes]
+    minimind = [
+        (
+            "minimind",
+            config.minimind_minutes,
+            [f"--learning_rate={rate:g}", f"--min_lr={rate / 10:g}"],
         )
-    tenth = math.ceil(max_iters / 10)
+        for rate in config.minimind_rates
+    ]
+    reference = [("reference", config.reference_minutes, [])]
     return [
-        f"--max_iters={max_iters}",
-        f"--lr_decay_iters={max_iters}",
-        f"--eval_interval={math.ceil(max_iters / evaluations)}",
-        f"--warmup_iters={min(settings.warmup_iters, tenth)}",
-        f"--log_interval={min(settings.log_interval, tenth)}",
+        Trial(
+            "-".join([recipe, f"{minutes:g}", *(w.partition("=")[2] for w in rate[:1])]),
+            recipe,
+            minutes,
+            [*words[recipe], *rate],
+        )
+        for recipe, minutes, rate in [*ours, *minimind, *reference]
     ]
 
 
-def run_recipe(out_dir: Path, argv: list[str]) -> dict:
-    """Runs train.py into out_dir, in place of what was there -> its steps, seconds and bits."""
-    shutil.rmtree(out_dir, ignore_errors=True)
-    run_script("train.py", *argv, f"--out_dir={out_dir}")
-    bits = [r["val_bits_per_byte"] for r in read_log(out_dir) if "val_bits_per_byte" in r]
-    progress = read_run(out_dir, "latest")["progress"]
-    return {
-        "command": ["train.py", *argv],
-        "steps": progress["iter"],
-        "seconds": progress["seconds"],
-        "evaluations": len(bits),
-        "bits_at_end": bits[-1],
-        "bits_best": min(bits),
+def bench_quality(config: Settings, words: dict[str, list[str]] | None = None) -> dict | None:
+    """Trains the trials that are missing -> who has which bits per byte when, and a picture.
+
+    words: train.py's, of each recipe; None is recipe_words(config). None while trials are missing.
+    """
+    words = words or recipe_words(config)
+    trials = list_trials(config, words)
+    chosen = choose(trials, config.only)
+    for dataset in [configure(training.Settings, argv).dataset for argv in words.values()]:
+        if dataset in PREPARE and not (ROOT / "data" / dataset / "meta.json").is_file():
+            raise UserError(f"data/{dataset} is missing; run python {PREPARE[dataset]}")
+    folder = repo_path(config.runs)
+    costs = plan(config, words)
+    commands = {trial.name: [*trial.words, *budget(trial, costs)] for trial in trials}
+    for trial in chosen:
+        train_trial(folder / trial.name, commands[trial.name])
+    steps = {name: steps_wanted(argv) for name, argv in commands.items()}
+    missing = [name for name in steps if steps_done(folder / name) < steps[name]]
+    if missing:
+        print(f"quality: still to be trained: {', '.join(missing)}")
+        return None
+    runs = {t.name: read_trial(folder / t.name, t, commands[t.name], costs) for t in trials}
+    results = {"costs": costs, "runs": runs} | judge(runs, costs)
+    print_quality(results)
+    save_figure(quality_figure(results), folder / "quality.png")
+    print(f"  drawn in {show_path(folder / 'quality.png')}")
+    return results
+
+
+def plan(config: Settings, words: dict[str, list[str]]) -> dict[str, dict]:
+    """What a step and an evaluation of each recipe cost, in seconds, measured in turns.
+
+    A step in float32 too, where the recipe's own dtype is another. Kept in plan.json.
+    """
+    path = repo_path(config.runs) / "plan.json"
+    recipes = {n: dataclasses.asdict(configure(training.Settings, words[n])) for n in words}
+    if path.is_file():
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        for name, before in plan["recipes"].items():
+            if changed := [key for key in before if before[key] != recipes[name].get(key)]:
+                raise UserError(
+                    f"{show_path(path)} is of another {', '.join(changed)} of {name}; "
+                    "pass another --runs="
+                )
+        print(f"costs as in {show_path(path)}; without that file they are measured anew")
+        return plan["costs"]
+    calls, dtypes, n_parts = {}, {}, {}
+    for name, argv in words.items():
+        # a dry run may start where the out_dir holds a run
+        run = training.start([*argv, f"--out_dir={config.runs}/{name}", "--dry_run"])
+        own = str(training.pick_dtype(run.config, run.device)).removeprefix("torch.")
+        dtypes[name] = list(dict.fromkeys([own, "float32"]))
+        part = next(run.data.eval_batches("val", run.config.block_size, run.config.batch_size))
+        n_parts[name] = (len(run.data.tokens["val"]) - 1) / count_terms([part])["next_token"]
+        calls |= {f"{name}, {dtype}": step_call(run, dtype) for dtype in dtypes[name]}
+        calls[f"{name}, evaluation"] = evaluation_call(run, part, own)
+    print(f"measuring the cost of a step, {config.rounds + 1} turns of {len(calls)} contenders")
+    seconds = measure(calls, config.rounds, "wall", config.device)
+    costs = {
+        name: {
+            "dtype": own[0],
+            "step": {dtype: median(seconds[f"{name}, {dtype}"]) for dtype in own},
+            "evaluation": median(seconds[f"{name}, evaluation"]) * n_parts[name],
+        }
+        for name, own in dtypes.items()
     }
+    plan = {"environment": environment(config.device), "recipes": recipes, "costs": costs}
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(plan | {"seconds": seconds}, indent=1) + "\n", encoding="utf-8")
+    return costs
 
 
-def run_script(name: str, *words: str) -> None:
-    """Runs a script of this repository; UserError where it fails."""
-    sys.stdout.flush()
-    done = subprocess.run([sys.executable, str(ROOT / name), *words], check=False)
-    if done.returncode:
-        raise UserError(f"{name} ended with exit code {done.returncode}; its message is above")
+def step_call(run: training.Run, dtype: str) -> Callable[[], None]:
+    """A real step on the run's next batch, which is made too."""
+    batches = training.step_batches(run)
+
+    def step() -> None:
+        run.config.dtype = dtype
+        micro, counts, _ = next(batches)
+        training.train_step(run, micro, counts)
+
+    return step
 
 
-PARTS = {"train": bench_train, "generate": bench_generate, "recipe": bench_recipe}
+def evaluation_call(run: training.Run, part: tuple, dtype: str) -> Callable[[], None]:
+    """The evaluation of one batch."""
+
+    def evaluate() -> None:
+        run.config.dtype = dtype
+        run.model.eval()
+        with training.autocast(run):
+            target_losses(run.model, to_device(part, run.device))
+        run.model.train()
+
+    return evaluate
+
+
+PARTS = {"step": bench_step, "generate": bench_generate, "quality": bench_quality}
 
 
 if __name__ == "__main__":

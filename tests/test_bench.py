@@ -1,14 +1,26 @@
 """bench.py at tiny sizes: every part runs, its ratios are positive numbers, and its counts hold."""
 
-import json
 import math
+import os
+import shutil
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
+from torch.profiler import profile
 
 import bench
+import train
+from bench_quality import first_time, grid, judge, level_at
+from checkpoint import read_log
 from configurator import UserError
 from tests.helpers import tiny_tokenizer, write_novel
+from tests.runs import read_json
 
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--vocab_size=64", "--rounds=2"]
 TINY += ["--batch_size=2", "--block_size=16", "--prompt_tokens=4", "--new_tokens=6"]
@@ -20,31 +32,222 @@ def assert_positive(ratios: dict[str, dict]) -> None:
         assert all(math.isfinite(number) and number > 0 for number in numbers), label
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "n_ratios"), [("train", 4), ("generate", 3)])
-def test_a_part_prints_positive_ratios(name, n_ratios, tmp_path, capsys):
+def results_of(part: str, folder: Path) -> dict:
     pytest.importorskip("transformers")
-    bench.main([name, *TINY, f"--out={tmp_path}"])
-    results = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))["results"]
-    assert len(results["ratios"]) == n_ratios
+    bench.main([part, *TINY, f"--out={folder}"])
+    return read_json(folder / f"{part}.json")["results"]
+
+
+@pytest.mark.slow
+def test_generate_prints_positive_ratios(tmp_path, capsys):
+    results = results_of("generate", tmp_path)
+    assert len(results["ratios"]) == 3
     assert_positive(results["ratios"])
     printed = capsys.readouterr().out
     assert all(f"  {label}" in printed for label in results["ratios"])
 
 
-def test_recipes_train_for_the_time_given_and_are_drawn(tmp_path, capfd):
-    dataset = write_novel(tmp_path / "novel", tiny_tokenizer())
-    tiny = ["--n_layer=1", "--n_head=2", "--block_size=16", f"--dataset={dataset}", "--device=cpu"]
-    words = {"wide": [*tiny, "--n_embd=32"], "narrow": [*tiny, "--n_embd=16"]}
-    config = bench.Settings(runs=str(tmp_path / "runs"), seconds=1, evaluations=2)
-    results = bench.bench_recipe(config, words)
+@pytest.mark.slow
+def test_step_has_speeds_shares_and_memory_of_every_contender(tmp_path, capsys):
+    results = results_of("step", tmp_path)
+    printed = capsys.readouterr().out
+    names = [row["name"] for row in results["steps"]]
+    contenders = {f"{who}, {architecture}" for who, architecture in bench.CONTENDERS}
+    assert {name.rpartition(", ")[0] for name in names} == contenders
+    for row in results["steps"]:
+        assert row["tokens_per_second"] > 0
+        assert_positive({key: row[key] for key in ("share_of_product", "share_of_own_products")})
+        assert f"  {row['name']} " in printed
+        if Path("/proc/self/status").is_file():
+            assert row["memory"]["built"] > row["memory"]["step"] > 0
+    assert len(results["ratios"]) == 3 * len(names) / len(contenders)
+    assert_positive(results["ratios"])
+
+
+@pytest.mark.parametrize("architecture", bench.PEERS)
+def test_a_step_moves_as_many_parameters_as_the_peers(architecture):
+    pytest.importorskip("transformers")
+    config = bench.Settings(n_layer=1, n_head=2, n_embd=32, vocab_size=64, block_size=16)
+    sizes = []
+    for who in ("ours", "Hugging Face"):
+        model = bench.build(config, who, architecture)
+        before = [p.detach().clone() for p in model.parameters()]
+        step = bench.training_step(config, model)
+        for _ in range(2):  # in the first, ours has outputs of 0, which pass nothing back
+            step(torch.float32)
+        after = list(model.parameters())
+        assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
+        sizes.append(sum(p.numel() for p in after))
+    assert sizes[0] == sizes[1]
+
+
+@pytest.fixture(scope="module")
+def toy_quality(tmp_path_factory) -> Callable[..., tuple[bench.Settings, dict]]:
+    """Settings and train.py's words of three tiny recipes that train for a second each."""
+    folder = tmp_path_factory.mktemp("quality")
+    dataset = write_novel(folder / "novel", tiny_tokenizer())
+    tiny = ["--n_layer=1", "--n_head=2", "--block_size=16", "--device=cpu", "--patience=None"]
+    tiny += [f"--dataset={dataset}", "--warmup_iters=0", "--batch_size=2"]
+    widths = {"ours": 32, "minimind": 16, "reference": 8}
+    words = {name: [*tiny, f"--n_embd={width}"] for name, width in widths.items()}
+
+    def settings(**changes: object) -> tuple[bench.Settings, dict]:
+        times = {"ours_minutes": [0.005, 0.01], "minimind_minutes": 0.02, "rounds": 1}
+        times |= {"minimind_rates": [1e-3], "reference_minutes": 0.02}
+        return bench.Settings(**{"runs": str(folder / "runs")} | times | changes), words
+
+    return settings
+
+
+def test_quality_trains_what_is_missing_and_judges_it(toy_quality, capfd):
+    config, words = toy_quality(only=["ours-0.01", "minimind"])
+    assert bench.bench_quality(config, words) is None
+    printed = capfd.readouterr().out
+    assert "still to be trained: ours-0.005, reference-0.02" in printed
+    config, words = toy_quality()
+    results = bench.bench_quality(config, words)
+    printed = capfd.readouterr().out
+    assert printed.count("is ready") == 2  # the others were there
+    assert "costs as in" in printed
+    names = ["ours-0.005", "ours-0.01", "minimind-0.02-0.001", "reference-0.02"]
+    assert list(results["runs"]) == names
     for run in results["runs"].values():
-        assert run["steps"] >= 1
-        assert run["evaluations"] in (1, 2)
-        assert 0 < run["bits_best"] <= run["bits_at_end"]
-    assert results["bits_best_ratio"] > 0
-    assert f"{results['bits_best_ratio']:.3f}" in capfd.readouterr().out
-    assert (tmp_path / "runs" / "curves.png").stat().st_size > 0
+        cost = results["costs"][run["recipe"]]["step"]["float32"]
+        assert run["steps"] == int(60 * run["minutes"] / cost)
+        assert run["curve"][-1][0] == pytest.approx(run["steps"] * cost / 60)
+        assert len(run["curve"]) >= 2
+        assert run["bits_best"] == min(bits for _, bits in run["curve"])
+    assert (
+        results["levels"][-1]["bits"] == results["runs"][results["best"]["minimind"]]["bits_best"]
+    )
+    runs = Path(config.runs)
+    assert (runs / "quality.png").stat().st_size > 0
+    assert {"environment", "recipes", "costs", "seconds"} == read_json(runs / "plan.json").keys()
+
+
+def test_a_stopped_run_of_quality_goes_on(toy_quality, tmp_path, capfd):
+    config, words = toy_quality(only=["ours-0.01"], runs=str(tmp_path))
+    bench.bench_quality(config, words)
+    out = tmp_path / "ours-0.01"
+    steps = bench.steps_done(out)
+    argv = [*words["ours"], f"--max_iters={steps}", f"--eval_interval={steps // 2}"]
+    shutil.rmtree(out)
+    # as Ctrl-C leaves it: a checkpoint in the middle, of a run of that many steps
+    half = train.start([*argv, f"--out_dir={out}"])
+    half.progress.iter, half.progress.rows, half.progress.best_val_loss = steps // 2, steps, 9.0
+    batches, counts, _ = next(train.step_batches(half))
+    train.train_step(half, batches, counts)
+    train.save(half, is_best=True)
+    bench.bench_quality(config, words)
+    assert bench.steps_done(out) == steps
+    assert read_log(out)[0]["iter"] > steps // 2
+    assert f"{steps}/{steps}" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGINT to a group")
+def test_ctrl_c_is_left_to_the_script_that_trains(tmp_path):
+    """It may take its time to save."""
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import pathlib, signal, sys, time\n"
+        "def save(*_):\n"
+        "    time.sleep(1)\n"
+        f"    pathlib.Path({str(tmp_path)!r}, 'saved').touch()\n"
+        "    sys.exit(130)\n"
+        "signal.signal(signal.SIGINT, save)\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'ready').touch()\n"
+        "time.sleep(60)\n",
+        encoding="utf-8",
+    )
+    call = f"import bench; bench.command(lambda _: bench.run_script({str(script)!r}))"
+    pipes = {"cwd": bench.ROOT, "stderr": subprocess.PIPE, "start_new_session": True}
+    with subprocess.Popen([sys.executable, "-c", call], **pipes) as process:
+        while not (tmp_path / "ready").exists() and process.poll() is None:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert stderr == b"error: stopped; the same command goes on with it\n"
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_plan_of_other_settings_is_not_used(toy_quality, tmp_path):
+    config, words = toy_quality(runs=str(tmp_path))
+    plan = '{"recipes": {"ours": {"n_embd": 33}}}'
+    (tmp_path / "plan.json").write_text(plan, encoding="utf-8")
+    with pytest.raises(UserError, match=r"plan\.json is of another n_embd of ours"):
+        bench.bench_quality(config, words)
+
+
+def test_only_takes_a_run_or_a_recipe(toy_quality):
+    config, words = toy_quality()
+    trials = bench.list_trials(config, words)
+    assert [t.name for t in bench.choose(trials, ["ours", "reference-0.02"])] == [
+        "ours-0.005",
+        "ours-0.01",
+        "reference-0.02",
+    ]
+    with pytest.raises(UserError, match=r"only='our' names no run; did you mean 'ours'"):
+        bench.choose(trials, ["our"])
+
+
+def test_times_and_levels_of_a_curve_by_hand():
+    curve = [(1, 4.0), (2, 3.0), (4, 3.5), (6, 2.5)]
+    assert first_time(curve, 5.0) == 1  # not evaluated before
+    assert first_time(curve, 3.25) == 1.75
+    assert first_time(curve, 3.0) == 2
+    assert first_time(curve, 2.75) == 5.5
+    assert first_time(curve, 2.0) is None
+    assert [level_at(curve, t) for t in (0.5, 1, 1.5, 5, 9)] == [None, 4.0, 3.5, 3.0, 2.5]
+    assert grid(curve) == [4.0, 3.8, 3.6, 3.4, 3.2, 3.0, 2.8, 2.6]
+
+
+def test_ours_is_judged_by_whichever_run_is_first():
+    def run(recipe, minutes, *curve):
+        best = min(bits for _, bits in curve)
+        return {"recipe": recipe, "minutes": minutes, "curve": curve, "bits_best": best}
+
+    runs = {
+        "short": run("ours", 2, (1, 3.0), (2, 2.5)),
+        "long": run("ours", 6, (3, 2.8), (6, 2.0)),
+        "slow": run("minimind", 20, (10, 3.0), (20, 2.6)),
+        "good": run("minimind", 20, (10, 3.0), (20, 2.4)),
+        "other": run("reference", 60, (30, 4.0), (60, 3.0)),
+    }
+    cost = {"dtype": "bfloat16", "step": {"bfloat16": 1.0, "float32": 2.0}}
+    costs = {"ours": cost, "minimind": cost, "reference": cost}
+    results = judge(runs, costs)
+    assert results["best"] == {"ours": "long", "minimind": "good", "reference": "other"}
+    # 3.0 is reached by the short run, 2.4 by the long one half way between its evaluations
+    assert results["levels"][0] == {
+        "bits": 3.0,
+        "minimind": 10,
+        "ours": 1,
+        "ratio": 10.0,
+        "ratio_to_float32": 20.0,
+    }
+    last = results["levels"][-1]
+    assert (last["bits"], last["minimind"], last["ours"]) == (2.4, 20, pytest.approx(4.5))
+    assert results["minimind_level_in_a_third"]
+    assert results["reference_never_there"]
+    assert results["reference_at"] == {"2": None, "20": None, "60": 3.0}
+
+
+def test_products_of_a_step_counted_by_hand():
+    config = ModelConfig(
+        block_size=8, n_layer=1, n_head=2, n_embd=4, mlp="gelu", n_vocab=64, position="learned"
+    )
+    products = bench.matrix_products(GPT(config), rows=5)
+    matrices = 4 * 12 + 4 * 4 + 2 * 4 * 16 + 4 * 64  # q k v, output, mlp, head
+    attention = 12 * 1 * 4 * 8 / 2
+    assert bench.n_flops(products) == 5 * 8 * (6 * matrices + attention)
+
+
+def test_products_are_computed_anew_in_each_turn():
+    left, right = torch.randn(3, 4), torch.randn(4, 5)
+    run = bench.run_products([(left, right)], torch.float32)
+    with profile() as profiled:
+        run()
+    assert [e.count for e in profiled.key_averages() if e.key == "aten::mm"] == [1]
 
 
 def test_a_ratio_is_of_medians_and_its_range_of_turns():
@@ -61,11 +264,11 @@ def test_contenders_take_turns():
 
 
 def test_an_unknown_part_names_the_nearest():
-    with pytest.raises(UserError, match="unknown part 'trian'; did you mean 'train'"):
-        bench.main(["trian"])
+    with pytest.raises(UserError, match="unknown part 'stpe'; did you mean 'step'"):
+        bench.main(["stpe"])
 
 
 def test_without_transformers_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)  # as Python marks what is not there
     with pytest.raises(UserError, match=r"requirements-dev\.txt"):
-        bench.main(["train"])
+        bench.main(["step"])
