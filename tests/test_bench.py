@@ -19,6 +19,7 @@ import train
 from bench_quality import first_time, grid, judge, level_at
 from checkpoint import read_log
 from configurator import UserError
+from model import GPT, ModelConfig
 from tests.helpers import tiny_tokenizer, write_novel
 from tests.runs import read_json
 
