@@ -52,7 +52,7 @@ def sample_prompts(checkpoint: Checkpoint, data: Dataset, texts: list[str] | Non
     UserError where one is longer than the model can read.
     """
     if texts is None:
-        prompts = [first_prompt(data)]
+        prompts = [first_prompt(data, checkpoint.model.config.block_size)]
     else:
         prompts = [(text, prompt_ids(checkpoint, text)) for text in texts]
     block_size = checkpoint.model.config.block_size
@@ -65,13 +65,16 @@ def sample_prompts(checkpoint: Checkpoint, data: Dataset, texts: list[str] | Non
     return prompts
 
 
-def first_prompt(data: Dataset) -> Prompt:
-    """The beginning of the validation text, or the first question with what stands before it."""
+def first_prompt(data: Dataset, block_size: int) -> Prompt:
+    """The beginning of the validation text, in at most half of block_size; or the first question
+    with what stands before it."""
     tokenizer, tokens = data.tokenizer, data.tokens["val"]
     if data.kind == "pretrain":
         beginning = tokens[: 4 * PROMPT_LENGTH].tolist()  # a character has at most four bytes
         text = tokenizer.decode(beginning)[:PROMPT_LENGTH]
-        return text, tokenizer.encode(text) or [tokenizer.end_of_text]
+        while len(ids := tokenizer.encode(text)) > block_size // 2:
+            text = text[:-1]
+        return text, ids or [tokenizer.end_of_text]
     *messages, _ = tokenizer.parse(tokens[: int(data.bounds["val"][1])])
     return messages[-1]["content"], tokenizer.render_prompt(messages)
 
