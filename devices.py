@@ -114,4 +114,4 @@ def measure_peak(device: str, dtype: torch.dtype) -> Peak:
 def synchronize(device: str) -> None:
     """Waits until a device has done what it was asked for; a CPU always has."""
     if device != "cpu":
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(device)

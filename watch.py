@@ -66,13 +66,16 @@ def sample_prompts(checkpoint: Checkpoint, data: Dataset, texts: list[str] | Non
 
 
 def first_prompt(data: Dataset, block_size: int) -> Prompt:
-    """The beginning of the validation text, or the first question with what stands before it."""
+    """The beginning of the validation text, in at most half of block_size; or the first question
+    with what stands before it."""
     tokenizer, tokens = data.tokenizer, data.tokens["val"]
     if data.kind == "pretrain":
         # a character has at most four bytes
         beginning = tokens[: min(4 * PROMPT_LENGTH, block_size // 2)].tolist()
         text = tokenizer.decode(beginning)[:PROMPT_LENGTH]
-        return text, tokenizer.encode(text)[:block_size] or [tokenizer.end_of_text]
+        while len(ids := tokenizer.encode(text)) > block_size // 2:
+            text = text[:-1]
+        return text, ids or [tokenizer.end_of_text]
     *messages, _ = tokenizer.parse(tokens[: int(data.bounds["val"][1])])
     return messages[-1]["content"], tokenizer.render_prompt(messages)
 

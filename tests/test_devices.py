@@ -1,6 +1,8 @@
 """Peak rates: the GPUs' names as torch gives them, and a measured rate beside a timed product."""
 
+import itertools
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,11 +57,26 @@ def test_what_a_gpu_only_emulates_or_does_without_tensor_cores_is_not_listed():
     assert listed_peak("NVIDIA A100-SXM4-80GB", torch.float32) is None
 
 
-def test_where_no_device_is_listed_the_peak_is_measured():
+def test_a_measured_peak_is_the_operations_of_the_largest_product_over_its_seconds(monkeypatch):
+    ticks = itertools.count(step=0.02)  # a clock by which each product takes 0.02 s
+    monkeypatch.setattr("devices.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    peak = measure_peak.__wrapped__("cpu", torch.float32)  # past the cache
+    assert peak.rate == pytest.approx(2 * 2048**3 / 0.02)
+    assert str(peak) == "peak 859 GFLOP/s, measured"
+
+
+def test_where_products_take_long_smaller_ones_are_measured(monkeypatch):
+    ticks = itertools.count(step=0.1)
+    monkeypatch.setattr("devices.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    peak = measure_peak.__wrapped__("cpu", torch.float32)
+    assert peak.rate == pytest.approx(2 * 256**3 / 0.1)
+
+
+def test_a_cpu_s_peak_is_measured_once_and_no_gpu_s():
     peak = find_peak("cpu", torch.float32)
     assert peak.source == "measured"
-    assert 1e8 < peak.rate < 1e15
-    assert str(peak) == f"peak {show_rate(peak.rate)}, measured"
+    assert 1e6 < peak.rate < 20e12
+    assert find_peak("cpu", torch.float32) is peak
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

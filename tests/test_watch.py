@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,11 +18,17 @@ from tests.runs import (
     log,
     run,
     train_here,
-    weights,
     words,
     write_toys,
 )
-from watch import SAMPLE_TOKENS, Stopwatch, first_prompt, process_seconds
+from watch import (
+    SAMPLE_TOKENS,
+    Stopwatch,
+    first_prompt,
+    process_seconds,
+    sample_prompts,
+    write_samples,
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +69,21 @@ def test_a_sample_is_what_the_checkpoint_writes(toys, tmp_path, capsys):
 def test_without_prompts_the_first_of_the_validation_split_is_taken(toys, tmp_path, capsys):
     data = Dataset(str(toys / "questions"))
     question, _ = data.conversations("val")[0]
-    text, ids = first_prompt(data)
+    text, ids = first_prompt(data, block_size=256)
     assert text == question["content"]
     assert ids == data.tokenizer.render_prompt([question])
     train_here(dataset=toys / "questions", out_dir=tmp_path / "out", init_from=toys / "base")
     assert capsys.readouterr().out.count(f"问：{text}\n答：") == 2
 
     data = Dataset(str(toys / "text"))
-    text, ids = first_prompt(data)
+    text, ids = first_prompt(data, block_size=256)
     assert data.tokenizer.decode(data.tokens["val"][:64]).startswith(text)
     assert len(text) == 12
     assert data.tokenizer.decode(ids) == text
+    shorter, ids = first_prompt(data, block_size=8)
+    assert text.startswith(shorter)
+    assert 0 < len(ids) <= 4
+    assert first_prompt(data, block_size=2)[1]
 
 
 def test_no_prompts_no_samples(toys, tmp_path, capsys):
@@ -80,6 +91,23 @@ def test_no_prompts_no_samples(toys, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "step 20: loss" in printed
     assert "-" * 20 not in printed
+
+
+def test_samples_of_a_compiled_model_compile_nothing(toys):
+    texts, graphs = ["刘备"], []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    plain, compiled = load_checkpoint(toys / "base"), load_checkpoint(toys / "base")
+    compiled.model.compile(backend=backend)
+    prompts = sample_prompts(plain, Dataset(str(toys / "text")), texts)
+    samples = write_samples(compiled, prompts, seed=1, compiled=True)
+    assert samples == write_samples(plain, prompts, seed=1, compiled=False)
+    assert not graphs
+    compiled.model(torch.zeros(1, 8, dtype=torch.int64))
+    assert graphs  # it is compiled otherwise
 
 
 # --- rate --------------------------------------------------------------------------------------
@@ -145,4 +173,3 @@ def test_the_lighter_optimizer_is_torch_s_bit_for_bit(toys, tmp_path, monkeypatc
     monkeypatch.setattr("train.AdamW", torch.optim.AdamW)
     torchs = train_here(out_dir=tmp_path / "torchs", **common)
     assert_same_run(ours, torchs)
-    assert weights(ours).keys()
