@@ -9,9 +9,8 @@ Figures are ratios within one run, since machines differ and are shared: the con
 (A B A B ...), medians are compared, and the range is that of the ratios turn by turn. On a busy
 machine, OMP_NUM_THREADS=1 and --clock=cpu leave most of the neighbours' work out.
 
-A training step counts as 6 x parameters in matrix products (with the head, without the look-up of
-embeddings) x tokens + 12 x n_layer x n_embd x T x tokens / 2 (causal attention) floating-point
-operations; a decoding step as one reading of all weights, and of the cache at its mean length.
+A training step counts as GPT.flops_per_token has it; a decoding step as one reading of all weights,
+and of the cache at its mean length.
 """
 
 import dataclasses
@@ -180,7 +179,8 @@ def bench_train(config: Settings) -> dict:
         f"train: {config.n_layer} layers x {config.n_embd}, vocabulary {config.vocab_size}, "
         f"{config.batch_size} x {config.block_size} tokens a step, {config.rounds} turns each"
     )
-    work = {n: step_flops(models[n], size) / (2 * SIDE**3) for n in (ours, default)}
+    flops = {n: models[n].flops_per_token(config.block_size) * size for n in (ours, default)}
+    work = {n: flops[n] / (2 * SIDE**3) for n in flops}
     ratios = {
         "ours / Hugging Face, GPT-2's shape": speed_ratio(seconds, ours, peer),
         "ours, default / Hugging Face, GPT-2": speed_ratio(seconds, default, peer),
@@ -206,14 +206,6 @@ def training_step(model: torch.nn.Module, loss: Callable, device: str) -> Callab
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def step_flops(model: GPT, tokens: int) -> float:
-    """Floating-point operations of a training step, as the head of this file counts them."""
-    c = model.config
-    matrices = sum(p.numel() for p in model.blocks.parameters() if p.dim() >= 2)
-    matrices += model.lm_head.weight.numel()
-    return 6 * matrices * tokens + 12 * c.n_layer * c.n_embd * c.block_size * tokens / 2
 
 
 # --- generate ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
     out-x/step-000500/             model.safetensors (a tied weight once), run.json, tokenizer.json,
                                    optimizer.safetensors
     out-x/log.jsonl                an object a line
+    out-x/tracking_id              by which trackers know the run, where it has any
 
 A checkpoint is written aside and renamed, then the pointers are replaced, then what no pointer
 names is deleted: killed at any moment, an out_dir still loads. Nothing is unpickled.
@@ -14,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +25,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from configurator import UserError, show_path, written_aside
+from lstm_model import LSTM
 from model import GPT, ModelConfig
 from tokenizer import Tokenizer, load_tokenizer
+
+MODELS = {"gpt": GPT, "lstm": LSTM}  # by an architecture's `model`
 
 
 @dataclass
 class Checkpoint:
     path: Path
-    model: GPT
+    model: GPT | LSTM
     tokenizer: Tokenizer
     run: dict  # run.json: architecture, settings, dataset, progress, losses, environment
 
@@ -42,8 +47,8 @@ class Checkpoint:
 
 def save_checkpoint(
     out_dir: Path,
-    model: GPT,
-    optimizer: torch.optim.Optimizer,
+    model: GPT | LSTM,
+    optimizers: list[torch.optim.Optimizer],
     tokenizer: Tokenizer,
     run: dict,
     is_best: bool,
@@ -54,7 +59,7 @@ def save_checkpoint(
     """
     name = f"step-{run['progress']['iter']:06d}"
     best = name if is_best else _pointer(out_dir, "best") or name
-    run = run | {"model": "gpt", "architecture": dataclasses.asdict(model.config), "best": best}
+    run = run | {"architecture": dataclasses.asdict(model.config), "best": best}
     aside = out_dir / f".{name}.tmp"
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -63,7 +68,7 @@ def save_checkpoint(
         if model.config.tie_weights:
             del weights["lm_head.weight"]
         save_file(_contiguous(weights), aside / "model.safetensors")
-        save_file(_optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
+        save_file(_optimizer_tensors(model, optimizers), aside / "optimizer.safetensors")
         tokenizer.save(aside / "tokenizer.json")
         text = json.dumps(run, ensure_ascii=False, indent=1)
         (aside / "run.json").write_text(text, encoding="utf-8")
@@ -95,7 +100,7 @@ def load_checkpoint(
     run = read_run(out_dir, which)
     tokenizer = load_tokenizer(path)
     config = _read(path / "run.json", lambda: ModelConfig(**run["architecture"] | changes))
-    model = GPT(config).to(device).eval()
+    model = MODELS[config.model](config).to(device).eval()
 
     def load() -> None:
         weights = load_file(path / "model.safetensors", device=device)
@@ -108,11 +113,11 @@ def load_checkpoint(
     return Checkpoint(path, model, tokenizer, run)
 
 
-def load_optimizer(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-    """Puts the optimizer's state in the checkpoint at path back, parameter by parameter."""
+def load_optimizers(path: Path, model: GPT | LSTM, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Puts the optimizers' state in the checkpoint at path back, parameter by parameter."""
     file = path / "optimizer.safetensors"
     parameters = dict(model.named_parameters())
-    fused = optimizer.param_groups[0].get("fused")
+    owners = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
 
     def load() -> dict[str, torch.Tensor]:
         tensors = load_file(file)
@@ -123,6 +128,8 @@ def load_optimizer(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> 
     for name, tensor in _read(file, load).items():
         parameter_name, _, key = name.rpartition(":")
         parameter = parameters[parameter_name]
+        optimizer = owners[id(parameter)]
+        fused = optimizer.defaults.get("fused")
         # AdamW counts steps on the CPU, unless it is fused
         device = "cpu" if key == "step" and not fused else parameter.device
         # a copy, since the file is mapped into memory and will be deleted
@@ -172,6 +179,15 @@ def read_log(out_dir: Path) -> list[dict]:
         return records + [json.loads(line) for line in lines[-2:-1] if lines[-1]]
 
 
+def tracking_id(out_dir: Path, new: bool) -> str:
+    """The id by which trackers know the run: kept in the out_dir, another one for a new run."""
+    path = out_dir / "tracking_id"
+    if new or not path.is_file():
+        with written_aside(path) as aside:
+            aside.write_text(f"{uuid.uuid4().hex[:16]}\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
+
+
 def environment(device: str) -> dict:
     """What equal bits need: a resumed run says where one of these differs."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else _processor()
@@ -210,12 +226,15 @@ def _read(file: Path, read: Callable) -> object:
 _REMEDY = "train again in another --out_dir="
 
 
-def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(
+    model: GPT | LSTM, optimizers: list[torch.optim.Optimizer]
+) -> dict[str, torch.Tensor]:
     return _contiguous(
         {
             f"{name}:{key}": value
             for name, parameter in model.named_parameters()
-            for key, value in optimizer.state[parameter].items()
+            for optimizer in optimizers
+            for key, value in optimizer.state.get(parameter, {}).items()
         }
     )
 

@@ -195,7 +195,10 @@ def _parse(name: str, text: str, hint: type) -> object:
         return _convert(name, text, hint, "")
     if text == "None" and type(None) in typing.get_args(hint):
         return None
-    if str in typing.get_args(hint):
+    options = typing.get_args(hint)
+    if list[str] in options:
+        hint, options = list[str], (str,)
+    if str in options:
         if typing.get_origin(hint) is list:  # a,b,c or a Python list
             if not text.startswith("["):
                 return [part for part in text.split(",") if part]

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from tokenizer import Tokenizer, load_tokenizer
 
 IGNORE = -100  # a target that is not trained; torch's own default
 POOL = 16  # steps whose rows are sorted by length together
+Mask = Literal["answer", "no_end", "padding"]  # what of a conversation is trained, see `remask`
 SENTENCE_END = re.compile(r"(?:[。！？…；!?;]|\.(?!\d))+[”’」』）)]*")
 
 
@@ -55,6 +57,7 @@ def write_sft(
     conversations: dict[str, Iterable[list[dict]]],
     sources: list[str],
     max_tokens: int,
+    mask: Mask = "answer",
 ) -> dict:
     """Writes each split's conversations with the mask of their answers, and returns the meta.json.
 
@@ -79,10 +82,29 @@ def write_sft(
             text = "".join(message["content"] for message in fitted)
             sizes["characters"] += len(text)
             sizes["bytes"] += len(text.encode())
-            yield tokenizer.render(fitted)
+            yield remask(*tokenizer.render(fitted), mask, tokenizer.end, max_tokens)
 
-    meta = {"sources": sources, "max_tokens": max_tokens}
+    meta = {"sources": sources, "max_tokens": max_tokens, "mask": mask}
     return _write(out, "sft", tokenizer, {s: rows for s in conversations}, meta)
+
+
+def remask(
+    ids: list[int], trained: list[int], mask: Mask, end: int, max_tokens: int
+) -> tuple[list[int], list[int]]:
+    """A conversation's ids and mask, as `render` gives them, with another mask.
+
+    answer leaves them alone: the answer and its end token are trained. no_end trains the answer
+    without its end token; padding fills the row to max_tokens with end tokens, all trained. The
+    question q and the answer a b, each with its end token (.), roles left out, max_tokens 8:
+
+        q . a b .      answer 0 0 1 1 1      no_end 0 0 1 1 0      padding 0 0 1 1 1 1 1 1
+    """
+    if mask == "no_end":
+        return ids, [int(one and id != end) for id, one in zip(ids, trained, strict=True)]
+    if mask == "padding":
+        more = max_tokens - len(ids)
+        return ids + [end] * more, trained + [1] * more
+    return ids, trained
 
 
 def fit(tokenizer: Tokenizer, messages: list[dict], max_tokens: int) -> tuple[list | None, str]:
@@ -347,7 +369,7 @@ def _gather(
     return ids[:, :-1], np.where(trained, ids, IGNORE)[:, 1:]
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)  # two epochs of two datasets
 def _order_by_length(data: Dataset, key: str, n: int, phase: int, count: int) -> np.ndarray:
     """An epoch's order of n rows, in which each step of count rows has rows of like length.
 

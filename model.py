@@ -8,6 +8,7 @@ Losses are objectives.py's, sampling is sample.py's. ModelConfig spans the refer
 RMSNorm, SwiGLU, grouped-query attention, norm of queries and keys), each option on its own.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -18,11 +19,16 @@ import torch.nn.functional as F
 
 from configurator import UserError
 
+# what lstm_model.py reads of an Architecture; the GPT reads all
+LSTM_READS = {"model", "block_size", "n_layer", "n_embd", "norm", "norm_eps", "bias"}
+LSTM_READS |= {"tie_weights", "dropout"}
+
 
 @dataclass
 class Architecture:
     """What a user chooses of a model. The defaults are Qwen3's, at a small size."""
 
+    model: Literal["gpt", "lstm"] = "gpt"  # the GPT below, or the baseline of lstm_model.py
     block_size: int = 256  # longest context, tokens
     n_layer: int = 6  # blocks
     n_head: int = 8  # query heads
@@ -33,27 +39,30 @@ class Architecture:
     rope_theta: float = 10000.0  # base of the rotary wavelengths
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # before attention, MLP and head
     norm_eps: float = 1e-6  # added to the variance
-    mlp: Literal["swiglu", "gelu"] = "swiglu"  # gelu is GPT-2's tanh form
+    mlp: Literal["swiglu", "gelu", "relu2"] = "swiglu"  # gelu is GPT-2's tanh form
     bias: bool = False  # biases in Linear and LayerNorm
     qk_norm: bool = True  # RMSNorm of each head's queries and keys, as in Qwen3
     tie_weights: bool = True  # the head is the embedding
     init: Literal["fan_in", "gpt2"] = "fan_in"  # std 1 / sqrt(inputs), outputs 0; gpt2: std 0.02
+    logit_soft_cap: float = 0.0  # c: logits become c tanh(logits / c); 0 is off
+    value_residual: bool = False  # each block's values mix with the first's (arXiv 2410.17897)
+    embedding_skip: bool = False  # each block also reads the embedding, with weights of its own
     dropout: float = 0.0  # of embeddings, attention and both outputs of a block
 
     def __post_init__(self):
+        if self.block_size < 2:
+            raise UserError(f"block_size={self.block_size} must be 2 or more")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
+        self._check_above_zero("n_layer", "n_embd", "norm_eps")
+        if self.model == "lstm":
+            return self._refuse_what_only_the_gpt_reads()
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         if self.n_hidden is None:  # SwiGLU has three matrices: 2/3 as wide, in steps of 64
             swiglu = max(64, round(8 / 3 * self.n_embd / 64) * 64)
             self.n_hidden = swiglu if self.mlp == "swiglu" else 4 * self.n_embd
-        if self.block_size < 2:
-            raise UserError(f"block_size={self.block_size} must be 2 or more")
-        for name in ("rope_theta", "norm_eps"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)} must be above 0")
-        for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
+        self._check_above_zero("n_head", "n_kv_head", "n_hidden", "rope_theta")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         if self.n_head % self.n_kv_head:
@@ -62,8 +71,21 @@ class Architecture:
             )
         if self.position == "rope" and self.head_dim % 2:
             raise UserError(f"n_embd / n_head = {self.head_dim} must be even for position='rope'")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
+        if self.logit_soft_cap < 0:
+            raise UserError(f"logit_soft_cap={self.logit_soft_cap} must be 0 (off) or above")
+
+    def _check_above_zero(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name}={getattr(self, name)} must be above 0")
+
+    def _refuse_what_only_the_gpt_reads(self) -> None:
+        for field in dataclasses.fields(Architecture):
+            value = getattr(self, field.name)
+            if value != field.default and field.name not in LSTM_READS:
+                raise UserError(
+                    f"{field.name}={value!r} means nothing to model='lstm'; leave one of them out"
+                )
 
     @property
     def head_dim(self) -> int:
@@ -120,7 +142,8 @@ class Span:
     """Where the T new tokens of each row stand: shared by all layers of one forward pass.
 
     start: the first position where all rows agree, else None; positions: (B, T) or (T,);
-    end: the longest context after this pass; mask: (B, 1, T, end) or None, True where seen.
+    end: the longest context after this pass; mask: (B, 1, T, end) or None, True where seen;
+    embedding, first_values: what later blocks read of the start, where an option asks for it.
     """
 
     def __init__(self, cache: KVCache | None, B: int, T: int, device):
@@ -139,6 +162,7 @@ class Span:
             seen = torch.arange(self.end, device=device) <= self.positions[..., None]
             self.mask = seen.view(-1, 1, T, self.end)
         self.rows = torch.arange(B, device=device)[:, None]
+        self.embedding = self.first_values = None
 
     def store(self, cached: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Writes new (B, n_kv_head, T, head_dim) into a layer's cache; returns what is seen."""
@@ -161,17 +185,23 @@ class GPT(nn.Module):
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         self.drop = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.wte.weight
         self.init_weights()
 
-    def forward(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        idx: torch.Tensor,
+        cache: KVCache | None = None,
+        new_tokens: list[int] | None = None,
+    ) -> torch.Tensor:
         """(B, T) ids -> (B, T, n_embd) hidden states after the last norm.
 
-        With a cache the ids follow those it holds, row by row, and are added to it.
+        With a cache the ids follow those it holds, row by row, and are added to it: the first
+        new_tokens[row] of each row, the rest is padding; None is all T.
         """
         B, T = idx.shape
         span = Span(cache, B, T, idx.device)
@@ -187,16 +217,20 @@ class GPT(nn.Module):
             if span.start is None:
                 rotation = rotation[0].unsqueeze(1), rotation[1].unsqueeze(1)
         x = self.drop(x)
+        span.embedding = x
         for layer, block in enumerate(self.blocks):
             kv = (cache.k[layer], cache.v[layer]) if cache else None
             x = block(x, rotation, span, kv)
         if cache:
-            cache.lengths = [length + T for length in cache.lengths]
+            added = new_tokens or [T] * B
+            cache.lengths = [old + new for old, new in zip(cache.lengths, added, strict=True)]
         return self.norm(x)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., n_embd) -> logits (..., n_vocab); the padding of the vocabulary has none."""
-        return self.lm_head(hidden)[..., : self.config.n_vocab]
+        logits = self.lm_head(hidden)[..., : self.config.n_vocab]
+        cap = self.config.logit_soft_cap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def new_cache(self, batch_size: int) -> KVCache:
         weight = self.wte.weight
@@ -234,16 +268,29 @@ class GPT(nn.Module):
         """Parameters, a tied weight once."""
         return sum(p.numel() for p in self.parameters())
 
+    def flops_per_token(self, T: float) -> float:
+        """Floating-point operations of training on a token in a row of T: 6 for each parameter in
+        matrix products (the head's, not the look-up of embeddings), and causal attention's."""
+        c = self.config
+        matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() >= 2)
+        matrices += self.lm_head.weight.numel()
+        return 6 * matrices + 12 * c.n_layer * c.n_embd * T / 2
+
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
+        self.config = config
         self.norm_1 = make_norm(config)
-        self.attn = Attention(config)
+        self.attn = Attention(config, layer)
         self.norm_2 = make_norm(config)
         self.mlp = SwiGLU(config) if config.mlp == "swiglu" else MLP(config)
+        if config.embedding_skip:
+            self.skip = nn.Parameter(torch.tensor([1.0, 0.0]))  # of the stream, of the embedding
 
     def forward(self, x, rotation, span, kv):
+        if self.config.embedding_skip:
+            x = self.skip[0] * x + self.skip[1] * span.embedding
         x = x + self.attn(self.norm_1(x), rotation, span, kv)
         return x + self.mlp(self.norm_2(x))
 
@@ -251,7 +298,7 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention; n_kv_head < n_head is grouped-query attention (arXiv 2305.13245)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.config = config
         width = config.n_embd + 2 * config.n_kv_head * config.head_dim
@@ -261,6 +308,9 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.mixes = config.value_residual and layer > 0
+        if self.mixes:
+            self.mix = nn.Parameter(torch.tensor([0.5, 0.5]))  # of its own values, of the first's
 
     def forward(self, x, rotation, span, kv):
         c = self.config
@@ -270,6 +320,10 @@ class Attention(nn.Module):
         q, k, v = qkv.split([c.n_head, c.n_kv_head, c.n_kv_head], dim=2)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.mixes:
+            v = self.mix[0] * v + self.mix[1] * span.first_values
+        elif c.value_residual:
+            span.first_values = v
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, T, head_dim)
         if rotation:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
@@ -289,14 +343,19 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """gelu (GPT-2), or the square of relu (arXiv 2109.08668)."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.mlp = config.mlp
         self.c_fc = nn.Linear(config.n_embd, config.n_hidden, bias=config.bias)
         self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.drop(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        x = self.c_fc(x)
+        x = F.gelu(x, approximate="tanh") if self.mlp == "gelu" else F.relu(x).square()
+        return self.drop(self.c_proj(x))
 
 
 class SwiGLU(nn.Module):

@@ -1,9 +1,9 @@
 """Batch -> named sums and counts. Averaging is train.py's and evaluations.py's.
 
 An objective returns terms, each a sum over the trained targets. The counts come from the batches,
-before the forward pass, over all micro-batches of a step, so that each term is divided once:
-loss = sum of term / count. So accumulation equals the full batch under any mask, and a batch
-without a trained target gives 0, not NaN.
+before the forward pass, over all micro-batches of a step, so that each term is divided once, by
+its own count: loss = sum of weight x term / count. So accumulation equals the full batch under any
+mask, and a batch without a trained target gives 0, not NaN.
 """
 
 from collections.abc import Callable, Iterator

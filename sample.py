@@ -27,6 +27,7 @@ from configurator import (
     user_path,
     written_aside,
 )
+from lstm_model import LSTM, StateCache
 from model import GPT, KVCache, pick_device
 from tokenizer import Tokenizer
 
@@ -89,7 +90,7 @@ class Output:
 
 @torch.inference_mode()
 def generate(
-    model: GPT,
+    model: GPT | LSTM,
     prompts: list[list[int]],
     sampling: Sampling,
     stop_ids: tuple[int, ...] = (),
@@ -182,15 +183,16 @@ def choose(
     return sorted_ids.gather(1, place).squeeze(1)
 
 
-def _prefill(model: GPT, prompts: list[list[int]]) -> tuple[torch.Tensor, KVCache]:
+def _prefill(
+    model: GPT | LSTM, prompts: list[list[int]]
+) -> tuple[torch.Tensor, KVCache | StateCache]:
     """Reads prompts of any lengths in one batch -> logits of what follows (B, n_vocab), cache."""
     lengths = [len(prompt) for prompt in prompts]
     idx = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
     for row, prompt in enumerate(prompts):  # right padding: no token before it sees it
         idx[row, : len(prompt)] = torch.tensor(prompt)
     cache = model.new_cache(len(prompts))
-    hidden = model(idx.to(model.wte.weight.device), cache)
-    cache.lengths = lengths
+    hidden = model(idx.to(model.wte.weight.device), cache, lengths)
     last = hidden[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
     return model.head(last), cache
 

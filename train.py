@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -23,20 +23,28 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import (
+    MODELS,
+    Checkpoint,
     append_log,
     environment,
     has_checkpoint,
     load_checkpoint,
-    load_optimizer,
+    load_optimizers,
     read_run,
     rewind,
     save_checkpoint,
+    tracking_id,
 )
 from configurator import UserError, command, configure, repo_path, show_path
 from data_utils import Dataset
+from devices import Peak, find_peak, show_rate
+from lstm_model import LSTM
 from model import GPT, Architecture, ModelConfig, pick_device
+from muon import Muon
 from objectives import count_terms, next_token, split_sums, to_device
 from tokenizer import Tokenizer
+from trackers import Tracked, check_trackers, open_trackers
+from watch import Stopwatch, sample_prompts, write_samples
 
 
 @dataclass
@@ -49,8 +57,13 @@ class Settings(Architecture):
     seed: int = 1337  # of weights, order of rows and dropout
     max_iters: int = 2000  # steps of the optimizer
     batch_size: int = 16  # rows of a micro-batch
+    mix_dataset: str | None = None  # mixed in as a term of its own: pretraining text, say
+    mix_batch_size: int = 4  # rows of it in each micro-batch, beside batch_size
+    mix_weight: float = 1.0  # of its mean loss, beside the dataset's own at 1
     gradient_accumulation_steps: int = 1  # micro-batches of a step
+    optimizer: Literal["muon", "adamw"] = "muon"  # of the blocks' matrices; AdamW for all else
     learning_rate: float = 1e-3  # at its highest
+    embedding_lr: float | None = None  # of embeddings and head; None is learning_rate
     warmup_iters: int = 50  # steps of linear rise
     lr_decay_iters: int | None = None  # step at which min_lr is reached; None is max_iters
     min_lr: float = 0.0  # learning rate at the end of the linear decay
@@ -62,8 +75,10 @@ class Settings(Architecture):
     best_by: Literal["val_loss", "last"] = "val_loss"  # what sampling and init_from take
     patience: int | None = None  # evaluations without a lower validation loss before it stops
     log_interval: int = 10  # steps between lines of log.jsonl
+    track: list[str] = field(default_factory=list)  # tensorboard, wandb, trackio, swanlab
+    prompts: list[str] | None = None  # of samples at evaluations; None: from val.bin; empty: none
     device: str = "auto"  # cuda, mps, cpu; auto is the first of them that is there
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on CUDA
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # bfloat16 where it is native
     compile: bool | None = None  # torch.compile; None: on CUDA, where triton serves it
 
     def __post_init__(self):
@@ -74,6 +89,10 @@ class Settings(Architecture):
         for name in ("learning_rate", "min_lr", "warmup_iters", "weight_decay", "grad_clip"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must not be negative")
+        if self.mix_batch_size < 1:
+            raise UserError(f"mix_batch_size={self.mix_batch_size} must be 1 or more")
+        if self.mix_weight < 0:
+            raise UserError(f"mix_weight={self.mix_weight:g} must not be negative")
         if self.seed < 0:
             raise UserError(f"seed={self.seed} must not be negative")
         for name in ("beta1", "beta2"):
@@ -81,6 +100,7 @@ class Settings(Architecture):
                 raise UserError(f"{name}={getattr(self, name):g} must be at least 0 and below 1")
         if self.log_interval < 1 or (self.patience is not None and self.patience < 1):
             raise UserError("log_interval and patience must be 1 or more")
+        check_trackers(self.track)
 
 
 @dataclass
@@ -107,30 +127,37 @@ class Run:
     out_dir: Path
     data: Dataset
     tokenizer: Tokenizer
-    model: GPT
-    optimizer: torch.optim.Optimizer
+    model: GPT | LSTM
+    optimizers: list[torch.optim.Optimizer]
     progress: Progress
     device: str
     scaler: torch.amp.GradScaler
+    startup: Stopwatch
+    mix: Dataset | None = None  # the one of mix_dataset
 
 
 def main(argv: list[str]) -> None:
     run = start(argv)
     rows = run.data.n_rows("train", run.config.block_size)
+    peak = find_peak(run.device, pick_dtype(run.config, run.device))
+    run.startup.lap("peak")
     print(
-        f"{show_path(run.out_dir)}: {run.model.n_params() / 1e6:.2f}M parameters on {run.device}; "
+        f"{show_path(run.out_dir)}: {run.model.n_params() / 1e6:.2f}M parameters on {run.device} "
+        f"({peak}); "
         f"{rows:,} rows of {run.data.name}, {rows_per_step(run.config)} a step"
+        + (f", and {mix_rows_per_step(run.config)} of {run.mix.name}" if run.mix else "")
     )
     if run.config.dry_run:
-        dry_run(run)
+        dry_run(run, peak)
     elif run.progress.is_finished(run.config):
         print(f"finished at step {run.progress.iter}, nothing to do")
     else:
-        train(run)
+        train(run, peak)
 
 
 def start(argv: list[str]) -> Run:
     """A run at its first step, or where its latest checkpoint stands."""
+    startup = Stopwatch()
     config = configure(Settings, argv)
     out_dir = repo_path(config.out_dir)
     resumes = config.resume and has_checkpoint(out_dir)
@@ -155,6 +182,8 @@ def start(argv: list[str]) -> Run:
     tokenizer = data.tokenizer
     for split in ("train", "val"):
         data.check(config.block_size, split)
+    mix = open_mix(config, data)
+    startup.lap("data")
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     if saved:
@@ -162,44 +191,76 @@ def start(argv: list[str]) -> Run:
         data.check_tokenizer(checkpoint.tokenizer, checkpoint.path)
         model = checkpoint.model.train()
     else:
-        model = GPT(ModelConfig(**architecture(config), n_vocab=tokenizer.n_vocab)).to(device)
-    optimizer = make_optimizer(model, config, device)
+        model_config = ModelConfig(**architecture(config), n_vocab=tokenizer.n_vocab)
+        model = MODELS[config.model](model_config).to(device)
+    optimizers = make_optimizers(model, config, device)
     scaler = make_scaler(config, device)
     progress = Progress()
     if resumes:
-        warn_of_changes(saved, config, data, device)
-        load_optimizer(checkpoint.path, model, optimizer)
+        warn_of_changes(saved, config, data, mix, device)
+        load_optimizers(checkpoint.path, model, optimizers)
         if saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
         progress = Progress(**saved["progress"])
         if not config.dry_run:
             rewind(out_dir)
-    return Run(config, out_dir, data, tokenizer, model, optimizer, progress, device, scaler)
+    startup.lap("model")
+    return Run(
+        config, out_dir, data, tokenizer, model, optimizers, progress, device, scaler, startup, mix
+    )
 
 
-def train(run: Run) -> None:
+def open_mix(config: Settings, data: Dataset) -> Dataset | None:
+    """The dataset that is mixed in, if any. UserError where it does not go with data."""
+    if config.mix_dataset is None:
+        return None
+    mix = Dataset(config.mix_dataset)
+    mix.check_tokenizer(data.tokenizer, data.path)
+    for split in ("train", "val"):
+        mix.check(config.block_size, split)
+    return mix
+
+
+def train(run: Run, peak: Peak) -> None:
     """The loop: step, log, evaluate, save; until max_iters, out of patience or Ctrl-C."""
     config, progress = run.config, run.progress
-    if compiles(config, run.device):
+    compiled = compiles(config, run.device)
+    if compiled:
         run.model.compile()
+    about = {"dataset": {"kind": run.data.kind}}  # what sampling asks of a checkpoint's run.json
+    checkpoint = Checkpoint(run.out_dir, run.model, run.tokenizer, about)
+    prompts = sample_prompts(checkpoint, run.data, config.prompts)
     run.out_dir.mkdir(parents=True, exist_ok=True)
     if progress.iter == 0:
         rewind(run.out_dir)
-    began = time.perf_counter() - progress.seconds
-    losses, last_time, last_tokens = [], time.perf_counter(), progress.tokens
-    with catch_interrupt() as interrupts, progress_bar(run) as bar:
+    with (
+        open_trackers(config.track, tracked(run)) as trackers,
+        catch_interrupt() as interrupts,
+        progress_bar(run) as bar,
+    ):
+        began = time.perf_counter() - progress.seconds
+        losses, last = [], mark(progress)
+        if trackers:
+            run.startup.lap("trackers")
+        first = progress.iter + 1
         for batches, counts, tokens in one_ahead(step_batches(run)):
-            loss, grad_norm = train_step(run, batches, counts)
-            losses.append(loss)
+            step_losses, grad_norm = train_step(run, batches, counts)
+            losses.append(step_losses)
             progress.iter += 1
             progress.rows += rows_per_step(config)
             progress.tokens += tokens
             bar.update()
+            if progress.iter == first:
+                step_losses.tolist()  # waits for a GPU
+                run.startup.lap("first step")
+                bar.write(str(run.startup), file=sys.stdout)
             evaluates = progress.iter % config.eval_interval == 0 or progress.is_finished(config)
             if not (evaluates or interrupts or progress.iter % config.log_interval == 0):
                 continue
-            train_loss = finite(run, torch.stack(losses).mean().item())
-            elapsed = time.perf_counter() - last_time
+            train_loss, *mixed = (
+                finite(run, loss) for loss in torch.stack(losses).mean(dim=0).tolist()
+            )
+            speed = speed_since(last, run, peak)
             record = {
                 "iter": progress.iter,
                 "tokens": progress.tokens,
@@ -207,25 +268,37 @@ def train(run: Run) -> None:
                 "train_loss": train_loss,
                 "lr": learning_rate(progress.iter - 1, config),
                 "grad_norm": grad_norm.item(),
-                "tokens_per_second": round((progress.tokens - last_tokens) / elapsed),
+                **speed,
             }
-            bar.set_postfix(loss=f"{train_loss:.3f}", refresh=False)
+            if run.mix:
+                record["train_loss_mix"] = mixed[0]
+            rate, share = show_rate(speed["tflops"] * 1e12), f"{speed['mfu']:.0%} of peak"
+            bar.set_postfix_str(f"loss {train_loss:.3f}, {rate}, {share}", refresh=False)
+            samples = []
             if evaluates:
                 record |= evaluate(run)
+                kept = (
+                    f", {record['val_bits_per_byte_mix']:.3f} of {run.mix.name}" if run.mix else ""
+                )
                 bar.write(
                     f"step {progress.iter}: loss {train_loss:.3f} in training, "
                     f"{record['val_loss']:.3f} in validation (nats per token), "
-                    f"{record['val_bits_per_byte']:.3f} bits per byte",
+                    f"{record['val_bits_per_byte']:.3f} bits per byte{kept}",
                     file=sys.stdout,
                 )
+                samples = write_samples(checkpoint, prompts, config.seed, compiled)
+                for sample in samples:
+                    bar.write(sample, file=sys.stdout)
             progress.seconds = time.perf_counter() - began
             append_log(run.out_dir, record)
+            for tracker in trackers:
+                tracker.log(record, "\n".join(samples))
             if evaluates or interrupts:
                 lowest = evaluates and progress.worse == 0
                 save(run, is_best=lowest or config.best_by == "last")
             if interrupts or progress.is_finished(config):
                 break
-            losses, last_time, last_tokens = [], time.perf_counter(), progress.tokens
+            losses, last = [], mark(progress)
     if interrupts and not progress.is_finished(config):
         print(
             f"stopped at step {progress.iter} and saved; go on with\n"
@@ -239,6 +312,33 @@ def train(run: Run) -> None:
     )
 
 
+def mark(progress: Progress) -> tuple[float, int, int]:
+    """Where speed is measured from: the clock, tokens and rows."""
+    return time.perf_counter(), progress.tokens, progress.rows
+
+
+def speed_since(last: tuple[float, int, int], run: Run, peak: Peak) -> dict[str, float]:
+    """Tokens per second, the model's TFLOP/s, and their share of the peak since `last`.
+
+    Padding does not count; rows of questions count at their mean length, as if each of their
+    tokens were trained.
+    """
+    seconds, tokens, rows = (now - then for now, then in zip(mark(run.progress), last, strict=True))
+    rate = tokens * run.model.flops_per_token(tokens / rows) / seconds
+    return {
+        "tokens_per_second": round(tokens / seconds),
+        "tflops": round(rate / 1e12, 6),
+        "mfu": round(rate / peak.rate, 4),
+    }
+
+
+def tracked(run: Run) -> Tracked:
+    """What trackers know the run by."""
+    settings = dataclasses.asdict(run.config)
+    id = tracking_id(run.out_dir, new=run.progress.iter == 0) if run.config.track else ""
+    return Tracked(id, run.out_dir.name, run.out_dir, run.progress.iter, settings)
+
+
 def finite(run: Run, loss: float) -> float:
     """The loss. UserError where it is no number: nothing is saved then."""
     if not math.isfinite(loss):
@@ -250,40 +350,69 @@ def finite(run: Run, loss: float) -> float:
 
 
 def train_step(run: Run, batches: list, counts: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step of the optimizer over its micro-batches -> loss and gradient norm, both scalars."""
+    """One step of the optimizer over its micro-batches, as step_batches makes them -> the mean
+    loss of each term, (terms,), and the gradient norm, a scalar."""
     config = run.config
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(run.progress.iter, config)
-    loss = torch.zeros((), device=run.device)
-    for micro, batch in enumerate(batches):
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(run.progress.iter, config) * group["lr_ratio"]
+    weights = {"next_token": 1.0, "mix": config.mix_weight}
+    losses = torch.zeros(len(counts), device=run.device)
+    for micro, terms in enumerate(batches):
         seed_dropout(config.seed, run.progress.iter, micro)
-        with autocast(run):
-            sums = next_token(run.model, batch)
-        term = sum(sums[name] / max(1, counts[name]) for name in sums)
-        run.scaler.scale(term).backward()
-        loss += term.detach()
-    run.scaler.unscale_(run.optimizer)
+        for place, (name, batch) in enumerate(terms.items()):
+            with autocast(run):
+                sums = next_token(run.model, batch)
+            term = sums["next_token"] / max(1, counts[name])
+            # a backward pass for each term, so that the activations of only one are held
+            run.scaler.scale(weights[name] * term).backward()
+            losses[place] += term.detach()
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
     limit = config.grad_clip or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit)
-    run.scaler.step(run.optimizer)
+    for optimizer in run.optimizers:
+        run.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
-    return loss, grad_norm
+    return losses, grad_norm
 
 
 def step_batches(run: Run) -> Iterator[tuple[list, dict, int]]:
-    """For each step from here on: its micro-batches on the device, their counts, their tokens."""
-    config, consumed = run.config, run.progress.rows
-    multiple = 64 if run.device.startswith("cuda") else 1  # few shapes, so compiled code is reused
+    """For each step from here on: its micro-batches on the device, their counts, their tokens.
+
+    A micro-batch has a batch for each term: next_token, of the dataset, and mix, of mix_dataset,
+    whose rows so far follow from the steps done: nothing more need be kept to resume.
+    """
+    config, consumed, step = run.config, run.progress.rows, run.progress.iter
     while True:
-        rows = run.data.step_rows(config.seed, consumed, rows_per_step(config), config.block_size)
+        sources = {"next_token": (run.data, consumed, config.batch_size)}
+        if run.mix:
+            mixed = step * mix_rows_per_step(config)
+            sources["mix"] = (run.mix, mixed, config.mix_batch_size)
+        batches, counts, tokens = {}, {}, 0
+        for name, (data, start, batch_size) in sources.items():
+            batches[name], n_tokens = micro_batches(run, data, start, batch_size)
+            counts[name] = count_terms(batches[name])["next_token"]
+            tokens += n_tokens
         micro = [
-            run.data.batch(part, config.block_size, multiple)
-            for part in rows.reshape(-1, config.batch_size)
+            {name: to_device(batch, run.device) for name, batch in zip(batches, parts, strict=True)}
+            for parts in zip(*batches.values(), strict=True)
         ]
-        tokens = run.data.input_tokens(rows, config.block_size)
-        yield [to_device(batch, run.device) for batch in micro], count_terms(micro), tokens
-        consumed += len(rows)
+        yield micro, counts, tokens
+        consumed += rows_per_step(config)
+        step += 1
+
+
+def micro_batches(run: Run, data: Dataset, start: int, batch_size: int) -> tuple[list, int]:
+    """The batches of one step of a dataset, which begins after `start` rows, and their tokens."""
+    config = run.config
+    multiple = 64 if run.device.startswith("cuda") else 1  # few shapes, so compiled code is reused
+    count = batch_size * config.gradient_accumulation_steps
+    rows = data.step_rows(config.seed, start, count, config.block_size)
+    parts = rows.reshape(-1, batch_size)
+    batches = [data.batch(part, config.block_size, multiple) for part in parts]
+    return batches, data.input_tokens(rows, config.block_size)
 
 
 def one_ahead(steps: Iterator) -> Iterator:
@@ -295,37 +424,46 @@ def one_ahead(steps: Iterator) -> Iterator:
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Loss and bits per byte on the whole validation split; keeps count of the best."""
-    with autocast(run):
-        nats, count, n_bytes = split_sums(
-            run.model, run.data, "val", run.config.batch_size, run.device
-        )
+    """Loss and bits per byte on the whole validation split, and bits per byte on that of the
+    mixed dataset; keeps count of the best."""
+    nats, count, n_bytes = validation_sums(run, run.data)
     val_loss, progress = finite(run, nats / count), run.progress
     if progress.best_val_loss is None or val_loss < progress.best_val_loss:
         progress.best_val_loss, progress.worse = val_loss, 0
     else:
         progress.worse += 1
-    return {"val_loss": val_loss, "val_bits_per_byte": nats / math.log(2) / n_bytes}
+    scores = {"val_loss": val_loss, "val_bits_per_byte": nats / math.log(2) / n_bytes}
+    if run.mix:
+        nats, _, n_bytes = validation_sums(run, run.mix)
+        scores["val_bits_per_byte_mix"] = finite(run, nats / math.log(2) / n_bytes)
+    return scores
+
+
+def validation_sums(run: Run, data: Dataset) -> tuple[float, int, int]:
+    with autocast(run):
+        return split_sums(run.model, data, "val", run.config.batch_size, run.device)
 
 
 def save(run: Run, is_best: bool) -> None:
     """A checkpoint of the run as it stands."""
     state = {
         "settings": dataclasses.asdict(run.config),
-        "dataset": {
-            "name": run.data.name,
-            "kind": run.data.kind,
-            "fingerprint": run.data.fingerprint,
-        },
+        "dataset": identity(run.data),
+        "mix": identity(run.mix) if run.mix else None,
         "tokenizer_sha256": run.tokenizer.sha256,
         "progress": dataclasses.asdict(run.progress),
         "scaler": run.scaler.state_dict(),
         "environment": environment(run.device),
     }
-    save_checkpoint(run.out_dir, run.model, run.optimizer, run.tokenizer, state, is_best)
+    save_checkpoint(run.out_dir, run.model, run.optimizers, run.tokenizer, state, is_best)
 
 
-def dry_run(run: Run, steps: int = 3) -> None:
+def identity(data: Dataset) -> dict[str, str]:
+    """What run.json says of a dataset."""
+    return {"name": data.name, "kind": data.kind, "fingerprint": data.fingerprint}
+
+
+def dry_run(run: Run, peak: Peak, steps: int = 3) -> None:
     """Prints parameters, memory and time expected, from a few steps that are not kept."""
     config = run.config
     saved = {}  # storages that backward needs: address -> bytes
@@ -335,20 +473,24 @@ def dry_run(run: Run, steps: int = 3) -> None:
         return tensor
 
     batches = step_batches(run)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        micro, counts, tokens = next(batches)
-        with autocast(run):
-            sums = next_token(run.model, micro[0])
+    micro, counts, tokens = next(batches)
     weights = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
-    activations = sum(size for address, size in saved.items() if address not in weights)
-    del sums
+    activations = 0  # of the largest term: they are not held together
+    for batch in micro[0].values():
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(run):
+            sums = next_token(run.model, batch)
+        held = sum(size for address, size in saved.items() if address not in weights)
+        activations = max(activations, held)
+        del sums
     train_step(run, micro, counts)  # warms up
     began = time.perf_counter()
     for _ in range(steps):
         micro, counts, tokens = next(batches)
-        loss, _ = train_step(run, micro, counts)
-    loss.item()  # waits for a GPU
+        losses, _ = train_step(run, micro, counts)
+    losses.tolist()  # waits for a GPU
     seconds = (time.perf_counter() - began) / steps
+    rate = tokens * run.model.flops_per_token(tokens / rows_per_step(config)) / seconds
     parameters = run.model.n_params()
     state = 16 * parameters  # float32: weight, gradient, AdamW's two moments
     left = config.max_iters - run.progress.iter
@@ -357,6 +499,7 @@ def dry_run(run: Run, steps: int = 3) -> None:
         f"memory      {(state + activations) / 1e9:.2f} GB: {state / 1e9:.2f} of weights, "
         f"gradients and AdamW, {activations / 1e9:.2f} of activations\n"
         f"speed       {tokens / seconds:,.0f} tokens per second, {seconds:.3f} s a step\n"
+        f"            {show_rate(rate)}, {rate / peak.rate:.0%} of the peak\n"
         f"time        {left * seconds / 60:.1f} minutes for {left:,} steps, evaluations left out"
     )
 
@@ -365,11 +508,10 @@ def dry_run(run: Run, steps: int = 3) -> None:
 
 
 def architecture(config: Architecture | dict) -> dict:
-    """The settings that make a model's shape, dropout included."""
-    names = [field.name for field in dataclasses.fields(Architecture)]
-    if isinstance(config, dict):
-        return {name: config[name] for name in names}
-    return {name: getattr(config, name) for name in names}
+    """The settings that make a model's shape, dropout included. A checkpoint that is older than a
+    setting has its default."""
+    values = config if isinstance(config, dict) else vars(config)
+    return {field.name: values.get(field.name, field.default) for field in fields(Architecture)}
 
 
 def check_shape(config: Settings, saved: dict, source: Path) -> None:
@@ -383,19 +525,26 @@ def check_shape(config: Settings, saved: dict, source: Path) -> None:
             )
 
 
-def warn_of_changes(saved: dict, config: Settings, data: Dataset, device: str) -> None:
+FREE = ("resume", "dry_run", "out_dir", "best_by", "track", "prompts")  # they change no bits
+
+
+def warn_of_changes(
+    saved: dict, config: Settings, data: Dataset, mix: Dataset | None, device: str
+) -> None:
     """Says what differs from the run that is resumed. UserError where its data are others."""
-    if saved["dataset"]["fingerprint"] != data.fingerprint:
-        raise UserError(
-            f"{show_path(data.path)} is not what this run was trained on: it was prepared anew; "
-            "train again in another --out_dir="
-        )
-    before = saved["settings"] | saved["environment"]
+    for before, now in ((saved["dataset"], data), (saved.get("mix"), mix)):
+        if before and now and before["fingerprint"] != now.fingerprint:
+            raise UserError(
+                f"{show_path(now.path)} is not what this run was trained on: it was prepared "
+                "anew; train again in another --out_dir="
+            )
+    # a setting that a run of an earlier version does not name was at its default
+    before = dataclasses.asdict(Settings()) | saved["settings"] | saved["environment"]
     now = dataclasses.asdict(config) | environment(device)
     changed = [
         f"{name} was {before.get(name)!r}, now {now[name]!r}"
         for name in now
-        if name not in ("resume", "dry_run", "out_dir", "best_by") and before.get(name) != now[name]
+        if name not in FREE and before.get(name) != now[name]
     ]
     if changed:
         print(f"note: not bit for bit the run that was stopped: {'; '.join(changed)}")
@@ -403,6 +552,10 @@ def warn_of_changes(saved: dict, config: Settings, data: Dataset, device: str) -
 
 def rows_per_step(config: Settings) -> int:
     return config.batch_size * config.gradient_accumulation_steps
+
+
+def mix_rows_per_step(config: Settings) -> int:
+    return config.mix_batch_size * config.gradient_accumulation_steps
 
 
 def learning_rate(step: int, config: Settings) -> float:
@@ -414,22 +567,53 @@ def learning_rate(step: int, config: Settings) -> float:
     return config.min_lr + left * (config.learning_rate - config.min_lr)
 
 
-def make_optimizer(model: GPT, config: Settings, device: str) -> torch.optim.Optimizer:
-    """AdamW, with weight decay on matrices only; fused, which is the fastest form."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    fused = not device.startswith("mps")
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)
+class AdamW(torch.optim.AdamW):
+    """torch's, its methods taken out of their wrappers for torch.compile: these would import the
+    compiler, which takes as long as torch itself."""
+
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
+    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__
+    step = torch.no_grad()(torch.optim.Adam.step.__wrapped__)
+
+
+def make_optimizers(
+    model: GPT | LSTM, config: Settings, device: str
+) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, or AdamW for all; only matrices decay.
+
+    lr_ratio of a group: its learning rate over the schedule's. An LSTM's matrices are AdamW's.
+    """
+    ratio = 1.0
+    if config.embedding_lr is not None and config.learning_rate:
+        ratio = config.embedding_lr / config.learning_rate
+    inside = {id(p) for name, p in model.named_parameters() if name.startswith("blocks.")}
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    blocks = {"params": [p for p in matrices if id(p) in inside], "lr_ratio": 1.0}
+    embeddings = {"params": [p for p in matrices if id(p) not in inside], "lr_ratio": ratio}
+    vectors = {"params": [p for p in model.parameters() if p.dim() < 2], "lr_ratio": 1.0}
+    common = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    by_adamw = [embeddings, vectors | {"weight_decay": 0.0}]
+    adamw = AdamW(
+        by_adamw if config.optimizer == "muon" else [blocks, *by_adamw],
+        betas=(config.beta1, config.beta2),
+        fused=not device.startswith("mps"),
+        **common,
+    )
+    if config.optimizer == "adamw" or not inside:
+        return [adamw]
+    if device.startswith("cuda"):
+        return [torch.optim.Muon([blocks], adjust_lr_fn="match_rms_adamw", **common), adamw]
+    return [Muon([blocks], dtype=pick_dtype(config, device), **common), adamw]
 
 
 def pick_dtype(config: Settings, device: str) -> torch.dtype:
-    """bfloat16 where CUDA has it natively, else float16 there; float32 elsewhere."""
+    """bfloat16 where CUDA or the CPU has it natively; else float16 on CUDA, float32 elsewhere."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
+    if device == "cpu":
+        has = torch.cpu.get_capabilities()
+        native = has.get("avx512_bf16") or has.get("amx_bf16")
+        return torch.bfloat16 if native else torch.float32
     if not device.startswith("cuda"):
         return torch.float32
     native = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -20,6 +20,7 @@ dropout = 0.2
 
 batch_size = 32
 max_iters = 20000
+optimizer = "adamw"
 learning_rate = 1e-3
 min_lr = 1e-4
 warmup_iters = 100

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import save_checkpoint
+from checkpoint import MODELS, save_checkpoint
 from data_utils import write_pretrain, write_sft
+from lstm_model import LSTM
 from model import GPT, ModelConfig
 from tokenizer import Tokenizer, train_tokenizer
 
@@ -33,13 +34,34 @@ ARCHITECTURES = {
     "llama": {"qk_norm": False, "n_kv_head": 2, "rope_theta": 500.0, "tie_weights": False},
     "one_kv_head": {"n_kv_head": 1, "norm": "layernorm", "mlp": "gelu", "n_hidden": 40},
     "learned_gqa": {"position": "learned", "n_kv_head": 2, "bias": True, "norm_eps": 1e-3},
+    "beyond_qwen3": {
+        "mlp": "relu2",
+        "logit_soft_cap": 3.0,
+        "value_residual": True,
+        "embedding_skip": True,
+    },
+}
+ALL_MODELS = ARCHITECTURES | {
+    "lstm": {"model": "lstm"},
+    "lstm_untied": {
+        "model": "lstm",
+        "n_layer": 1,
+        "norm": "layernorm",
+        "norm_eps": 1e-3,
+        "bias": True,
+        "tie_weights": False,
+        "dropout": 0.3,
+    },
 }
 
 
-def tiny_model(seed: int = 0, **options) -> GPT:
+def tiny_model(seed: int = 0, **options) -> GPT | LSTM:
     """A model in eval mode whose weights are all random and large enough to matter."""
-    options = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 24, "n_vocab": 50} | options
-    model = GPT(ModelConfig(**options)).eval()
+    shape = {"n_layer": 2, "n_embd": 32, "block_size": 24, "n_vocab": 50}
+    if options.get("model") != "lstm":
+        shape["n_head"] = 4
+    config = ModelConfig(**shape | options)
+    model = MODELS[config.model](config).eval()
     randomize(model, seed)
     return model
 
@@ -52,7 +74,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
         if weight.dim() > 1:
             std = 0.3 if "wte" in name or "wpe" in name or "embed" in name else 0.25
             weight.normal_(0, std, generator=generator)
-        elif name.endswith("bias"):
+        elif "bias" in name:
             weight.normal_(0, 0.3, generator=generator)
         else:
             weight.uniform_(0.5, 1.5, generator=generator)
@@ -98,12 +120,14 @@ def write_questions(
     return out
 
 
-def save_run(out_dir: Path, model: GPT, tokenizer: Tokenizer, dataset: Path, kind: str) -> Path:
+def save_run(
+    out_dir: Path, model: GPT | LSTM, tokenizer: Tokenizer, dataset: Path, kind: str
+) -> Path:
     run = {
         "progress": {"iter": 5},
         "settings": {"dataset": str(dataset)},
         "dataset": {"kind": kind},
     }
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    save_checkpoint(out_dir, model, optimizer, tokenizer, run, is_best=True)
+    save_checkpoint(out_dir, model, [optimizer], tokenizer, run, is_best=True)
     return out_dir

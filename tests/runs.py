@@ -33,6 +33,7 @@ TINY = {
     "eval_interval": 10,
     "log_interval": 1,
     "device": "cpu",
+    "dtype": "float32",
 }
 
 torch.set_num_threads(1)  # where other processes run too, two threads wait for each other
@@ -201,7 +202,7 @@ def log(out_dir: Path) -> list[dict]:
 
 def course(out_dir: Path) -> list[dict]:
     """The log without what a clock measures."""
-    clock = ("seconds", "tokens_per_second")
+    clock = ("seconds", "tokens_per_second", "tflops", "mfu")
     return [{key: value for key, value in r.items() if key not in clock} for r in log(out_dir)]
 
 

@@ -8,7 +8,6 @@ import pytest
 
 import bench
 from configurator import UserError
-from model import GPT, ModelConfig
 from tests.helpers import tiny_tokenizer, write_novel
 
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--vocab_size=64", "--rounds=2"]
@@ -46,15 +45,6 @@ def test_recipes_train_for_the_time_given_and_are_drawn(tmp_path, capfd):
     assert results["bits_best_ratio"] > 0
     assert f"{results['bits_best_ratio']:.3f}" in capfd.readouterr().out
     assert (tmp_path / "runs" / "curves.png").stat().st_size > 0
-
-
-def test_step_flops_of_a_model_counted_by_hand():
-    config = ModelConfig(
-        block_size=8, n_layer=1, n_head=2, n_embd=4, mlp="gelu", n_vocab=64, position="learned"
-    )
-    matrices = 4 * 12 + 4 * 4 + 2 * 4 * 16 + 4 * 64  # q k v, output, mlp, head
-    attention = 12 * 1 * 4 * 8 / 2
-    assert bench.step_flops(GPT(config), tokens=10) == 10 * (6 * matrices + attention)
 
 
 def test_a_ratio_is_of_medians_and_its_range_of_turns():

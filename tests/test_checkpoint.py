@@ -21,7 +21,7 @@ from checkpoint import (
     append_log,
     has_checkpoint,
     load_checkpoint,
-    load_optimizer,
+    load_optimizers,
     read_log,
     read_run,
     rewind,
@@ -79,14 +79,14 @@ def save_step(out_dir: Path, step: int, is_best: bool, tokenizer, **options) -> 
     model, optimizer = stepped_model(**options)
     model.norm.weight.data.fill_(step)
     run = {"progress": {"iter": step}, "settings": {}, "dataset": {"kind": "pretrain"}}
-    save_checkpoint(out_dir, model, optimizer, tokenizer, run, is_best)
+    save_checkpoint(out_dir, model, [optimizer], tokenizer, run, is_best)
 
 
 def step_of(out_dir: Path, which: str) -> int:
     """The step of the checkpoint that loads, by its weights, run.json and optimizer alike."""
     checkpoint = load_checkpoint(out_dir, which)
-    load_optimizer(
-        checkpoint.path, checkpoint.model, torch.optim.AdamW(checkpoint.model.parameters())
+    load_optimizers(
+        checkpoint.path, checkpoint.model, [torch.optim.AdamW(checkpoint.model.parameters())]
     )
     step = int(checkpoint.model.norm.weight[0])
     assert checkpoint.run["progress"]["iter"] == step
@@ -119,7 +119,7 @@ def test_what_is_loaded_is_what_was_saved_and_a_tied_weight_is_stored_once(
         assert torch.equal(loaded.model.state_dict()[name], value), name
 
     again = torch.optim.AdamW(loaded.model.parameters(), lr=0.1)
-    load_optimizer(loaded.path, loaded.model, again)
+    load_optimizers(loaded.path, loaded.model, [again])
     for mine, theirs in zip(model.parameters(), loaded.model.parameters(), strict=True):
         before, after = optimizer.state[mine], again.state[theirs]
         assert before.keys() == after.keys() >= {"step", "exp_avg", "exp_avg_sq"}
@@ -148,7 +148,7 @@ def test_what_is_loaded_does_not_hold_its_files(tmp_path, tokenizer):
     save_step(tmp_path, 1, True, tokenizer)
     checkpoint = load_checkpoint(tmp_path)
     optimizer = torch.optim.AdamW(checkpoint.model.parameters())
-    load_optimizer(checkpoint.path, checkpoint.model, optimizer)
+    load_optimizers(checkpoint.path, checkpoint.model, [optimizer])
     assert optimizer.state
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 

@@ -33,6 +33,7 @@ class Settings:
     compile: bool | None = None  # None: on CUDA
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights
     runs: list[str] = field(default_factory=list)  # directories
+    prompts: list[str] | None = None  # of samples; None is the first
     splits: list[int] = field(default_factory=lambda: [8, 2])  # shares
 
 
@@ -150,6 +151,9 @@ def test_words_without_dashes_are_names_where_there_is_such_a_setting():
         ("--runs=a,b=c", ["a", "b=c"]),
         ("--runs=['a', 'b,c']", ["a", "b,c"]),
         ("--runs=", []),
+        ("--prompts=却说,话说", ["却说", "话说"]),
+        ("--prompts=", []),
+        ("--prompts=None", None),
         ("--splits=7,3", [7, 3]),
         ("--splits=[1]", [1]),
     ],

@@ -284,6 +284,62 @@ def test_a_conversation_that_ends_in_no_question_and_answer_is_skipped(messages,
     assert how.startswith("skipped: ")
 
 
+def masked_set(out: Path, tokenizer: Tokenizer, mask: str, max_tokens: int = 60) -> Dataset:
+    splits = {"train": many_dialogues(30), "val": many_dialogues(4, seed=1)}
+    write_sft(out, tokenizer, splits, ["a test"], max_tokens, mask)
+    return Dataset(str(out))
+
+
+def test_masks_of_one_row_by_hand(tokenizer, tmp_path):
+    splits = {"train": [dialogue("a", "bc", "d", "e")], "val": [dialogue("f", "g")]}
+    role = {m["role"]: tokenizer.render([m])[0][0] for m in dialogue("", "")}
+    user, bot, end = role["user"], role["assistant"], tokenizer.end
+    a, b, c, d, e = (tokenizer.encode(letter)[0] for letter in "abcde")
+    ids = [user, a, end, bot, b, c, end, user, d, end, bot, e, end]
+    masks = {
+        "answer": [0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 1],
+        "no_end": [0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 1, 0],
+        "padding": [0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1],
+    }
+    for name, mask in masks.items():
+        meta = write_sft(tmp_path / name, tokenizer, splits, [], 16, name)
+        data = Dataset(str(tmp_path / name))
+        assert meta["mask"] == data.meta["mask"] == name
+        assert data.tokens["train"].tolist() == ids + [end] * (len(mask) - len(ids))
+        assert data.mask["train"].tolist() == mask
+        idx, targets = data.batch(np.array([0]), 16)
+        row = data.tokens["train"].tolist()
+        assert idx.tolist() == [row[:-1]]
+        wanted = [id if one else IGNORE for id, one in zip(row, mask, strict=True)]
+        assert targets.tolist() == [wanted[1:]]
+
+
+@pytest.mark.parametrize("mask", ["no_end", "padding"])
+def test_another_mask_keeps_the_conversations_and_what_was_left_out(mask, tokenizer, tmp_path):
+    plain = masked_set(tmp_path / "answer", tokenizer, "answer")
+    other = masked_set(tmp_path / mask, tokenizer, mask)
+    assert other.fingerprint != plain.fingerprint
+    for split in ("train", "val"):
+        assert other.conversations(split) == plain.conversations(split)
+        sizes = [data.meta["splits"][split] for data in (plain, other)]
+        same = [{k: v for k, v in s.items() if k not in ("tokens", "fingerprint")} for s in sizes]
+        assert same[0] == same[1]
+    other.check(60, "train")
+    if mask == "padding":
+        assert (np.diff(other.bounds["train"].astype(int)) == 60).all()
+
+
+def test_without_their_end_tokens_answers_are_all_that_is_trained(tokenizer, tmp_path):
+    data = masked_set(tmp_path, tokenizer, "no_end")
+    rows = data.step_rows(0, 0, 8, 60)
+    _, targets = data.batch(rows, 60)
+    conversations = data.conversations("train")
+    for row, goals in zip(rows, targets, strict=True):
+        trained = goals[goals != IGNORE]
+        assert tokenizer.end not in trained
+        assert tokenizer.decode(trained) == "".join(answers(conversations[row]))
+
+
 def test_skipped_cut_and_repeated_conversations_are_counted(tokenizer, tmp_path):
     first, second = dialogue("谁？", "孔明。"), dialogue("谁？", "张飞。")
     long = dialogue("谁？", "赵云。" + "云" * 200)

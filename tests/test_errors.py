@@ -109,6 +109,11 @@ CASES = {
     ),
     "syntax error": (line("train.py", "{}/syntax.py"), "{}/syntax.py, line 2: SyntaxError"),
     "error in a file": (line("train.py", "{}/failing.py"), "{}/failing.py, line 3: NameError"),
+    "no such model": (train_on("text", model="lstms"), "did you mean 'lstm'?"),
+    "a GPT's setting for an LSTM": (
+        train_on("text", model="lstm"),
+        "n_head=2 means nothing to model='lstm'; leave one of them out",
+    ),
     "negative seed": (train_on("text", seed=-1), "seed=-1"),
     "beta above 1": (train_on("text", beta2=2), "beta2=2"),
     "no such device": (train_on("text", device="gpu"), "device='gpu' cannot be used"),
@@ -117,6 +122,14 @@ CASES = {
     "cut train.bin": (train_on("cut_tokens"), "{}/cut_tokens/train.bin has "),
     "cut meta.json": (train_on("cut_meta"), "{}/cut_meta/meta.json"),
     "another tokenizer.json": (train_on("swapped_tokens"), "{}/swapped_tokens"),
+    "unknown tracker": (
+        train_on("text", track="tensorbord"),
+        "unknown tracker 'tensorbord' in track; did you mean 'tensorboard'?",
+    ),
+    "prompt beyond block_size": (
+        train_on("text", prompts="话说天下大势分久必合合久必分周末七国分争"),
+        "longer than block_size=32; shorten it",
+    ),
     "no validation split": (train_on("no_val"), "{}/no_val has no split 'val'; it has train"),
     "short validation split": (
         train_on("short"),
@@ -128,6 +141,17 @@ CASES = {
         "{}/questions/train.bin has rows of up to 32 tokens, block_size is 16; "
         "prepare it with --max_tokens=16",
     ),
+    "mix of another tokenizer": (
+        train_on("questions", mix_dataset="{}/other_tokens"),
+        "{}/other_tokens has another tokenizer than {}/questions; "
+        "prepare it with --tokenizer={}/questions",
+    ),
+    "mix without validation": (
+        train_on("questions", mix_dataset="{}/no_val"),
+        "{}/no_val has no split 'val'; it has train",
+    ),
+    "no rows of a mix": (train_on("questions", mix_batch_size=0), "mix_batch_size=0 must be 1"),
+    "a negative mix": (train_on("questions", mix_weight=-1), "mix_weight=-1 must not be"),
     "out_dir is a file": (train_on("text", out_dir="{}/a_file"), "{}/a_file"),
     "init_from nothing": (train_on("text", init_from="{}/nothing"), "--init_from="),
     "init_from another tokenizer": (

@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -15,9 +17,13 @@ from transformers import (
 
 from configurator import UserError
 from model import GPT, ModelConfig, pick_device
-from tests.helpers import ARCHITECTURES, random_ids, randomize, tiny_model
+from tests.helpers import ALL_MODELS, ARCHITECTURES, random_ids, randomize, tiny_model
 
 each_architecture = pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
+each_model = pytest.mark.parametrize("options", ALL_MODELS.values(), ids=ALL_MODELS)
+gpt_and_lstm = pytest.mark.parametrize(
+    "options", [{"n_kv_head": 2}, {"model": "lstm"}], ids=["gpt", "lstm"]
+)
 
 
 def count(**options) -> int:
@@ -213,7 +219,7 @@ def test_new_weights_have_the_spread_of_their_init(init, first, output):
     assert model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
-@each_architecture
+@each_model
 def test_every_parameter_has_a_gradient(options):
     model = tiny_model(**options).train()
     model.head(model(random_ids(3, 24))).log_softmax(dim=-1)[..., 7].sum().backward()
@@ -221,7 +227,7 @@ def test_every_parameter_has_a_gradient(options):
         assert weight.grad is not None and weight.grad.abs().sum() > 0, name
 
 
-@each_architecture
+@each_model
 def test_a_token_changes_its_own_logits_and_later_ones_only(options):
     model = tiny_model(**options).double()
     idx = random_ids(2, 24)
@@ -272,7 +278,7 @@ def test_each_dropout_acts_in_training_only(site):
     assert not torch.allclose(model(idx), model(idx), atol=1e-3)
 
 
-@each_architecture
+@each_model
 @pytest.mark.parametrize("chunks", [[24], [1] * 24, [1, 23], [5, 1, 1, 9, 8], [16, 1, 7]])
 @torch.no_grad()
 def test_cached_chunks_of_any_size_equal_one_pass(options, chunks):
@@ -287,12 +293,11 @@ def test_cached_chunks_of_any_size_equal_one_pass(options, chunks):
 def ragged_cache(model: GPT, idx: torch.Tensor, lengths: list[int]):
     """A cache of the first lengths[row] tokens of each row, read in one padded batch."""
     cache = model.new_cache(len(lengths))
-    model(idx[:, : max(lengths)], cache)
-    cache.lengths = list(lengths)
+    model(idx[:, : max(lengths)], cache, lengths)
     return cache
 
 
-@each_architecture
+@each_model
 @torch.no_grad()
 def test_rows_of_different_lengths_go_on_as_each_alone(options):
     model = tiny_model(**options).double()
@@ -324,9 +329,10 @@ def test_what_lies_beyond_a_rows_length_is_not_seen(options):
 
 
 @pytest.mark.parametrize("dropped", [[0], [1], [3], [3, 0], [0, 0, 0], [2, 1]])
+@gpt_and_lstm
 @torch.no_grad()
-def test_dropping_a_row_leaves_the_others_and_moves_the_last_into_its_place(dropped):
-    model = tiny_model(n_kv_head=2).double()
+def test_dropping_a_row_leaves_the_others_and_moves_the_last_into_its_place(options, dropped):
+    model = tiny_model(**options).double()
     lengths, idx = [3, 8, 5, 6], random_ids(4, 24)
     cache, rows = ragged_cache(model, idx, lengths), [0, 1, 2, 3]
     for row in dropped:
@@ -339,9 +345,10 @@ def test_dropping_a_row_leaves_the_others_and_moves_the_last_into_its_place(drop
     assert (model(next_ids, cache) - wanted).abs().max() < 1e-12
 
 
+@gpt_and_lstm
 @torch.no_grad()
-def test_copied_rows_go_on_as_their_source_does():
-    model = tiny_model(n_kv_head=2).double()
+def test_copied_rows_go_on_as_their_source_does(options):
+    model = tiny_model(**options).double()
     idx = random_ids(3, 24)
     source = ragged_cache(model, idx, [7, 2, 12])
     others = random_ids(5, 24, seed=1)
@@ -355,9 +362,10 @@ def test_copied_rows_go_on_as_their_source_does():
     assert source.lengths == [7, 2, 12]
 
 
+@gpt_and_lstm
 @pytest.mark.parametrize("lengths", [[22, 22], [5, 22]])
-def test_a_context_beyond_block_size_is_refused(lengths):
-    model = tiny_model()
+def test_a_context_beyond_block_size_is_refused(lengths, options):
+    model = tiny_model(**options)
     cache = ragged_cache(model, random_ids(2, 24), lengths)
     model(random_ids(2, 2), cache)
     with pytest.raises(ValueError, match="block_size=24"):
@@ -408,3 +416,21 @@ def test_a_device_that_is_not_there_is_refused():
     assert pick_device("cpu") == "cpu"
     with pytest.raises(UserError, match="no_such_device"):
         pick_device("no_such_device")
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_flops_per_token_counted_by_hand(tie_weights):
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 4, "mlp": "gelu", "position": "learned"}
+    model = GPT(ModelConfig(block_size=8, n_vocab=64, tie_weights=tie_weights, **shape))
+    matrices = 4 * 12 + 4 * 4 + 2 * 4 * 16 + 4 * 64  # q k v, output, mlp, head
+    assert model.flops_per_token(8) == 6 * matrices + 12 * 1 * 4 * 8 / 2
+    assert model.flops_per_token(2) == 6 * matrices + 12 * 1 * 4 * 2 / 2
+
+
+def test_flops_per_token_are_torch_s_count_less_the_masked_half_of_attention():
+    model = tiny_model(block_size=16)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.head(model(random_ids(2, 16))).sum().backward()
+    c = model.config
+    masked = 12 * c.n_layer * c.n_embd * 16 / 2  # torch multiplies all pairs of positions
+    assert counter.get_total_flops() == 2 * 16 * (model.flops_per_token(16) + masked)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data_utils import IGNORE, Dataset
 from objectives import count_terms, next_token, split_sums, target_losses, to_device
 from tests.helpers import (
-    ARCHITECTURES,
+    ALL_MODELS,
     QUESTIONS,
     TEXT,
     random_ids,
@@ -55,7 +55,7 @@ def gradients(model: torch.nn.Module, batches: list, count: int) -> list[torch.T
     return [weight.grad.clone() for weight in model.parameters()]
 
 
-@pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
+@pytest.mark.parametrize("options", ALL_MODELS.values(), ids=ALL_MODELS)
 def test_next_token_is_the_log_softmax_by_hand(options):
     model = tiny_model(**options)
     for rows in ([12, 12], [3, 0, 12, 1]):

@@ -14,7 +14,7 @@ from checkpoint import Checkpoint
 from configurator import UserError
 from sample import Sampling, choose, complete, generate, prompt_ids, read_start, stream
 from tests.helpers import (
-    ARCHITECTURES,
+    ALL_MODELS,
     TEXT,
     random_ids,
     save_run,
@@ -110,7 +110,7 @@ PROMPTS = prompts_of(5, 1, BLOCK, 14, BLOCK - 1)
 
 
 @each_way
-@pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
+@pytest.mark.parametrize("options", ALL_MODELS.values(), ids=ALL_MODELS)
 def test_cached_ids_equal_uncached(options, way):
     model = tiny_model(**options).double()
     sampling = Sampling(max_new_tokens=40, **way)
@@ -119,9 +119,10 @@ def test_cached_ids_equal_uncached(options, way):
     assert fast_generate(model, PROMPTS, sampling) == slow
 
 
+@pytest.mark.parametrize("kind", ["gpt", "lstm"])
 @pytest.mark.parametrize("block_size", [2, 3, 7])
-def test_a_small_context_goes_on_as_the_slow_one_does(block_size):
-    model = tiny_model(block_size=block_size).double()
+def test_a_small_context_goes_on_as_the_slow_one_does(block_size, kind):
+    model = tiny_model(block_size=block_size, model=kind).double()
     prompts = prompts_of(1, 2, block_size)
     slow = [slow_generate(model, prompt, GREEDY) for prompt in prompts]
     assert fast_generate(model, prompts, GREEDY) == slow
@@ -135,7 +136,7 @@ def test_a_context_of_one_token_goes_on_or_is_refused():
     assert len(fast_generate(model, [[3]], GREEDY)[0]) == 40
 
 
-@pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
+@pytest.mark.parametrize("options", ALL_MODELS.values(), ids=ALL_MODELS)
 def test_float32_ids_equal_uncached_up_to_the_first_near_tie(options):
     model = tiny_model(**options)
     compared = 0
@@ -156,8 +157,9 @@ def test_float32_ids_equal_uncached_up_to_the_first_near_tie(options):
 
 
 @each_way
-def test_several_samples_equal_those_made_one_by_one(way):
-    model = tiny_model(n_kv_head=2).double()
+@pytest.mark.parametrize("options", [{"n_kv_head": 2}, {"model": "lstm"}], ids=["gpt", "lstm"])
+def test_several_samples_equal_those_made_one_by_one(options, way):
+    model = tiny_model(**options).double()
     sampling = Sampling(max_new_tokens=30, **way)
     prompts = prompts_of(6, 20, 2)
     slow = [
@@ -199,8 +201,9 @@ def test_another_seed_gives_another_text_and_the_same_seed_the_same():
 
 
 @each_way
-def test_a_stop_id_ends_its_row_and_the_others_go_on(way):
-    model = tiny_model().double()
+@pytest.mark.parametrize("kind", ["gpt", "lstm"])
+def test_a_stop_id_ends_its_row_and_the_others_go_on(kind, way):
+    model = tiny_model(model=kind).double()
     sampling = Sampling(max_new_tokens=40, **way)
     endless = fast_generate(model, PROMPTS, sampling, (), 2)
     stop_ids = (endless[2][10], endless[7][3])
@@ -361,9 +364,10 @@ def make_checkpoint(kind: str, seed: int = 0, **options) -> Checkpoint:
     return Checkpoint(Path("none"), model, tokenizer, {"dataset": {"kind": kind}})
 
 
+@pytest.mark.parametrize("model", ["gpt", "lstm"])
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
-def test_batched_outputs_equal_single_ones(kind):
-    checkpoint = make_checkpoint(kind)
+def test_batched_outputs_equal_single_ones(kind, model):
+    checkpoint = make_checkpoint(kind, model=model)
     texts = ["汉朝", "桓帝禁锢善类，崇信宦官。", "谁？", ""]
     prompts = [prompt_ids(checkpoint, text) for text in texts]
     sampling = Sampling(max_new_tokens=30, temperature=1.2)

@@ -501,3 +501,20 @@ def test_a_small_max_tokens_is_kept_in_meta_and_counted(novel, tmp_path):
     data.check(40, "train")
     with pytest.raises(UserError, match="--max_tokens=39"):
         data.check(39, "train")
+
+
+@pytest.mark.parametrize("mask", ["no_end", "padding"])
+def test_another_mask_asks_the_same_questions(mask, novel, questions, tmp_path):
+    argv = [f"--mask={mask}", f"--tokenizer={novel[0].path}", f"--out={tmp_path / mask}"]
+    prepare_sft.main(argv)
+    data = Dataset(str(tmp_path / mask))
+    assert data.meta["mask"] == mask
+    for split in ("train", "val"):
+        assert data.conversations(split) == questions[0].conversations(split)
+    rows, before = len(data.bounds["train"]) - 1, questions[0]
+    tokens = [len(one.tokens["train"]) for one in (before, data)]
+    trained = [int(one.mask["train"].sum()) for one in (before, data)]
+    if mask == "no_end":
+        assert tokens[0] == tokens[1] and trained[0] - trained[1] == rows
+    else:
+        assert tokens[1] == rows * 256 and trained[1] - trained[0] == tokens[1] - tokens[0]

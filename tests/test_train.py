@@ -1,6 +1,7 @@
 """Laws of training: what may change its course, what may not, and what it says and writes."""
 
 import dataclasses
+import json
 import math
 import re
 from pathlib import Path
@@ -9,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from checkpoint import load_checkpoint
 from configurator import UserError
 from data_utils import Dataset, write_pretrain
 from model import GPT, ModelConfig
+from objectives import split_sums
 from tests.runs import (
     TINY,
     assert_same_run,
@@ -21,13 +24,15 @@ from tests.runs import (
     log,
     novel,
     pointer,
+    read_json,
     saved,
     toy_tokenizer,
     train_here,
     weights,
+    words,
     write_toys,
 )
-from train import Settings, learning_rate, make_optimizer
+from train import Settings, learning_rate, make_optimizers, start, step_batches
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +166,115 @@ def test_an_evaluation_that_is_no_number_is_neither_best_nor_saved(toys, tmp_pat
         assert all(value.isfinite().all() for value in load_file(file).values()), file.parent.name
 
 
+# --- a second dataset mixed in -----------------------------------------------------------------
+
+
+def gradient(out_dir: Path) -> torch.Tensor:
+    """That of a run's only step: Adam's first moment after it is (1 - beta1) x the gradient."""
+    tensors = load_file(checkpoint_file(out_dir, "optimizer.safetensors"))
+    return torch.cat([v.flatten() for k, v in tensors.items() if k.endswith(":exp_avg")]) / 0.1
+
+
+@pytest.mark.parametrize(("main", "mix"), [("questions", "text"), ("text", "questions")])
+def test_the_mixed_dataset_is_a_weighted_term_divided_by_its_own_count(toys, tmp_path, main, mix):
+    common = {"max_iters": 1, "grad_clip": 0, "init_from": toys / "base"}
+    alone = train_here(dataset=toys / main, out_dir=tmp_path / "main", **common)
+    other = train_here(dataset=toys / mix, out_dir=tmp_path / "mix", batch_size=3, **common)
+    common |= {"mix_dataset": toys / mix, "mix_batch_size": 3, "mix_weight": 0.25}
+    both = train_here(dataset=toys / main, out_dir=tmp_path / "both", **common)
+    assert log(both)[0]["train_loss"] == log(alone)[0]["train_loss"]
+    assert log(both)[0]["train_loss_mix"] == log(other)[0]["train_loss"]
+    assert log(both)[0]["tokens"] == log(alone)[0]["tokens"] + log(other)[0]["tokens"]
+    wanted = gradient(alone) + 0.25 * gradient(other)
+    assert torch.allclose(gradient(both), wanted, atol=1e-6)
+    assert (gradient(both) - gradient(alone)).abs().max() > 1e-2
+
+
+def test_a_mix_of_weight_0_changes_nothing(toys, tmp_path):
+    common = {"dataset": toys / "questions", "dropout": 0.2}
+    plain = train_here(out_dir=tmp_path / "plain", **common)
+    mixed = train_here(
+        out_dir=tmp_path / "mixed", mix_dataset=toys / "text", mix_weight=0, **common
+    )
+    assert largest_difference(weights(plain), weights(mixed)) == 0
+    for name in ("train_loss", "grad_norm", "lr"):
+        assert [r[name] for r in log(plain)] == [r[name] for r in log(mixed)]
+    assert validation_losses(plain) == validation_losses(mixed)
+
+
+def test_accumulated_micro_batches_with_a_mix_equal_the_full_batch(toys, tmp_path):
+    common = {"dataset": toys / "questions", "mix_dataset": toys / "text", "max_iters": 3}
+    common |= {"learning_rate": 1e-4, "warmup_iters": 0}
+    once = train_here(out_dir=tmp_path / "once", batch_size=8, mix_batch_size=4, **common)
+    parts = {"batch_size": 2, "mix_batch_size": 1, "gradient_accumulation_steps": 4}
+    four = train_here(out_dir=tmp_path / "four", **parts, **common)
+    assert largest_difference(weights(once), weights(four)) < 1e-6
+    for a, b in zip(log(once), log(four), strict=True):
+        for name in ("train_loss", "train_loss_mix", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4)
+
+
+def test_mixed_rows_go_on_from_step_to_step(toys, tmp_path):
+    settings = TINY | {"dataset": toys / "questions", "out_dir": tmp_path / "out"}
+    settings |= {"mix_dataset": toys / "text", "mix_batch_size": 3}
+    run = start(words(**settings, gradient_accumulation_steps=2))
+    steps = step_batches(run)
+    mixed = [terms["mix"][0] for _ in range(4) for terms in next(steps)[0]]
+    assert [len(idx) for idx in mixed] == [3] * 8
+    text = Dataset(str(toys / "text"))
+    wanted, _ = text.batch(text.step_rows(Settings.seed, 0, 24, 32), 32)
+    assert torch.equal(torch.cat(mixed), torch.from_numpy(wanted.copy()))
+
+
+@pytest.mark.parametrize(("main", "mix"), [("questions", "text"), ("text", "questions")])
+def test_a_mixed_run_in_three_parts_equals_one_in_one(toys, tmp_path, main, mix):
+    common = {"dataset": toys / main, "mix_dataset": toys / mix, "mix_batch_size": 5}
+    common |= {"dropout": 0.1, "lr_decay_iters": 15, "gradient_accumulation_steps": 2}
+    common |= {"eval_interval": 3}
+    whole = train_here(out_dir=tmp_path / "whole", max_iters=15, **common)
+    parts = train_here(out_dir=tmp_path / "parts", max_iters=3, **common)
+    train_here(out_dir=parts, resume=True, max_iters=9)
+    train_here(out_dir=parts, resume=True, max_iters=15)
+    assert_same_run(whole, parts)
+
+
+def test_the_log_says_how_the_mixed_dataset_is_kept(toys, tmp_path):
+    common = {"dataset": toys / "questions", "mix_dataset": toys / "text"}
+    out = train_here(out_dir=tmp_path / "out", **common)
+    assert all("train_loss_mix" in record for record in log(out))
+    model = load_checkpoint(out, "latest").model
+    nats, _, n_bytes = split_sums(model, Dataset(str(toys / "text")), "val", 7, "cpu")
+    last = log(out)[-1]
+    assert last["val_bits_per_byte_mix"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+    assert last["val_bits_per_byte_mix"] != last["val_bits_per_byte"]
+    assert "val_bits_per_byte_mix" not in log(out)[0]
+
+
+def test_a_mixed_dataset_prepared_anew_is_refused(toys, tmp_path):
+    texts = {"train": [novel(0, 400)], "val": [novel(1, 40)]}
+    write_pretrain(tmp_path / "text", toy_tokenizer(), texts, ["a test"])
+    common = {"dataset": toys / "questions", "mix_dataset": tmp_path / "text", "max_iters": 3}
+    out = train_here(out_dir=tmp_path / "out", **common)
+    before = contents(out)
+    texts["train"] = [novel(5, 400)]
+    write_pretrain(tmp_path / "text", toy_tokenizer(), texts, ["a test"])
+    with pytest.raises(UserError, match="prepared anew"):
+        train_here(out_dir=out, resume=True, max_iters=6)
+    assert contents(out) == before
+
+
+def test_a_run_from_before_there_was_a_mix_goes_on_and_claims_no_difference(toys, tmp_path, capsys):
+    out = train_here(dataset=toys / "text", out_dir=tmp_path / "out", max_iters=3)
+    file = checkpoint_file(out, "run.json")
+    old = read_json(file)
+    del old["mix"]
+    old["settings"] = {k: v for k, v in old["settings"].items() if not k.startswith("mix")}
+    file.write_text(json.dumps(old), encoding="utf-8")
+    capsys.readouterr()
+    train_here(out_dir=out, resume=True)
+    assert "not bit for bit" not in capsys.readouterr().out
+
+
 # --- learning rate and optimizer ---------------------------------------------------------------
 
 
@@ -189,6 +303,7 @@ def test_a_warm_up_longer_than_the_run_only_rises():
 def test_the_first_step_moves_weights_by_the_logged_learning_rate(toys, tmp_path):
     # Adam's first step is lr x sign(gradient), wherever the gradient is far above its epsilon
     common = {"dataset": toys / "text", "max_iters": 1, "warmup_iters": 2, "weight_decay": 0}
+    common |= {"optimizer": "adamw"}
     still = train_here(out_dir=tmp_path / "still", learning_rate=0, **common)
     moved = train_here(out_dir=tmp_path / "moved", learning_rate=1e-2, **common)
     name = "blocks.0.attn.c_proj.weight"
@@ -208,18 +323,27 @@ def test_only_matrices_decay(toys, tmp_path):
         assert torch.equal(value, decayed[name]) == (value.dim() < 2), name
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("tie_weights", [True, False])
-def test_every_parameter_is_optimized_once(tie_weights):
+def test_every_parameter_is_optimized_once(tie_weights, optimizer):
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 8, "bias": True, "tie_weights": tie_weights}
     model = GPT(ModelConfig(n_vocab=10, **shape))
-    groups = make_optimizer(model, Settings(), "cpu").param_groups
+    config = Settings(optimizer=optimizer, learning_rate=1e-2, embedding_lr=2e-3)
+    optimizers = make_optimizers(model, config, "cpu")
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     optimized = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(optimized) == sorted({id(parameter) for parameter in model.parameters()})
+    for group in groups:
+        for name, parameter in model.named_parameters():
+            if any(parameter is other for other in group["params"]):
+                embeds = name in ("wte.weight", "lm_head.weight")
+                assert group["lr_ratio"] == pytest.approx(0.2 if embeds else 1.0), name
 
 
 def test_gradients_are_clipped_and_logged_as_they_were(toys, tmp_path):
     for clip in (0, 0.1):
         common = {"dataset": toys / "text", "max_iters": 1, "grad_clip": clip}
+        common |= {"optimizer": "adamw"}
         out = train_here(out_dir=tmp_path / str(clip), **common)
         tensors = load_file(checkpoint_file(out, "optimizer.safetensors"))
         # after one step Adam's first moment is (1 - beta1) x the gradient
@@ -235,6 +359,7 @@ def test_gradients_are_clipped_and_logged_as_they_were(toys, tmp_path):
 
 def test_a_line_of_the_log_has_these_keys(toys):
     always = ["iter", "tokens", "seconds", "train_loss", "lr", "grad_norm", "tokens_per_second"]
+    always += ["tflops", "mfu"]
     for record in log(toys / "base"):
         evaluated = ["val_loss", "val_bits_per_byte"] if record["iter"] in (10, 20) else []
         assert list(record) == always + evaluated
@@ -297,6 +422,21 @@ def test_dry_run_prints_parameters_memory_and_time_and_writes_nothing(toys, tmp_
     assert f"parameters  {320 * 32 + 2 * block + 32:,}\n" in printed
     assert re.search(r"^memory +[\d.]+ GB", printed, re.M)
     assert re.search(r"^time +[\d.]+ minutes for 20 steps", printed, re.M)
+
+
+def test_a_dry_run_names_the_mixed_rows_and_holds_the_activations_of_one_term(
+    toys, tmp_path, capsys
+):
+    def memory(**settings: object) -> tuple[str, float]:
+        common = {"dataset": toys / "text", "out_dir": tmp_path / "out", "dry_run": True}
+        train_here(n_embd=256, n_layer=4, batch_size=32, **common, **settings)
+        printed = capsys.readouterr().out
+        return printed, float(re.search(r"([\d.]+) of activations", printed)[1])
+
+    _, alone = memory()
+    printed, both = memory(mix_dataset=toys / "text", mix_batch_size=32)
+    assert "32 a step, and 32 of text\n" in printed
+    assert both == alone > 0.05
 
 
 def test_dry_run_of_a_stopped_run_changes_none_of_its_files(toys, tmp_path):

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import UserError, command, configure, repo_path, show_path, user_path
 from data.sanguo.prepare import read_chapters
-from data_utils import write_sft
+from data_utils import Mask, write_sft
 from tokenizer import load_tokenizer
 
 SPEECH = re.compile(r"([\u4e00-\u9fff]{2,4})曰：“([^“”\n]{10,30}[。！？])”")
@@ -36,6 +36,7 @@ class Settings:
     out: str = "data/sanguo_sft"  # directory to write
     tokenizer: str = "data/sanguo"  # gpt2, or where one lies: the pretrained model's
     max_tokens: int = 256  # longest conversation; a model's block_size must not be smaller
+    mask: Mask = "answer"  # trained: answer and its end token; no_end without; padding: end tokens
     n_quotes: int = 150  # questions of the form: who said this line?
 
 
@@ -170,7 +171,7 @@ def main(argv: list[str]) -> None:
         splits["val" if is_validation(pair["Fact"]) else "train"].append([question, answer])
     sources = [show_path(user_path(f)) for f in (config.input, config.novel, config.people)]
     out = repo_path(config.out)
-    meta = write_sft(out, tokenizer, splits, sources, config.max_tokens)
+    meta = write_sft(out, tokenizer, splits, sources, config.max_tokens, config.mask)
     for kind, group in pairs.items():
         unseen = sum(is_validation(pair["Fact"]) for pair in group)
         facts = len({pair["Fact"] for pair in group})

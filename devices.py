@@ -1,0 +1,117 @@
+"""The peak rate of a device's matrix products: from a data sheet, or measured. Nothing else."""
+
+import functools
+import re
+import time
+from dataclasses import dataclass
+
+import torch
+
+SIDE = 2048  # of the largest square matrices whose product is timed
+BUDGET = 0.3  # seconds that the timing may take
+# TFLOP/s of float16 and bfloat16 products, dense and summed in float32, in NVIDIA's data sheets and
+# white papers. The names are torch.cuda.get_device_name()'s, as `short_name` leaves them.
+PEAKS = {
+    "B200": 2250,
+    "GH200": 989.4,
+    "H200": 989.4,
+    "H200 NVL": 835.5,
+    "H100": 989.4,
+    "H100 NVL": 835.5,
+    "H100 PCIe": 756,
+    "H800": 989.4,
+    "H800 PCIe": 756,
+    "H20": 148,
+    "A100": 312,
+    "A100 PCIe": 312,
+    "A800": 312,
+    "A800 PCIe": 312,
+    "A40": 149.7,
+    "A30": 165,
+    "A10": 125,
+    "L40S": 362.05,
+    "L40": 181.05,
+    "L20": 119.5,
+    "L4": 121,
+    "RTX A6000": 154.8,
+    "RTX 6000 Ada Generation": 364.25,
+    "RTX 5090": 209.5,
+    "RTX 5080": 112.6,
+    "RTX 4090": 165.2,
+    "RTX 4080": 97.5,
+    "RTX 3090 Ti": 80,
+    "RTX 3090": 71,
+    "V100": 125,
+    "V100 PCIe": 112,
+    "V100S PCIe": 130,
+    "T4": 65,
+}
+FLOAT16_ONLY = ("V100", "V100 PCIe", "V100S PCIe", "T4")  # they emulate bfloat16
+
+
+@dataclass(frozen=True)
+class Peak:
+    rate: float  # floating-point operations per second
+    source: str  # "data sheet" or "measured"
+
+    def __str__(self) -> str:
+        return f"peak {show_rate(self.rate)}, {self.source}"
+
+
+def show_rate(rate: float) -> str:
+    """92.4e9 -> 92.4 GFLOP/s"""
+    number, unit = (rate / 1e12, "TFLOP/s") if rate >= 1e12 else (rate / 1e9, "GFLOP/s")
+    return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"
+
+
+def find_peak(device: str, dtype: torch.dtype) -> Peak:
+    """Of a GPU that PEAKS lists, the data sheet's; else measured. Never of another device."""
+    if device.startswith("cuda"):
+        listed = listed_peak(torch.cuda.get_device_name(device), dtype)
+        if listed:
+            return Peak(listed, "data sheet")
+    return measure_peak(device, dtype)
+
+
+def listed_peak(name: str, dtype: torch.dtype) -> float | None:
+    """Operations per second of the GPU that torch calls `name`; None where PEAKS has none."""
+    short = short_name(name)
+    if dtype not in (torch.float16, torch.bfloat16) or short not in PEAKS:
+        return None
+    if dtype == torch.bfloat16 and short in FLOAT16_ONLY:
+        return None
+    return PEAKS[short] * 1e12
+
+
+def short_name(name: str) -> str:
+    """NVIDIA A100-SXM4-80GB -> A100, Tesla V100-PCIE-16GB -> V100 PCIe. Laptop, MIG, D and the like
+    stay: these are other devices."""
+    name = re.sub(r"\b(NVIDIA|Tesla|GeForce) ", "", name)
+    name = re.sub(r"[- ](SXM\d?|HBM\de?|\d+GB)\b", "", name)
+    return re.sub(r"[- ]PCIE?\b", " PCIe", name, flags=re.IGNORECASE)
+
+
+@functools.cache
+def measure_peak(device: str, dtype: torch.dtype) -> Peak:
+    """The best rate of square products of growing size, up to SIDE, as far as BUDGET allows."""
+    generator = torch.Generator(device).manual_seed(0)  # not the run's
+    matrix = torch.rand(SIDE, SIDE, generator=generator, device=device).to(dtype)
+    began, best, side = time.perf_counter(), 0.0, SIDE // 8
+    while True:
+        square = matrix[:side, :side].contiguous()
+        synchronize(device)
+        start = time.perf_counter()
+        square @ square
+        synchronize(device)
+        now = time.perf_counter()
+        best = max(best, 2 * side**3 / (now - start))
+        larger = min(2 * side, SIDE)
+        if now - began + (now - start) * (larger / side) ** 3 > BUDGET:
+            return Peak(best, "measured")
+        side = larger
+
+
+def synchronize(device: str) -> None:
+    """Waits until a device has done what it was asked for; a CPU always has."""
+    if device != "cpu":
+        torch.accelerator.synchronize()

@@ -1,0 +1,96 @@
+"""What a run shows of itself while it trains: the time to its first step, and samples."""
+
+import os
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from checkpoint import Checkpoint
+from configurator import UserError
+from data_utils import Dataset
+from sample import Sampling, complete, default_temperature, prompt_ids, show
+
+SAMPLE_TOKENS = 60  # of a sample, at most
+PROMPT_LENGTH = 12  # characters of the validation text that a sample continues
+
+Prompt = tuple[str, list[int]]  # as it is shown, and its ids
+
+
+class Stopwatch:
+    """Seconds of each stage since the process began; the first are its imports."""
+
+    def __init__(self):
+        self.began = self.last = time.perf_counter() - process_seconds()
+        self.seconds = {}
+        self.lap("imports")
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = now - self.last
+        self.last = now
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
+        return f"first step after {self.last - self.began:.1f} s: {parts}"
+
+
+def process_seconds() -> float:
+    """Seconds since this process began; its processor time where only Linux could tell."""
+    stat = Path("/proc/self/stat")
+    if not stat.is_file():
+        return time.process_time()
+    fields = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    began = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # starttime, since boot
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began)
+
+
+def sample_prompts(checkpoint: Checkpoint, data: Dataset, texts: list[str] | None) -> list[Prompt]:
+    """The prompts of the samples; None is the first of the validation split.
+
+    UserError where one is longer than the model can read.
+    """
+    if texts is None:
+        prompts = [first_prompt(data)]
+    else:
+        prompts = [(text, prompt_ids(checkpoint, text)) for text in texts]
+    block_size = checkpoint.model.config.block_size
+    for text, ids in prompts:
+        if len(ids) > block_size:
+            raise UserError(
+                f"the prompt {text[:20]!r} has {len(ids)} tokens, longer than "
+                f"block_size={block_size}; shorten it"
+            )
+    return prompts
+
+
+def first_prompt(data: Dataset) -> Prompt:
+    """The beginning of the validation text, or the first question with what stands before it."""
+    tokenizer, tokens = data.tokenizer, data.tokens["val"]
+    if data.kind == "pretrain":
+        beginning = tokens[: 4 * PROMPT_LENGTH].tolist()  # a character has at most four bytes
+        text = tokenizer.decode(beginning)[:PROMPT_LENGTH]
+        return text, tokenizer.encode(text) or [tokenizer.end_of_text]
+    *messages, _ = tokenizer.parse(tokens[: int(data.bounds["val"][1])])
+    return messages[-1]["content"], tokenizer.render_prompt(messages)
+
+
+def write_samples(
+    checkpoint: Checkpoint, prompts: list[Prompt], seed: int, compiled: bool
+) -> list[str]:
+    """What the model now makes of each prompt, as sample.py shows it. The model stays as it is,
+    and no random state is touched."""
+    sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, seed=seed)
+    sampling = default_temperature(checkpoint, sampling)
+    # a compiled model would be compiled anew for each length of its cache
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    was_training = checkpoint.model.training
+    checkpoint.model.eval()
+    with eager:
+        outputs = list(complete(checkpoint, [ids for _, ids in prompts], sampling))
+    checkpoint.model.train(was_training)
+    return [
+        show(checkpoint, text, output.text)
+        for (text, _), [output] in zip(prompts, outputs, strict=True)
+    ]
