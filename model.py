@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from attention import attend
 from configurator import UserError
 
 # what lstm_model.py reads of an Architecture; the GPT reads all
@@ -329,15 +330,8 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if kv:
             k, v = span.store(kv[0], k), span.store(kv[1], v)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=span.mask,
-            dropout_p=c.dropout if self.training else 0.0,
-            is_causal=span.is_causal,
-            enable_gqa=c.n_kv_head < c.n_head,
-        )
+        dropout = c.dropout if self.training else 0.0
+        y = attend(q, k, v, span.mask, dropout, span.is_causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, heads, T, head_dim) -> (B, T, C)
         return self.drop(self.c_proj(y))
 

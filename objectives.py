@@ -6,13 +6,14 @@ its own count: loss = sum of weight x term / count. So accumulation equals the f
 mask, and a batch without a trained target gives 0, not NaN.
 """
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from data_utils import IGNORE, Dataset
-
-CHUNK = 4096  # rows of logits held at once where no gradient is kept
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # idx (B, T), targets (B, T) with IGNORE
 
@@ -37,8 +38,51 @@ def next_token(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
     trained = targets != IGNORE
     if not trained.all():
         hidden, targets = hidden[trained], targets[trained]  # (N, n_embd), (N,)
-    logits = model.head(hidden.flatten(0, -2))
-    return {"next_token": F.cross_entropy(logits.float(), targets.flatten(), reduction="sum")}
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()
+    if not torch.is_grad_enabled():
+        losses = [loss.sum() for _, loss in chunk_losses(model.head, hidden, targets)]
+        return {"next_token": torch.stack(losses).sum()}
+    weights = [p for p in model.lm_head.parameters() if p.requires_grad]
+    return {"next_token": ChunkedLoss.apply(model.head, hidden, targets, *weights)}
+
+
+def chunk_losses(
+    head: Callable, hidden: torch.Tensor, targets: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows of hidden (n, n_embd), as leaves, with their losses (n,): some hundred rows at a time,
+    so that the memory of logits does not grow with the batch and a CPU keeps them in its cache."""
+    rows = 512 if hidden.device.type == "cpu" else 4096
+    for h, t in zip(hidden.detach().split(rows), targets.split(rows), strict=True):
+        logits = head(h.requires_grad_(torch.is_grad_enabled()))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        yield h, F.cross_entropy(logits, t, reduction="none")
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """The summed loss of hidden (N, n_embd) for targets (N,). Each chunk's gradients are taken
+    at once, in the forward pass, so that its logits can go (as in arXiv 2410.10989); the backward
+    pass only scales them. weights are those parameters of the head that are trained."""
+
+    @staticmethod
+    def forward(ctx, head, hidden, targets, *weights):
+        grads = [torch.empty_like(hidden), *(torch.zeros_like(w) for w in weights)]
+        total, done = 0, 0
+        with torch.enable_grad():
+            for h, losses in chunk_losses(head, hidden, targets):
+                loss = losses.sum()
+                h_grad, *w_grads = torch.autograd.grad(loss, (h, *weights))
+                grads[0][done : done + len(h)] = h_grad
+                for grad, w_grad in zip(grads[1:], w_grads, strict=True):
+                    grad.add_(w_grad)
+                total, done = total + loss.detach(), done + len(h)
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        hidden_grad, *weight_grads = (grad * grad_output for grad in ctx.saved_tensors)
+        return None, hidden_grad, None, *weight_grads
 
 
 @torch.no_grad()
@@ -47,13 +91,9 @@ def target_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     idx, targets = batch
     trained = targets != IGNORE
     hidden, wanted = model(idx)[trained], targets[trained]
-    losses = [
-        F.cross_entropy(model.head(h).float(), t, reduction="none")
-        for h, t in zip(hidden.split(CHUNK), wanted.split(CHUNK), strict=True)
-    ]
-    out = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
-    if losses:
-        out[trained] = torch.cat(losses)
+    losses = torch.cat([loss for _, loss in chunk_losses(model.head, hidden, wanted)])
+    out = torch.zeros(targets.shape, dtype=losses.dtype, device=targets.device)
+    out[trained] = losses
     return out
 
 

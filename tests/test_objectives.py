@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_utils import IGNORE, Dataset
 from objectives import count_terms, next_token, split_sums, target_losses, to_device
@@ -138,7 +140,7 @@ def test_target_losses_stand_at_their_targets_and_sum_to_next_token():
 def test_target_losses_over_many_chunks_equal_those_row_by_row():
     model = tiny_model(block_size=300)
     idx, targets = ragged_batch([300] * 30 + [0, 7], T=300)
-    assert (targets != IGNORE).sum() > 2 * 4096
+    assert (targets != IGNORE).sum() > 2 * 512
     together = target_losses(model, to_device((idx, targets), "cpu"))
     for row in (0, 13, 29, 30, 31):
         alone = target_losses(model, to_device((idx[row : row + 1], targets[row : row + 1]), "cpu"))
@@ -206,3 +208,86 @@ def test_split_sums_are_those_of_eval_mode_and_leave_the_mode_alone(tmp_path, tr
     model.train(training)
     assert split_sums(model, data, "val", 4, "cpu") == plain
     assert model.training is model.drop.training is training
+
+
+def plain_loss(model: torch.nn.Module, batch) -> torch.Tensor:
+    """All logits at once."""
+    logits = model.head(model(batch[0])).flatten(0, -2)
+    return F.cross_entropy(logits, batch[1].flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_in_chunks_equals_cross_entropy_and_its_gradients(tied, dtype, limit):
+    model = tiny_model(tie_weights=tied, block_size=300).to(dtype)
+    batch = to_device(ragged_batch([300, 290, 0, 300, 300], T=300), "cpu")  # several chunks
+    found = []
+    for loss in (next_token(model, batch)["next_token"], plain_loss(model, batch)):
+        model.zero_grad()
+        (loss * 3).backward()
+        found.append([loss.detach(), *(weight.grad.clone() for weight in model.parameters())])
+    assert model.lm_head.weight.grad[:50].abs().min() > 0
+    assert not model.lm_head.weight.grad[50:].any()
+    for ours, plain in zip(*found, strict=True):
+        assert ours.dtype == dtype
+        assert (ours - plain).abs().max() <= limit * plain.abs().max()
+
+
+def test_the_loss_in_chunks_under_autocast_is_as_near_as_cross_entropys():
+    model = tiny_model(block_size=300)
+    batch = to_device(ragged_batch([300] * 4, T=300), "cpu")
+    grads = {}
+    for name in ("exact", "plain", "chunks"):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=name != "exact"):
+            loss = next_token(model, batch)["next_token"]
+            if name != "chunks":
+                loss = plain_loss(model, batch)
+        loss.backward()
+        grads[name] = model.wte.weight.grad.clone()
+    errors = {name: (grads[name] - grads["exact"]).norm() for name in ("plain", "chunks")}
+    assert 0 < errors["chunks"] < 1.1 * errors["plain"]
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_rest_its_own():
+    model = tiny_model(tie_weights=False)
+    batch = to_device(ragged_batch([12, 5]), "cpu")
+    next_token(model, batch)["next_token"].backward()
+    wanted = model.wte.weight.grad.clone()
+    model.zero_grad()
+    model.lm_head.weight.requires_grad_(False)
+    next_token(model, batch)["next_token"].backward()
+    assert model.lm_head.weight.grad is None
+    assert torch.equal(model.wte.weight.grad, wanted)
+
+
+def test_next_token_without_gradients_is_the_same_sum():
+    model = tiny_model()
+    batch = to_device(ragged_batch([12, 0, 5]), "cpu")
+    with torch.no_grad():
+        total = next_token(model, batch)["next_token"]
+    assert not total.requires_grad
+    assert total.item() == pytest.approx(next_token(model, batch)["next_token"].item(), rel=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements that any tensor has."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def test_logits_do_not_grow_with_the_batch():
+    model = tiny_model(block_size=300, n_vocab=3000, n_layer=1)
+    for rows in (4, 8):
+        batch = to_device(ragged_batch([300] * rows, T=300), "cpu")
+        with Largest() as largest:
+            next_token(model, batch)["next_token"].backward()
+            target_losses(model, batch)
+        assert largest.numel == 512 * model.config.vocab_size
