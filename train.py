@@ -61,6 +61,8 @@ class Settings(Architecture):
     mix_batch_size: int = 4  # rows of it in each micro-batch, beside batch_size
     mix_weight: float = 1.0  # of its mean loss, beside the dataset's own at 1
     gradient_accumulation_steps: int = 1  # micro-batches of a step
+    short_block: int | None = None  # rows of text are first cut to this many tokens; None: never
+    short_iters: int | None = None  # steps with such rows; None is half of max_iters
     optimizer: Literal["muon", "adamw"] = "muon"  # of the blocks' matrices; AdamW for all else
     learning_rate: float = 1e-3  # at its highest
     embedding_lr: float | None = None  # of embeddings and head; None is learning_rate
@@ -93,6 +95,16 @@ class Settings(Architecture):
             raise UserError(f"mix_batch_size={self.mix_batch_size} must be 1 or more")
         if self.mix_weight < 0:
             raise UserError(f"mix_weight={self.mix_weight:g} must not be negative")
+        if self.embedding_lr is not None and self.embedding_lr < 0:
+            raise UserError(f"embedding_lr={self.embedding_lr:g} must not be negative")
+        if self.short_block is not None and (
+            self.short_block < 1 or self.block_size % self.short_block
+        ):
+            raise UserError(
+                f"short_block={self.short_block} must divide block_size={self.block_size}"
+            )
+        if self.short_iters is not None and self.short_iters < 0:
+            raise UserError(f"short_iters={self.short_iters} must not be negative")
         if self.seed < 0:
             raise UserError(f"seed={self.seed} must not be negative")
         for name in ("beta1", "beta2"):
@@ -393,6 +405,8 @@ def step_batches(run: Run) -> Iterator[tuple[list, dict, int]]:
         batches, counts, tokens = {}, {}, 0
         for name, (data, start, batch_size) in sources.items():
             batches[name], n_tokens = micro_batches(run, data, start, batch_size)
+            if data.kind == "pretrain" and is_short(config, step):
+                batches[name] = [cut(batch, config.short_block) for batch in batches[name]]
             counts[name] = count_terms(batches[name])["next_token"]
             tokens += n_tokens
         micro = [
@@ -402,6 +416,17 @@ def step_batches(run: Run) -> Iterator[tuple[list, dict, int]]:
         yield micro, counts, tokens
         consumed += rows_per_step(config)
         step += 1
+
+
+def is_short(config: Settings, step: int) -> bool:
+    """Whether a step's rows are cut: early, when far context teaches least (arXiv 2108.06084)."""
+    end = config.max_iters // 2 if config.short_iters is None else config.short_iters
+    return config.short_block is not None and step < end
+
+
+def cut(batch: tuple[np.ndarray, np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """idx and targets (B, T) -> (B T / length, length): the same targets, from less context."""
+    return tuple(np.ascontiguousarray(part).reshape(-1, length) for part in batch)
 
 
 def micro_batches(run: Run, data: Dataset, start: int, batch_size: int) -> tuple[list, int]:

@@ -471,7 +471,17 @@ def test_a_run_that_ended_before_its_first_checkpoint_leaves_no_lines_to_the_nex
 # --- resuming ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": "float16"}], ids=["float32", "float16"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": "float16"},
+        {"dtype": "bfloat16"},
+        {"optimizer": "adamw"},
+        {"short_block": 8, "short_iters": 7, "embedding_lr": 1e-2},
+    ],
+    ids=["float32", "float16", "bfloat16", "adamw", "short"],
+)
 @pytest.mark.parametrize("dataset", ["text", "questions"])
 def test_a_run_in_three_parts_equals_one_in_one(toys, tmp_path, dataset, options):
     common = options | {"dataset": toys / dataset, "dropout": 0.1, "lr_decay_iters": 15}
@@ -532,3 +542,25 @@ def test_a_dataset_prepared_anew_is_refused(toys, tmp_path):
     with pytest.raises(UserError, match="prepared anew"):
         train_here(out_dir=out, resume=True, max_iters=6)
     assert contents(out) == before
+
+
+# --- short rows first --------------------------------------------------------------------------
+
+
+def test_short_rows_hold_the_same_tokens_and_later_rows_are_whole(toys, tmp_path):
+    given = TINY | {"dataset": toys / "text", "out_dir": tmp_path / "out", "max_iters": 4}
+    whole = step_batches(start(words(**given)))
+    short = step_batches(start(words(**given, short_block=8)))
+    for step in range(4):
+        [long_batch], counts, tokens = next(whole)
+        [batch], short_counts, short_tokens = next(short)
+        (idx, targets), (want, want_targets) = batch["next_token"], long_batch["next_token"]
+        assert idx.shape == ((16, 8) if step < 2 else (4, 32))
+        assert torch.equal(idx.flatten(), want.flatten())
+        assert torch.equal(targets.flatten(), want_targets.flatten())
+        assert (short_counts, short_tokens) == (counts, tokens)
+
+
+def test_short_block_must_divide_block_size():
+    with pytest.raises(UserError, match="short_block=24 must divide block_size=256"):
+        Settings(short_block=24)
