@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import platform
 import re
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from tests.runs import (
     words,
     write_toys,
 )
-from train import Settings, learning_rate, make_optimizers, start, step_batches
+from train import Settings, keep_freed_memory, learning_rate, make_optimizers, start, step_batches
 
 
 @pytest.fixture(scope="module")
@@ -532,3 +533,17 @@ def test_a_dataset_prepared_anew_is_refused(toys, tmp_path):
     with pytest.raises(UserError, match="prepared anew"):
         train_here(out_dir=out, resume=True, max_iters=6)
     assert contents(out) == before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep their ways")
+def test_memory_that_a_step_frees_is_not_taken_from_the_system_again():
+    resource = pytest.importorskip("resource")
+
+    def pages_taken() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(20_000_000)  # 80 MB, 19,500 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    keep_freed_memory()
+    pages_taken()
+    assert pages_taken() < 2000
