@@ -5,6 +5,7 @@ python train.py config/sft_sanguo.py --learning_rate=5e-4
 python train.py --out_dir=out-sanguo --resume
 """
 
+import ctypes
 import dataclasses
 import math
 import shlex
@@ -170,6 +171,7 @@ def main(argv: list[str]) -> None:
 def start(argv: list[str]) -> Run:
     """A run at its first step, or where its latest checkpoint stands."""
     startup = Stopwatch()
+    keep_freed_memory()
     config = configure(Settings, argv)
     out_dir = repo_path(config.out_dir)
     resumes = config.resume and has_checkpoint(out_dir)
@@ -650,6 +652,15 @@ def compiles(config: Settings, device: str) -> bool:
     if config.compile is not None or not device.startswith("cuda"):
         return bool(config.compile)
     return bool(find_spec("triton")) and torch.cuda.get_device_capability() >= (7, 0)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what a step frees for the next one; by default it gives large blocks back to
+    the system, which then clears each page anew: an eighth of a step's time on a CPU."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:  # other C libraries have none
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes: smaller blocks stay in the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes free at the heap's end
 
 
 def autocast(run: Run) -> AbstractContextManager:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import platform
 import re
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from tests.runs import (
     words,
     write_toys,
 )
-from train import Settings, learning_rate, make_optimizers, start, step_batches
+from train import Settings, keep_freed_memory, learning_rate, make_optimizers, start, step_batches
 
 
 @pytest.fixture(scope="module")
@@ -564,3 +565,17 @@ def test_short_rows_hold_the_same_tokens_and_later_rows_are_whole(toys, tmp_path
 def test_short_block_must_divide_block_size():
     with pytest.raises(UserError, match="short_block=24 must divide block_size=256"):
         Settings(short_block=24)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep their ways")
+def test_memory_that_a_step_frees_is_not_taken_from_the_system_again():
+    resource = pytest.importorskip("resource")
+
+    def pages_taken() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(20_000_000)  # 80 MB, 19,500 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    keep_freed_memory()
+    pages_taken()
+    assert pages_taken() < 2000
