@@ -34,15 +34,15 @@ import torch
 import train as training
 from bench_peers import PEERS, hugging_face_qwen3, import_transformers
 from bench_quality import (
+    PATIENCE,
     Trial,
     budget,
     choose,
+    is_finished,
     judge,
     print_quality,
     quality_figure,
     read_trial,
-    steps_done,
-    steps_wanted,
     train_trial,
 )
 from checkpoint import environment
@@ -103,7 +103,7 @@ class Settings:
     new_tokens: int = 512  # that generation adds
     rounds: int = 7  # turns of each contender, after one to warm up
     clock: Literal["wall", "cpu"] = "wall"  # cpu: the time of this process, on all its threads
-    ours_minutes: list[float] = field(default_factory=lambda: [2, 4, 6.67, 20])  # a run each
+    ours_minutes: list[float] = field(default_factory=lambda: [2, 4, 6.67])  # a run each
     minimind_minutes: float = 20.0  # of each of its runs
     minimind_rates: list[float] = field(default_factory=lambda: [1e-3, 2e-3, 4e-3])  # a run each
     reference_minutes: float = 60.0  # of its run
@@ -475,7 +475,7 @@ def processor_cache() -> int:
 def recipe_words(config: Settings) -> dict[str, list[str]]:
     """train.py's words for each recipe, all of the same depth and width."""
     same = [f"--{name}={getattr(config, name)}" for name in ("n_layer", "n_head", "n_embd")]
-    same += [f"--device={config.device}", "--compile=False", "--patience=None"]
+    same += [f"--device={config.device}", "--compile=False", f"--patience={PATIENCE}"]
     return {
         "ours": ["config/pretrain_sanguo.py", *same],
         "minimind": ["config/minimind.py", *same, f"--n_kv_head={max(1, config.n_head // 4)}"],
@@ -521,8 +521,7 @@ def bench_quality(config: Settings, words: dict[str, list[str]] | None = None) -
     commands = {trial.name: [*trial.words, *budget(trial, costs)] for trial in trials}
     for trial in chosen:
         train_trial(folder / trial.name, commands[trial.name])
-    steps = {name: steps_wanted(argv) for name, argv in commands.items()}
-    missing = [name for name in steps if steps_done(folder / name) < steps[name]]
+    missing = [n for n, argv in commands.items() if not is_finished(folder / n, argv)]
     if missing:
         print(f"quality: still to be trained: {', '.join(missing)}")
         return None
@@ -551,11 +550,12 @@ def plan(config: Settings, words: dict[str, list[str]]) -> dict[str, dict]:
                 )
         print(f"costs as in {show_path(path)}; without that file they are measured anew")
         return plan["costs"]
-    calls, dtypes, n_parts = {}, {}, {}
+    calls, dtypes, n_parts, n_steps = {}, {}, {}, {}
     for name, argv in words.items():
         # a dry run may start where the out_dir holds a run
         run = training.start([*argv, f"--out_dir={config.runs}/{name}", "--dry_run"])
         own = str(training.pick_dtype(run.config, run.device)).removeprefix("torch.")
+        n_steps[name] = len(kinds_of_step(run))
         dtypes[name] = list(dict.fromkeys([own, "float32"]))
         part = next(run.data.eval_batches("val", run.config.block_size, run.config.batch_size))
         n_parts[name] = (len(run.data.tokens["val"]) - 1) / count_terms([part])["next_token"]
@@ -566,7 +566,7 @@ def plan(config: Settings, words: dict[str, list[str]]) -> dict[str, dict]:
     costs = {
         name: {
             "dtype": own[0],
-            "step": {dtype: median(seconds[f"{name}, {dtype}"]) for dtype in own},
+            "step": {d: median(seconds[f"{name}, {d}"]) / n_steps[name] for d in own},
             "evaluation": median(seconds[f"{name}, evaluation"]) * n_parts[name],
         }
         for name, own in dtypes.items()
@@ -577,14 +577,21 @@ def plan(config: Settings, words: dict[str, list[str]]) -> dict[str, dict]:
     return costs
 
 
+def kinds_of_step(run: training.Run) -> list[int]:
+    """short_iters by which the next step is of one kind, or of the other: a run has as many of
+    both."""
+    return [0, sys.maxsize] if run.config.short_block else [0]
+
+
 def step_call(run: training.Run, dtype: str) -> Callable[[], None]:
-    """A real step on the run's next batch, which is made too."""
+    """A real step of each kind on the run's next batches, which are made too."""
     batches = training.step_batches(run)
 
     def step() -> None:
         run.config.dtype = dtype
-        micro, counts, _ = next(batches)
-        training.train_step(run, micro, counts)
+        for run.config.short_iters in kinds_of_step(run):
+            micro, counts, _ = next(batches)
+            training.train_step(run, micro, counts)
 
     return step
 

@@ -21,6 +21,7 @@ from visualize import style
 
 EVALUATIONS = 20  # of a run
 EVALUATION_SHARE = 0.1  # of its time, at most
+PATIENCE = 6  # evaluations without a better one, after which a run has overfitted and is stopped
 
 Curve = list[tuple[float, float]]  # minutes, bits per byte: an evaluation each
 
@@ -78,8 +79,12 @@ def steps_wanted(argv: list[str]) -> int:
     return configure(training.Settings, argv).max_iters
 
 
-def steps_done(out_dir: Path) -> int:
-    return read_run(out_dir, "latest")["progress"]["iter"] if has_checkpoint(out_dir) else 0
+def is_finished(out_dir: Path, argv: list[str]) -> bool:
+    """Whether a run has done its steps, or ended before, out of patience."""
+    if not has_checkpoint(out_dir):
+        return False
+    progress = training.Progress(**read_run(out_dir, "latest")["progress"])
+    return progress.is_finished(configure(training.Settings, argv))
 
 
 def train_trial(out_dir: Path, argv: list[str]) -> None:
@@ -91,7 +96,7 @@ def train_trial(out_dir: Path, argv: list[str]) -> None:
                 f"{show_path(out_dir)} is a run of {before} steps, the plan has "
                 f"{steps_wanted(argv)}; delete it, or pass another --runs="
             )
-    if steps_done(out_dir) < steps_wanted(argv):
+    if not is_finished(out_dir, argv):
         run_script("train.py", *argv, f"--out_dir={out_dir}", "--resume")
 
 

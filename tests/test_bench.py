@@ -17,7 +17,7 @@ from torch.profiler import profile
 import bench
 import train
 from bench_quality import first_time, grid, judge, level_at
-from checkpoint import read_log
+from checkpoint import read_log, read_run
 from configurator import UserError
 from model import GPT, ModelConfig
 from tests.helpers import tiny_tokenizer, write_novel
@@ -130,7 +130,7 @@ def test_a_stopped_run_of_quality_goes_on(toy_quality, tmp_path, capfd):
     config, words = toy_quality(only=["ours-0.01"], runs=str(tmp_path))
     bench.bench_quality(config, words)
     out = tmp_path / "ours-0.01"
-    steps = bench.steps_done(out)
+    steps = read_run(out, "latest")["progress"]["iter"]
     argv = [*words["ours"], f"--max_iters={steps}", f"--eval_interval={steps // 2}"]
     shutil.rmtree(out)
     # as Ctrl-C leaves it: a checkpoint in the middle, of a run of that many steps
@@ -140,7 +140,7 @@ def test_a_stopped_run_of_quality_goes_on(toy_quality, tmp_path, capfd):
     train.train_step(half, batches, counts)
     train.save(half, is_best=True)
     bench.bench_quality(config, words)
-    assert bench.steps_done(out) == steps
+    assert read_run(out, "latest")["progress"]["iter"] == steps
     assert read_log(out)[0]["iter"] > steps // 2
     assert f"{steps}/{steps}" in capfd.readouterr().err
 
