@@ -20,6 +20,7 @@ import importlib.util
 import json
 import multiprocessing
 import re
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -589,7 +590,8 @@ def step_call(run: training.Run, dtype: str) -> Callable[[], None]:
 
     def step() -> None:
         run.config.dtype = dtype
-        for run.config.short_iters in kinds_of_step(run):
+        for kind in kinds_of_step(run):
+            run.config.short_iters = kind
             micro, counts, _ = next(batches)
             training.train_step(run, micro, counts)
 

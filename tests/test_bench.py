@@ -113,7 +113,8 @@ def test_quality_trains_what_is_missing_and_judges_it(toy_quality, capfd):
     names = ["ours-0.005", "ours-0.01", "minimind-0.02-0.001", "reference-0.02"]
     assert list(results["runs"]) == names
     for run in results["runs"].values():
-        cost = results["costs"][run["recipe"]]["step"]["float32"]
+        costs = results["costs"][run["recipe"]]
+        cost = costs["step"][costs["dtype"]]
         assert run["steps"] == int(60 * run["minutes"] / cost)
         assert run["curve"][-1][0] == pytest.approx(run["steps"] * cost / 60)
         assert len(run["curve"]) >= 2
@@ -160,7 +161,8 @@ def test_ctrl_c_is_left_to_the_script_that_trains(tmp_path):
         "time.sleep(60)\n",
         encoding="utf-8",
     )
-    call = f"import bench; bench.command(lambda _: bench.run_script({str(script)!r}))"
+    call = "from configurator import command; from bench_quality import run_script; "
+    call += f"command(lambda _: run_script({str(script)!r}))"
     pipes = {"cwd": bench.ROOT, "stderr": subprocess.PIPE, "start_new_session": True}
     with subprocess.Popen([sys.executable, "-c", call], **pipes) as process:
         while not (tmp_path / "ready").exists() and process.poll() is None:
