@@ -13,7 +13,7 @@ import torch.nn.functional as F
 LONGEST = 512  # tokens; beyond, the weights of a batch no longer stay in a CPU's cache
 
 
-def attend(q, k, v, mask=None, dropout: float = 0.0, is_causal: bool = False) -> torch.Tensor:
+def attend(q, k, v, mask=None, is_causal: bool = False) -> torch.Tensor:
     """q (B, n_head, T, D), k and v (B, n_kv_head, S, D) -> (B, n_head, T, D)."""
     groups = q.shape[1] // k.shape[1]
     trains_in_bfloat16 = (
@@ -22,12 +22,12 @@ def attend(q, k, v, mask=None, dropout: float = 0.0, is_causal: bool = False) ->
         and torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
     )
-    if trains_in_bfloat16 and is_causal and not dropout and q.shape[2] <= LONGEST:
+    if trains_in_bfloat16 and is_causal and q.shape[2] <= LONGEST:
         if groups > 1:
             k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
         return CausalAttention.apply(q, k, v)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=groups > 1
+        q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=groups > 1
     )
 
 

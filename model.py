@@ -48,7 +48,7 @@ class Architecture:
     logit_soft_cap: float = 0.0  # c: logits become c tanh(logits / c); 0 is off
     value_residual: bool = False  # each block's values mix with the first's (arXiv 2410.17897)
     embedding_skip: bool = False  # each block also reads the embedding, with weights of its own
-    dropout: float = 0.0  # of embeddings, attention and both outputs of a block
+    dropout: float = 0.0  # of embeddings and of both outputs of a block
 
     def __post_init__(self):
         if self.block_size < 2:
@@ -330,8 +330,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if kv:
             k, v = span.store(kv[0], k), span.store(kv[1], v)
-        dropout = c.dropout if self.training else 0.0
-        y = attend(q, k, v, span.mask, dropout, span.is_causal)
+        y = attend(q, k, v, span.mask, span.is_causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, heads, T, head_dim) -> (B, T, C)
         return self.drop(self.c_proj(y))
 
