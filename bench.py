@@ -88,6 +88,8 @@ PREPARE = {
     "sanguo_gpt2": "data/sanguo/prepare.py --tokenizer=gpt2 --out=data/sanguo_gpt2",
 }
 
+LONG_MINUTES = 5  # beyond, the novel is read more than four times: ours then takes dropout
+
 Seconds = dict[str, list[float]]  # of each contender, turn by turn
 
 
@@ -485,25 +487,17 @@ def recipe_words(config: Settings) -> dict[str, list[str]]:
 
 
 def list_trials(config: Settings, words: dict[str, list[str]]) -> list[Trial]:
-    ours = [("ours", minutes, []) for minutes in config.ours_minutes]
-    minimind = [
-        (
-            "minimind",
-            config.minimind_minutes,
-            [f"--learning_rate={rate:g}", f"--min_lr={rate / 10:g}"],
-        )
-        for rate in config.minimind_rates
-    ]
-    reference = [("reference", config.reference_minutes, [])]
-    return [
-        Trial(
-            "-".join([recipe, f"{minutes:g}", *(w.partition("=")[2] for w in rate[:1])]),
-            recipe,
-            minutes,
-            [*words[recipe], *rate],
-        )
-        for recipe, minutes, rate in [*ours, *minimind, *reference]
-    ]
+    trials = []
+    for minutes in config.ours_minutes:
+        more = ["--dropout=0.1"] if minutes > LONG_MINUTES else []
+        trials.append(Trial(f"ours-{minutes:g}", "ours", minutes, [*words["ours"], *more]))
+    minutes = config.minimind_minutes
+    for rate in config.minimind_rates:
+        more = [f"--learning_rate={rate:g}", f"--min_lr={rate / 10:g}"]
+        name = f"minimind-{minutes:g}-{rate:g}"
+        trials.append(Trial(name, "minimind", minutes, [*words["minimind"], *more]))
+    minutes = config.reference_minutes
+    return [*trials, Trial(f"reference-{minutes:g}", "reference", minutes, words["reference"])]
 
 
 def bench_quality(config: Settings, words: dict[str, list[str]] | None = None) -> dict | None:

@@ -7,13 +7,14 @@ dataset = "sanguo"
 
 n_layer = 4
 n_head = 4
+n_kv_head = 1
 n_embd = 256
 block_size = 256
 
 batch_size = 8
-max_iters = 800
+max_iters = 700
 short_block = 64
 learning_rate = 6e-3
-embedding_lr = 5e-2
+embedding_lr = 4e-2
 warmup_iters = 30
-eval_interval = 160
+eval_interval = 140
