@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from attention import attend
 from configurator import UserError
@@ -191,6 +192,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.wte.weight
+        self.checkpoint_activations = False  # keep a block's input only, and compute it again
         self.init_weights()
 
     def forward(
@@ -221,7 +223,10 @@ class GPT(nn.Module):
         span.embedding = x
         for layer, block in enumerate(self.blocks):
             kv = (cache.k[layer], cache.v[layer]) if cache else None
-            x = block(x, rotation, span, kv)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotation, span, kv, use_reentrant=False)
+            else:
+                x = block(x, rotation, span, kv)
         if cache:
             added = new_tokens or [T] * B
             cache.lengths = [old + new for old, new in zip(cache.lengths, added, strict=True)]

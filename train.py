@@ -83,6 +83,7 @@ class Settings(Architecture):
     device: str = "auto"  # cuda, mps, cpu; auto is the first of them that is there
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # bfloat16 where it is native
     compile: bool | None = None  # torch.compile; None: on CUDA, where triton serves it
+    checkpoint_activations: bool = False  # compute blocks anew in the backward pass: less memory
 
     def __post_init__(self):
         super().__post_init__()
@@ -113,6 +114,8 @@ class Settings(Architecture):
                 raise UserError(f"{name}={getattr(self, name):g} must be at least 0 and below 1")
         if self.log_interval < 1 or (self.patience is not None and self.patience < 1):
             raise UserError("log_interval and patience must be 1 or more")
+        if self.checkpoint_activations and self.model == "lstm":
+            raise UserError("checkpoint_activations=True is for model='gpt'; leave it out")
         check_trackers(self.track)
 
 
@@ -207,6 +210,7 @@ def start(argv: list[str]) -> Run:
     else:
         model_config = ModelConfig(**architecture(config), n_vocab=tokenizer.n_vocab)
         model = MODELS[config.model](model_config).to(device)
+    model.checkpoint_activations = config.checkpoint_activations
     optimizers = make_optimizers(model, config, device)
     scaler = make_scaler(config, device)
     progress = Progress()

@@ -529,3 +529,35 @@ def test_loss_and_gradients_equal_a_slow_float64_version(options):
         wanted = weights[name].grad
         assert wanted.abs().max() > 1e-3, name
         assert (weight.grad - wanted).abs().max() < 1e-5 * max(1, wanted.abs().max()), name
+
+
+@each_architecture
+def test_checkpointed_activations_give_the_same_gradients(options):
+    idx, targets = random_ids(2, 20), random_ids(2, 20, seed=1)
+
+    def gradients(checkpoint_activations: bool) -> list[torch.Tensor]:
+        model = tiny_model(**options | {"dropout": 0.3}).train()
+        model.checkpoint_activations = checkpoint_activations
+        torch.manual_seed(0)
+        next_token(model, (idx, targets))["next_token"].backward()
+        return [weight.grad for weight in model.parameters()]
+
+    for kept, anew in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(kept, anew)
+
+
+def test_checkpointed_activations_keep_less_for_the_backward_pass():
+    def kept(checkpoint_activations: bool) -> int:
+        model = tiny_model(n_layer=6).train()
+        model.checkpoint_activations = checkpoint_activations
+        sizes = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            model(random_ids(8, 24))
+        return sum(sizes.values())
+
+    assert kept(True) < 0.3 * kept(False)
