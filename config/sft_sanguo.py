@@ -6,8 +6,9 @@ dataset = "sanguo_sft"
 init_from = "out-sanguo"
 
 batch_size = 16
-max_iters = 1100
-learning_rate = 3e-3
+max_iters = 700
+learning_rate = 2e-3
+embedding_lr = 1e-2
 warmup_iters = 50
-eval_interval = 275
+eval_interval = 175
 best_by = "last"  # the loss on unseen answers rises while the trained ones are learnt by heart
