@@ -17,6 +17,7 @@ attention); a decoding step as one reading of all weights, and of the cache at i
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import re
@@ -34,6 +35,7 @@ import torch
 
 import train as training
 from bench_peers import PEERS, hugging_face_qwen3, import_transformers
+from bench_profile import numbers, print_profile, profile_step, whole_step
 from bench_quality import (
     PATIENCE,
     Trial,
@@ -206,7 +208,9 @@ def bench_step(config: Settings) -> dict:
     for row in results["steps"]:
         row["memory"] = memory[row["name"]]
     print_steps(config, results)
-    return results
+    with own_process() as pool:
+        own, profiles = pool.submit(whole_steps, config, dtypes).result()
+    return results | {"whole_steps": report_whole_steps(config, own, profiles)}
 
 
 def build(config: Settings, who: str, architecture: str) -> torch.nn.Module:
@@ -333,14 +337,49 @@ def label(*words: str) -> str:
     return ", ".join(words)
 
 
+# --- whole step --------------------------------------------------------------------------------
+
+
+def whole_steps(config: Settings, dtypes: list[str]) -> tuple[Seconds, dict[str, dict]]:
+    """train.py's own steps, batch included: seconds with Muon and with AdamW alone, in turns; and
+    on a CPU the milliseconds by kind of those with Muon, in each dtype."""
+    training.keep_freed_memory()  # as train.py does; it holds for the whole process
+    steps = {}
+    with numbers() as data:
+        for dtype, optimizer in itertools.product(dtypes, ("muon", "adamw")):
+            sizes = {"batch_size": config.batch_size, "block_size": config.block_size}
+            own = training.Settings(optimizer=optimizer, dtype=dtype, device=config.device, **sizes)
+            steps[label(optimizer, dtype)] = whole_step(build(config, "ours", "Qwen3"), data, own)
+        seconds = measure(steps, config.rounds, config.clock, config.device)
+        profiled = dtypes if config.device == "cpu" else []
+        return seconds, {dtype: profile_step(steps[label("muon", dtype)]) for dtype in profiled}
+
+
+def report_whole_steps(config: Settings, seconds: Seconds, profiles: dict[str, dict]) -> dict:
+    """Prints and returns the speeds, and where the time goes."""
+    print("train.py's own step: ours, Qwen3, batch included, with Muon and with AdamW alone")
+    dtypes = [name.removeprefix("muon, ") for name in seconds if name.startswith("muon, ")]
+    pairs = [(label("muon", dtype), label("adamw", dtype)) for dtype in dtypes]
+    ratios = {" / ".join(pair): speed_ratio(seconds, *pair) for pair in pairs}
+    results = report(seconds, list(seconds), config.batch_size * config.block_size, ratios)
+    if profiles:
+        print("where its time goes, with Muon, under the profiler")
+        print_profile(profiles)
+    return results | {"milliseconds": profiles}
+
+
 # --- memory ------------------------------------------------------------------------------------
+
+
+def own_process() -> ProcessPoolExecutor:
+    """Runs each task in a new process."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
 
 
 def peak_memory(config: Settings, dtypes: list[str]) -> dict[str, dict | None]:
     """step_memory of each contender in each dtype, each in a process of its own."""
     contenders = [(*contender, dtype) for dtype in dtypes for contender in CONTENDERS]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
+    with own_process() as pool:
         measured = pool.map(partial(step_memory, config), *zip(*contenders, strict=True))
         return {label(*c): memory for c, memory in zip(contenders, measured, strict=True)}
 

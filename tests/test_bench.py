@@ -63,6 +63,11 @@ def test_step_has_speeds_shares_and_memory_of_every_contender(tmp_path, capsys):
             assert row["memory"]["built"] > row["memory"]["step"] > 0
     assert len(results["ratios"]) == 3 * len(names) / len(contenders)
     assert_positive(results["ratios"])
+    whole = results["whole_steps"]
+    assert_positive(whole["ratios"])
+    for times in whole["milliseconds"].values():
+        assert all(milliseconds > 0 for milliseconds in times.values())
+        assert all(f"  {kind} " in printed for kind in times)
 
 
 @pytest.mark.parametrize("architecture", bench.PEERS)
