@@ -96,6 +96,8 @@ def measure_peak(device: str, dtype: torch.dtype) -> Peak:
     """The best rate of square products of growing size, up to SIDE, as far as BUDGET allows."""
     generator = torch.Generator(device).manual_seed(0)  # not the run's
     matrix = torch.rand(SIDE, SIDE, generator=generator, device=device).to(dtype)
+    matrix[:64, :64] @ matrix[:64, :64]  # a GPU's first product loads its library
+    synchronize(device)
     began, best, side = time.perf_counter(), 0.0, SIDE // 8
     while True:
         square = matrix[:side, :side].contiguous()
@@ -113,5 +115,5 @@ def measure_peak(device: str, dtype: torch.dtype) -> Peak:
 
 def synchronize(device: str) -> None:
     """Waits until a device has done what it was asked for; a CPU always has."""
-    if device != "cpu":
+    if torch.device(device).type != "cpu":
         torch.accelerator.synchronize(device)

@@ -66,7 +66,9 @@ class Settings(Architecture):
     short_iters: int | None = None  # steps with such rows; None is half of max_iters
     optimizer: Literal["muon", "adamw"] = "muon"  # of the blocks' matrices; AdamW for all else
     learning_rate: float = 1e-3  # at its highest
-    embedding_lr: float | None = None  # of embeddings and head; None is learning_rate
+    embedding_lr: float | None = (
+        None  # of embeddings and head, on the same schedule; None is learning_rate
+    )
     warmup_iters: int = 50  # steps of linear rise
     lr_decay_iters: int | None = None  # step at which min_lr is reached; None is max_iters
     min_lr: float = 0.0  # learning rate at the end of the linear decay
@@ -99,6 +101,11 @@ class Settings(Architecture):
             raise UserError(f"mix_weight={self.mix_weight:g} must not be negative")
         if self.embedding_lr is not None and self.embedding_lr < 0:
             raise UserError(f"embedding_lr={self.embedding_lr:g} must not be negative")
+        if self.embedding_lr and not self.learning_rate:
+            raise UserError(
+                f"embedding_lr={self.embedding_lr:g} follows the schedule of learning_rate, which "
+                "is 0; raise it, or leave embedding_lr out"
+            )
         if self.short_block is not None and (
             self.short_block < 1 or self.block_size % self.short_block
         ):
@@ -192,9 +199,16 @@ def start(argv: list[str]) -> Run:
     if resumes or config.init_from != "scratch":
         saved = read_run(source, which)
         # what the checkpoint has stands, unless argv says otherwise
-        base = saved["settings"] if resumes else architecture(saved["architecture"])
+        # (a run that is older than the setting `optimizer` had AdamW)
+        settings = {"optimizer": "adamw"} | saved["settings"]
+        base = settings if resumes else architecture(saved["architecture"])
         config = configure(Settings, argv, base)
         check_shape(config, saved, source)
+        if resumes and config.optimizer != settings["optimizer"]:
+            raise UserError(
+                f"optimizer={config.optimizer}, but {show_path(source)} has the state of "
+                f"{settings['optimizer']}; leave it out, or begin another run with --init_from="
+            )
     data = Dataset(config.dataset)
     tokenizer = data.tokenizer
     for split in ("train", "val"):
@@ -309,11 +323,11 @@ def train(run: Run, peak: Peak) -> None:
                     bar.write(sample, file=sys.stdout)
             progress.seconds = time.perf_counter() - began
             append_log(run.out_dir, record)
-            for tracker in trackers:
-                tracker.log(record, "\n".join(samples))
             if evaluates or interrupts:
                 lowest = evaluates and progress.worse == 0
                 save(run, is_best=lowest or config.best_by == "last")
+            for tracker in trackers:
+                tracker.log(record, "\n".join(samples))
             if interrupts or progress.is_finished(config):
                 break
             losses, last = [], mark(progress)
@@ -342,12 +356,21 @@ def speed_since(last: tuple[float, int, int], run: Run, peak: Peak) -> dict[str,
     tokens were trained.
     """
     seconds, tokens, rows = (now - then for now, then in zip(mark(run.progress), last, strict=True))
-    rate = tokens * run.model.flops_per_token(tokens / rows) / seconds
+    rate = tokens * run.model.flops_per_token(row_length(run, tokens, rows)) / seconds
     return {
         "tokens_per_second": round(tokens / seconds),
         "tflops": round(rate / 1e12, 6),
         "mfu": round(rate / peak.rate, 4),
     }
+
+
+def row_length(run: Run, tokens: int, rows: int) -> float:
+    """The mean length of the rows that held these tokens, as attention saw them."""
+    config = run.config
+    if run.data.kind == "pretrain" and is_short(config, run.progress.iter - 1):
+        return config.short_block
+    mixed = mix_rows_per_step(config) if run.mix else 0
+    return tokens / (rows * (1 + mixed / rows_per_step(config)))
 
 
 def tracked(run: Run) -> Tracked:
@@ -389,8 +412,11 @@ def train_step(run: Run, batches: list, counts: dict) -> tuple[torch.Tensor, tor
         run.scaler.unscale_(optimizer)
     limit = config.grad_clip or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit)
+    # the scaler looks at each optimizer's gradients alone; clipping has spread what is not finite
+    usable = not run.scaler.is_enabled() or grad_norm.isfinite()
     for optimizer in run.optimizers:
-        run.scaler.step(optimizer)
+        if usable:
+            run.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
     return losses, grad_norm
@@ -497,6 +523,7 @@ def identity(data: Dataset) -> dict[str, str]:
 def dry_run(run: Run, peak: Peak, steps: int = 3) -> None:
     """Prints parameters, memory and time expected, from a few steps that are not kept."""
     config = run.config
+    config.short_block = None  # whole rows: short ones take less of both
     saved = {}  # storages that backward needs: address -> bytes
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -521,18 +548,25 @@ def dry_run(run: Run, peak: Peak, steps: int = 3) -> None:
         losses, _ = train_step(run, micro, counts)
     losses.tolist()  # waits for a GPU
     seconds = (time.perf_counter() - began) / steps
-    rate = tokens * run.model.flops_per_token(tokens / rows_per_step(config)) / seconds
+    length = row_length(run, tokens, rows_per_step(config))
+    rate = tokens * run.model.flops_per_token(length) / seconds
     parameters = run.model.n_params()
-    state = 16 * parameters  # float32: weight, gradient, AdamW's two moments
+    state = 8 * parameters + optimizer_bytes(run.optimizers)  # float32 weights and gradients
     left = config.max_iters - run.progress.iter
     print(
         f"parameters  {parameters:,}\n"
         f"memory      {(state + activations) / 1e9:.2f} GB: {state / 1e9:.2f} of weights, "
-        f"gradients and AdamW, {activations / 1e9:.2f} of activations\n"
+        f"gradients and optimizer, {activations / 1e9:.2f} of activations\n"
         f"speed       {tokens / seconds:,.0f} tokens per second, {seconds:.3f} s a step\n"
         f"            {show_rate(rate)}, {rate / peak.rate:.0%} of the peak\n"
         f"time        {left * seconds / 60:.1f} minutes for {left:,} steps, evaluations left out"
     )
+
+
+def optimizer_bytes(optimizers: list[torch.optim.Optimizer]) -> int:
+    """What the optimizers keep: two moments of each parameter (AdamW), or one (Muon)."""
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    return sum(tensor.nbytes for state in states for tensor in state.values())
 
 
 # --- settings, schedule, optimizer, precision --------------------------------------------------
@@ -617,20 +651,24 @@ def make_optimizers(
     ratio = 1.0
     if config.embedding_lr is not None and config.learning_rate:
         ratio = config.embedding_lr / config.learning_rate
-    inside = {id(p) for name, p in model.named_parameters() if name.startswith("blocks.")}
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    blocks = {"params": [p for p in matrices if id(p) in inside], "lr_ratio": 1.0}
-    embeddings = {"params": [p for p in matrices if id(p) not in inside], "lr_ratio": ratio}
-    vectors = {"params": [p for p in model.parameters() if p.dim() < 2], "lr_ratio": 1.0}
+    of_kind = {"blocks": [], "embeddings": [], "matrices": [], "vectors": []}
+    for name, parameter in model.named_parameters():
+        kind = "vectors" if parameter.dim() < 2 else name.partition(".")[0]
+        kind = "embeddings" if kind in ("wte", "wpe", "lm_head") else kind
+        of_kind[kind if kind in of_kind else "matrices"].append(parameter)
+    blocks = {"params": of_kind["blocks"], "lr_ratio": 1.0}
+    matrices = {"params": of_kind["matrices"], "lr_ratio": 1.0}
+    embeddings = {"params": of_kind["embeddings"], "lr_ratio": ratio}
+    vectors = {"params": of_kind["vectors"], "lr_ratio": 1.0, "weight_decay": 0.0}
     common = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    by_adamw = [embeddings, vectors | {"weight_decay": 0.0}]
+    by_adamw = [matrices, embeddings, vectors]
     adamw = AdamW(
         by_adamw if config.optimizer == "muon" else [blocks, *by_adamw],
         betas=(config.beta1, config.beta2),
         fused=not device.startswith("mps"),
         **common,
     )
-    if config.optimizer == "adamw" or not inside:
+    if config.optimizer == "adamw" or not blocks["params"]:
         return [adamw]
     if device.startswith("cuda"):
         return [torch.optim.Muon([blocks], adjust_lr_fn="match_rms_adamw", **common), adamw]
@@ -641,7 +679,7 @@ def pick_dtype(config: Settings, device: str) -> torch.dtype:
     """bfloat16 where CUDA or the CPU has it natively; else float16 on CUDA, float32 elsewhere."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    if device == "cpu":
+    if torch.device(device).type == "cpu":
         has = torch.cpu.get_capabilities()
         native = has.get("avx512_bf16") or has.get("amx_bf16")
         return torch.bfloat16 if native else torch.float32
@@ -662,8 +700,9 @@ def keep_freed_memory() -> None:
     """Lets glibc keep what a step frees for the next one; by default it gives large blocks back to
     the system, which then clears each page anew: an eighth of a step's time on a CPU."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:  # other C libraries have none
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes: smaller blocks stay in the heap
+    # M_MMAP_THRESHOLD, bytes: smaller blocks stay in the heap; older versions allow 32 MB, other C
+    # libraries have no mallopt
+    if mallopt and (mallopt(-3, 2**30) or mallopt(-3, 2**25)):
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes free at the heap's end
 
 

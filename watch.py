@@ -72,7 +72,7 @@ def first_prompt(data: Dataset, block_size: int) -> Prompt:
     if data.kind == "pretrain":
         # a character has at most four bytes
         beginning = tokens[: min(4 * PROMPT_LENGTH, block_size // 2)].tolist()
-        text = tokenizer.decode(beginning)[:PROMPT_LENGTH]
+        text = tokenizer.decode(beginning)[:PROMPT_LENGTH].rstrip("\ufffd")  # cut characters
         while len(ids := tokenizer.encode(text)) > block_size // 2:
             text = text[:-1]
         return text, ids or [tokenizer.end_of_text]

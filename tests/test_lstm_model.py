@@ -11,9 +11,9 @@ import torch.nn.functional as F
 import evaluations
 import sample
 from checkpoint import load_checkpoint
-from configurator import UserError
+from configurator import ROOT, UserError, configure
 from lstm_model import LSTM
-from model import ModelConfig
+from model import GPT, ModelConfig
 from tests.helpers import random_ids, save_run, tiny_model, tiny_tokenizer, write_novel
 from tests.runs import (
     assert_same_run,
@@ -26,6 +26,7 @@ from tests.runs import (
     words,
     write_toys,
 )
+from train import Settings, architecture
 
 HERE = {"model": "lstm", "n_head": 8}  # n_head: its default, in place of the toy runs' own
 SHAPES = {
@@ -262,3 +263,12 @@ def test_it_continues_texts_is_fine_tuned_answers_and_is_evaluated(toys, tmp_pat
             min(val_loss), rel=1e-3
         )
     assert report["n"] == 12 and 0 <= report["rouge_l"] <= 1
+
+
+def test_the_configs_that_are_compared_have_equally_many_parameters():
+    def n_params(config: str, model: type) -> int:
+        settings = configure(Settings, [str(ROOT / "config" / config)])
+        return model(ModelConfig(**architecture(settings), n_vocab=4096)).n_params()
+
+    lstm, gpt = n_params("lstm_sanguo.py", LSTM), n_params("pretrain_sanguo.py", GPT)
+    assert lstm == pytest.approx(gpt, rel=0.01)

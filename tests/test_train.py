@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from checkpoint import load_checkpoint
 from configurator import UserError
 from data_utils import Dataset, write_pretrain
+from lstm_model import LSTM
 from model import GPT, ModelConfig
 from objectives import split_sums
 from tests.runs import (
@@ -33,7 +34,15 @@ from tests.runs import (
     words,
     write_toys,
 )
-from train import Settings, keep_freed_memory, learning_rate, make_optimizers, start, step_batches
+from train import (
+    Settings,
+    keep_freed_memory,
+    learning_rate,
+    make_optimizers,
+    start,
+    step_batches,
+    train_step,
+)
 
 
 @pytest.fixture(scope="module")
@@ -543,6 +552,48 @@ def test_a_dataset_prepared_anew_is_refused(toys, tmp_path):
     with pytest.raises(UserError, match="prepared anew"):
         train_here(out_dir=out, resume=True, max_iters=6)
     assert contents(out) == before
+
+
+@pytest.mark.parametrize("before, now", [("muon", "adamw"), ("adamw", "muon")])
+def test_another_optimizer_is_refused_on_resume(toys, tmp_path, before, now):
+    out = train_here(dataset=toys / "text", out_dir=tmp_path / "out", optimizer=before, max_iters=2)
+    with pytest.raises(UserError, match=f"optimizer={now}, but .* has the state of {before}"):
+        train_here(out_dir=out, resume=True, optimizer=now, max_iters=4)
+
+
+def test_a_run_older_than_muon_goes_on_with_adamw(toys, tmp_path):
+    common = {"dataset": toys / "text", "optimizer": "adamw", "lr_decay_iters": 4}
+    whole = train_here(out_dir=tmp_path / "whole", max_iters=4, **common)
+    old = train_here(out_dir=tmp_path / "old", max_iters=2, **common)
+    file = checkpoint_file(old, "run.json")
+    run = read_json(file)
+    del run["settings"]["optimizer"]
+    file.write_text(json.dumps(run), encoding="utf-8")
+    train_here(out_dir=old, resume=True, max_iters=4)
+    assert largest_difference(weights(whole), weights(old)) == 0
+
+
+def test_one_gradient_that_is_not_finite_skips_the_whole_step(toys, tmp_path):
+    given = TINY | {"dataset": toys / "text", "out_dir": tmp_path / "out", "dtype": "float16"}
+    run = start(words(**given))
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    batches, counts, _ = next(step_batches(run))
+    bad = run.model.blocks[0].attn.c_attn.weight
+    bad.register_hook(lambda grad: torch.full_like(grad, math.nan))
+    train_step(run, batches, counts)
+    after = run.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_only_an_lstm_s_embeddings_follow_embedding_lr():
+    shape = {"model": "lstm", "n_layer": 1, "n_embd": 8}
+    model = LSTM(ModelConfig(n_vocab=10, **shape))
+    config = Settings(**shape, learning_rate=1e-3, embedding_lr=1e-1)
+    [adamw] = make_optimizers(model, config, "cpu")
+    ratios = {id(p): g["lr_ratio"] for g in adamw.param_groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        embeds = name.startswith(("wte", "lm_head"))
+        assert ratios[id(parameter)] == pytest.approx(100 if embeds else 1), name
 
 
 # --- short rows first --------------------------------------------------------------------------
