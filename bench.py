@@ -583,6 +583,8 @@ def plan(config: Settings, words: dict[str, list[str]]) -> dict[str, dict]:
                     "pass another --runs="
                 )
         print(f"costs as in {show_path(path)}; without that file they are measured anew")
+        if plan["environment"] != environment(config.device):
+            print("note: they were measured on another machine, or with other threads")
         return plan["costs"]
     calls, dtypes, n_parts, n_steps = {}, {}, {}, {}
     for name, argv in words.items():

@@ -186,7 +186,6 @@ def judge(runs: dict[str, dict], costs: dict[str, dict]) -> dict:
         "best": {name: next(k for k, r in runs.items() if r is run) for name, run in best.items()},
         "levels": rows,
         "minimind_level_in_a_third": bool(last["ratio"] and last["ratio"] >= 3),
-        "highest_ratio": max((row["ratio"] for row in rows if row["ratio"]), default=None),
         "shortest_ours": {"minutes": shortest["minutes"], "bits": shortest["bits_best"]},
         "reference_at": {f"{t:g}": level_at(reference["curve"], t) for t in times},
         "reference_never_there": reference["bits_best"] > shortest["bits_best"],
@@ -222,7 +221,8 @@ def print_quality(results: dict) -> None:
         texts = [f"{cell:.2f}" if cell else "never" for cell in cells]
         print("  {:<15.3f}  {:>12}  {:>10}  {:>7}  {:>26}".format(row["bits"], *texts))
     print(
-        "  Only the last row compares schedules that have ended; in float32 the steps are the same."
+        "  The last row is MiniMind's best; above it, schedules of other lengths are under way. "
+        "In float32 the steps are the same."
     )
     yes = {True: "yes", False: "no"}
     print(f"  MiniMind's level in a third of its time: {yes[results['minimind_level_in_a_third']]}")

@@ -1,5 +1,5 @@
-# The LSTM on 三国演义, to compare with config/pretrain_sanguo.py: as many parameters (3.87M), the same
-# rows of text in the same order.
+# The LSTM on 三国演义, to compare with config/pretrain_sanguo.py: as many parameters (3.87M), the
+# same rows of text in the same order.
 #   python train.py config/lstm_sanguo.py
 out_dir = "out-sanguo-lstm"
 dataset = "sanguo"

@@ -10,8 +10,6 @@ from lstm_model import LSTM
 from model import GPT, ModelConfig
 from tokenizer import Tokenizer, train_tokenizer
 
-torch.set_num_threads(1)  # on a busy machine tiny models are many times slower on two
-
 TEXT = """\
 话说天下大势，分久必合，合久必分。周末七国分争，并入于秦。及秦灭之后，楚、汉分争，又并入于汉。
 汉朝自高祖斩白蛇而起义，一统天下，后来光武中兴，传至献帝，遂分为三国。推其致乱之由，殆始于桓、灵二帝。

@@ -36,8 +36,6 @@ TINY = {
     "dtype": "float32",
 }
 
-torch.set_num_threads(1)  # where other processes run too, two threads wait for each other
-
 
 def novel(seed: int, sentences: int) -> str:
     draw = random.Random(seed)
