@@ -3,8 +3,8 @@
 The profiler's events nest: an operation's own time is its duration without those inside it, so
 the own times of all that happens inside a step, and the step's, add up to its duration. Whatever
 happens inside a part of the step (PARTS) counts as that part; elsewhere an operation counts by its
-name (OPERATIONS). What is no operation of torch's is Python's, autograd's, or another process's.
-The profiler itself takes time, most for small operations.
+name (OPERATIONS); what is no operation of torch's is Python's and autograd's. The profiler itself
+takes time, most for small operations, and other processes lengthen whatever they interrupt.
 """
 
 import re
