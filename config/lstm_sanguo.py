@@ -12,9 +12,9 @@ dropout = 0.1
 
 optimizer = "adamw"
 batch_size = 8
-max_iters = 1000
+max_iters = 800
 short_block = 64
 learning_rate = 3e-3
 embedding_lr = 2e-2
 warmup_iters = 30
-eval_interval = 200
+eval_interval = 160

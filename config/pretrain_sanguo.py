@@ -13,9 +13,9 @@ block_size = 256
 dropout = 0.1
 
 batch_size = 8
-max_iters = 1000
+max_iters = 800
 short_block = 64
 learning_rate = 6e-3
 embedding_lr = 4e-2
 warmup_iters = 30
-eval_interval = 200
+eval_interval = 160
