@@ -346,6 +346,9 @@ def whole_steps(config: Settings, dtypes: list[str]) -> tuple[Seconds, dict[str,
     training.keep_freed_memory()  # as train.py does; it holds for the whole process
     steps = {}
     with numbers() as data:
+        # fewer ids than the dataset has cannot read it
+        wide = max(config.vocab_size, data.tokenizer.n_vocab)
+        config = dataclasses.replace(config, vocab_size=wide)
         for dtype, optimizer in itertools.product(dtypes, ("muon", "adamw")):
             sizes = {"batch_size": config.batch_size, "block_size": config.block_size}
             own = training.Settings(optimizer=optimizer, dtype=dtype, device=config.device, **sizes)
