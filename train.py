@@ -66,9 +66,7 @@ class Settings(Architecture):
     short_iters: int | None = None  # steps with such rows; None is half of max_iters
     optimizer: Literal["muon", "adamw"] = "muon"  # of the blocks' matrices; AdamW for all else
     learning_rate: float = 1e-3  # at its highest
-    embedding_lr: float | None = (
-        None  # of embeddings and head, on the same schedule; None is learning_rate
-    )
+    embedding_lr: float | None = None  # of embeddings and head at its highest; None: the same
     warmup_iters: int = 50  # steps of linear rise
     lr_decay_iters: int | None = None  # step at which min_lr is reached; None is max_iters
     min_lr: float = 0.0  # learning rate at the end of the linear decay

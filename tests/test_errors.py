@@ -329,7 +329,7 @@ def test_a_file_that_the_system_cuts_short_is_no_checkpoint(world, tmp_path):
     import resource  # of POSIX alone
 
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # bytes of a file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # bytes of a file
 
     settings = words(**TINY | {"dataset": world / "text", "out_dir": tmp_path / "out"})
     said = error_line(run("train.py", *settings, preexec_fn=limit))
