@@ -197,15 +197,16 @@ def start(argv: list[str]) -> Run:
     if resumes or config.init_from != "scratch":
         saved = read_run(source, which)
         # what the checkpoint has stands, unless argv says otherwise
-        # (a run that is older than the setting `optimizer` had AdamW)
-        settings = {"optimizer": "adamw"} | saved["settings"]
-        base = settings if resumes else architecture(saved["architecture"])
+        # a run that is older than the setting `optimizer` had AdamW
+        saved["settings"] = {"optimizer": "adamw"} | saved["settings"]
+        base = saved["settings"] if resumes else architecture(saved["architecture"])
         config = configure(Settings, argv, base)
         check_shape(config, saved, source)
-        if resumes and config.optimizer != settings["optimizer"]:
+        before = saved["settings"]["optimizer"]
+        if resumes and config.optimizer != before:
             raise UserError(
-                f"optimizer={config.optimizer}, but {show_path(source)} has the state of "
-                f"{settings['optimizer']}; leave it out, or begin another run with --init_from="
+                f"optimizer={config.optimizer}, but {show_path(source)} has the state of {before}; "
+                "leave it out, or begin another run with --init_from="
             )
     data = Dataset(config.dataset)
     tokenizer = data.tokenizer

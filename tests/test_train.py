@@ -34,7 +34,6 @@ from tests.runs import (
     train_here,
     weights,
     words,
-    write_toys,
 )
 from train import (
     Settings,
@@ -44,15 +43,6 @@ from train import (
     step_batches,
     train_step,
 )
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory):
-    """A directory with the datasets text and questions, and base, a model of the text."""
-    folder = tmp_path_factory.mktemp("toys")
-    write_toys(folder)
-    train_here(dataset=folder / "text", out_dir=folder / "base")
-    return folder
 
 
 def largest_difference(one: dict, other: dict) -> float:
@@ -259,19 +249,6 @@ def test_the_log_says_how_the_mixed_dataset_is_kept(toys, tmp_path):
     assert last["val_bits_per_byte_mix"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
     assert last["val_bits_per_byte_mix"] != last["val_bits_per_byte"]
     assert "val_bits_per_byte_mix" not in log(out)[0]
-
-
-def test_a_mixed_dataset_prepared_anew_is_refused(toys, tmp_path):
-    texts = {"train": [novel(0, 400)], "val": [novel(1, 40)]}
-    write_pretrain(tmp_path / "text", toy_tokenizer(), texts, ["a test"])
-    common = {"dataset": toys / "questions", "mix_dataset": tmp_path / "text", "max_iters": 3}
-    out = train_here(out_dir=tmp_path / "out", **common)
-    before = contents(out)
-    texts["train"] = [novel(5, 400)]
-    write_pretrain(tmp_path / "text", toy_tokenizer(), texts, ["a test"])
-    with pytest.raises(UserError, match="prepared anew"):
-        train_here(out_dir=out, resume=True, max_iters=6)
-    assert contents(out) == before
 
 
 def test_a_run_from_before_there_was_a_mix_goes_on_and_claims_no_difference(toys, tmp_path, capsys):
@@ -543,10 +520,14 @@ def test_a_moved_run_goes_on_and_claims_no_difference(toys, tmp_path, capsys):
     assert "not bit for bit" not in printed
 
 
-def test_a_dataset_prepared_anew_is_refused(toys, tmp_path):
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_dataset_prepared_anew_is_refused(toys, tmp_path, mixed):
     texts = {"train": [novel(0, 400)], "val": [novel(1, 40)]}
     write_pretrain(tmp_path / "text", toy_tokenizer(), texts, ["a test"])
-    out = train_here(dataset=tmp_path / "text", out_dir=tmp_path / "out", max_iters=3)
+    data = {"dataset": tmp_path / "text"}
+    if mixed:
+        data = {"dataset": toys / "questions", "mix_dataset": tmp_path / "text"}
+    out = train_here(out_dir=tmp_path / "out", max_iters=3, **data)
     before = contents(out)
     texts["train"] = [novel(5, 400)]
     write_pretrain(tmp_path / "text", toy_tokenizer(), texts, ["a test"])
@@ -562,7 +543,7 @@ def test_another_optimizer_is_refused_on_resume(toys, tmp_path, before, now):
         train_here(out_dir=out, resume=True, optimizer=now, max_iters=4)
 
 
-def test_a_run_older_than_muon_goes_on_with_adamw(toys, tmp_path):
+def test_a_run_older_than_muon_goes_on_with_adamw(toys, tmp_path, capsys):
     common = {"dataset": toys / "text", "optimizer": "adamw", "lr_decay_iters": 4}
     whole = train_here(out_dir=tmp_path / "whole", max_iters=4, **common)
     old = train_here(out_dir=tmp_path / "old", max_iters=2, **common)
@@ -572,6 +553,7 @@ def test_a_run_older_than_muon_goes_on_with_adamw(toys, tmp_path):
     file.write_text(json.dumps(run), encoding="utf-8")
     train_here(out_dir=old, resume=True, max_iters=4)
     assert largest_difference(weights(whole), weights(old)) == 0
+    assert "optimizer was" not in capsys.readouterr().out
 
 
 def test_one_gradient_that_is_not_finite_skips_the_whole_step(toys, tmp_path):

@@ -19,7 +19,6 @@ from tests.runs import (
     run,
     train_here,
     words,
-    write_toys,
 )
 from watch import (
     SAMPLE_TOKENS,
@@ -29,16 +28,6 @@ from watch import (
     sample_prompts,
     write_samples,
 )
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory):
-    """A directory with the datasets text and questions, and base, a model of the text."""
-    folder = tmp_path_factory.mktemp("toys")
-    write_toys(folder)
-    train_here(dataset=folder / "text", out_dir=folder / "base")
-    return folder
-
 
 # --- samples -----------------------------------------------------------------------------------
 
