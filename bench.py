@@ -15,6 +15,7 @@ Linear layers (the head is one) x tokens + 12 x n_layer x n_embd x T x tokens / 
 attention); a decoding step as one reading of all weights, and of the cache at its mean length.
 """
 
+import copy
 import dataclasses
 import importlib.util
 import itertools
@@ -59,9 +60,10 @@ from configurator import (
     show_path,
     written_aside,
 )
+from decoding import pack
+from generation import Sampling, generate
 from model import GPT, ModelConfig, pick_device
 from objectives import count_terms, next_token, target_losses, to_device
-from sample import Sampling, generate
 from visualize import save_figure
 
 ARCHITECTURES = {  # as our settings
@@ -418,15 +420,17 @@ def peak_bytes() -> int | None:
 def bench_generate(config: Settings) -> dict:
     """Greedy generation by our cache, by recomputing, and by Hugging Face on the same weights."""
     n = config.new_tokens
-    model = random_model(config).to(config.device).eval().lay_out_for_decoding()
+    model = random_model(config).to(config.device).eval()
     prompt = torch.randint(config.vocab_size, (config.prompt_tokens,)).tolist()
     peer = hugging_face_qwen3(model)
+    weights = 4 * model.n_params()
+    packed = pack(copy.deepcopy(model))
     idx = torch.tensor([prompt], device=config.device)
     sampling = Sampling(max_new_tokens=n, temperature=0.0)
     peers_way = {"do_sample": False, "min_new_tokens": n, "max_new_tokens": n}
     peers_way |= {"attention_mask": torch.ones_like(idx)}
     ways = {
-        "ours, cache": lambda: [id for [(_, id)] in generate(model, [prompt], sampling)],
+        "ours, cache": lambda: [id for [(_, id)] in generate(packed, [prompt], sampling)],
         "ours, recomputing": lambda: recompute(model, idx, n),
         "Hugging Face, cache": lambda: peer.generate(idx, **peers_way)[0, len(prompt) :].tolist(),
     }
@@ -443,7 +447,6 @@ def bench_generate(config: Settings) -> dict:
         f"{len(prompt)}, one row, {config.rounds} turns each; {compared} of {n} ids compared, equal"
     )
     c = model.config
-    weights = 4 * model.n_params()
     mean_cache = 4 * 2 * c.n_layer * c.n_kv_head * c.head_dim * (len(prompt) + n / 2)
     work = n * (weights + mean_cache) / MEMORY
     ratios = {

@@ -38,11 +38,17 @@ class Checkpoint:
     model: GPT | LSTM
     tokenizer: Tokenizer
     run: dict  # run.json: architecture, settings, dataset, progress, losses, environment
+    n_params: int = 0  # of the model, before anything is laid out for generation
 
     @property
     def answers(self) -> bool:
         """Whether the model was fine-tuned on questions and answers."""
         return self.run["dataset"]["kind"] == "sft"
+
+    @property
+    def question_end(self) -> str:
+        """The mark that ended nearly all trained questions; "" where there was none."""
+        return self.run["dataset"].get("question_end", "")
 
 
 def save_checkpoint(
@@ -110,7 +116,7 @@ def load_checkpoint(
             raise RuntimeError(f"its weights are not the architecture's: {missing} {unexpected}")
 
     _read(path / "model.safetensors", load)
-    return Checkpoint(path, model, tokenizer, run)
+    return Checkpoint(path, model, tokenizer, run, model.n_params())
 
 
 def load_optimizers(path: Path, model: GPT | LSTM, optimizers: list[torch.optim.Optimizer]) -> None:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
@@ -64,7 +64,7 @@ def write_sft(
     What is longer than max_tokens is fitted (see `fit`); repeated conversations are left out, in
     later splits those of earlier ones too. All of it is counted in meta.json.
     """
-    seen = set()
+    seen, last_characters = set(), Counter()
 
     def rows(split: str, sizes: Counter) -> Iterator[tuple[list[int], list[int]]]:
         for messages in conversations[split]:
@@ -79,13 +79,22 @@ def write_sft(
             if fitted is None:
                 continue
             sizes["conversations"] += 1
+            if split == "train":
+                last_characters[fitted[-2]["content"][-1:]] += 1
             text = "".join(message["content"] for message in fitted)
             sizes["characters"] += len(text)
             sizes["bytes"] += len(text.encode())
             yield remask(*tokenizer.render(fitted), mask, tokenizer.end, max_tokens)
 
+    def question_end() -> str:
+        """The mark that ends nearly all trained questions, if there is one."""
+        [(mark, count)] = last_characters.most_common(1) or [("", 0)]
+        usual = count >= 0.9 * last_characters.total()
+        return mark if usual and not mark.isalnum() else ""
+
     meta = {"sources": sources, "max_tokens": max_tokens, "mask": mask}
-    return _write(out, "sft", tokenizer, {s: rows for s in conversations}, meta)
+    rows_of = {split: rows for split in conversations}
+    return _write(out, "sft", tokenizer, rows_of, meta, lambda: {"question_end": question_end()})
 
 
 def remask(
@@ -136,7 +145,15 @@ def fit(tokenizer: Tokenizer, messages: list[dict], max_tokens: int) -> tuple[li
     return None, "skipped: too long"
 
 
-def _write(out: Path, kind: str, tokenizer: Tokenizer, splits: dict, meta: dict) -> dict:
+def _write(
+    out: Path,
+    kind: str,
+    tokenizer: Tokenizer,
+    splits: dict,
+    meta: dict,
+    found: Callable[[], dict] = dict,
+) -> dict:
+    """found: what else goes into meta.json, once all rows have been seen."""
     dtype = np.dtype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
     meta = {"kind": kind, "tokenizer_sha256": tokenizer.sha256, "dtype": dtype.name} | meta
     meta["splits"] = {}
@@ -154,6 +171,7 @@ def _write(out: Path, kind: str, tokenizer: Tokenizer, splits: dict, meta: dict)
             if sizes["tokens"] == 0:
                 raise UserError(f"nothing to write for {show_path(out)}/{split}.bin: no text in it")
             meta["splits"][split] = dict(sizes) | {"fingerprint": fingerprint}
+        meta |= found()
         meta_file.write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
     return meta
 

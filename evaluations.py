@@ -19,8 +19,8 @@ from rouge import Rouge
 from tqdm import tqdm
 
 import sample
-from checkpoint import Checkpoint, load_checkpoint
-from configurator import UserError, command, configure, repo_path, show_path, written_aside
+from checkpoint import Checkpoint
+from configurator import UserError, command, configure, show_path, written_aside
 from data_utils import Dataset, collate, fit
 from model import pick_device
 from objectives import IGNORE, split_sums, target_losses, to_device
@@ -294,8 +294,7 @@ def write_reports(checkpoint: Checkpoint, report: dict, asked: list[dict], seen:
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     device = pick_device(config.device)
-    checkpoint = load_checkpoint(repo_path(config.out_dir), "best", device)
-    checkpoint.model.lay_out_for_decoding()
+    checkpoint = sample.load_for_sampling(config.out_dir, device)
     sample.default_temperature(checkpoint, config)
     data = Dataset(config.dataset or checkpoint.run["settings"]["dataset"])
     data.check(checkpoint.model.config.block_size, config.split)

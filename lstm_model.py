@@ -26,6 +26,16 @@ class StateCache:
         self.c = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = [0] * batch_size
 
+    def keep_rows(self, count: int) -> None:
+        """The first `count` rows are there, no others."""
+        self.h, self.c, self.lengths = self.h[:, :count], self.c[:, :count], self.lengths[:count]
+
+    def append(self, source: "StateCache", rows: list[int]) -> None:
+        """Adds rows of another cache."""
+        self.h = torch.cat([self.h, source.h[:, rows]], dim=1)
+        self.c = torch.cat([self.c, source.c[:, rows]], dim=1)
+        self.lengths += [source.lengths[row] for row in rows]
+
     def copy_rows(self, source: "StateCache", rows: list[int], to: list[int]) -> None:
         """Row rows[i] of source becomes row to[i] of this cache."""
         self.h[:, to], self.c[:, to] = source.h[:, rows], source.c[:, rows]
@@ -37,8 +47,7 @@ class StateCache:
         last = len(self.lengths) - 1
         if row != last:
             self.copy_rows(self, [last], [row])
-        self.h, self.c = self.h[:, :last], self.c[:, :last]
-        self.lengths.pop()
+        self.keep_rows(last)
 
 
 class LSTM(nn.Module):
@@ -89,7 +98,12 @@ class LSTM(nn.Module):
             cache.lengths = [old + new for old, new in zip(cache.lengths, added, strict=True)]
         return self.norm(self.drop(x))
 
-    def new_cache(self, batch_size: int) -> StateCache:
+    def decode(self, idx: torch.Tensor, cache: StateCache) -> torch.Tensor:
+        """One id a row (B,), added to the cache -> hidden states (B, n_embd)."""
+        return self(idx[:, None], cache)[:, -1]
+
+    def new_cache(self, batch_size: int, length: int | None = None) -> StateCache:
+        """Of batch_size empty rows; a state is as large whatever the length."""
         weight = self.wte.weight
         return StateCache(self.config, batch_size, weight.dtype, weight.device)
 
@@ -116,4 +130,3 @@ class LSTM(nn.Module):
     # these read nothing but the config, wte and lm_head, or any parameter
     head = GPT.head
     n_params = GPT.n_params
-    lay_out_for_decoding = GPT.lay_out_for_decoding

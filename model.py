@@ -112,17 +112,30 @@ class ModelConfig(Architecture):
 class KVCache:
     """Keys and values of B rows, and how many tokens each row holds. A token's slot is its
     position, so rows may differ in length: what lies beyond `lengths` is not seen, and written
-    over by what comes next.
+    over by what comes next. Rows may leave and come, up to the batch_size at first.
 
-    k, v: (n_layer, B, n_kv_head, block_size, head_dim); lengths: list of B ints.
+    k, v: (n_layer, B, n_kv_head, length, head_dim), the first B rows of all_k, all_v;
+    lengths: list of B ints.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, dtype: torch.dtype, device):
-        shape = (config.n_layer, batch_size, config.n_kv_head, config.block_size, config.head_dim)
+    def __init__(self, config: ModelConfig, batch_size: int, length: int, dtype, device):
+        shape = (config.n_layer, batch_size, config.n_kv_head, length, config.head_dim)
         # zeros, since what a row does not see is weighted with 0, and 0 x NaN is NaN
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.all_k = torch.zeros(shape, dtype=dtype, device=device)
+        self.all_v = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = [0] * batch_size
+        self.keep_rows(batch_size)
+
+    def keep_rows(self, count: int) -> None:
+        """The first `count` rows are there; new ones are empty."""
+        self.k, self.v = self.all_k[:, :count], self.all_v[:, :count]
+        self.lengths = [*self.lengths[:count], *[0] * (count - len(self.lengths))]
+
+    def append(self, source: "KVCache", rows: list[int]) -> None:
+        """Adds rows of another cache."""
+        first = len(self.lengths)
+        self.keep_rows(first + len(rows))
+        self.copy_rows(source, rows, list(range(first, len(self.lengths))))
 
     def copy_rows(self, source: "KVCache", rows: list[int], to: list[int]) -> None:
         """Row rows[i] of source becomes row to[i] of this cache."""
@@ -137,8 +150,7 @@ class KVCache:
         last = len(self.lengths) - 1
         if row != last:
             self.copy_rows(self, [last], [row])
-        self.k, self.v = self.k[:, :last], self.v[:, :last]
-        self.lengths.pop()
+        self.keep_rows(last)
 
 
 class Span:
@@ -239,9 +251,10 @@ class GPT(nn.Module):
         cap = self.config.logit_soft_cap
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    def new_cache(self, batch_size: int) -> KVCache:
-        weight = self.wte.weight
-        return KVCache(self.config, batch_size, weight.dtype, weight.device)
+    def new_cache(self, batch_size: int, length: int | None = None) -> KVCache:
+        """Of batch_size empty rows, for texts of `length` tokens; None is block_size."""
+        length, weight = length or self.config.block_size, self.wte.weight
+        return KVCache(self.config, batch_size, length, weight.dtype, weight.device)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -261,15 +274,6 @@ class GPT(nn.Module):
                 parameter.zero_()
             else:
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
-
-    def lay_out_for_decoding(self) -> "GPT":
-        """On CPU, stores the wide matrices column by column: one row times such a matrix is read
-        some three times as fast. Sums are rounded otherwise, so training keeps the usual layout."""
-        if self.wte.weight.device.type == "cpu":
-            for module in self.modules():
-                if isinstance(module, nn.Linear) and module.out_features > module.in_features:
-                    module.weight.data = module.weight.data.t().contiguous().t()
-        return self
 
     def n_params(self) -> int:
         """Parameters, a tied weight once."""

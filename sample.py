@@ -1,20 +1,24 @@
-"""Model -> ids -> text: generation as functions, and the command line around them.
+"""Model -> text: completions, answers and conversations as functions, and the command line.
 
     python sample.py --out_dir=out-sanguo --start="却说曹操"
     python sample.py --out_dir=out-sanguo-sft --start="孔明是谁？"
-    python sample.py --out_dir=out-sanguo-sft --start=FILE:questions.txt --save_path=answers.jsonl
+    python sample.py --out_dir=out-sanguo-sft --interactive
+    python sample.py --out_dir=out-sanguo-sft --input_data=asked.jsonl --output_data=answers.jsonl
 
 A fine-tuned model is asked in the chat format and answers; a pretrained one continues the text.
+Token ids are generation.py's, files of questions answer_file.py's.
 """
 
+import contextlib
 import json
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
 from checkpoint import Checkpoint, load_checkpoint
@@ -27,44 +31,24 @@ from configurator import (
     user_path,
     written_aside,
 )
-from lstm_model import LSTM, StateCache
-from model import GPT, KVCache, pick_device
+from decoding import pack, quantize
+from generation import Batch, Request, Sampling, Token
+from model import pick_device
 from tokenizer import Tokenizer
-
-
-@dataclass
-class Sampling:
-    """How the next token is chosen."""
-
-    max_new_tokens: int = 256  # longest output, tokens
-    temperature: float | None = None  # 0 is greedy; None is 0.8 for continuing, 0 for answering
-    top_k: int | None = None  # only the k likeliest tokens; None is all
-    top_p: float = 1.0  # only the likeliest tokens that together have this probability
-    repetition_penalty: float = 1.0  # above 1 lowers what the text already has (arXiv 1909.05858)
-    seed: int = 1337  # same seed, same text
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens={self.max_new_tokens} must be 1 or more")
-        if self.temperature is not None and self.temperature < 0:
-            raise UserError(f"temperature={self.temperature} must be 0 (greedy) or above")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k={self.top_k} must be 1 or more, or None")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p} must be above 0 and at most 1")
-        if self.repetition_penalty <= 0:
-            raise UserError(f"repetition_penalty={self.repetition_penalty} must be above 0")
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed} must not be negative")
 
 
 @dataclass
 class Settings(Sampling):
     out_dir: str = "out"  # of the model
     start: str = ""  # a text or question; FILE:x.txt (a prompt, or a question a line); FILE:x.jsonl
+    interactive: bool = False  # a conversation in the terminal
+    input_data: str | None = None  # a file of questions, a JSON object or a text a line
+    output_data: str | None = None  # where their answers go, an object a line
     save_path: str | None = None  # also write here: a .jsonl of records, or the text as printed
     num_samples: int = 1  # outputs for each prompt
-    batch_size: int = 16  # prompts at once
+    batch_size: int = 16  # rows at once
+    perplexity: bool = False  # of each output, in the model's own distribution
+    quantize: Literal["int8"] | None = None  # weights of 8 bits, on a CPU
     device: str = "auto"  # cuda, mps, cpu; auto is the first of them that is there
     eval_mode: bool = False  # score the answers to FILE:... as evaluations.py does
     dataset: str | None = None  # with eval_mode: has the references that the file has not
@@ -74,130 +58,27 @@ class Settings(Sampling):
         for name in ("num_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
+        if bool(self.input_data) != bool(self.output_data):
+            raise UserError("--input_data= and --output_data= go together; one is missing")
 
 
 @dataclass
 class Output:
-    """One sample: its ids without the end token, its text, and whether an end token came."""
+    """One sample: its ids without the end token, its text, whether it ended by itself (an end
+    token or a stop text came), and -log p of its tokens where they were asked for."""
 
     ids: list[int] = field(default_factory=list)
     text: str = ""
     ended: bool = False
+    nats: list[float] = field(default_factory=list)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean -log p, the end token's included."""
+        return math.exp(sum(self.nats) / len(self.nats))
 
 
-# --- ids ---------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def generate(
-    model: GPT | LSTM,
-    prompts: list[list[int]],
-    sampling: Sampling,
-    stop_ids: tuple[int, ...] = (),
-    num_samples: int = 1,
-    first_prompt: int = 0,
-) -> Iterator[list[tuple[int, int]]]:
-    """Yields for each step the (row, id) of all rows that still run; row = prompt x num_samples
-    + sample. A row ends with a stop id, which is yielded too, or after max_new_tokens.
-
-    Prompts are read once, in one batch, then each step reads one token a row. A row's random
-    stream depends on (seed, first_prompt + prompt, sample) alone. A row that fills block_size goes
-    on from its last block_size / 2 tokens, which are read anew.
-    """
-    block_size, device = model.config.block_size, model.wte.weight.device
-    for prompt in prompts:
-        if not 0 < len(prompt) <= block_size:
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens; this model takes 1 to {block_size}"
-            )
-    texts = [list(prompt) for prompt in prompts for _ in range(num_samples)]
-    draws = [
-        np.random.default_rng([sampling.seed, first_prompt + prompt, sample])
-        for prompt in range(len(prompts))
-        for sample in range(num_samples)
-    ]
-    logits, cache = _prefill(model, prompts)
-    if num_samples > 1:
-        expanded = model.new_cache(len(texts))
-        rows = [row for row in range(len(prompts)) for _ in range(num_samples)]
-        expanded.copy_rows(cache, rows, list(range(len(texts))))
-        logits, cache = logits[rows], expanded
-    seen = None
-    if sampling.repetition_penalty != 1:
-        seen = torch.zeros_like(logits, dtype=torch.bool)
-        for row, text in enumerate(texts):
-            seen[row, torch.tensor(text, device=device)] = True
-    running = list(range(len(texts)))  # row of the texts at each row of the cache
-    for step in range(sampling.max_new_tokens):
-        uniform = [draws[row].random() for row in running] if sampling.temperature else []
-        ids = choose(logits, sampling, uniform, seen)
-        chosen = list(zip(running, ids.tolist(), strict=True))
-        yield chosen
-        for row, id in chosen:
-            texts[row].append(id)
-        if seen is not None:
-            seen.scatter_(1, ids[:, None], True)
-        ended = [place for place, (_, id) in enumerate(chosen) if id in stop_ids]
-        for place in reversed(ended):
-            cache.drop_row(place)
-            for of_row in (ids, seen) if seen is not None else (ids,):
-                of_row[place] = of_row[len(running) - 1]
-            running[place] = running[-1]
-            running.pop()
-        if not running or step == sampling.max_new_tokens - 1:
-            return
-        full = [place for place, length in enumerate(cache.lengths) if length == block_size]
-        if full:
-            # all but the newest token, which is read with the other rows'
-            kept = [texts[running[place]][-max(2, block_size // 2) : -1] for place in full]
-            cache.copy_rows(_prefill(model, kept)[1], list(range(len(full))), full)
-        hidden = model(ids[: len(running), None], cache)
-        logits = model.head(hidden[:, -1])
-        if seen is not None:
-            seen = seen[: len(running)]
-
-
-def choose(
-    logits: torch.Tensor, sampling: Sampling, uniform: list[float], seen: torch.Tensor | None
-) -> torch.Tensor:
-    """(B, n_vocab) logits -> (B,) ids: the likeliest, or where the uniform number of each row
-    falls among the probabilities that top_k and top_p leave."""
-    logits = logits.float()
-    if seen is not None:
-        penalty = sampling.repetition_penalty
-        lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
-        logits = torch.where(seen, lowered, logits)
-    if not sampling.temperature:
-        return logits.argmax(dim=-1)
-    k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
-    sorted_logits, sorted_ids = logits.topk(k, dim=-1)  # likeliest first
-    shifted = (sorted_logits - sorted_logits[:, :1]) / sampling.temperature
-    probs = torch.softmax(shifted, dim=-1)
-    cumulative = probs.cumsum(dim=-1)
-    probs = probs.masked_fill(cumulative - probs >= sampling.top_p, 0.0)
-    cumulative = probs.cumsum(dim=-1)
-    u = torch.tensor(uniform, dtype=torch.float32, device=logits.device)[:, None]
-    place = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
-    # u can round up to the whole sum: then the last token that is left
-    place = torch.minimum(place, (probs > 0).sum(dim=-1, keepdim=True) - 1)
-    return sorted_ids.gather(1, place).squeeze(1)
-
-
-def _prefill(
-    model: GPT | LSTM, prompts: list[list[int]]
-) -> tuple[torch.Tensor, KVCache | StateCache]:
-    """Reads prompts of any lengths in one batch -> logits of what follows (B, n_vocab), cache."""
-    lengths = [len(prompt) for prompt in prompts]
-    idx = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
-    for row, prompt in enumerate(prompts):  # right padding: no token before it sees it
-        idx[row, : len(prompt)] = torch.tensor(prompt)
-    cache = model.new_cache(len(prompts))
-    hidden = model(idx.to(model.wte.weight.device), cache, lengths)
-    last = hidden[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
-    return model.head(last), cache
-
-
-# --- text --------------------------------------------------------------------------------------
+# --- prompts -----------------------------------------------------------------------------------
 
 
 def default_temperature(checkpoint: Checkpoint, sampling: Sampling) -> Sampling:
@@ -208,46 +89,148 @@ def default_temperature(checkpoint: Checkpoint, sampling: Sampling) -> Sampling:
 
 
 def prompt_ids(checkpoint: Checkpoint, text: str) -> list[int]:
-    """A question in the chat format for a fine-tuned model, else the text to be continued."""
+    """A question in the chat format for a fine-tuned model, else the text to be continued, of which
+    no more than the last block_size tokens are read. UserError for a question that is longer."""
     if checkpoint.answers:
-        return checkpoint.tokenizer.render_prompt([{"role": "user", "content": text}])
-    return checkpoint.tokenizer.encode(text) or [checkpoint.tokenizer.end_of_text]
+        return chat_prompt(checkpoint, [{"role": "user", "content": text}])
+    ids = checkpoint.tokenizer.encode(text) or [checkpoint.tokenizer.end_of_text]
+    return ids[-checkpoint.model.config.block_size :]
+
+
+def chat_prompt(checkpoint: Checkpoint, messages: list[dict]) -> list[int]:
+    """Ids that ask for the answer to the last message. The oldest turns are left out until a
+    quarter of block_size is free for the answer. UserError where the last alone is too long."""
+    block_size, render = checkpoint.model.config.block_size, checkpoint.tokenizer.render_prompt
+    system = [m for m in messages[:1] if m["role"] == "system"]
+    turns = messages[len(system) :]
+    if not turns or turns[-1]["role"] != "user":
+        raise UserError("a conversation must end with a question of the user's")
+    for first in [i for i, message in enumerate(turns) if message["role"] == "user"]:
+        ids = render([*system, *turns[first:]])
+        if len(ids) <= block_size - block_size // 4:
+            return ids
+    if len(ids) > block_size:
+        raise UserError(
+            f"the prompt {turns[-1]['content'][:20]!r}... has {len(ids)} tokens, longer than "
+            f"block_size={block_size}; shorten it"
+        )
+    return ids
+
+
+def complete_question(checkpoint: Checkpoint, text: str) -> str:
+    """The question with the mark that ended the trained ones, where it ends in none."""
+    text = text.strip()
+    return text + checkpoint.question_end if text and text[-1].isalnum() else text
+
+
+# --- outputs -----------------------------------------------------------------------------------
+
+
+class TextStream:
+    """Ids of one sample -> text as it comes: whole characters, up to the first stop text."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: list[str]):
+        self.decoder, self.stop = tokenizer.stream_decoder(), stop
+        self.held, self.stopped = "", False
+
+    def push(self, id: int) -> str:
+        return self._release(self.decoder.push(id), keep=True)
+
+    def flush(self) -> str:
+        """What is left when no more ids come."""
+        return self._release(self.decoder.flush(), keep=False)
+
+    def _release(self, new: str, keep: bool) -> str:
+        if self.stopped:
+            return ""
+        self.held += new
+        found = [place for stop in self.stop if (place := self.held.find(stop)) >= 0]
+        if found:
+            end, self.stopped = min(found), True
+        else:
+            end = len(self.held) - (self._beginning() if keep else 0)
+        text, self.held = self.held[:end], self.held[end:]
+        return text
+
+    def _beginning(self) -> int:
+        """Characters at the end of what is held with which a stop text may begin."""
+        longest = max(map(len, self.stop), default=0)
+        sizes = range(min(longest, len(self.held)), 0, -1)
+        return next((n for n in sizes if any(s.startswith(self.held[-n:]) for s in self.stop)), 0)
 
 
 def complete(
     checkpoint: Checkpoint,
-    prompts: list[list[int]],
+    prompts: Iterable[list[int]],
     sampling: Sampling,
     num_samples: int = 1,
     batch_size: int = 16,
+    first_prompt: int = 0,
+    with_nats: bool = False,
 ) -> Iterator[list[Output]]:
-    """The outputs of each prompt, in the prompts' order, generated batch by batch."""
-    tokenizer = checkpoint.tokenizer
-    for first in range(0, len(prompts), batch_size):
-        batch = prompts[first : first + batch_size]
-        outputs = [Output() for _ in range(len(batch) * num_samples)]
-        steps = generate(checkpoint.model, batch, sampling, tokenizer.stop_ids, num_samples, first)
-        for chosen in steps:
-            for row, id in chosen:
-                if id in tokenizer.stop_ids:
-                    outputs[row].ended = True
-                else:
-                    outputs[row].ids.append(id)
-        for output in outputs:
-            output.text = tokenizer.decode(output.ids)
-        for row in range(0, len(outputs), num_samples):
-            yield outputs[row : row + num_samples]
+    """The outputs of each prompt, in the prompts' order; batch_size samples are made at once, and
+    prompts are taken as there is room. first_prompt: the index of the first, for its random
+    stream."""
+    tokenizer, prompts = checkpoint.tokenizer, enumerate(prompts)
+    batch = Batch(checkpoint.model, tokenizer.stop_ids, batch_size, many=True)
+    begun: dict[int, list[Output]] = {}  # by prompt, until it is yielded
+    missing: dict[int, int] = {}  # samples of each that have not ended
+    of: dict[Request, tuple[int, Output, TextStream]] = {}
+    following = 0
+    while True:
+        # no more than this far ahead of the slowest one, so that few outputs wait for it
+        room = 0 if len(batch.waiting) else 4 * batch_size - len(begun)
+        for number, prompt in islice(prompts, max(0, room)):
+            begun[number], missing[number] = [Output() for _ in range(num_samples)], num_samples
+            for sample, output in enumerate(begun[number]):
+                request = Request(
+                    prompt, sampling, first_prompt + number, sample, 0 if with_nats else None
+                )
+                of[request] = number, output, TextStream(tokenizer, sampling.stop)
+                batch.add(request)
+        if not begun:
+            return
+        for request, token in batch.step():
+            number, output, stream = of[request]
+            _add(output, token, stream, tokenizer)
+            if stream.stopped:
+                batch.cancel(request)
+            if request.finish:
+                output.text += stream.flush()
+                missing[number] -= 1
+                del of[request]
+        while missing.get(following) == 0:
+            del missing[following]
+            yield begun.pop(following)
+            following += 1
+
+
+def _add(output: Output, token: Token, stream: TextStream, tokenizer: Tokenizer) -> None:
+    if token.prob is not None:
+        output.nats.append(-math.log(max(token.prob, 1e-45)))
+    if token.id in tokenizer.stop_ids:
+        output.ended = True
+    else:
+        output.ids.append(token.id)
+        output.text += stream.push(token.id)
+        output.ended = stream.stopped
 
 
 def stream(checkpoint: Checkpoint, prompt: list[int], sampling: Sampling) -> Iterator[str]:
     """The text of one sample as it comes, in whole characters."""
-    tokenizer: Tokenizer = checkpoint.tokenizer
-    decoder = tokenizer.stream_decoder()
-    for [(_, id)] in generate(checkpoint.model, [prompt], sampling, tokenizer.stop_ids):
-        if id in tokenizer.stop_ids:
-            break
-        yield decoder.push(id)
-    yield decoder.flush()
+    text = TextStream(checkpoint.tokenizer, sampling.stop)
+    batch = Batch(checkpoint.model, checkpoint.tokenizer.stop_ids, size=1)
+    batch.add(Request(prompt, sampling))
+    while batch and not text.stopped:
+        for _, token in batch.step():
+            if token.id not in batch.stop_ids:
+                yield text.push(token.id)
+    yield text.flush()
+
+
+def chat(checkpoint: Checkpoint, messages: list[dict], sampling: Sampling) -> Iterator[str]:
+    """The answer to the last of the messages {"role", "content"}, as it comes."""
+    return stream(checkpoint, chat_prompt(checkpoint, messages), sampling)
 
 
 # --- command line ------------------------------------------------------------------------------
@@ -286,11 +269,23 @@ def read_start(start: str, answers: bool) -> list[dict]:
     return records
 
 
+def load_for_sampling(out_dir: str, device: str = "auto", int8: bool = False) -> Checkpoint:
+    """The best checkpoint of an out_dir, laid out for generation."""
+    checkpoint = load_checkpoint(repo_path(out_dir), "best", pick_device(device))
+    (quantize if int8 else pack)(checkpoint.model)
+    return checkpoint
+
+
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
-    checkpoint = load_checkpoint(repo_path(config.out_dir), "best", pick_device(config.device))
-    checkpoint.model.lay_out_for_decoding()
+    if config.input_data:
+        from answer_file import answer_file  # it imports this file
+
+        return answer_file(config)
+    checkpoint = load_for_sampling(config.out_dir, config.device, config.quantize == "int8")
     default_temperature(checkpoint, config)
+    if config.interactive:
+        return converse(checkpoint, config)
     records = read_start(config.start, checkpoint.answers)
     if config.eval_mode:
         from evaluations import evaluate_file  # evaluations.py imports this file
@@ -299,14 +294,8 @@ def main(argv: list[str]) -> None:
     if checkpoint.answers and not config.start.strip():
         raise UserError("what is the question? pass --start=TEXT or --start=FILE:questions.txt")
     prompts = [prompt_ids(checkpoint, record["Question"]) for record in records]
-    for record, prompt in zip(records, prompts, strict=True):
-        if len(prompt) > checkpoint.model.config.block_size:
-            raise UserError(
-                f"the prompt {record['Question'][:20]!r}... has {len(prompt)} tokens, longer than "
-                f"block_size={checkpoint.model.config.block_size}; shorten it"
-            )
     lines = []
-    if len(prompts) == config.num_samples == 1:
+    if len(prompts) == config.num_samples == 1 and not config.perplexity:
         record, text = records[0], ""
         if not checkpoint.answers:
             print(record["Question"], end="", flush=True)
@@ -316,14 +305,56 @@ def main(argv: list[str]) -> None:
         print()
         lines.append((record["Question"], text))
     else:
-        outputs = complete(checkpoint, prompts, config, config.num_samples, config.batch_size)
+        rest = config.num_samples, config.batch_size
+        outputs = complete(checkpoint, prompts, config, *rest, with_nats=config.perplexity)
         shown = tqdm(outputs, total=len(prompts), unit="prompt", disable=len(prompts) == 1)
         for record, samples in zip(records, shown, strict=True):
             for output in samples:
                 shown.write(show(checkpoint, record["Question"], output.text), file=sys.stdout)
+                if config.perplexity:
+                    shown.write(f"[perplexity {output.perplexity:.2f}]", file=sys.stdout)
                 lines.append((record["Question"], output.text))
     if config.save_path:
         save(Path(config.save_path), checkpoint, lines)
+
+
+def converse(checkpoint: Checkpoint, sampling: Sampling) -> None:
+    """A conversation in the terminal; a continuing model continues each line by itself."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # keys that edit a line; Windows has its own
+            import readline  # noqa: F401
+    print("an empty line forgets what was said; Ctrl-C stops an answer; Ctrl-D, or Ctrl-Z, ends")
+    messages = []
+    while True:
+        try:
+            text = input("问：" if checkpoint.answers else "> ").strip()
+        except EOFError:
+            print()
+            return
+        if not text:
+            messages = []
+            continue
+        answer = ""
+        try:
+            if checkpoint.answers:
+                text = complete_question(checkpoint, text)
+                messages.append({"role": "user", "content": text})
+                pieces = chat(checkpoint, messages, sampling)
+                print("答：", end="", flush=True)
+            else:
+                pieces = stream(checkpoint, prompt_ids(checkpoint, text), sampling)
+                print(text, end="", flush=True)
+            for piece in pieces:
+                answer += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            pass
+        except UserError as error:  # too long a question: the conversation goes on without it
+            messages.pop()
+            print(f"error: {error}")
+            continue
+        messages.append({"role": "assistant", "content": answer})
+        print()
 
 
 def show(checkpoint: Checkpoint, prompt: str, text: str) -> str:

@@ -516,7 +516,8 @@ def save(run: Run, is_best: bool) -> None:
 
 def identity(data: Dataset) -> dict[str, str]:
     """What run.json says of a dataset."""
-    return {"name": data.name, "kind": data.kind, "fingerprint": data.fingerprint}
+    about = {"name": data.name, "kind": data.kind, "fingerprint": data.fingerprint}
+    return about | {key: data.meta[key] for key in ("question_end",) if key in data.meta}
 
 
 def dry_run(run: Run, peak: Peak, steps: int = 3) -> None:

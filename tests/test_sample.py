@@ -1,8 +1,7 @@
-"""Generated ids against a slow reference without a cache, and the command line around them."""
+"""Texts: outputs, streams, prompts, and sample.py's command line."""
 
 import itertools
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -12,347 +11,26 @@ import torch
 import sample
 from checkpoint import Checkpoint
 from configurator import UserError
-from sample import Sampling, choose, complete, generate, prompt_ids, read_start, stream
+from generation import Sampling
+from sample import (
+    TextStream,
+    chat_prompt,
+    complete,
+    complete_question,
+    prompt_ids,
+    read_start,
+    stream,
+)
 from tests.helpers import (
-    ALL_MODELS,
     TEXT,
-    random_ids,
+    dialogue,
     save_run,
     tiny_model,
     tiny_tokenizer,
     write_novel,
     write_questions,
 )
-
-BLOCK = 24  # tokens, the tiny model's block_size
-GREEDY = Sampling(max_new_tokens=40, temperature=0.0)
-WAYS = {
-    "greedy": {"temperature": 0.0},
-    "sampled": {"temperature": 1.0},
-    "cold_top_k": {"temperature": 0.7, "top_k": 5},
-    "hot_top_p": {"temperature": 1.5, "top_p": 0.8},
-    "penalty": {"temperature": 0.0, "repetition_penalty": 1.7},
-    "all": {"temperature": 0.9, "top_k": 9, "top_p": 0.9, "repetition_penalty": 1.3},
-}
-each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-
-
-def slow_probs(logits: np.ndarray, sampling: Sampling, text: list[int]) -> dict[int, float]:
-    """Each id that may come, likeliest first, with its probability; loops and float64 only."""
-    logits = {id: float(logit) for id, logit in enumerate(logits)}
-    for id in set(text) if sampling.repetition_penalty != 1 else ():
-        penalty = sampling.repetition_penalty
-        logits[id] = logits[id] / penalty if logits[id] > 0 else logits[id] * penalty
-    order = sorted(logits, key=lambda id: -logits[id])
-    if not sampling.temperature:
-        return {order[0]: 1.0}
-    order = order[: sampling.top_k]
-    top = logits[order[0]]
-    weights = [math.exp((logits[id] - top) / sampling.temperature) for id in order]
-    probs, before = {}, 0.0
-    for id, weight in zip(order, weights, strict=True):
-        if before < sampling.top_p:
-            probs[id] = weight / sum(weights)
-        before += weight / sum(weights)
-    return {id: prob / sum(probs.values()) for id, prob in probs.items()}
-
-
-@torch.no_grad()
-def next_logits(model: torch.nn.Module, text: list[int]) -> np.ndarray:
-    return model.head(model(torch.tensor([text])))[0, -1].numpy()
-
-
-def slow_generate(
-    model: torch.nn.Module,
-    prompt: list[int],
-    sampling: Sampling,
-    stop_ids: tuple[int, ...] = (),
-    place: tuple[int, int] = (0, 0),
-) -> list[int]:
-    """One sample, the whole text read anew for each token; place is its prompt and sample."""
-    stream = np.random.default_rng([sampling.seed, *place])
-    block_size = model.config.block_size
-    text, window = list(prompt), list(prompt)
-    for _ in range(sampling.max_new_tokens):
-        probs = slow_probs(next_logits(model, window), sampling, text)
-        if sampling.temperature:
-            u = stream.random()
-            sums = itertools.accumulate(probs.values())
-            id = next((i for i, total in zip(probs, sums, strict=True) if u < total), [*probs][-1])
-        else:
-            [id] = probs
-        text.append(id)
-        window.append(id)
-        if id in stop_ids:
-            break
-        if len(window) > block_size:
-            window = text[-max(2, block_size // 2) :]
-    return text[len(prompt) :]
-
-
-def fast_generate(model, prompts, sampling, *args, **kwargs) -> list[list[int]]:
-    """The rows of generate."""
-    rows = {}
-    for step in generate(model, prompts, sampling, *args, **kwargs):
-        for row, id in step:
-            rows.setdefault(row, []).append(id)
-    return [rows[row] for row in sorted(rows)]
-
-
-def prompts_of(*lengths: int) -> list[list[int]]:
-    return [random_ids(length, seed=length).tolist() for length in lengths]
-
-
-PROMPTS = prompts_of(5, 1, BLOCK, 14, BLOCK - 1)
-
-
-# --- the same ids ------------------------------------------------------------------------------
-
-
-@each_way
-@pytest.mark.parametrize("options", ALL_MODELS.values(), ids=ALL_MODELS)
-def test_cached_ids_equal_uncached(options, way):
-    model = tiny_model(**options).double()
-    sampling = Sampling(max_new_tokens=40, **way)
-    slow = [slow_generate(model, p, sampling, (), (i, 0)) for i, p in enumerate(PROMPTS)]
-    assert len(set(itertools.chain(*slow))) > 10
-    assert fast_generate(model, PROMPTS, sampling) == slow
-
-
-@pytest.mark.parametrize("kind", ["gpt", "lstm"])
-@pytest.mark.parametrize("block_size", [2, 3, 7])
-def test_a_small_context_goes_on_as_the_slow_one_does(block_size, kind):
-    model = tiny_model(block_size=block_size, model=kind).double()
-    prompts = prompts_of(1, 2, block_size)
-    slow = [slow_generate(model, prompt, GREEDY) for prompt in prompts]
-    assert fast_generate(model, prompts, GREEDY) == slow
-
-
-def test_a_context_of_one_token_goes_on_or_is_refused():
-    try:
-        model = tiny_model(block_size=1)
-    except UserError:
-        return
-    assert len(fast_generate(model, [[3]], GREEDY)[0]) == 40
-
-
-@pytest.mark.parametrize("options", ALL_MODELS.values(), ids=ALL_MODELS)
-def test_float32_ids_equal_uncached_up_to_the_first_near_tie(options):
-    model = tiny_model(**options)
-    compared = 0
-    for fast, prompt in zip(fast_generate(model, PROMPTS, GREEDY), PROMPTS, strict=True):
-        text, window = list(prompt), list(prompt)
-        for id in fast:
-            logits = next_logits(model, window)
-            first, second = np.sort(logits)[:-3:-1]
-            if first - second < 1e-4:
-                break
-            assert id == logits.argmax()
-            compared += 1
-            text.append(id)
-            window.append(id)
-            if len(window) > BLOCK:
-                window = text[-BLOCK // 2 :]
-    assert compared > 100
-
-
-@each_way
-@pytest.mark.parametrize("options", [{"n_kv_head": 2}, {"model": "lstm"}], ids=["gpt", "lstm"])
-def test_several_samples_equal_those_made_one_by_one(options, way):
-    model = tiny_model(**options).double()
-    sampling = Sampling(max_new_tokens=30, **way)
-    prompts = prompts_of(6, 20, 2)
-    slow = [
-        slow_generate(model, prompt, sampling, (), (row, number))
-        for row, prompt in enumerate(prompts)
-        for number in range(3)
-    ]
-    assert fast_generate(model, prompts, sampling, (), 3) == slow
-    if sampling.temperature:
-        assert len(set(map(tuple, slow))) == 9
-    # the other samples are not there, the samples are the same
-    assert fast_generate(model, prompts, sampling, (), 1) == slow[::3]
-
-
-def test_a_rows_ids_depend_on_its_own_index_alone():
-    model = tiny_model().double()
-    sampling = Sampling(max_new_tokens=30, temperature=1.0)
-    prompts = prompts_of(6, 20, 2)
-    rows = fast_generate(model, prompts, sampling)
-    for index, prompt in enumerate(prompts):
-        assert fast_generate(model, [prompt], sampling, (), 1, index) == [rows[index]]
-    others = [prompts_of(9)[0], prompts[1], prompts_of(24)[0]]
-    assert fast_generate(model, others, sampling)[1] == rows[1]
-
-
-def test_the_order_of_prompts_does_not_matter_to_greedy_ids():
-    model = tiny_model().double()
-    rows = fast_generate(model, PROMPTS, GREEDY)
-    assert fast_generate(model, PROMPTS[::-1], GREEDY) == rows[::-1]
-
-
-def test_another_seed_gives_another_text_and_the_same_seed_the_same():
-    model = tiny_model()
-    one, same, other = (
-        fast_generate(model, prompts_of(6), Sampling(20, temperature=1.0, seed=seed))
-        for seed in (1, 1, 2)
-    )
-    assert one == same != other
-
-
-@each_way
-@pytest.mark.parametrize("kind", ["gpt", "lstm"])
-def test_a_stop_id_ends_its_row_and_the_others_go_on(kind, way):
-    model = tiny_model(model=kind).double()
-    sampling = Sampling(max_new_tokens=40, **way)
-    endless = fast_generate(model, PROMPTS, sampling, (), 2)
-    stop_ids = (endless[2][10], endless[7][3])
-    slow = [
-        slow_generate(model, PROMPTS[row // 2], sampling, stop_ids, (row // 2, row % 2))
-        for row in range(10)
-    ]
-    assert min(map(len, slow)) < 12
-    assert len(set(map(len, slow))) > 1
-    assert fast_generate(model, PROMPTS, sampling, stop_ids, 2) == slow
-    for ids in slow:
-        assert not set(ids[:-1]) & set(stop_ids)
-
-
-def test_generation_stops_when_every_row_has_ended():
-    model = tiny_model()
-    steps = list(generate(model, PROMPTS, GREEDY, tuple(range(50))))
-    assert len(steps) == 1
-    assert [row for row, _ in steps[0]] == list(range(len(PROMPTS)))
-
-
-@pytest.mark.parametrize("most", [1, 2, 33])
-def test_no_row_is_longer_than_max_new_tokens(most):
-    rows = fast_generate(tiny_model(), PROMPTS, Sampling(most, temperature=0.0))
-    assert [len(ids) for ids in rows] == [most] * len(PROMPTS)
-
-
-def test_ids_beyond_the_vocabulary_never_come():
-    model = tiny_model(tie_weights=False)
-    with torch.no_grad():
-        model.lm_head.weight[50:] = 100 * model.lm_head.weight[:14]
-    sampling = Sampling(max_new_tokens=30, temperature=5.0)
-    rows = fast_generate(model, PROMPTS, sampling, (), 4)
-    assert max(map(max, rows)) < 50
-
-
-def test_dropout_of_a_loaded_model_is_off():
-    model = tiny_model(dropout=0.5)
-    assert fast_generate(model, PROMPTS, GREEDY) == fast_generate(tiny_model(), PROMPTS, GREEDY)
-
-
-@pytest.mark.parametrize("length", [0, BLOCK + 1])
-def test_a_prompt_of_no_or_too_many_tokens_is_refused(length):
-    with pytest.raises(UserError, match=f"{length} tokens.*1 to {BLOCK}"):
-        fast_generate(tiny_model(), [[1], [2] * length], GREEDY)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"max_new_tokens": 0},
-        {"temperature": -0.1},
-        {"top_k": 0},
-        {"top_p": 0.0},
-        {"top_p": 1.1},
-        {"repetition_penalty": 0.0},
-        {"seed": -1},
-    ],
-)
-def test_an_impossible_setting_is_named(options):
-    with pytest.raises(UserError, match=next(iter(options))):
-        Sampling(**options)
-
-
-# --- the choice of one id ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
-def test_the_narrowest_choice_is_greedy(options):
-    model = tiny_model().double()
-    sampling = Sampling(**{"max_new_tokens": 40, "temperature": 3.0} | options)
-    assert fast_generate(model, PROMPTS, sampling) == fast_generate(model, PROMPTS, GREEDY)
-
-
-def chi_square_is_likely(counts: np.ndarray, probs: np.ndarray) -> bool:
-    """Whether counts may be draws from probs: below the 1 - 3e-5 quantile (Wilson and Hilferty)."""
-    total = counts.sum()
-    assert (counts[probs == 0] == 0).all()
-    common = probs * total >= 5
-    counts = np.append(counts[common], counts[~common].sum())
-    wanted = np.append(probs[common], probs[~common].sum()) * total
-    counts, wanted = counts[wanted > 0], wanted[wanted > 0]
-    free = len(counts) - 1
-    quantile = free * (1 - 2 / (9 * free) + 4 * math.sqrt(2 / (9 * free))) ** 3
-    return ((counts - wanted) ** 2 / wanted).sum() < quantile
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"temperature": 0.5},
-        {"temperature": 2.0, "top_k": 7},
-        {"top_p": 0.7},
-        {"top_k": 100, "top_p": 0.999},
-        {"top_k": 6, "top_p": 0.6, "repetition_penalty": 1.5},
-    ],
-)
-def test_choices_follow_the_probabilities(options):
-    sampling = Sampling(**{"temperature": 1.0} | options)
-    logits = torch.randn(40, generator=torch.Generator().manual_seed(3)) * 1.5
-    text = [int(logits.argmax()), int(logits.argmin()), 4]
-    probs = np.zeros(40)
-    for id, prob in slow_probs(logits.numpy(), sampling, text).items():
-        probs[id] = prob
-    seen = torch.zeros(20_000, 40, dtype=torch.bool)
-    seen[:, text] = True
-    uniform = np.random.default_rng(0).random(20_000).tolist()
-    ids = choose(logits.expand(20_000, -1), sampling, uniform, seen)
-    counts = np.bincount(ids.numpy(), minlength=40)
-    assert chi_square_is_likely(counts, probs)
-    # the test itself can fail
-    assert not chi_square_is_likely(counts, np.roll(probs, 1) * 0.5 + probs * 0.5 + 1e-9)
-
-
-def test_the_samples_streams_are_independent():
-    model = tiny_model()
-    sampling = Sampling(max_new_tokens=2, temperature=1.0)
-    rows = np.array(fast_generate(model, [[7]], sampling, (), 5000))
-    probs = np.zeros(50)
-    for id, prob in slow_probs(next_logits(model, [7]), sampling, []).items():
-        probs[id] = prob
-    assert chi_square_is_likely(np.bincount(rows[:, 0], minlength=50), probs)
-    likeliest = int(probs.argmax())
-    after = rows[rows[:, 0] == likeliest, 1]
-    assert len(after) > 300
-    probs = np.zeros(50)
-    for id, prob in slow_probs(next_logits(model, [7, likeliest]), sampling, []).items():
-        probs[id] = prob
-    assert chi_square_is_likely(np.bincount(after, minlength=50), probs)
-
-
-def test_the_edges_of_the_unit_interval_are_the_first_and_the_last_choice():
-    logits = torch.tensor([[1.0, 3.0, 2.0, -1.0]]).expand(2, -1)
-    edges = [0.0, 1 - 2**-53]  # the second is 1 in float32
-    assert choose(logits, Sampling(temperature=1.0), edges, None).tolist() == [1, 3]
-    assert choose(logits, Sampling(temperature=1.0, top_k=2), edges, None).tolist() == [1, 2]
-    assert choose(logits, Sampling(temperature=1.0, top_p=0.8), edges, None).tolist() == [1, 2]
-    halves = [choose(torch.zeros(1, 2), Sampling(temperature=1.0), [u], None) for u in (0, 0.5)]
-    assert halves[0] != halves[1]
-
-
-def test_a_penalty_lowers_positive_and_negative_logits_by_hand():
-    logits = torch.tensor([[3.0, 2.0, -1.0], [-2.0, -3.0, -3.5], [3.0, 2.0, -1.0]])
-    seen = torch.tensor([[True, False, False], [True, False, False], [False, True, True]])
-    sampling = Sampling(temperature=0.0, repetition_penalty=2.0)
-    # 1.5 2 -1; -4 -3 -3.5; 3 1 -2
-    assert choose(logits, sampling, [], seen).tolist() == [1, 1, 0]
-
+from tests.test_generation import slow_generate
 
 # --- text --------------------------------------------------------------------------------------
 
@@ -415,6 +93,114 @@ def test_the_default_temperature_is_greedy_for_answers_only():
         checkpoint = make_checkpoint(kind)
         assert sample.default_temperature(checkpoint, Sampling()).temperature == wanted
         assert sample.default_temperature(checkpoint, Sampling(temperature=0.3)).temperature == 0.3
+
+
+def push_all(text: TextStream, ids: list[int]) -> list[str]:
+    return [*map(text.push, ids), text.flush()]
+
+
+@pytest.mark.parametrize(
+    "stop, wanted",
+    [
+        ([], "桓帝禁锢善类，崇信宦官。"),
+        (["善类"], "桓帝禁锢"),
+        (["崇", "善类"], "桓帝禁锢"),
+        (["宦官。汉", "官吏"], "桓帝禁锢善类，崇信宦官。"),
+        (["桓"], ""),
+    ],
+)
+def test_a_text_ends_before_its_first_stop_text(stop, wanted):
+    tokenizer = tiny_tokenizer()
+    text = TextStream(tokenizer, stop)
+    pieces = push_all(text, tokenizer.encode("桓帝禁锢善类，崇信宦官。"))
+    assert "".join(pieces) == wanted
+    assert text.stopped == any(s in "桓帝禁锢善类，崇信宦官。" for s in stop)
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_what_may_begin_a_stop_text_is_held_back_and_no_more():
+    tokenizer = tiny_tokenizer()
+    ids = [tokenizer.encode(char)[0] for char in "abcdbcd!!"]
+    text, shown = TextStream(tokenizer, ["cde", "da"]), []
+    for id in ids:
+        shown.append("".join(shown[-1:]) + text.push(id))
+    assert shown == ["a", "ab", "ab", "ab", "abcdb", "abcdb", "abcdb", "abcdbcd!", "abcdbcd!!"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_stop_texts_end_their_own_outputs_only(batch_size):
+    checkpoint = make_checkpoint("pretrain")
+    prompts = [prompt_ids(checkpoint, text) for text in ("汉朝", "桓帝", "谁？", "建宁二年")]
+    whole = list(complete(checkpoint, prompts, Sampling(30, temperature=1.0)))
+    stop = whole[1][0].text[3:5]
+    sampling = Sampling(30, temperature=1.0, stop=[stop])
+    cut = list(complete(checkpoint, prompts, sampling, batch_size=batch_size))
+    for [before], [after] in zip(whole, cut, strict=True):
+        assert after.text == before.text.split(stop)[0]
+        assert after.ended == (before.ended or stop in before.text)
+        assert list(stream(checkpoint, prompts[0], sampling))
+    assert cut[1][0].text != whole[1][0].text
+
+
+def test_prompts_are_taken_as_there_is_room():
+    checkpoint, taken = make_checkpoint("pretrain"), []
+
+    def prompts():
+        for number in range(60):
+            taken.append(number)
+            yield prompt_ids(checkpoint, TEXT[number])
+
+    outputs = complete(checkpoint, prompts(), Sampling(5, temperature=1.0), 1, batch_size=2)
+    next(outputs)
+    assert len(taken) < 20
+    assert len(list(outputs)) == 59
+
+
+def test_an_outputs_perplexity_is_that_of_its_own_tokens():
+    checkpoint = make_checkpoint("sft")
+    prompt = prompt_ids(checkpoint, "谁？")
+    sampling = Sampling(40, temperature=1.5, top_k=40)
+    for [output] in complete(checkpoint, [prompt] * 3, sampling, with_nats=True):
+        end = [checkpoint.tokenizer.end] if output.ended else []
+        text = torch.tensor([prompt + output.ids + end])
+        with torch.no_grad():
+            logits = checkpoint.model.head(checkpoint.model(text[:, :64]))[0]
+        log_probs = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
+        nats = -log_probs.gather(1, text[0, len(prompt) : 64, None]).squeeze(1)
+        assert output.nats[: len(nats)] == pytest.approx(nats.tolist(), rel=1e-4)
+        assert output.perplexity == pytest.approx(np.exp(np.mean(output.nats)))
+
+
+def test_a_conversation_loses_its_oldest_turns_first():
+    checkpoint = make_checkpoint("sft")
+    render = checkpoint.tokenizer.render_prompt
+    turns = dialogue("谁？", "曹节。", "何时？", "建宁二年四月望日。", "何地？")
+    assert chat_prompt(checkpoint, turns[-1:]) == render(turns[-1:])
+    system = {"role": "system", "content": "答"}
+    for messages in (turns, [system, *turns]):
+        ids = chat_prompt(checkpoint, messages)
+        kept = [m for m in messages if m in checkpoint.tokenizer.parse(ids)]
+        assert ids == render(kept) and len(ids) <= 48
+        assert messages[-1] in kept and (messages[0] in kept) == (messages[0]["role"] == "system")
+    with pytest.raises(UserError, match="longer than block_size=64"):
+        chat_prompt(checkpoint, dialogue("谁？", "曹节。", TEXT))
+    for bad in ([], turns[:2], [system]):
+        with pytest.raises(UserError, match="must end with a question"):
+            chat_prompt(checkpoint, bad)
+
+
+def test_a_question_gets_the_mark_that_it_was_trained_with():
+    checkpoint = make_checkpoint("sft")
+    assert complete_question(checkpoint, " 孔明是谁 ") == "孔明是谁"
+    checkpoint.run["dataset"]["question_end"] = "？"
+    for text, wanted in {
+        " 孔明是谁 ": "孔明是谁？",
+        "孔明是谁？": "孔明是谁？",
+        "孔明是谁?": "孔明是谁?",
+        "问：3": "问：3？",
+        "": "",
+    }.items():
+        assert complete_question(checkpoint, text) == wanted
 
 
 # --- --start -----------------------------------------------------------------------------------

@@ -1,0 +1,550 @@
+"""Generated ids against a slow reference without a cache."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from configurator import UserError
+from decoding import Decoder, PackedLinear, pack, quantize
+from generation import Batch, Request, Sampling, choose, completions, generate, penalize
+from tests.helpers import ALL_MODELS, ARCHITECTURES, random_ids, tiny_model
+
+BLOCK = 24  # tokens, the tiny model's block_size
+GREEDY = Sampling(max_new_tokens=40, temperature=0.0)
+WAYS = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"temperature": 1.0},
+    "cold_top_k": {"temperature": 0.7, "top_k": 5},
+    "hot_top_p": {"temperature": 1.5, "top_p": 0.8},
+    "penalty": {"temperature": 0.0, "repetition_penalty": 1.7},
+    "min_p": {"temperature": 1.3, "min_p": 0.3},
+    "no_repeat_ngram": {"temperature": 0.0, "no_repeat_ngram": 2},
+    "all": {
+        "temperature": 0.9,
+        "top_k": 9,
+        "top_p": 0.9,
+        "min_p": 0.05,
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram": 3,
+    },
+}
+each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+def slow_probs(logits: np.ndarray, sampling: Sampling, text: list[int]) -> dict[int, float]:
+    """Each id that may come, likeliest first, with its probability; loops and float64 only."""
+    logits = {id: float(logit) for id, logit in enumerate(logits)}
+    for id in set(text) if sampling.repetition_penalty != 1 else ():
+        penalty = sampling.repetition_penalty
+        logits[id] = logits[id] / penalty if logits[id] > 0 else logits[id] * penalty
+    if n := sampling.no_repeat_ngram:
+        grams = [text[i : i + n] for i in range(len(text) - n + 1)]
+        for id in logits:
+            if [*text[len(text) - n + 1 :], id] in grams:
+                logits[id] = -math.inf
+    order = sorted(logits, key=lambda id: -logits[id])
+    if not sampling.temperature:
+        return {order[0]: 1.0}
+    order = order[: sampling.top_k]
+    top = logits[order[0]]
+    weights = [math.exp((logits[id] - top) / sampling.temperature) for id in order]
+    probs, before = {}, 0.0
+    for id, weight in zip(order, weights, strict=True):
+        if before < sampling.top_p:
+            probs[id] = weight / sum(weights)
+        before += weight / sum(weights)
+    most = max(probs.values())
+    probs = {id: prob for id, prob in probs.items() if prob >= sampling.min_p * most}
+    return {id: prob / sum(probs.values()) for id, prob in probs.items()}
+
+
+@torch.no_grad()
+def next_logits(model: torch.nn.Module, text: list[int]) -> np.ndarray:
+    return model.head(model(torch.tensor([text])))[0, -1].numpy()
+
+
+def slow_generate(
+    model: torch.nn.Module,
+    prompt: list[int],
+    sampling: Sampling,
+    stop_ids: tuple[int, ...] = (),
+    place: tuple[int, int] = (0, 0),
+) -> list[int]:
+    """One sample, the whole text read anew for each token; place is its prompt and sample."""
+    stream = np.random.default_rng([sampling.seed, *place])
+    block_size = model.config.block_size
+    text, window = list(prompt), list(prompt)
+    for _ in range(sampling.max_new_tokens):
+        probs = slow_probs(next_logits(model, window), sampling, text)
+        if sampling.temperature:
+            u = stream.random()
+            sums = itertools.accumulate(probs.values())
+            id = next((i for i, total in zip(probs, sums, strict=True) if u < total), [*probs][-1])
+        else:
+            [id] = probs
+        text.append(id)
+        window.append(id)
+        if id in stop_ids:
+            break
+        if len(window) > block_size:
+            window = text[-max(2, block_size // 2) :]
+    return text[len(prompt) :]
+
+
+def fast_generate(model, prompts, sampling, *args, **kwargs) -> list[list[int]]:
+    """The rows of generate."""
+    rows = {}
+    for step in generate(model, prompts, sampling, *args, **kwargs):
+        for row, id in step:
+            rows.setdefault(row, []).append(id)
+    return [rows[row] for row in sorted(rows)]
+
+
+def prompts_of(*lengths: int) -> list[list[int]]:
+    return [random_ids(length, seed=length).tolist() for length in lengths]
+
+
+PROMPTS = prompts_of(5, 1, BLOCK, 14, BLOCK - 1)
+
+
+# --- the same ids ------------------------------------------------------------------------------
+
+
+@each_way
+@pytest.mark.parametrize("options", ALL_MODELS.values(), ids=ALL_MODELS)
+def test_cached_ids_equal_uncached(options, way):
+    model = tiny_model(**options).double()
+    sampling = Sampling(max_new_tokens=40, **way)
+    slow = [slow_generate(model, p, sampling, (), (i, 0)) for i, p in enumerate(PROMPTS)]
+    assert len(set(itertools.chain(*slow))) > 10
+    assert fast_generate(model, PROMPTS, sampling) == slow
+
+
+@pytest.mark.parametrize("kind", ["gpt", "lstm"])
+@pytest.mark.parametrize("block_size", [2, 3, 7])
+def test_a_small_context_goes_on_as_the_slow_one_does(block_size, kind):
+    model = tiny_model(block_size=block_size, model=kind).double()
+    prompts = prompts_of(1, 2, block_size)
+    slow = [slow_generate(model, prompt, GREEDY) for prompt in prompts]
+    assert fast_generate(model, prompts, GREEDY) == slow
+
+
+def test_a_context_of_one_token_goes_on_or_is_refused():
+    try:
+        model = tiny_model(block_size=1)
+    except UserError:
+        return
+    assert len(fast_generate(model, [[3]], GREEDY)[0]) == 40
+
+
+@pytest.mark.parametrize("options", ALL_MODELS.values(), ids=ALL_MODELS)
+def test_float32_ids_equal_uncached_up_to_the_first_near_tie(options):
+    model = tiny_model(**options)
+    compared = 0
+    for fast, prompt in zip(fast_generate(model, PROMPTS, GREEDY), PROMPTS, strict=True):
+        text, window = list(prompt), list(prompt)
+        for id in fast:
+            logits = next_logits(model, window)
+            first, second = np.sort(logits)[:-3:-1]
+            if first - second < 1e-4:
+                break
+            assert id == logits.argmax()
+            compared += 1
+            text.append(id)
+            window.append(id)
+            if len(window) > BLOCK:
+                window = text[-BLOCK // 2 :]
+    assert compared > 100
+
+
+@each_way
+@pytest.mark.parametrize("options", [{"n_kv_head": 2}, {"model": "lstm"}], ids=["gpt", "lstm"])
+def test_several_samples_equal_those_made_one_by_one(options, way):
+    model = tiny_model(**options).double()
+    sampling = Sampling(max_new_tokens=30, **way)
+    prompts = prompts_of(6, 20, 2)
+    slow = [
+        slow_generate(model, prompt, sampling, (), (row, number))
+        for row, prompt in enumerate(prompts)
+        for number in range(3)
+    ]
+    assert fast_generate(model, prompts, sampling, (), 3) == slow
+    if sampling.temperature:
+        assert len(set(map(tuple, slow))) == 9
+    # the other samples are not there, the samples are the same
+    assert fast_generate(model, prompts, sampling, (), 1) == slow[::3]
+
+
+def test_a_rows_ids_depend_on_its_own_index_alone():
+    model = tiny_model().double()
+    sampling = Sampling(max_new_tokens=30, temperature=1.0)
+    prompts = prompts_of(6, 20, 2)
+    rows = fast_generate(model, prompts, sampling)
+    for index, prompt in enumerate(prompts):
+        assert fast_generate(model, [prompt], sampling, (), 1, index) == [rows[index]]
+    others = [prompts_of(9)[0], prompts[1], prompts_of(24)[0]]
+    assert fast_generate(model, others, sampling)[1] == rows[1]
+
+
+def test_the_order_of_prompts_does_not_matter_to_greedy_ids():
+    model = tiny_model().double()
+    rows = fast_generate(model, PROMPTS, GREEDY)
+    assert fast_generate(model, PROMPTS[::-1], GREEDY) == rows[::-1]
+
+
+def test_another_seed_gives_another_text_and_the_same_seed_the_same():
+    model = tiny_model()
+    one, same, other = (
+        fast_generate(model, prompts_of(6), Sampling(20, temperature=1.0, seed=seed))
+        for seed in (1, 1, 2)
+    )
+    assert one == same != other
+
+
+@each_way
+@pytest.mark.parametrize("kind", ["gpt", "lstm"])
+def test_a_stop_id_ends_its_row_and_the_others_go_on(kind, way):
+    model = tiny_model(model=kind).double()
+    sampling = Sampling(max_new_tokens=40, **way)
+    endless = fast_generate(model, PROMPTS, sampling, (), 2)
+    stop_ids = (endless[2][10], endless[7][3])
+    slow = [
+        slow_generate(model, PROMPTS[row // 2], sampling, stop_ids, (row // 2, row % 2))
+        for row in range(10)
+    ]
+    assert min(map(len, slow)) < 12
+    assert len(set(map(len, slow))) > 1
+    assert fast_generate(model, PROMPTS, sampling, stop_ids, 2) == slow
+    for ids in slow:
+        assert not set(ids[:-1]) & set(stop_ids)
+
+
+def test_generation_stops_when_every_row_has_ended():
+    model = tiny_model()
+    steps = list(generate(model, PROMPTS, GREEDY, tuple(range(50))))
+    assert len(steps) == 1
+    assert [row for row, _ in steps[0]] == list(range(len(PROMPTS)))
+
+
+@pytest.mark.parametrize("most", [1, 2, 33])
+def test_no_row_is_longer_than_max_new_tokens(most):
+    rows = fast_generate(tiny_model(), PROMPTS, Sampling(most, temperature=0.0))
+    assert [len(ids) for ids in rows] == [most] * len(PROMPTS)
+
+
+def test_ids_beyond_the_vocabulary_never_come():
+    model = tiny_model(tie_weights=False)
+    with torch.no_grad():
+        model.lm_head.weight[50:] = 100 * model.lm_head.weight[:14]
+    sampling = Sampling(max_new_tokens=30, temperature=5.0)
+    rows = fast_generate(model, PROMPTS, sampling, (), 4)
+    assert max(map(max, rows)) < 50
+
+
+def test_dropout_of_a_loaded_model_is_off():
+    model = tiny_model(dropout=0.5)
+    assert fast_generate(model, PROMPTS, GREEDY) == fast_generate(tiny_model(), PROMPTS, GREEDY)
+
+
+@pytest.mark.parametrize("length", [0, BLOCK + 1])
+def test_a_prompt_of_no_or_too_many_tokens_is_refused(length):
+    with pytest.raises(UserError, match=f"{length} tokens.*1 to {BLOCK}"):
+        fast_generate(tiny_model(), [[1], [2] * length], GREEDY)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -0.1},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"no_repeat_ngram": -1},
+        {"stop": ["x", ""]},
+        {"temperature": float("inf")},
+        {"temperature": float("nan")},
+        {"repetition_penalty": float("nan")},
+        {"repetition_penalty": 0.0},
+        {"seed": -1},
+    ],
+)
+def test_an_impossible_setting_is_named(options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        Sampling(**options)
+
+
+# --- the choice of one id ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
+def test_the_narrowest_choice_is_greedy(options):
+    model = tiny_model().double()
+    sampling = Sampling(**{"max_new_tokens": 40, "temperature": 3.0} | options)
+    assert fast_generate(model, PROMPTS, sampling) == fast_generate(model, PROMPTS, GREEDY)
+
+
+def chi_square_is_likely(counts: np.ndarray, probs: np.ndarray) -> bool:
+    """Whether counts may be draws from probs: below the 1 - 3e-5 quantile (Wilson and Hilferty)."""
+    total = counts.sum()
+    assert (counts[probs == 0] == 0).all()
+    common = probs * total >= 5
+    counts = np.append(counts[common], counts[~common].sum())
+    wanted = np.append(probs[common], probs[~common].sum()) * total
+    counts, wanted = counts[wanted > 0], wanted[wanted > 0]
+    free = len(counts) - 1
+    quantile = free * (1 - 2 / (9 * free) + 4 * math.sqrt(2 / (9 * free))) ** 3
+    return ((counts - wanted) ** 2 / wanted).sum() < quantile
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 2.0, "top_k": 7},
+        {"top_p": 0.7},
+        {"top_k": 100, "top_p": 0.999},
+        {"min_p": 0.1},
+        {"top_k": 6, "top_p": 0.6, "repetition_penalty": 1.5},
+        {"top_k": 20, "top_p": 0.9, "min_p": 0.2},
+    ],
+)
+def test_choices_follow_the_probabilities(options):
+    sampling = Sampling(**{"temperature": 1.0} | options)
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(3)) * 1.5
+    text = [int(logits.argmax()), int(logits.argmin()), 4]
+    probs = np.zeros(40)
+    for id, prob in slow_probs(logits.numpy(), sampling, text).items():
+        probs[id] = prob
+    request = Request(text, sampling)  # 20,000 numbers of one stream
+    rows = penalize(logits[None], [request]).expand(20_000, -1)
+    counts = np.bincount(choose(rows, [request] * 20_000), minlength=40)
+    assert chi_square_is_likely(counts, probs)
+    # the test itself can fail
+    assert not chi_square_is_likely(counts, np.roll(probs, 1) * 0.5 + probs * 0.5 + 1e-9)
+
+
+def test_the_samples_streams_are_independent():
+    model = tiny_model()
+    sampling = Sampling(max_new_tokens=2, temperature=1.0)
+    rows = np.array(fast_generate(model, [[7]], sampling, (), 5000))
+    probs = np.zeros(50)
+    for id, prob in slow_probs(next_logits(model, [7]), sampling, []).items():
+        probs[id] = prob
+    assert chi_square_is_likely(np.bincount(rows[:, 0], minlength=50), probs)
+    likeliest = int(probs.argmax())
+    after = rows[rows[:, 0] == likeliest, 1]
+    assert len(after) > 300
+    probs = np.zeros(50)
+    for id, prob in slow_probs(next_logits(model, [7, likeliest]), sampling, []).items():
+        probs[id] = prob
+    assert chi_square_is_likely(np.bincount(after, minlength=50), probs)
+
+
+class OneNumber:
+    """A random stream that is one number."""
+
+    def __init__(self, u: float):
+        self.u = u
+
+    def random(self) -> float:
+        return self.u
+
+
+def edge(u: float, **options) -> Request:
+    request = Request([0], Sampling(**options))
+    request.random = OneNumber(u)
+    return request
+
+
+def test_the_edges_of_the_unit_interval_are_the_first_and_the_last_choice():
+    logits = torch.tensor([[1.0, 3.0, 2.0, -1.0]]).expand(2, -1)
+    for options, wanted in (({}, [1, 3]), ({"top_k": 2}, [1, 2]), ({"top_p": 0.8}, [1, 2])):
+        edges = [0.0, 1 - 2**-53]  # the second is 1 in float32
+        assert choose(logits, [edge(u, temperature=1.0, **options) for u in edges]) == wanted
+    halves = [choose(torch.zeros(1, 2), [edge(u, temperature=1.0)]) for u in (0, 0.5)]
+    assert halves[0] != halves[1]
+
+
+def test_a_penalty_lowers_positive_and_negative_logits_by_hand():
+    logits = torch.tensor([[3.0, 2.0, -1.0], [-2.0, -3.0, -3.5], [3.0, 2.0, -1.0]])
+    sampling = Sampling(temperature=0.0, repetition_penalty=2.0)
+    requests = [Request(text, sampling) for text in ([0], [0, 0], [1, 2])]
+    wanted = [[1.5, 2, -1], [-4, -3, -3.5], [3, 1, -2]]
+    assert penalize(logits, requests).tolist() == wanted
+    assert choose(penalize(logits, requests), requests) == [1, 1, 0]
+
+
+def test_penalties_equal_hugging_faces():
+    from transformers.generation.logits_process import (
+        NoRepeatNGramLogitsProcessor,
+        RepetitionPenaltyLogitsProcessor,
+    )
+
+    logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    texts = random_ids(6, 30, n_vocab=9)
+    for n in (1, 2, 3, 40):
+        requests = [Request(t, Sampling(no_repeat_ngram=n)) for t in texts.tolist()]
+        wanted = NoRepeatNGramLogitsProcessor(n)(texts, logits.clone())
+        wanted[wanted.isinf().all(dim=1)] = logits[wanted.isinf().all(dim=1)]
+        assert torch.equal(penalize(logits, requests), wanted)
+    requests = [Request(t, Sampling(repetition_penalty=1.3)) for t in texts[:, :4].tolist()]
+    wanted = RepetitionPenaltyLogitsProcessor(1.3)(texts[:, :4], logits.clone())
+    assert torch.equal(penalize(logits, requests), wanted)
+
+
+def test_what_completes_a_sequence_by_hand():
+    text = [1, 2, 3, 1, 2, 4, 1, 2]
+    assert completions(text, 3) == [3, 4]  # 1 2 came before 3 and before 4
+    assert completions(text, 2) == [3, 4]
+    assert sorted(completions(text, 1)) == sorted(text)
+    assert completions(text, 9) == completions([], 2) == []
+
+
+# --- many requests -----------------------------------------------------------------------------
+
+
+def run_batch(model, requests: list[Request], size: int, stop_ids=()) -> list[list[int]]:
+    batch = Batch(model, stop_ids, size)
+    for request in requests:
+        batch.add(request)
+    most = 0
+    while batch:
+        most = max(most, len(batch.step()))
+    assert most == min(size, len(requests))
+    return [request.text[len(request.prompt) :] for request in requests]
+
+
+@pytest.mark.parametrize("kind", ["gpt", "lstm"])
+@pytest.mark.parametrize("size", [1, 3, 20])
+def test_mixed_requests_have_the_ids_that_each_has_alone(kind, size):
+    model = tiny_model(model=kind).double()
+    prompts = prompts_of(5, 1, BLOCK, 14, BLOCK - 1, 5, 9)
+    ways = [*WAYS.values()][: len(prompts)]
+    samplings = [Sampling(7 + 5 * i, **way) for i, way in enumerate(ways)]
+    slow = [
+        slow_generate(model, prompt, sampling, (), (i, 2))
+        for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
+    ]
+    pairs = enumerate(zip(prompts, samplings, strict=True))
+    requests = [Request(prompt, sampling, i, 2) for i, (prompt, sampling) in pairs]
+    assert run_batch(model, requests, size) == slow
+    assert {request.finish for request in requests} == {"length"}
+
+
+def test_a_row_that_ends_leaves_its_place_at_once():
+    model = tiny_model().double()
+    batch = Batch(model, size=2)
+    lengths = [1, 6, 2, 3]
+    requests = [Request([3 + n], Sampling(n, temperature=0.0)) for n in lengths]
+    for request in requests:
+        batch.add(request)
+    running = []
+    while batch:
+        running.append([requests.index(request) for request, _ in batch.step()])
+    # of two places the first is free after one token, then after two more, then after three
+    assert [sorted(rows) for rows in running] == [[0, 1], *[[1, 2]] * 2, *[[1, 3]] * 3]
+
+
+def test_a_cancelled_request_ends_and_the_others_do_not_notice():
+    model = tiny_model().double()
+    prompts, sampling = prompts_of(5, 3, 8, 2), Sampling(12, temperature=1.0)
+    requests = [Request(prompt, sampling, i) for i, prompt in enumerate(prompts)]
+    batch = Batch(model, size=3)
+    for request in requests:
+        batch.add(request)
+    for _ in range(4):
+        batch.step()
+    batch.cancel(requests[0])
+    batch.cancel(requests[3])
+    while batch:
+        batch.step()
+    batch.cancel(requests[1])
+    assert [r.finish for r in requests] == ["cancelled", "length", "length", "cancelled"]
+    assert [r.n_new for r in requests] == [4, 12, 12, 0]
+    for number in (1, 2):
+        assert requests[number].ids == slow_generate(
+            model, prompts[number], sampling, (), (number, 0)
+        )
+
+
+def test_probabilities_are_the_models_own_whatever_the_sampling():
+    model = tiny_model().double()
+    sampling = Sampling(20, temperature=2.0, top_k=3, repetition_penalty=2.0)
+    requests = [Request([5, 6], sampling, 0, n, alternatives=n) for n in (0, 4)]
+    requests.append(Request([5, 6], sampling, 0, 2))
+    batch = Batch(model)
+    for request in requests:
+        batch.add(request)
+    while batch:
+        for request, token in batch.step():
+            if request is requests[2]:
+                assert token.prob is None and token.alternatives == ()
+                continue
+            before = request.text[:-1][-BLOCK:]
+            if len(request.text) > BLOCK:  # what a long text keeps: test_a_small_context_...
+                continue
+            logits = next_logits(model, before).astype(float)
+            probs = np.exp(logits) / np.exp(logits).sum()
+            assert token.prob == pytest.approx(probs[token.id], rel=1e-5)
+            best = np.argsort(-probs)[: request.alternatives]
+            assert [id for id, _ in token.alternatives] == best.tolist()
+            wanted = pytest.approx(probs[best], rel=1e-5)
+            assert [prob for _, prob in token.alternatives] == wanted
+
+
+# --- one token a row, laid out for speed -------------------------------------------------------
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["as_needed", "static"])
+@pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
+@torch.no_grad()
+def test_the_decoder_computes_what_the_model_does(options, static):
+    model = tiny_model(**options).double()
+    idx = random_ids(4, BLOCK)
+    for lengths in ([6, 6, 6], [9, 1, 14]):
+        caches = [model.new_cache(4), model.new_cache(4)]
+        for cache in caches:
+            cache.keep_rows(3)
+            model(idx[:3, : max(lengths)], cache, lengths)
+        decode = Decoder(model, static)
+        for step in range(4):
+            rows = torch.tensor([idx[row, n + step] for row, n in enumerate(lengths)])
+            hidden = decode(rows, caches[0])
+            wanted = model(rows[:, None], caches[1])[:, -1]
+            assert (hidden - wanted).abs().max() < 1e-12
+            assert caches[0].lengths == caches[1].lengths
+    full = model.new_cache(1)
+    full.lengths = [BLOCK]
+    with pytest.raises(ValueError, match="exceed"):
+        Decoder(model, static)(torch.tensor([1]), full)
+
+
+@pytest.mark.parametrize("options", ALL_MODELS.values(), ids=ALL_MODELS)
+@torch.no_grad()
+def test_a_packed_model_computes_the_same(options):
+    idx = random_ids(3, BLOCK)
+    wanted = tiny_model(**options)
+    packed = pack(tiny_model(**options))
+    if torch.backends.mkldnn.is_available():
+        assert isinstance(packed.lm_head, PackedLinear)
+    logits = packed.head(packed(idx))
+    assert logits.shape == (3, BLOCK, 50)
+    assert (logits - wanted.head(wanted(idx))).abs().max() < 2e-4
+    rows = fast_generate(packed, PROMPTS, Sampling(9, temperature=0.0))
+    assert rows[1][:2] == fast_generate(wanted, PROMPTS, Sampling(9, temperature=0.0))[1][:2]
+
+
+@torch.no_grad()
+def test_eight_bits_keep_products_to_a_few_percent():
+    wanted, rounded = tiny_model(n_embd=64, bias=True), quantize(tiny_model(n_embd=64, bias=True))
+    x = torch.randn(5, 1, 64, generator=torch.Generator().manual_seed(0))
+    exact, ours = (model.blocks[0].mlp.c_fc(x) for model in (wanted, rounded))
+    assert 1e-4 < (ours - exact).norm() / exact.norm() < 0.04
+    assert len(fast_generate(rounded, PROMPTS, GREEDY)[0]) == 40
