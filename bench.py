@@ -3,6 +3,7 @@
     pip install -r requirements-dev.txt
     python bench.py                          step, then generate
     python bench.py step --n_layer=6 --n_embd=512 --n_head=8
+    python bench.py start --out_dir=out-sanguo-sft      from the command to the first character
     python bench.py quality                  ours, MiniMind's, the reference's: some three hours
     python bench.py quality --only=ours-2    one run of these; Ctrl-C and the same command go on
 
@@ -15,7 +16,6 @@ Linear layers (the head is one) x tokens + 12 x n_layer x n_embd x T x tokens / 
 attention); a decoding step as one reading of all weights, and of the cache at its mean length.
 """
 
-import copy
 import dataclasses
 import importlib.util
 import itertools
@@ -23,7 +23,6 @@ import json
 import multiprocessing
 import re
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -35,7 +34,8 @@ from typing import Literal
 import torch
 
 import train as training
-from bench_peers import PEERS, hugging_face_qwen3, import_transformers
+from bench_generate import bench_generate, bench_start
+from bench_peers import PEERS, import_transformers
 from bench_profile import numbers, print_profile, profile_step, whole_step
 from bench_quality import (
     PATIENCE,
@@ -49,6 +49,7 @@ from bench_quality import (
     read_trial,
     train_trial,
 )
+from bench_timing import Seconds, measure, report, speed_ratio
 from checkpoint import environment
 from configurator import (
     ROOT,
@@ -60,8 +61,6 @@ from configurator import (
     show_path,
     written_aside,
 )
-from decoding import pack
-from generation import Sampling, generate
 from model import GPT, ModelConfig, pick_device
 from objectives import count_terms, next_token, target_losses, to_device
 from visualize import save_figure
@@ -84,8 +83,6 @@ CONTENDERS = [
 ]
 LIMITS = {"Llama": ("Qwen3", "Llama"), "GPT-2": ("GPT-2",)}  # whose products are whose too
 SIDE = 2048  # of the square matrices whose product is timed
-MEMORY = 2**28  # bytes whose reading is timed
-TIE = 1e-4  # two best logits nearer than this may change places between implementations
 PREPARE = {
     "sanguo": "data/sanguo/prepare.py",
     "sanguo_6400": "data/sanguo/prepare.py --vocab_size=6400 --out=data/sanguo_6400",
@@ -94,12 +91,10 @@ PREPARE = {
 
 LONG_MINUTES = 5  # up to there the novel is read less than four times: ours leaves out dropout
 
-Seconds = dict[str, list[float]]  # of each contender, turn by turn
-
 
 @dataclass
 class Settings:
-    names: list[str] = field(default_factory=list)  # step, generate, quality; none: the first two
+    names: list[str] = field(default_factory=list)  # step, generate, start, quality; none: two
     n_layer: int = 4  # blocks
     n_head: int = 4  # heads
     n_embd: int = 256  # width
@@ -107,7 +102,9 @@ class Settings:
     batch_size: int = 16  # rows of a training step, in step
     block_size: int = 256  # tokens of a training row, in step
     prompt_tokens: int = 16  # that generation starts from
-    new_tokens: int = 512  # that generation adds
+    new_tokens: int = 512  # that generation adds to one prompt; to each of many, a quarter
+    prompts: int = 32  # in generate, how many
+    out_dir: str = "out-sanguo-sft"  # of the model that start loads
     rounds: int = 7  # turns of each contender, after one to warm up
     clock: Literal["wall", "cpu"] = "wall"  # cpu: the time of this process, on all its threads
     ours_minutes: list[float] = field(default_factory=lambda: [2, 4, 6.67])  # a run each
@@ -125,7 +122,7 @@ class Settings:
             if name not in PARTS:
                 near = nearest(name, PARTS) or f"; there are {', '.join(PARTS)}"
                 raise UserError(f"unknown part {name!r}{near}")
-        for name in ("batch_size", "prompt_tokens", "new_tokens", "rounds"):
+        for name in ("batch_size", "prompt_tokens", "new_tokens", "prompts", "rounds"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
 
@@ -133,9 +130,10 @@ class Settings:
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     config.device = pick_device(config.device)
-    if config.names != ["quality"]:
+    names = config.names or ["step", "generate"]
+    if {"step", "generate"} & {*names}:
         import_transformers()  # before anything long
-    for name in config.names or ["step", "generate"]:
+    for name in names:
         results = PARTS[name](config)
         if results is None:  # what was asked for is done, but it is not all
             continue
@@ -149,40 +147,6 @@ def main(argv: list[str]) -> None:
         with written_aside(path) as aside:
             aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(f"  written to {show_path(path)}\n")
-
-
-# --- timing ------------------------------------------------------------------------------------
-
-
-def measure(contenders: dict[str, Callable], rounds: int, clock: str, device: str) -> Seconds:
-    """Seconds of each contender's calls, which take turns; the first turn is not counted."""
-    now = time.process_time if clock == "cpu" else time.perf_counter
-    seconds = {name: [] for name in contenders}
-    for _ in range(rounds + 1):
-        for name, run in contenders.items():
-            began = now()
-            run()
-            if device != "cpu":
-                torch.accelerator.synchronize()
-            seconds[name].append(now() - began)
-    return {name: turns[1:] for name, turns in seconds.items()}
-
-
-def speed_ratio(seconds: Seconds, ours: str, other: str, work: float = 1.0) -> dict[str, float]:
-    """ours' speed / other's, of the medians and the range; work: ours' in a turn over other's."""
-    turns = [work * b / a for a, b in zip(seconds[ours], seconds[other], strict=True)]
-    ratio = work * median(seconds[other]) / median(seconds[ours])
-    return {"ratio": ratio, "min": min(turns), "max": max(turns)}
-
-
-def report(seconds: Seconds, names: list[str], tokens: int, ratios: dict[str, dict]) -> dict:
-    """Prints and returns the speeds of the contenders that are named, and the ratios."""
-    speeds = {name: tokens / median(seconds[name]) for name in names}
-    for name, speed in speeds.items():
-        print(f"  {name:<50} {speed:,.0f} tokens per second")
-    for label, of in ratios.items():
-        print(f"  {label:<50} {of['ratio']:.3g} ({of['min']:.3g} to {of['max']:.3g})")
-    return {"tokens_per_second": speeds, "ratios": ratios, "seconds": seconds}
 
 
 # --- step --------------------------------------------------------------------------------------
@@ -414,109 +378,6 @@ def peak_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS has bytes
 
 
-# --- generate ----------------------------------------------------------------------------------
-
-
-def bench_generate(config: Settings) -> dict:
-    """Greedy generation by our cache, by recomputing, and by Hugging Face on the same weights."""
-    n = config.new_tokens
-    model = random_model(config).to(config.device).eval()
-    prompt = torch.randint(config.vocab_size, (config.prompt_tokens,)).tolist()
-    peer = hugging_face_qwen3(model)
-    weights = 4 * model.n_params()
-    packed = pack(copy.deepcopy(model))
-    idx = torch.tensor([prompt], device=config.device)
-    sampling = Sampling(max_new_tokens=n, temperature=0.0)
-    peers_way = {"do_sample": False, "min_new_tokens": n, "max_new_tokens": n}
-    peers_way |= {"attention_mask": torch.ones_like(idx)}
-    ways = {
-        "ours, cache": lambda: [id for [(_, id)] in generate(packed, [prompt], sampling)],
-        "ours, recomputing": lambda: recompute(model, idx, n),
-        "Hugging Face, cache": lambda: peer.generate(idx, **peers_way)[0, len(prompt) :].tolist(),
-    }
-    ours, recomputing, other = ways
-    ids = {name: way() for name, way in ways.items()}
-    compared = untied_length(model, prompt, ids[ours])
-    for name in ways:
-        assert ids[name][:compared] == ids[ours][:compared], f"{name} has other ids"
-    memory = torch.ones(MEMORY // 4, device=config.device)
-    reading = "memory read"
-    seconds = measure(ways | {reading: memory.sum}, config.rounds, config.clock, config.device)
-    print(
-        f"generate: {config.n_layer} layers x {config.n_embd}, {n} tokens after "
-        f"{len(prompt)}, one row, {config.rounds} turns each; {compared} of {n} ids compared, equal"
-    )
-    c = model.config
-    mean_cache = 4 * 2 * c.n_layer * c.n_kv_head * c.head_dim * (len(prompt) + n / 2)
-    work = n * (weights + mean_cache) / MEMORY
-    ratios = {
-        "ours / Hugging Face, both with a cache": speed_ratio(seconds, ours, other),
-        "ours, cache / recomputing": speed_ratio(seconds, ours, recomputing),
-        "ours, cache: share of memory rate": speed_ratio(seconds, ours, reading, work),
-    }
-    results = report(seconds, list(ways), n, ratios)
-    rate = MEMORY / median(seconds[reading])
-    print(f"  memory is read at {rate / 1e9:.1f} GB/s, the weights are {weights / 1e6:.1f} MB")
-    if config.device == "cpu" and weights < processor_cache():
-        size = processor_cache() / 1e6
-        print(f"  they fit in the processor's cache of {size:.1f} MB: memory is not the limit")
-    return results | {
-        "memory_bytes_per_second": rate,
-        "weight_bytes": weights,
-        "mean_cache_bytes": mean_cache,
-        "processor_cache_bytes": processor_cache(),
-        "ids_compared": compared,
-    }
-
-
-def random_model(config: Settings) -> GPT:
-    """Our default architecture, with random weights that do not repeat one token forever."""
-    torch.manual_seed(config.seed)
-    model = GPT(
-        ModelConfig(
-            block_size=max(1024, config.prompt_tokens + config.new_tokens),  # nothing is cut
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            n_embd=config.n_embd,
-            n_vocab=config.vocab_size,
-            vocab_size=config.vocab_size,
-            init="gpt2",
-        )
-    )
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() >= 2:
-                weight.mul_(5)
-    return model
-
-
-@torch.inference_mode()
-def recompute(model: GPT, idx: torch.Tensor, max_new_tokens: int) -> list[int]:
-    """Greedy ids that follow idx (1, T), the whole text read anew for each."""
-    T = idx.shape[1]
-    for _ in range(max_new_tokens):
-        best = model.head(model(idx)[:, -1]).argmax(dim=-1, keepdim=True)
-        idx = torch.cat([idx, best], dim=1)
-    return idx[0, T:].tolist()
-
-
-@torch.inference_mode()
-def untied_length(model: GPT, prompt: list[int], ids: list[int]) -> int:
-    """How many of the greedy ids come before the first whose two best logits are a tie."""
-    idx = torch.tensor([prompt + ids], device=model.wte.weight.device)
-    best = model.head(model(idx)[0, len(prompt) - 1 : -1]).topk(2).values
-    ties = (best[:, 0] - best[:, 1] < TIE).nonzero()
-    return int(ties[0]) if len(ties) else len(ids)
-
-
-def processor_cache() -> int:
-    """Bytes of the largest cache that Linux tells of; 0 where it does not."""
-    units = {"K": 2**10, "M": 2**20}
-    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    texts = [path.read_text(encoding="utf-8").strip() for path in sizes]
-    return max((int(text[:-1]) * units[text[-1]] for text in texts), default=0)
-
-
 # --- quality -----------------------------------------------------------------------------------
 
 
@@ -652,7 +513,12 @@ def evaluation_call(run: training.Run, part: tuple, dtype: str) -> Callable[[], 
     return evaluate
 
 
-PARTS = {"step": bench_step, "generate": bench_generate, "quality": bench_quality}
+PARTS = {
+    "step": bench_step,
+    "generate": bench_generate,
+    "start": bench_start,
+    "quality": bench_quality,
+}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ fast as torch's own product of few rows.
 """
 
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -52,39 +53,45 @@ class Int8Linear(nn.Module):
         return torch.ops.quantized.linear_dynamic(x, self.weight, True)
 
 
-class RMSNormOf:
-    """x (..., C) -> x / rms(x) * weight, whose last dimension is C."""
+class FlatRMSNorm:
+    """x (..., C) -> x / rms(x), times the weight if there is one, in five or six operations."""
 
-    def __init__(self, weight: torch.Tensor, eps: float):
-        self.C, self.weight, self.eps = weight.shape[-1], weight * weight.shape[-1] ** 0.5, eps
+    def __init__(self, C: int, eps: float, weight: torch.Tensor | None = None):
+        self.eps, self.scale = C * eps, C**0.5
+        self.weight = None if weight is None else weight.detach() * self.scale
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        return x * squares.add_(self.C * self.eps).rsqrt_() * self.weight
+        x = x * squares.add_(self.eps).rsqrt_()
+        return x if self.weight is None else x.mul_(self.weight)
 
 
 class Decoder:
-    """model(idx[:, None], cache)[:, -1] for one id a row: (B,) -> (B, n_embd).
+    """model(idx[:, None], cache)[:, -1] for one id a row: (B,) -> (B, n_embd), without gradients.
 
     static: a step always has all rows and the whole length of the cache, so that on CUDA one
     graph is recorded and played again; compiling it takes a while.
     """
 
     def __init__(self, model: GPT, static: bool = False):
-        self.config, self.wte, self.norm = model.config, model.wte.weight, flat_norm(model.norm)
+        c = self.config = model.config
+        self.wte, self.norm = model.wte.weight, flat_norm(model.norm)
         self.layers = [Layer(block) for block in model.blocks]
         self.static, self.run = static, self._run
         if static and self.wte.device.type == "cuda":
             self.run = torch.compile(self._run, mode="reduce-overhead", fullgraph=True)
-        if model.config.position == "learned":
-            self.wpe = model.wpe.weight
-        else:
-            # the turn's sign stands in the table: x cos + (second half, first half) signed sin
-            half = model.config.head_dim // 2
-            self.cos = model.cos
-            self.sin = torch.cat([-model.sin[:, :half], model.sin[:, half:]], dim=-1)
+        self.wpe = model.wpe.weight if c.position == "learned" else None
+        if c.position == "rope":
+            half = c.head_dim // 2
+            swap = torch.arange(c.head_dim, device=self.wte.device).roll(half)
+            # the turn is x cos + x[swap] sin, its sign in the table; the weights that norm queries
+            # and keys stand in both factors
+            sin = torch.cat([-model.sin[:, :half], model.sin[:, half:]], dim=-1)
+            self.cos, self.sin, self.swap = model.cos[:, None], sin[:, None], swap
+            weights = [qk_weights(block.attn) for block in model.blocks]  # (heads, head_dim) each
+            self.qk = torch.stack(weights).to(self.wte.dtype)
+            self.qk_swapped = self.qk[..., swap]
 
-    @torch.inference_mode()
     def __call__(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
         lengths, B = cache.lengths, len(idx)
         if max(lengths) >= self.config.block_size:
@@ -104,71 +111,104 @@ class Decoder:
     def _run(self, idx, at, end, k, v):
         """at: the position of each row's id, (B,), or an int where all have the same; end: of the
         positions that are looked at; k, v: the cache's, of as many rows."""
+        c, B = self.config, len(idx)
         x = F.embedding(idx, self.wte)
-        rows = mask = cos = sin = None
-        if isinstance(at, torch.Tensor):
-            rows = torch.arange(len(idx), device=idx.device)
-            mask = torch.arange(end, device=idx.device) <= at[:, None, None, None]
-        if self.config.position == "learned":
+        if self.wpe is not None:
             x = x + self.wpe[at]
+        seen_k, seen_v = k.narrow(3, 0, end).unbind(), v.narrow(3, 0, end).unbind()
+        rows = mask = None
+        if isinstance(at, torch.Tensor):
+            rows = torch.arange(B, device=idx.device)
+            mask = torch.arange(end, device=idx.device) <= at[:, None, None, None]
+            new_k = new_v = [None] * c.n_layer
         else:
-            cos, sin = self.cos[at], self.sin[at]
-            if rows is not None:
-                cos, sin = cos[:, None], sin[:, None]  # the same for all heads
+            new_k, new_v = k.narrow(3, at, 1).unbind(), v.narrow(3, at, 1).unbind()
+        turns = [None] * c.n_layer
+        if self.wpe is None:
+            cos, sin = self.cos[at], self.sin[at]  # (1, head_dim), or (B, 1, head_dim)
+            if rows is None:
+                turns = list(zip(self.qk * cos, self.qk_swapped * sin, strict=True))
+            else:
+                qk, swapped = self.qk[:, None] * cos, self.qk_swapped[:, None] * sin
+                turns = list(zip(qk, swapped, strict=True))
         embedding, first_values = x, None
-        for layer, layer_k, layer_v in zip(self.layers, k, v, strict=True):
-            x, values = layer(
-                x, embedding, first_values, cos, sin, layer_k, layer_v, rows, at, end, mask
-            )
+        for i, layer in enumerate(self.layers):
+            if layer.skip:
+                x = layer.skip[0] * x + layer.skip[1] * embedding
+            qkv = layer.c_attn(layer.norm_1(x)).view(B, -1, c.head_dim)
+            q, new, values = self._heads(layer, qkv, turns[i], first_values)
+            if rows is None:
+                new_k[i].copy_(new.unsqueeze(2))
+                new_v[i].copy_(values.unsqueeze(2))
+            else:
+                k[i][rows, :, at], v[i][rows, :, at] = new, values
             first_values = values if first_values is None else first_values
+            y = F.scaled_dot_product_attention(
+                q.unsqueeze(2),
+                seen_k[i],
+                seen_v[i],
+                attn_mask=mask,
+                enable_gqa=c.n_head != c.n_kv_head,
+            )
+            x = x + layer.c_proj(y.view(B, -1))
+            x = x + layer.mlp(layer.norm_2(x))
         return self.norm(x)
+
+    def _heads(self, layer: "Layer", qkv, turn, first_values):
+        """Queries, keys and values of one layer, (B, heads, head_dim) each."""
+        c = self.config
+        qk, values = qkv.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
+        if layer.qk_norm:
+            qk = layer.qk_norm(qk)
+        if layer.mix:
+            values = layer.mix[0] * values + layer.mix[1] * first_values
+        if turn:
+            cos, sin = turn
+            qk = torch.addcmul(qk * cos, qk.index_select(-1, self.swap), sin)
+        return *qk.split([c.n_head, c.n_kv_head], dim=1), values
 
 
 class Layer:
-    """A block of the GPT, its weights at hand."""
+    """A block of the GPT, its pieces at hand."""
 
     def __init__(self, block: nn.Module):
-        c = block.config
-        self.config = c
+        c, attn = block.config, block.attn
         self.norm_1, self.norm_2 = flat_norm(block.norm_1), flat_norm(block.norm_2)
-        self.c_attn, self.c_proj = block.attn.c_attn, block.attn.c_proj
-        self.mlp = block.mlp
+        self.c_attn, self.c_proj = attn.c_attn.forward, attn.c_proj.forward
+        self.mlp = flat_swiglu(block.mlp) if c.mlp == "swiglu" else block.mlp
         self.skip = block.skip.tolist() if c.embedding_skip else None
-        self.mix = block.attn.mix.tolist() if block.attn.mixes else None
+        self.mix = attn.mix.tolist() if attn.mixes else None
         self.qk_norm = None
-        if c.qk_norm:
-            q, k = block.attn.q_norm.weight, block.attn.k_norm.weight
-            heads = [q.expand(c.n_head, -1), k.expand(c.n_kv_head, -1)]
-            self.qk_norm = RMSNormOf(torch.cat(heads).detach(), c.norm_eps)
-
-    def __call__(self, x, embedding, first_values, cos, sin, k, v, rows, at, end, mask):
-        c = self.config
-        if self.skip:
-            x = self.skip[0] * x + self.skip[1] * embedding
-        B, H, KV, half = len(x), c.n_head, c.n_kv_head, c.head_dim // 2
-        qkv = self.c_attn(self.norm_1(x)).view(B, H + 2 * KV, c.head_dim)
-        qk, new_v = qkv[:, : H + KV], qkv[:, H + KV :]
-        if self.qk_norm:
-            qk = self.qk_norm(qk)
-        if self.mix:
-            new_v = self.mix[0] * new_v + self.mix[1] * first_values
-        if cos is not None:
-            swapped = torch.cat([qk[..., half:], qk[..., :half]], dim=-1)
-            qk = torch.addcmul(qk * cos, swapped, sin)
-        if rows is None:
-            k[:, :, at], v[:, :, at] = qk[:, H:], new_v
-        else:
-            k[rows, :, at], v[rows, :, at] = qk[:, H:], new_v
-        y = F.scaled_dot_product_attention(
-            qk[:, :H, None], k[:, :, :end], v[:, :, :end], attn_mask=mask, enable_gqa=H != KV
-        )
-        x = x + self.c_proj(y.view(B, -1))
-        return x + self.mlp(self.norm_2(x)), new_v
+        if c.qk_norm:  # the weights stand in the turn, where there is one
+            weight = None if c.position == "rope" else qk_weights(attn)
+            self.qk_norm = FlatRMSNorm(c.head_dim, c.norm_eps, weight)
 
 
-def flat_norm(norm: nn.Module):
-    """A norm of the model, RMSNorm in fewer operations."""
-    return RMSNormOf(norm.weight.detach(), norm.eps) if isinstance(norm, nn.RMSNorm) else norm
+def qk_weights(attn: nn.Module) -> torch.Tensor:
+    """What each query's and key's numbers are multiplied with after their norm, (heads, head_dim);
+    the root of head_dim as well, which FlatRMSNorm leaves out without a weight."""
+    c = attn.config
+    if not c.qk_norm:
+        return torch.ones(c.n_head + c.n_kv_head, c.head_dim, device=attn.c_attn.weight.device)
+    q, k = attn.q_norm.weight.expand(c.n_head, -1), attn.k_norm.weight.expand(c.n_kv_head, -1)
+    scale = c.head_dim**0.5 if c.position == "rope" else 1.0
+    return torch.cat([q, k]).detach() * scale
+
+
+def flat_norm(norm: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    if isinstance(norm, nn.RMSNorm):
+        return FlatRMSNorm(norm.weight.shape[0], norm.eps, norm.weight)
+    return norm
+
+
+def flat_swiglu(mlp: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    c_fc, c_proj = mlp.c_fc.forward, mlp.c_proj.forward
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        gate, up = c_fc(x).chunk(2, dim=-1)
+        return c_proj(F.silu(gate).mul_(up))
+
+    return run
 
 
 def pack(model: nn.Module) -> nn.Module:

@@ -118,9 +118,10 @@ class Batch:
     ):
         self.model, self.stop_ids, self.size = model, stop_ids, size
         self.block_size, self.device = model.config.block_size, model.wte.weight.device
-        self.cache: KVCache | StateCache = model.new_cache(size)
-        self.cache.keep_rows(0)
         static = many and self.device.type == "cuda"
+        first = self.block_size if static else min(64, self.block_size)  # tokens; it grows
+        self.cache: KVCache | StateCache = model.new_cache(size, first)
+        self.cache.keep_rows(0)
         self.decode = Decoder(model, static) if isinstance(model, GPT) else model.decode
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # of each row of the cache
@@ -150,6 +151,7 @@ class Batch:
         logits = []
         if self.running:
             self._make_room()
+            self.cache.reserve(max(self.cache.lengths) + 1)
             newest = torch.tensor([r.text[-1] for r in self.running], device=self.device)
             logits.append(self.model.head(self.decode(newest, self.cache)))
         if entering := [self.waiting.popleft() for _ in range(self._free())]:

@@ -30,6 +30,9 @@ class StateCache:
         """The first `count` rows are there, no others."""
         self.h, self.c, self.lengths = self.h[:, :count], self.c[:, :count], self.lengths[:count]
 
+    def reserve(self, length: int) -> None:
+        """A state is as large whatever the length."""
+
     def append(self, source: "StateCache", rows: list[int]) -> None:
         """Adds rows of another cache."""
         self.h = torch.cat([self.h, source.h[:, rows]], dim=1)

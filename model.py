@@ -131,9 +131,24 @@ class KVCache:
         self.k, self.v = self.all_k[:, :count], self.all_v[:, :count]
         self.lengths = [*self.lengths[:count], *[0] * (count - len(self.lengths))]
 
+    def reserve(self, length: int) -> None:
+        """Makes room for rows of `length` tokens, in powers of two: short rows that lie close
+        together are read faster."""
+        n_layer, batch_size, n_kv_head, room, head_dim = self.all_k.shape
+        if length <= room:
+            return
+        shape = n_layer, batch_size, n_kv_head, 1 << (length - 1).bit_length(), head_dim
+        for name in ("all_k", "all_v"):
+            old = getattr(self, name)
+            new = old.new_zeros(shape)
+            new[:, :, :, :room] = old
+            setattr(self, name, new)
+        self.keep_rows(len(self.lengths))
+
     def append(self, source: "KVCache", rows: list[int]) -> None:
         """Adds rows of another cache."""
         first = len(self.lengths)
+        self.reserve(max(source.lengths))
         self.keep_rows(first + len(rows))
         self.copy_rows(source, rows, list(range(first, len(self.lengths))))
 

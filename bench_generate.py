@@ -1,0 +1,229 @@
+"""The speed of generation: beside Hugging Face's, beside recomputing, beside memory's own rate."""
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from bench_peers import hugging_face_qwen3
+from bench_timing import measure, report, speed_ratio
+from configurator import ROOT, UserError
+from decoding import Int8Linear, PackedLinear, pack, quantize
+from generation import Sampling, generate
+from model import GPT, ModelConfig
+
+MEMORY = 2**29  # bytes whose reading is timed
+TIE = 1e-4  # two best logits nearer than this may change places between implementations
+
+
+def bench_generate(config) -> dict:
+    """Greedy ids of one prompt and of many: our cache in float32 and with weights of 8 bits,
+    recomputing, and Hugging Face's on the same weights; ids are compared first."""
+    model = random_model(config).to(config.device).eval()
+    peer = hugging_face_qwen3(model)
+    n_weights = sum(p.numel() for p in model.blocks.parameters()) + model.lm_head.weight.numel()
+    models = {"ours": pack(copy.deepcopy(model))}
+    if config.device == "cpu":
+        models["ours, int8"] = quantize(copy.deepcopy(model))
+    print(
+        f"generate: {config.n_layer} layers x {config.n_embd}, vocabulary {config.vocab_size}, "
+        f"prompts of {config.prompt_tokens} tokens, {config.rounds} turns each"
+    )
+    one = one_prompt(config, model, models, peer, 4 * n_weights)
+    return {"one": one, "many": many_prompts(config, model, models, peer)}
+
+
+def one_prompt(config, model: GPT, models: dict[str, GPT], peer, weights: int) -> dict:
+    """weights: bytes that each token reads of them in float32."""
+    n, prompts = config.new_tokens, random_prompts(config, 1)
+    ways = {name: ours(one, prompts, n) for name, one in models.items()}
+    ways["Hugging Face"] = hugging_face(peer, prompts, n)
+    ways["recomputing"] = lambda: [recompute(model, torch.tensor(prompts), n)]
+    compare(model, prompts, {name: way for name, way in ways.items() if "int8" not in name})
+    memory = torch.ones(MEMORY // 4, device=config.device)
+    alone = {f"products of {name} alone": products(one, n) for name, one in models.items()}
+    calls = ways | alone | {"memory read": memory.sum}
+    seconds = measure(calls, config.rounds, config.clock, config.device)
+    c = model.config
+    cache = 4 * 2 * c.n_layer * c.n_kv_head * c.head_dim * (config.prompt_tokens + n / 2)
+    ratios = {
+        "ours / Hugging Face": speed_ratio(seconds, "ours", "Hugging Face"),
+        "ours / recomputing": speed_ratio(seconds, "ours", "recomputing"),
+        "ours, share of memory's rate": speed_ratio(
+            seconds, "ours", "memory read", n * (weights + cache) / MEMORY
+        ),
+    }
+    for name in models:
+        other = f"products of {name} alone"
+        ratios[f"{name}: its products' share"] = speed_ratio(seconds, name, other)
+    if "ours, int8" in models:
+        ratios["ours, int8 / ours"] = speed_ratio(seconds, "ours, int8", "ours")
+    print(f" one prompt, {n} tokens")
+    results = report(seconds, list(ways), n, ratios)
+    rate = MEMORY / median(seconds["memory read"])
+    print(f"  memory is read at {rate / 1e9:.1f} GB/s, a token reads {weights / 1e6:.1f} MB")
+    if config.device == "cpu" and weights < processor_cache():
+        size = processor_cache() / 1e6
+        print(f"  they fit in the processor's cache of {size:.1f} MB: memory is not the limit")
+    found = {"memory_bytes_per_second": rate, "weight_bytes": weights, "mean_cache_bytes": cache}
+    return results | found | {"processor_cache_bytes": processor_cache()}
+
+
+def many_prompts(config, model: GPT, models: dict[str, GPT], peer) -> dict:
+    n, prompts = max(1, config.new_tokens // 4), random_prompts(config, config.prompts)
+    ways = {name: ours(one, prompts, n) for name, one in models.items()}
+    ways["Hugging Face"] = hugging_face(peer, prompts, n)
+    compare(model, prompts, {name: way for name, way in ways.items() if "int8" not in name})
+    seconds = measure(ways, config.rounds, config.clock, config.device)
+    ratios = {"ours / Hugging Face": speed_ratio(seconds, "ours", "Hugging Face")}
+    if "ours, int8" in models:
+        ratios["ours, int8 / ours"] = speed_ratio(seconds, "ours, int8", "ours")
+    print(f" {len(prompts)} prompts, {n} tokens each")
+    return report(seconds, list(ways), n * len(prompts), ratios)
+
+
+# --- contenders --------------------------------------------------------------------------------
+
+
+def random_model(config) -> GPT:
+    """Our default architecture, with random weights that do not repeat one token forever."""
+    torch.manual_seed(config.seed)
+    model = GPT(
+        ModelConfig(
+            block_size=max(1024, config.prompt_tokens + config.new_tokens),  # nothing is cut
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.n_embd,
+            n_vocab=config.vocab_size,
+            vocab_size=config.vocab_size,
+            init="gpt2",
+        )
+    )
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() >= 2:
+                weight.mul_(5)
+    return model
+
+
+def random_prompts(config, count: int) -> list[list[int]]:
+    return torch.randint(config.vocab_size, (count, config.prompt_tokens)).tolist()
+
+
+def ours(model: GPT, prompts: list[list[int]], n: int) -> Callable[[], list[list[int]]]:
+    sampling = Sampling(max_new_tokens=n, temperature=0.0)
+
+    def run() -> list[list[int]]:
+        rows = [[] for _ in prompts]
+        for step in generate(model, prompts, sampling):
+            for row, id in step:
+                rows[row].append(id)
+        return rows
+
+    return run
+
+
+def hugging_face(peer, prompts: list[list[int]], n: int) -> Callable[[], list[list[int]]]:
+    idx = torch.tensor(prompts, device=peer.device)
+    way = {"do_sample": False, "min_new_tokens": n, "max_new_tokens": n}
+    way |= {"attention_mask": torch.ones_like(idx)}
+    return lambda: peer.generate(idx, **way)[:, idx.shape[1] :].tolist()
+
+
+@torch.inference_mode()
+def recompute(model: GPT, idx: torch.Tensor, n: int) -> list[int]:
+    """Greedy ids that follow idx (1, T), the whole text read anew for each."""
+    T = idx.shape[1]
+    for _ in range(n):
+        best = model.head(model(idx)[:, -1]).argmax(dim=-1, keepdim=True)
+        idx = torch.cat([idx, best], dim=1)
+    return idx[0, T:].tolist()
+
+
+def products(model: GPT, n: int) -> Callable[[], None]:
+    """The products of weights with one row that n tokens need, and nothing else."""
+    linears = [m for m in model.modules() if isinstance(m, PackedLinear | Int8Linear)]
+    pairs = [(linear.forward, torch.randn(1, linear.in_features)) for linear in linears]
+
+    @torch.inference_mode()
+    def run() -> None:
+        for _ in range(n):
+            for product, x in pairs:
+                product(x)
+
+    return run
+
+
+def compare(model: GPT, prompts: list[list[int]], ways: dict[str, Callable]) -> None:
+    """AssertionError where two ways give a row other ids before the first near tie."""
+    first, *others = ways
+    rows = ways[first]()
+    for name in others:
+        for prompt, wanted, ids in zip(prompts, rows, ways[name](), strict=True):
+            compared = untied_length(model, prompt, wanted)
+            assert ids[:compared] == wanted[:compared], f"{name} has other ids than {first}"
+
+
+@torch.inference_mode()
+def untied_length(model: GPT, prompt: list[int], ids: list[int]) -> int:
+    """How many of the greedy ids come before the first whose two best logits are a tie."""
+    idx = torch.tensor([prompt + ids], device=model.wte.weight.device)
+    best = model.head(model(idx)[0, len(prompt) - 1 : -1]).topk(2).values
+    ties = (best[:, 0] - best[:, 1] < TIE).nonzero()
+    return int(ties[0]) if len(ties) else len(ids)
+
+
+def processor_cache() -> int:
+    """Bytes of the largest cache that Linux tells of; 0 where it does not."""
+    units = {"K": 2**10, "M": 2**20}
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    texts = [path.read_text(encoding="utf-8").strip() for path in sizes]
+    return max((int(text[:-1]) * units[text[-1]] for text in texts), default=0)
+
+
+# --- start -------------------------------------------------------------------------------------
+
+START = """
+import sys, time
+began = time.perf_counter()
+import torch
+laps = {"import torch": time.perf_counter()}
+import sample, watch
+laps["other imports"] = time.perf_counter()
+checkpoint = sample.load_for_sampling(sys.argv[1], sys.argv[2])
+laps["load"] = time.perf_counter()
+text = "却说"
+prompt = sample.prompt_ids(checkpoint, text)
+sampling = sample.default_temperature(checkpoint, sample.Sampling())
+pieces = sample.stream(checkpoint, prompt, sampling)
+while not next(pieces):
+    pass
+laps["first character"] = time.perf_counter()
+seconds = {"interpreter": watch.process_seconds() - (time.perf_counter() - began)}
+for name, now in laps.items():
+    seconds[name], began = now - began, now
+import json
+print(json.dumps(seconds))
+"""
+
+
+def bench_start(config) -> dict:
+    """From the command to the first character of a model's own text, and what it is made of."""
+    turns = []
+    for _ in range(config.rounds + 1):
+        words = [sys.executable, "-c", START, config.out_dir, config.device]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
+        if done.returncode:
+            raise UserError((done.stderr.strip().splitlines() or ["it ended"])[-1])
+        turns.append(json.loads(done.stdout.splitlines()[-1]))
+    turns = turns[1:]  # the first reads files from the disk
+    seconds = {name: median(turn[name] for turn in turns) for name in turns[0]}
+    total = median(sum(turn.values()) for turn in turns)
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
+    print(f"start: first character of {config.out_dir} after {total:.2f} s: {parts}")
+    return {"seconds": total, "parts": seconds}
