@@ -13,6 +13,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from rouge import Rouge
@@ -37,6 +38,7 @@ class Settings(sample.Sampling):
     dataset: str | None = None  # a name under data/, or a path; None is what it was trained on
     split: str = "val"  # val, or train
     batch_size: int = 32  # rows at once
+    quantize: Literal["int8"] | None = None  # weights of 8 bits, on a CPU
     device: str = "auto"  # cuda, mps, cpu; auto is the first of them that is there
 
     def __post_init__(self):
@@ -294,7 +296,7 @@ def write_reports(checkpoint: Checkpoint, report: dict, asked: list[dict], seen:
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     device = pick_device(config.device)
-    checkpoint = sample.load_for_sampling(config.out_dir, device)
+    checkpoint = sample.load_for_sampling(config.out_dir, device, config.quantize == "int8")
     sample.default_temperature(checkpoint, config)
     data = Dataset(config.dataset or checkpoint.run["settings"]["dataset"])
     data.check(checkpoint.model.config.block_size, config.split)

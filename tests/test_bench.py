@@ -20,11 +20,11 @@ from bench_quality import first_time, grid, judge, level_at
 from checkpoint import read_log, read_run
 from configurator import UserError
 from model import GPT, ModelConfig
-from tests.helpers import tiny_tokenizer, write_novel
+from tests.helpers import save_run, tiny_model, tiny_tokenizer, write_novel
 from tests.runs import read_json
 
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--vocab_size=64", "--rounds=2"]
-TINY += ["--batch_size=2", "--block_size=16", "--prompt_tokens=4", "--new_tokens=6"]
+TINY += ["--batch_size=2", "--block_size=16", "--prompt_tokens=4", "--new_tokens=6", "--prompts=3"]
 
 
 def assert_positive(ratios: dict[str, dict]) -> None:
@@ -42,10 +42,26 @@ def results_of(part: str, folder: Path) -> dict:
 @pytest.mark.slow
 def test_generate_prints_positive_ratios(tmp_path, capsys):
     results = results_of("generate", tmp_path)
-    assert len(results["ratios"]) == 3
-    assert_positive(results["ratios"])
     printed = capsys.readouterr().out
-    assert all(f"  {label}" in printed for label in results["ratios"])
+    for part, count in (("one", 6), ("many", 2)):
+        ratios = results[part]["ratios"]
+        assert len(ratios) == count
+        assert_positive(ratios)
+        assert all(f"  {label}" in printed for label in ratios)
+
+
+@pytest.mark.slow
+def test_start_is_the_sum_of_its_parts(tmp_path, capsys):
+    tokenizer = tiny_tokenizer()
+    data = write_novel(tmp_path / "data", tokenizer)
+    model = tiny_model(n_vocab=tokenizer.n_vocab)
+    out = save_run(tmp_path / "out", model, tokenizer, data, "pretrain")
+    bench.main(["start", "--rounds=1", f"--out_dir={out}", f"--out={tmp_path}"])
+    results = read_json(tmp_path / "start.json")["results"]
+    assert results["seconds"] == pytest.approx(sum(results["parts"].values()))
+    assert min(results["parts"].values()) > 0
+    with pytest.raises(UserError, match="no checkpoint in"):
+        bench.main(["start", "--rounds=1", f"--out_dir={tmp_path / 'none'}", f"--out={tmp_path}"])
 
 
 @pytest.mark.slow
