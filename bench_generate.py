@@ -2,13 +2,16 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from bench_peers import hugging_face_qwen3
 from bench_timing import measure, report, speed_ratio
@@ -18,6 +21,12 @@ from generation import Sampling, generate
 from model import GPT, ModelConfig
 
 MEMORY = 2**29  # bytes whose reading is timed
+KINDS = {
+    "products": r"^mkldnn::|^aten::linear$",
+    "attention": r"scaled_dot_product",
+    "norms": r"vector_norm|square_|rsqrt_|aten::add_$",
+    "choice of the id": r"argmax|aten::item",
+}
 TIE = 1e-4  # two best logits nearer than this may change places between implementations
 
 
@@ -70,7 +79,17 @@ def one_prompt(config, model: GPT, models: dict[str, GPT], peer, weights: int) -
     if config.device == "cpu" and weights < processor_cache():
         size = processor_cache() / 1e6
         print(f"  they fit in the processor's cache of {size:.1f} MB: memory is not the limit")
-    found = {"memory_bytes_per_second": rate, "weight_bytes": weights, "mean_cache_bytes": cache}
+    times = {}
+    if config.device == "cpu":
+        times = by_operation(ways["ours"], n)
+        parts = ", ".join(f"{kind} {microseconds:.0f}" for kind, microseconds in times.items())
+        print(f"  microseconds of a token, under the profiler: {parts}")
+    found = {
+        "microseconds": times,
+        "memory_bytes_per_second": rate,
+        "weight_bytes": weights,
+        "mean_cache_bytes": cache,
+    }
     return results | found | {"processor_cache_bytes": processor_cache()}
 
 
@@ -157,6 +176,22 @@ def products(model: GPT, n: int) -> Callable[[], None]:
                 product(x)
 
     return run
+
+
+def by_operation(run: Callable[[], object], n: int) -> dict[str, float]:
+    """Microseconds of each of n tokens by kind of operation; the profiler lengthens small ones."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        began = time.perf_counter()
+        run()
+        wall = time.perf_counter() - began
+    times = dict.fromkeys([*KINDS, "other operations", "Python"], 0.0)
+    for event in profiled.events():
+        if event.cpu_parent is None:  # what is inside another counts as that
+            kinds = (kind for kind, names in KINDS.items() if re.search(names, event.name))
+            times[next(kinds, "other operations")] += event.cpu_time_total / n
+    times["Python"] = 1e6 * wall / n - sum(times.values())
+    return times
 
 
 def compare(model: GPT, prompts: list[list[int]], ways: dict[str, Callable]) -> None:
