@@ -84,13 +84,17 @@ def one_prompt(config, model: GPT, models: dict[str, GPT], peer, weights: int) -
         times = by_operation(ways["ours"], n)
         parts = ", ".join(f"{kind} {microseconds:.0f}" for kind, microseconds in times.items())
         print(f"  microseconds of a token, under the profiler: {parts}")
-    found = {
+    embeddings = 4 * model.wte.weight.numel()  # stored beside a tied head once matrices are packed
+    sizes = {"ours": embeddings + weights, "ours, int8": embeddings + weights // 4}
+    for name in models:
+        print(f"  weights of {name} in memory: {sizes[name] / 1e6:.1f} MB")
+    return results | {
         "microseconds": times,
         "memory_bytes_per_second": rate,
         "weight_bytes": weights,
         "mean_cache_bytes": cache,
+        "processor_cache_bytes": processor_cache(),
     }
-    return results | found | {"processor_cache_bytes": processor_cache()}
 
 
 def many_prompts(config, model: GPT, models: dict[str, GPT], peer) -> dict:
