@@ -92,7 +92,8 @@ def prompt_ids(checkpoint: Checkpoint, text: str) -> list[int]:
     """A question in the chat format for a fine-tuned model, else the text to be continued, of which
     no more than the last block_size tokens are read. UserError for a question that is longer."""
     if checkpoint.answers:
-        return chat_prompt(checkpoint, [{"role": "user", "content": text}])
+        question = complete_question(checkpoint, text)
+        return chat_prompt(checkpoint, [{"role": "user", "content": question}])
     ids = checkpoint.tokenizer.encode(text) or [checkpoint.tokenizer.end_of_text]
     return ids[-checkpoint.model.config.block_size :]
 
@@ -119,8 +120,8 @@ def chat_prompt(checkpoint: Checkpoint, messages: list[dict]) -> list[int]:
 
 def complete_question(checkpoint: Checkpoint, text: str) -> str:
     """The question with the mark that ended the trained ones, where it ends in none."""
-    text = text.strip()
-    return text + checkpoint.question_end if text and text[-1].isalnum() else text
+    bare = text.strip()
+    return bare + checkpoint.question_end if bare and bare[-1].isalnum() else text
 
 
 # --- outputs -----------------------------------------------------------------------------------

@@ -509,9 +509,15 @@ def save(run: Run, is_best: bool) -> None:
         "tokenizer_sha256": run.tokenizer.sha256,
         "progress": dataclasses.asdict(run.progress),
         "scaler": run.scaler.state_dict(),
-        "environment": environment(run.device),
+        "environment": run_environment(run.config, run.device),
     }
     save_checkpoint(run.out_dir, run.model, run.optimizers, run.tokenizer, state, is_best)
+
+
+def run_environment(config: Settings, device: str) -> dict:
+    """What equal bits need: a processor without bfloat16 takes float32 where dtype is auto."""
+    precision = str(pick_dtype(config, device)).removeprefix("torch.")
+    return environment(device) | {"precision": precision}
 
 
 def identity(data: Dataset) -> dict[str, str]:
@@ -605,11 +611,11 @@ def warn_of_changes(
             )
     # a setting that a run of an earlier version does not name was at its default
     before = dataclasses.asdict(Settings()) | saved["settings"] | saved["environment"]
-    now = dataclasses.asdict(config) | environment(device)
+    now = dataclasses.asdict(config) | run_environment(config, device)
     changed = [
-        f"{name} was {before.get(name)!r}, now {now[name]!r}"
+        f"{name} was {before[name]!r}, now {now[name]!r}"
         for name in now
-        if name not in FREE and before.get(name) != now[name]
+        if name not in FREE and name in before and before[name] != now[name]
     ]
     if changed:
         print(f"note: not bit for bit the run that was stopped: {'; '.join(changed)}")

@@ -678,3 +678,14 @@ def test_a_dataset_is_a_name_under_data_or_a_path(tokenizer, tmp_path, monkeypat
         Dataset("novel")  # paths are the repository's, wherever one stands
     relative = os.path.relpath(tmp_path / "novel", ROOT)
     assert Dataset(relative).fingerprint == Dataset(str(tmp_path / "novel")).fingerprint
+
+
+@pytest.mark.parametrize(
+    "ends, wanted",
+    [("？？？", "？"), ("？" * 9 + "。", "？"), ("？？。", ""), ("谁谁谁", ""), ("？", "？")],
+)
+def test_meta_names_the_mark_that_ends_nearly_all_questions(tokenizer, tmp_path, ends, wanted):
+    conversations = [dialogue(f"谁{n}{end}", "曹节。") for n, end in enumerate(ends)]
+    splits = {"train": conversations, "val": [dialogue("汉朝", "温德殿。")]}
+    meta = write_sft(tmp_path, tokenizer, splits, ["a test"], 64)
+    assert meta["question_end"] == Dataset(str(tmp_path)).meta["question_end"] == wanted

@@ -191,7 +191,7 @@ def test_a_conversation_loses_its_oldest_turns_first():
 
 def test_a_question_gets_the_mark_that_it_was_trained_with():
     checkpoint = make_checkpoint("sft")
-    assert complete_question(checkpoint, " 孔明是谁 ") == "孔明是谁"
+    assert complete_question(checkpoint, "孔明是谁") == "孔明是谁"
     checkpoint.run["dataset"]["question_end"] = "？"
     for text, wanted in {
         " 孔明是谁 ": "孔明是谁？",
@@ -201,6 +201,7 @@ def test_a_question_gets_the_mark_that_it_was_trained_with():
         "": "",
     }.items():
         assert complete_question(checkpoint, text) == wanted
+        assert prompt_ids(checkpoint, text) == prompt_ids(checkpoint, wanted)
 
 
 # --- --start -----------------------------------------------------------------------------------

@@ -399,6 +399,7 @@ def test_run_json_holds_settings_architecture_progress_and_environment(toys):
     assert (run["progress"]["iter"], run["progress"]["rows"]) == (20, 80)
     assert run["environment"]["torch"] == torch.__version__
     assert run["environment"]["threads"] == torch.get_num_threads()
+    assert run["environment"]["precision"] == "float32"
     assert run["tokenizer_sha256"] == toy_tokenizer().sha256
 
 
