@@ -98,6 +98,8 @@ class Decoder:
             raise ValueError(f"{max(lengths) + 1} tokens exceed {self.config.block_size=}")
         if self.static:
             k, v = cache.all_k, cache.all_v
+            for part in (k, v):  # a graph may write into them: they stay where they are
+                torch._dynamo.mark_static_address(part)
             rest = k.shape[1] - B  # rows that nobody reads
             at = torch.tensor([*lengths, *[0] * rest], device=idx.device)
             x = self.run(F.pad(idx, (0, rest)), at, k.shape[3], k, v)[:B]

@@ -526,6 +526,19 @@ def test_the_decoder_computes_what_the_model_does(options, static):
         Decoder(model, static)(torch.tensor([1]), full)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "beyond_qwen3", "gpt2"])
+@torch.inference_mode()
+def test_a_static_step_is_one_graph(name):
+    model = tiny_model(**ARCHITECTURES[name]).double()
+    decode = Decoder(model, static=True)
+    decode.run = torch.compile(decode._run, backend="eager", fullgraph=True)
+    caches, idx = [model.new_cache(2), model.new_cache(2)], random_ids(2, 6)
+    for step in range(6):
+        with torch.compiler.set_stance("default" if step == 0 else "fail_on_recompile"):
+            hidden = decode(idx[:, step], caches[0])
+        assert (hidden - model(idx[:, step, None], caches[1])[:, -1]).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("options", ALL_MODELS.values(), ids=ALL_MODELS)
 @torch.no_grad()
 def test_a_packed_model_computes_the_same(options):
