@@ -97,6 +97,7 @@ class Settings:
     names: list[str] = field(default_factory=list)  # step, generate, start, quality; none: two
     n_layer: int = 4  # blocks
     n_head: int = 4  # heads
+    n_kv_head: int | None = None  # key and value heads, in generate; None is n_head
     n_embd: int = 256  # width
     vocab_size: int = 4096  # ids, in step and generate; quality's recipes have their own
     batch_size: int = 16  # rows of a training step, in step

@@ -40,7 +40,8 @@ def bench_generate(config) -> dict:
     if config.device == "cpu":
         models["ours, int8"] = quantize(copy.deepcopy(model))
     print(
-        f"generate: {config.n_layer} layers x {config.n_embd}, vocabulary {config.vocab_size}, "
+        f"generate: {config.n_layer} layers x {config.n_embd}, {config.n_head} heads, "
+        f"{model.config.n_kv_head} for keys and values, vocabulary {config.vocab_size}, "
         f"prompts of {config.prompt_tokens} tokens, {config.rounds} turns each"
     )
     one = one_prompt(config, model, models, peer, 4 * n_weights)
@@ -121,6 +122,7 @@ def random_model(config) -> GPT:
             block_size=max(1024, config.prompt_tokens + config.new_tokens),  # nothing is cut
             n_layer=config.n_layer,
             n_head=config.n_head,
+            n_kv_head=config.n_kv_head,
             n_embd=config.n_embd,
             n_vocab=config.vocab_size,
             vocab_size=config.vocab_size,
