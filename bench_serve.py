@@ -26,7 +26,7 @@ from gradio_client.utils import apply_diff
 
 from configurator import ROOT, UserError, command, configure, repo_path, show_path
 from generation import Sampling
-from sample import complete, load_for_sampling, prompt_ids
+from sample import complete, load_for_sampling, prompt_ids, read_start
 
 WARMTH = 0.3  # the page's temperature for answers
 LENGTH = 256  # tokens
@@ -38,7 +38,7 @@ class Settings:
     out_dir: str = "out-sanguo-sft"  # of a model that answers
     users: int = 20  # at once
     seconds: float = 60.0  # of each of the two ways
-    questions: str = "data/sanguo/questions.txt"  # asked in turn, a line each
+    questions: str = "data/sanguo/qa.jsonl"  # {"Question": text} a line; a user takes one
 
     def __post_init__(self):
         if self.users < 1 or self.seconds <= 0:
@@ -189,11 +189,12 @@ def main(argv: list[str]) -> dict:
     path = repo_path(config.questions)
     if not path.is_file():
         raise UserError(f"no file {show_path(path)}; pass --questions=")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    questions = [record["Question"] for record in read_start(f"FILE:{path}", answers=True)]
     checkpoint = load_for_sampling(config.out_dir, "cpu")
     if not checkpoint.answers:
         raise UserError(f"{config.out_dir} does not answer questions; pass a fine-tuned --out_dir=")
-    users = [(lines[seed % len(lines)], seed) for seed in range(config.users)]
+    every = max(1, len(questions) // config.users)  # from all over the file
+    users = [(questions[seed * every % len(questions)], seed) for seed in range(config.users)]
     texts = []
     for question, seed in users:
         sampling = Sampling(max_new_tokens=LENGTH, temperature=WARMTH, seed=seed)

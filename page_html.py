@@ -12,11 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from checkpoint import MODELS, read_log
+from checkpoint import read_log
 from generation import Token
-from model import ModelConfig
 from serving import Piece, Server
 
 MOST_SHOWN = 1000  # characters of a prompt
@@ -254,7 +251,7 @@ def description(server: Server) -> str:
     run, config = server.checkpoint.run, server.checkpoint.model.config
     facts = [
         f"<b>{kind_of(server.checkpoint.answers)}</b>",
-        f"{n_params(config) / 1e6:.2f}M 参数 parameters",
+        f"{server.checkpoint.n_params / 1e6:.2f}M 参数 parameters",
         f"上下文 context {config.block_size}",
         f"数据 data {escape(run['dataset'].get('name', '?'))}",
     ]
@@ -271,12 +268,6 @@ def description(server: Server) -> str:
     if not measured and isinstance(loss, float):
         facts.append(f"验证损失 validation loss {loss:.3f}")
     return f'<div class="facts">{"".join(f"<span>{fact}</span>" for fact in facts)}</div>'
-
-
-def n_params(config: ModelConfig) -> int:
-    """Of the model as it was trained: laid out for decoding, a matrix is no parameter any more."""
-    with torch.device("meta"):
-        return MODELS[config.model](config).n_params()
 
 
 def latest_evaluation(server: Server) -> dict:
