@@ -7,9 +7,11 @@ OUTPUT.part, whose first line says of what run they are, and renamed at the end:
 same command goes on. A bad line keeps its place, with an "error" in the place of an answer.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +21,10 @@ from tqdm import tqdm
 import sample
 from checkpoint import Checkpoint
 from configurator import UserError, show_path, user_path, written_aside
+from generation import Sampling
 
 KEYS = ("question", "Question", "prompt")
-NO_PART = ("device", "batch_size", "input_data", "output_data")  # answers are the same
+DEPEND = [*(field.name for field in dataclasses.fields(Sampling)), "num_samples", "perplexity"]
 
 
 def answer_file(config: sample.Settings) -> None:
@@ -41,16 +44,44 @@ def answer_file(config: sample.Settings) -> None:
     if len(bad) == len(records):
         raise UserError(f"no line of {show_path(source)} is a question; the first: {bad[0]}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    done = resume(part, header(config, checkpoint, source))
-    with part.open("a", encoding="utf-8", newline="\n") as file:
-        bar = tqdm(total=len(records), initial=done, unit="question", desc=target.name)
-        for line in answers(checkpoint, config, records, done):
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            bar.update()
-        bar.close()
-    publish(part, target)
+    with alone(target):
+        done = resume(part, header(config, checkpoint, source))
+        with part.open("a", encoding="utf-8", newline="\n") as file:
+            bar = tqdm(total=len(records), initial=done, unit="question", desc=target.name)
+            for line in answers(checkpoint, config, records, done):
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+                bar.update()
+            bar.close()
+        publish(part, target)
     print(f"{len(records) - len(bad)} answers, {len(bad)} bad lines, in {show_path(target)}")
+
+
+@contextlib.contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """UserError where another run, which still lives, writes the same file."""
+    lock = target.with_name(target.name + ".lock")
+    with lock.open("a+b") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"another run writes {show_path(target)}; wait for it, or name another"
+            ) from None
+        try:
+            if target.exists():  # another run has just ended
+                raise UserError(f"{show_path(target)} is there already; delete it, or name another")
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows keeps what is open
+                lock.unlink()
 
 
 def read_questions(path: Path) -> list[tuple[int, str]]:
@@ -75,9 +106,11 @@ def check(checkpoint: Checkpoint, line: str, number: int) -> tuple[dict, list[in
             if not (texts and isinstance(texts[0], str) and texts[0].strip()):
                 raise ValueError(f"it has no text under {', '.join(KEYS)}")
             question = texts[0]
+        question.encode()  # half of a surrogate pair is no text
         return {"question": question}, sample.prompt_ids(checkpoint, question)
-    except (ValueError, UserError) as error:
-        return {"question": question, "error": f"line {number}: {error}"}, []
+    except (ValueError, RecursionError, UserError) as error:
+        shown = question.encode(errors="replace").decode()
+        return {"question": shown, "error": f"line {number}: {error}"}, []
 
 
 def answers(
@@ -114,10 +147,12 @@ def answers(
 
 def header(config: sample.Settings, checkpoint: Checkpoint, source: Path) -> dict:
     """What answers depend on."""
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NO_PART}
+    names = [*DEPEND, *(["quantize", "batch_size"] if config.quantize else [])]
     weights = checkpoint.path / "model.safetensors"
     return {
-        "settings": settings,
+        "settings": {name: getattr(config, name) for name in names},
+        "question_end": checkpoint.question_end,
+        "tokenizer_sha256": checkpoint.tokenizer.sha256,
         "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "input_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
     }

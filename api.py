@@ -66,11 +66,11 @@ def make_router(servers: dict[str, Server]) -> APIRouter:
         try:
             body = read_body(await request.body())
             server = find(servers, body.get("model"))
-            prompt = submit(server, stream, body)
+            answer = Answer(server.name, body)
+            answer.prompt_tokens = submit(server, stream, body)
         except Exception as error:
             stream.stop()
             return error_response(error)
-        answer = Answer(server.name, len(prompt), body)
         if body.get("stream"):
             lines = answer.lines(stream)
             return StreamingResponse(lines, media_type="text/event-stream")
@@ -95,7 +95,7 @@ def find(servers: dict[str, Server], name: object) -> Server:
 def read_body(content: bytes) -> dict:
     try:
         body = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(400, f"the request is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise Refused(400, "the request is not a JSON object")
@@ -107,16 +107,16 @@ def read_body(content: bytes) -> dict:
     return body
 
 
-def submit(server: Server, stream: Stream, body: dict) -> list[int]:
-    """Sends the body's n requests on their way; returns the ids of the prompt."""
+def submit(server: Server, stream: Stream, body: dict) -> int:
+    """Sends the body's n requests on their way; returns the tokens of the prompt."""
     n = number(body, "n", int)
     n = 1 if n is None else n
     if not 1 <= n <= MOST_SAMPLES:
         raise Refused(400, f"n={n} must be 1 to {MOST_SAMPLES}", "n")
     prompt = server.prompt(read_messages(body.get("messages")))
     for sample in range(n):
-        server.submit(stream, prompt, read_sampling(body), sample)
-    return prompt
+        server.submit(stream, prompt, read_sampling(body, server.max_new_tokens), sample)
+    return len(prompt)
 
 
 def read_messages(messages: object) -> list[dict]:
@@ -125,7 +125,8 @@ def read_messages(messages: object) -> list[dict]:
     read = []
     for place, message in enumerate(messages):
         param = f"messages[{place}]"
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or role not in ROLES:
             raise Refused(400, f"{param} has no role of {', '.join(ROLES)}", param)
         content = message.get("content")
         if isinstance(content, list):
@@ -139,8 +140,8 @@ def read_messages(messages: object) -> list[dict]:
     return read
 
 
-def read_sampling(body: dict) -> Sampling:
-    given = {}
+def read_sampling(body: dict, most: int) -> Sampling:
+    given = {"max_new_tokens": min(Sampling.max_new_tokens, most)}
     for name, (setting, kind) in SAMPLING.items():
         value = number(body, name, kind)
         if value is not None:
@@ -156,8 +157,12 @@ def number(body: dict, name: str, kind: type) -> float | None:
     value = body.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or kind(value) != value:
-        raise Refused(400, f"{name}={value!r} must be a number", name)
+    wanted = "a whole number" if kind is int else "a number"
+    try:
+        if isinstance(value, bool) or not isinstance(value, int | float) or kind(value) != value:
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise Refused(400, f"{name}={repr(value)[:24]} must be {wanted}", name) from None
     return kind(value)
 
 
@@ -189,9 +194,12 @@ async def whole(request: Request, stream: Stream, answer: "Answer") -> Response:
 class Answer:
     """What all objects of one answer share."""
 
-    def __init__(self, model: str, prompt_tokens: int, body: dict):
-        self.model, self.prompt_tokens = model, prompt_tokens
-        self.with_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+    def __init__(self, model: str, body: dict):
+        self.model, self.prompt_tokens = model, 0
+        options = body.get("stream_options") or {}
+        if not isinstance(options, dict):
+            raise Refused(400, "stream_options must be an object", "stream_options")
+        self.with_usage = bool(options.get("include_usage"))
         self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
 
     def envelope(self, kind: str, choices: list[dict]) -> dict:
@@ -242,6 +250,10 @@ def error_response(error: Exception) -> JSONResponse:
     elif isinstance(error, UserError):
         status = 400
     kind = {429: "rate_limit_error", 500: "server_error"}.get(status, "invalid_request_error")
-    content = {"message": str(error), "type": kind, "param": param, "code": code}
+    # half of a surrogate pair, which JSON may hold, cannot be sent back
+    message, param = (
+        text and text.encode(errors="replace").decode() for text in (str(error), param)
+    )
+    content = {"message": message, "type": kind, "param": param, "code": code}
     headers = {"retry-after": "1"} if status == 429 else None
     return JSONResponse({"error": content}, status, headers)

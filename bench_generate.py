@@ -53,10 +53,13 @@ def one_prompt(config, model: GPT, models: dict[str, GPT], peer, weights: int) -
     n, prompts = config.new_tokens, random_prompts(config, 1)
     ways = {name: ours(one, prompts, n) for name, one in models.items()}
     ways["Hugging Face"] = hugging_face(peer, prompts, n)
-    ways["recomputing"] = lambda: [recompute(model, torch.tensor(prompts), n)]
+    idx = torch.tensor(prompts, device=config.device)
+    ways["recomputing"] = lambda: [recompute(model, idx, n)]
     compare(model, prompts, {name: way for name, way in ways.items() if "int8" not in name})
     memory = torch.ones(MEMORY // 4, device=config.device)
-    alone = {f"products of {name} alone": products(one, n) for name, one in models.items()}
+    alone = {}
+    if config.device == "cpu":
+        alone = {f"products of {name} alone": products(one, n) for name, one in models.items()}
     calls = ways | alone | {"memory read": memory.sum}
     seconds = measure(calls, config.rounds, config.clock, config.device)
     c = model.config
@@ -68,7 +71,7 @@ def one_prompt(config, model: GPT, models: dict[str, GPT], peer, weights: int) -
             seconds, "ours", "memory read", n * (weights + cache) / MEMORY
         ),
     }
-    for name in models:
+    for name in models if alone else ():
         other = f"products of {name} alone"
         ratios[f"{name}: its products' share"] = speed_ratio(seconds, name, other)
     if "ours, int8" in models:

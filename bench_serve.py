@@ -96,7 +96,7 @@ def endpoint_user(address: str, model: str, question: str, seed: int) -> Callabl
                 text += piece.get("content", "")
                 if text and first is None:
                     first = time.monotonic() - began
-        return Answer(first, time.monotonic() - began, text)
+        return Answer(first or time.monotonic() - began, time.monotonic() - began, text)
 
     return ask
 
@@ -130,7 +130,8 @@ def page_user(address: str, model: str, question: str, seed: int) -> Callable[[]
                         first = time.monotonic() - began
                 if message.get("msg") == "process_completed":
                     break
-        return Answer(first, time.monotonic() - began, unescape(PAGE_TEXT.findall(shown[0])[-1]))
+        whole = time.monotonic() - began
+        return Answer(first or whole, whole, unescape(PAGE_TEXT.findall(shown[0])[-1]))
 
     return ask
 

@@ -34,7 +34,8 @@ class PackedLinear(nn.Module):
 
 class Int8Linear(nn.Module):
     """A Linear whose weight is stored in 8 bits, a scale a row; what it reads is brought to 8 bits
-    as it comes, by the largest and smallest number of the whole input."""
+    as it comes, by the largest and smallest number of the whole input: so a row's result depends,
+    a little, on the rows beside it."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -222,8 +223,8 @@ def pack(model: nn.Module) -> nn.Module:
 
 
 def quantize(model: nn.Module) -> nn.Module:
-    """Puts Int8Linears in the place of the model's Linears; embeddings and norms stay as they
-    are. UserError where the model is not on a CPU."""
+    """Puts Int8Linears in the place of the model's Linears; embeddings, norms and an LSTM's
+    recurrence stay as they are. UserError where the model is not on a CPU."""
     if model.wte.weight.device.type != "cpu":
         raise UserError(f"quantize='int8' is for a CPU, not {model.wte.weight.device}")
     _replace(model, Int8Linear)

@@ -38,10 +38,14 @@ class Gate:
     def refusal(self, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
         """Status and reason, or None where the request may pass."""
         host = headers.get("host", "")
-        if self.hosts is not None and urlsplit(f"//{host}").hostname not in self.hosts:
-            return 403, f"this server does not answer for {host}"
         origin = headers.get("origin")
-        if origin and urlsplit(origin).netloc != host:
+        try:
+            name, page = urlsplit(f"//{host}").hostname, urlsplit(origin or "").netloc
+        except ValueError:
+            return 403, "the Host or the Origin is no address"
+        if self.hosts is not None and name not in self.hosts:
+            return 403, f"this server does not answer for {host}"
+        if origin and page != host:
             return 403, f"pages of {origin} may not use this server"
         if self.auth is not None and not self.knows(headers.get("authorization", "")):
             return 401, "user and password are needed"

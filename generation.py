@@ -10,6 +10,7 @@ A step gives each running row one token. A row that has ended leaves its place t
 that waits, so a long queue keeps the batch full. Text is sample.py's.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from configurator import UserError
 from decoding import Decoder
 from lstm_model import LSTM, StateCache
 from model import GPT, KVCache
+
+LEAST, MOST = 1e-6, 1e4  # of factors: float32 has room for what they make of logits
 
 
 @dataclass
@@ -41,16 +44,19 @@ class Sampling:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens={self.max_new_tokens} must be 1 or more")
-        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature={self.temperature} must be 0 (greedy) or above")
+        warm = self.temperature
+        if warm is not None and warm != 0 and not LEAST <= warm <= MOST:
+            raise UserError(f"temperature={warm} must be 0 (greedy), or {LEAST:g} to {MOST:g}")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k={self.top_k} must be 1 or more, or None")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if not LEAST <= self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p} must be at least {LEAST:g} and at most 1")
         if not 0 <= self.min_p <= 1:
             raise UserError(f"min_p={self.min_p} must be at least 0 and at most 1")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise UserError(f"repetition_penalty={self.repetition_penalty} must be above 0")
+        if not LEAST <= self.repetition_penalty <= MOST:
+            raise UserError(
+                f"repetition_penalty={self.repetition_penalty} must be {LEAST:g} to {MOST:g}"
+            )
         if self.no_repeat_ngram < 0:
             raise UserError(f"no_repeat_ngram={self.no_repeat_ngram} must be 0 (off) or above")
         if not all(self.stop):
@@ -93,12 +99,16 @@ class Request:
 
 
 class Token(NamedTuple):
-    """prob: in the model's own distribution, before temperature, penalties and filters;
+    """log_prob: in the model's own distribution, before temperature, penalties and filters;
     alternatives: (id, prob), likeliest first."""
 
     id: int
-    prob: float | None = None
+    log_prob: float | None = None
     alternatives: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def prob(self) -> float | None:
+        return None if self.log_prob is None else math.exp(self.log_prob)
 
 
 class Batch:
@@ -137,6 +147,7 @@ class Batch:
             )
         self.waiting.append(request)
 
+    @torch.inference_mode()
     def cancel(self, request: Request) -> None:
         """Gives up a request; nothing happens where it has ended."""
         if request in self.running:
@@ -208,12 +219,12 @@ class Batch:
         self.running.pop()
 
     def _choose(self, logits: torch.Tensor) -> list[Token]:
-        ids = choose(penalize(logits, self.running), self.running)
+        ids = choose(penalize(logits, self.running, self.stop_ids), self.running)
         wanted = [r.alternatives for r in self.running if r.alternatives is not None]
         if not wanted:
             return [Token(id) for id in ids]
         log_probs = torch.log_softmax(logits, dim=-1)
-        own = log_probs.gather(1, torch.tensor(ids, device=logits.device)[:, None]).exp()
+        own = log_probs.gather(1, torch.tensor(ids, device=logits.device)[:, None])
         best = log_probs.topk(min(max(wanted), logits.shape[-1]))
         rows = zip(
             self.running,
@@ -226,8 +237,8 @@ class Batch:
         return [
             Token(id)
             if request.alternatives is None
-            else Token(id, prob, tuple(zip(others, probs, strict=True))[: request.alternatives])
-            for request, id, prob, others, probs in rows
+            else Token(id, log_prob, tuple(zip(others, probs, strict=True))[: request.alternatives])
+            for request, id, log_prob, others, probs in rows
         ]
 
 
@@ -252,18 +263,22 @@ def generate(
         yield [(row_of[request], token.id) for request, token in batch.step()]
 
 
-def penalize(logits: torch.Tensor, requests: list[Request]) -> torch.Tensor:
-    """(B, n_vocab) logits, each row lowered as its repetition_penalty and no_repeat_ngram say."""
+def penalize(
+    logits: torch.Tensor, requests: list[Request], stop_ids: tuple[int, ...] = ()
+) -> torch.Tensor:
+    """(B, n_vocab) logits, each row lowered as its repetition_penalty and no_repeat_ngram say.
+    Stop ids are spared: a conversation has had them before, and must be able to end."""
     changed = logits
     for row, request in enumerate(requests):
         penalty, n = request.sampling.repetition_penalty, request.sampling.no_repeat_ngram
         if (penalty != 1 or n) and changed is logits:
             changed = logits.clone()
         if penalty != 1:
-            seen = torch.tensor(sorted(set(request.text)), device=logits.device)
+            seen = sorted({*request.text}.difference(stop_ids))
+            seen = torch.tensor(seen, dtype=torch.int64, device=logits.device)
             old = logits[row, seen]
             changed[row, seen] = torch.where(old > 0, old / penalty, old * penalty)
-        banned = set(completions(request.text, n)) if n else set()
+        banned = {*completions(request.text, n)}.difference(stop_ids) if n else ()
         if 0 < len(banned) < logits.shape[-1]:  # where all are banned, none is
             changed[row, torch.tensor(sorted(banned), device=logits.device)] = -torch.inf
     return changed

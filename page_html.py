@@ -120,6 +120,8 @@ def _card(place: int, number: int, turn: Turn) -> str:
 def _foot(place: int, number: int, answer: Answer) -> str:
     if not answer.text:
         return '<div class="foot"><span class="note">（空 empty）</span></div>'
+    if not answer.finish:  # it failed on the way
+        return ""
     note = f'<span class="note">{FINISH.get(answer.finish, "")}</span>'
     on = " on"
     buttons = "".join(

@@ -10,12 +10,12 @@ Token ids are generation.py's, files of questions answer_file.py's.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +35,8 @@ from decoding import pack, quantize
 from generation import Batch, Request, Sampling, Token
 from model import pick_device
 from tokenizer import Tokenizer
+
+AHEAD = 64  # times batch_size: prompts begun before the first that has not ended
 
 
 @dataclass
@@ -60,6 +62,9 @@ class Settings(Sampling):
                 raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
         if bool(self.input_data) != bool(self.output_data):
             raise UserError("--input_data= and --output_data= go together; one is missing")
+        others = ("start", "interactive", "save_path", "eval_mode", "dataset")
+        if self.input_data and (given := [name for name in others if getattr(self, name)]):
+            raise UserError(f"--{given[0]} means nothing beside --input_data=; leave it out")
 
 
 @dataclass
@@ -111,8 +116,9 @@ def chat_prompt(checkpoint: Checkpoint, messages: list[dict]) -> list[int]:
         if len(ids) <= block_size - block_size // 4:
             return ids
     if len(ids) > block_size:
+        longest = max(turns[-1]["content"], *(m["content"] for m in system), key=len)
         raise UserError(
-            f"the prompt {turns[-1]['content'][:20]!r}... has {len(ids)} tokens, longer than "
+            f"the prompt {longest[:20]!r}... has {len(ids)} tokens, longer than "
             f"block_size={block_size}; shorten it"
         )
     return ids
@@ -179,9 +185,11 @@ def complete(
     of: dict[Request, tuple[int, Output, TextStream]] = {}
     following = 0
     while True:
-        # no more than this far ahead of the slowest one, so that few outputs wait for it
-        room = 0 if len(batch.waiting) else 4 * batch_size - len(begun)
-        for number, prompt in islice(prompts, max(0, room)):
+        # finished outputs wait for the slowest one; beyond AHEAD of them, all wait for it
+        while len(batch.waiting) < batch_size and len(begun) < AHEAD * batch_size:
+            if (following_prompt := next(prompts, None)) is None:
+                break
+            number, prompt = following_prompt
             begun[number], missing[number] = [Output() for _ in range(num_samples)], num_samples
             for sample, output in enumerate(begun[number]):
                 request = Request(
@@ -207,8 +215,8 @@ def complete(
 
 
 def _add(output: Output, token: Token, stream: TextStream, tokenizer: Tokenizer) -> None:
-    if token.prob is not None:
-        output.nats.append(-math.log(max(token.prob, 1e-45)))
+    if token.log_prob is not None:
+        output.nats.append(-token.log_prob)
     if token.id in tokenizer.stop_ids:
         output.ended = True
     else:
@@ -217,11 +225,13 @@ def _add(output: Output, token: Token, stream: TextStream, tokenizer: Tokenizer)
         output.ended = stream.stopped
 
 
-def stream(checkpoint: Checkpoint, prompt: list[int], sampling: Sampling) -> Iterator[str]:
+def stream(
+    checkpoint: Checkpoint, prompt: list[int], sampling: Sampling, sample_index: int = 0
+) -> Iterator[str]:
     """The text of one sample as it comes, in whole characters."""
     text = TextStream(checkpoint.tokenizer, sampling.stop)
     batch = Batch(checkpoint.model, checkpoint.tokenizer.stop_ids, size=1)
-    batch.add(Request(prompt, sampling))
+    batch.add(Request(prompt, sampling, 0, sample_index))
     while batch and not text.stopped:
         for _, token in batch.step():
             if token.id not in batch.stop_ids:
@@ -229,9 +239,11 @@ def stream(checkpoint: Checkpoint, prompt: list[int], sampling: Sampling) -> Ite
     yield text.flush()
 
 
-def chat(checkpoint: Checkpoint, messages: list[dict], sampling: Sampling) -> Iterator[str]:
+def chat(
+    checkpoint: Checkpoint, messages: list[dict], sampling: Sampling, sample_index: int = 0
+) -> Iterator[str]:
     """The answer to the last of the messages {"role", "content"}, as it comes."""
-    return stream(checkpoint, chat_prompt(checkpoint, messages), sampling)
+    return stream(checkpoint, chat_prompt(checkpoint, messages), sampling, sample_index)
 
 
 # --- command line ------------------------------------------------------------------------------
@@ -295,6 +307,8 @@ def main(argv: list[str]) -> None:
     if checkpoint.answers and not config.start.strip():
         raise UserError("what is the question? pass --start=TEXT or --start=FILE:questions.txt")
     prompts = [prompt_ids(checkpoint, record["Question"]) for record in records]
+    if not checkpoint.answers:
+        tell_of_cuts(checkpoint, [record["Question"] for record in records])
     lines = []
     if len(prompts) == config.num_samples == 1 and not config.perplexity:
         record, text = records[0], ""
@@ -319,6 +333,18 @@ def main(argv: list[str]) -> None:
         save(Path(config.save_path), checkpoint, lines)
 
 
+def tell_of_cuts(checkpoint: Checkpoint, texts: list[str]) -> None:
+    """Says of which texts a continuing model reads the end only."""
+    block_size = checkpoint.model.config.block_size
+    for text in texts:
+        if (tokens := len(checkpoint.tokenizer.encode(text))) > block_size:
+            print(
+                f"note: {text[:20]!r}... has {tokens} tokens, of which the model reads the last "
+                f"{block_size}",
+                file=sys.stderr,
+            )
+
+
 def converse(checkpoint: Checkpoint, sampling: Sampling) -> None:
     """A conversation in the terminal; a continuing model continues each line by itself."""
     if sys.stdin.isatty():
@@ -326,7 +352,7 @@ def converse(checkpoint: Checkpoint, sampling: Sampling) -> None:
             import readline  # noqa: F401
     print("an empty line forgets what was said; Ctrl-C stops an answer; Ctrl-D, or Ctrl-Z, ends")
     messages = []
-    while True:
+    for turn in itertools.count():  # each with its own random numbers
         try:
             text = input("问：" if checkpoint.answers else "> ").strip()
         except EOFError:
@@ -340,10 +366,10 @@ def converse(checkpoint: Checkpoint, sampling: Sampling) -> None:
             if checkpoint.answers:
                 text = complete_question(checkpoint, text)
                 messages.append({"role": "user", "content": text})
-                pieces = chat(checkpoint, messages, sampling)
+                pieces = chat(checkpoint, messages, sampling, turn)
                 print("答：", end="", flush=True)
             else:
-                pieces = stream(checkpoint, prompt_ids(checkpoint, text), sampling)
+                pieces = stream(checkpoint, prompt_ids(checkpoint, text), sampling, turn)
                 print(text, end="", flush=True)
             for piece in pieces:
                 answer += piece

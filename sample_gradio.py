@@ -275,17 +275,24 @@ class Page:
             turn.answers = [Answer()]
         with session.streaming() as stream:
             yield page_html.comparison(turns), gr.Button(interactive=True)
+            running = []  # the turn of each request of the stream
+            for turn, temperature in zip(turns, (warm, warm_other), strict=True):
+                server = self.servers[turn.model]
+                try:
+                    prompt, sampling = server.prompt(turn.messages), (temperature, *settings[1:])
+                    server.submit(stream, prompt, drawn(sampling, server))
+                    running.append(turn)
+                except Exception as error:
+                    turn.error = explain(error)
             try:
-                for turn, temperature in zip(turns, (warm, warm_other), strict=True):
-                    server = self.servers[turn.model]
-                    prompt = server.prompt(turn.messages)
-                    server.submit(stream, prompt, drawn((temperature, *settings[1:]), server))
                 async for pieces in gathered(stream):
                     for piece in pieces:
-                        turns[piece.number].answers[0].add(piece)
+                        running[piece.number].answers[0].add(piece)
                     yield page_html.comparison(turns), gr.skip()
             except Exception as error:
-                turn.error = explain(error)
+                for turn in running:
+                    if not turn.answers[0].finish:
+                        turn.error = explain(error)
         yield page_html.comparison(turns), gr.Button(interactive=False)
 
     async def shade(self, text, session, name, *settings):

@@ -130,6 +130,10 @@ class Server:
         checkpoint, before = self.checkpoint, messages[:-1]
         text, block_size = messages[-1]["content"], checkpoint.model.config.block_size
         room = CHARACTERS_PER_TOKEN * block_size
+        try:
+            "".join(message["content"] for message in messages).encode()
+        except UnicodeEncodeError:
+            raise UserError("the text holds half of a surrogate pair, which is no text") from None
         if not checkpoint.answers:
             return prompt_ids(checkpoint, text[-room:])
         if len(text) > room:
@@ -175,14 +179,12 @@ class Server:
 
     def _work(self) -> None:
         while True:
-            self._read_inbox()
             try:
-                chosen = self.batch.step()
+                self._read_inbox()
+                for request, token in self.batch.step():
+                    self._pass_on(self.jobs[request], token)
             except Exception as error:
                 self._fail(error)
-                continue
-            for request, token in chosen:
-                self._pass_on(self.jobs[request], token)
 
     def _read_inbox(self) -> None:
         """All that lies there; where nothing runs, waits for the first."""
@@ -215,16 +217,21 @@ class Server:
         job.send(text, finish)
 
     def _fail(self, error: Exception) -> None:
-        """The model's own error, as no memory left: all that it was working on get it, and the
-        next ones find a new batch."""
+        """The model's own error, as no memory left: all that it was working on get it, what waits
+        goes into a new batch."""
         traceback.print_exception(error, file=sys.stderr)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        waiting = list(self.batch.waiting)
         with self.lock:
-            failed = [job for job in self.jobs.values() if job.added]
+            failed = [j for r, j in self.jobs.items() if j.added and r not in waiting]
             for job in failed:
                 del self.jobs[job.request]
-        self.batch = self._new_batch()
         for job in failed:
-            job.stream.send(RuntimeError(f"the model failed: {str(error).splitlines()[0]}"))
+            job.stream.send(RuntimeError(f"the model failed: {reason}"))
+        self.batch = None  # its memory, before more is taken
+        self.batch = self._new_batch()
+        for request in waiting:
+            self.batch.add(request)
 
     def _new_batch(self) -> Batch:
         stop_ids = self.checkpoint.tokenizer.stop_ids

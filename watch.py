@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from checkpoint import Checkpoint
-from configurator import UserError
 from data_utils import Dataset
 from sample import Sampling, complete, default_temperature, prompt_ids, show
 
@@ -49,20 +48,11 @@ def process_seconds() -> float:
 def sample_prompts(checkpoint: Checkpoint, data: Dataset, texts: list[str] | None) -> list[Prompt]:
     """The prompts of the samples; None is the first of the validation split.
 
-    UserError where one is longer than the model can read.
+    UserError where a question is longer than the model can read.
     """
     if texts is None:
-        prompts = [first_prompt(data, checkpoint.model.config.block_size)]
-    else:
-        prompts = [(text, prompt_ids(checkpoint, text)) for text in texts]
-    block_size = checkpoint.model.config.block_size
-    for text, ids in prompts:
-        if len(ids) > block_size:
-            raise UserError(
-                f"the prompt {text[:20]!r} has {len(ids)} tokens, longer than "
-                f"block_size={block_size}; shorten it"
-            )
-    return prompts
+        return [first_prompt(data, checkpoint.model.config.block_size)]
+    return [(text, prompt_ids(checkpoint, text)) for text in texts]
 
 
 def first_prompt(data: Dataset, block_size: int) -> Prompt:

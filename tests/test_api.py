@@ -124,7 +124,7 @@ def test_models_are_listed(client):
         "temperature": ({"temperature": -1}, "temperature=-1.0 must be 0"),
         "tokens": ({"max_tokens": 30000}, "more than this server's limit of 20000"),
         "type": ({"extra_body": {"top_p": "high"}}, "top_p='high' must be a number"),
-        "fraction": ({"extra_body": {"seed": 1.5}}, "seed=1.5 must be a number"),
+        "fraction": ({"extra_body": {"seed": 1.5}}, "seed=1.5 must be a whole number"),
         "samples": ({"n": 6}, "n=6 must be 1 to 5"),
         "tools": ({"logprobs": True}, "logprobs is not supported"),
         "role": ({"text": [{"role": "tool", "content": "x"}]}, "has no role of system"),
@@ -240,3 +240,72 @@ def test_a_port_in_use_is_one_line(served):
 def test_a_missing_model_is_said(tmp_path):
     with pytest.raises(UserError, match="no checkpoint in"):
         main([f"--port={free_port()}", f"--out_dir={tmp_path}/no"])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 100_000,
+        b'{"model": "answers", "messages": [{"role": ["user"], "content": "x"}]}',
+        *(
+            b'{"model": "answers", "messages": [{"role": "user", "content": "x"}], ' + more + b"}"
+            for more in (
+                b'"stream_options": "x"',
+                b'"stream_options": [1]',
+                b'"n": 1e400',
+                b'"max_tokens": 1e400',
+                b'"temperature": 1' + b"0" * 400,
+                b'"top_p": 1e-50',
+                b'"temperature": 1e-50',
+                b'"repetition_penalty": 1e-300',
+                b'"\\ud800": 3',
+            )
+        ),
+        b'{"model": "answers", "messages": [{"role": "user", "content": "\\ud800"}]}',
+    ],
+)
+def test_an_odd_body_is_refused_and_nothing_runs(served, body):
+    address, servers = served
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{address}/v1/chat/completions", content=body, headers=headers)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["message"]
+    assert not servers["answers"].jobs
+
+
+@pytest.mark.parametrize("name", ["Host", "Origin"])
+def test_an_address_that_is_none_is_refused(served, name):
+    value = "[" if name == "Host" else "http://["
+    assert httpx.get(f"{served[0]}/v1/models", headers={name: value}).status_code == 403
+
+
+def test_more_than_may_wait_get_429(served, client):
+    servers = served[1]
+    ends = [threading.Event() for _ in range(12)]  # 4 run and 8 wait
+
+    def hold(end: threading.Event) -> None:
+        with ask(client, stream=True, max_tokens=20000) as chunks:
+            for _ in chunks:
+                if end.is_set():
+                    return
+
+    threads = [threading.Thread(target=hold, args=[end]) for end in ends]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(servers["answers"].jobs) == 12)
+    with pytest.raises(openai.RateLimitError, match="try again soon"):
+        ask(client, max_tokens=5)
+    for end in ends:
+        end.set()
+    for job in [*servers["answers"].jobs.values()]:  # those that wait for their first piece
+        servers["answers"].cancel(job)
+    for thread in threads:
+        thread.join()
+    wait_until(lambda: not servers["answers"].jobs)
+
+
+def test_a_client_that_names_no_length_gets_the_servers(out_dirs):
+    with serving([out_dirs["answers"]], max_new_tokens=9) as (address, _):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
+        assert ask(client).usage.completion_tokens == 9
+        client.close()

@@ -127,7 +127,7 @@ CASES = {
         "unknown tracker 'tensorbord' in track; did you mean 'tensorboard'?",
     ),
     "prompt beyond block_size": (
-        train_on("text", prompts="话说天下大势分久必合合久必分周末七国分争"),
+        train_on("questions", prompts="话说天下大势分久必合合久必分周末七国分争"),
         "longer than block_size=32; shorten it",
     ),
     "no validation split": (train_on("no_val"), "{}/no_val has no split 'val'; it has train"),
@@ -198,10 +198,6 @@ CASES = {
     "sample without a tokenizer": (
         line("sample.py", "--out_dir={}/no_tokens"),
         "{}/no_tokens/step-000002/tokenizer.json",
-    ),
-    "a long prompt": (
-        line("sample.py", "--out_dir={}/base", f"--start={novel(0, 9)}"),
-        "longer than block_size=32; shorten it",
     ),
     "a long question": (
         line("sample.py", "--out_dir={}/answers", f"--start={novel(0, 9)}"),

@@ -34,15 +34,17 @@ WAYS = {
 each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
-def slow_probs(logits: np.ndarray, sampling: Sampling, text: list[int]) -> dict[int, float]:
+def slow_probs(
+    logits: np.ndarray, sampling: Sampling, text: list[int], stop_ids: tuple[int, ...] = ()
+) -> dict[int, float]:
     """Each id that may come, likeliest first, with its probability; loops and float64 only."""
     logits = {id: float(logit) for id, logit in enumerate(logits)}
-    for id in set(text) if sampling.repetition_penalty != 1 else ():
+    for id in set(text) - set(stop_ids) if sampling.repetition_penalty != 1 else ():
         penalty = sampling.repetition_penalty
         logits[id] = logits[id] / penalty if logits[id] > 0 else logits[id] * penalty
     if n := sampling.no_repeat_ngram:
         grams = [text[i : i + n] for i in range(len(text) - n + 1)]
-        for id in logits:
+        for id in logits.keys() - set(stop_ids):
             if [*text[len(text) - n + 1 :], id] in grams:
                 logits[id] = -math.inf
     order = sorted(logits, key=lambda id: -logits[id])
@@ -78,7 +80,7 @@ def slow_generate(
     block_size = model.config.block_size
     text, window = list(prompt), list(prompt)
     for _ in range(sampling.max_new_tokens):
-        probs = slow_probs(next_logits(model, window), sampling, text)
+        probs = slow_probs(next_logits(model, window), sampling, text, stop_ids)
         if sampling.temperature:
             u = stream.random()
             sums = itertools.accumulate(probs.values())
@@ -263,6 +265,9 @@ def test_a_prompt_of_no_or_too_many_tokens_is_refused(length):
         {"top_k": 0},
         {"top_p": 0.0},
         {"top_p": 1.1},
+        {"top_p": 1e-50},
+        {"temperature": 1e-50},
+        {"repetition_penalty": 1e-300},
         {"min_p": -0.1},
         {"min_p": 1.1},
         {"no_repeat_ngram": -1},
@@ -472,6 +477,45 @@ def test_a_cancelled_request_ends_and_the_others_do_not_notice():
         assert requests[number].ids == slow_generate(
             model, prompts[number], sampling, (), (number, 0)
         )
+
+
+@pytest.mark.parametrize("kind", ["gpt", "lstm"])
+@pytest.mark.parametrize("block_size", [100, 65])
+def test_rows_may_be_cancelled_at_any_length(kind, block_size):
+    model = tiny_model(model=kind, block_size=block_size).double()
+    sampling = Sampling(150, temperature=1.0)
+    requests = [Request([3 + n], sampling, n) for n in range(4)]
+    batch = Batch(model, size=4)
+    for request in requests:
+        batch.add(request)
+    for step in range(150):
+        batch.step()
+        if step in (1, 70, 120):  # before and after the cache has grown, and a text been cut
+            batch.cancel(requests[(1, 70, 120).index(step)])
+    assert [r.finish for r in requests] == [*["cancelled"] * 3, "length"]
+    wanted = slow_generate(model, [6], sampling, (), (3, 0))
+    assert requests[3].ids == wanted
+
+
+def test_penalties_spare_what_ends_a_text():
+    logits = torch.ones(1, 6)
+    text = [1, 2, 5, 1, 2]
+    for options in ({"no_repeat_ngram": 2}, {"no_repeat_ngram": 1}, {"repetition_penalty": 2.0}):
+        request = Request(text, Sampling(**options))
+        assert penalize(logits, [request], stop_ids=(5,))[0, 5] == 1
+        assert penalize(logits, [request])[0, 5] < 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 1e-6}, {"temperature": 1e4}, {"top_p": 1e-6}, {"min_p": 1.0}]
+)
+@pytest.mark.parametrize("penalty", [1e-6, 1.0, 1e4])
+def test_extreme_settings_still_choose(options, penalty):
+    sampling = Sampling(**{"temperature": 1.0, "repetition_penalty": penalty} | options)
+    logits = 30 * torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
+    requests = [Request([3, 5], sampling, n) for n in range(50)]
+    ids = choose(penalize(logits, requests), requests)
+    assert all(0 <= id < 40 for id in ids)
 
 
 def test_probabilities_are_the_models_own_whatever_the_sampling():

@@ -1,5 +1,6 @@
 """Texts: outputs, streams, prompts, and sample.py's command line."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import sample
 from checkpoint import Checkpoint
 from configurator import UserError
-from generation import Sampling
+from generation import Batch, Request, Sampling
 from sample import (
     TextStream,
     chat_prompt,
@@ -154,6 +155,27 @@ def test_prompts_are_taken_as_there_is_room():
     next(outputs)
     assert len(taken) < 20
     assert len(list(outputs)) == 59
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+def test_one_long_output_does_not_keep_the_others_waiting(kind, monkeypatch):
+    checkpoint, running = make_checkpoint(kind), []
+    step = Batch.step
+    monkeypatch.setattr(Batch, "step", lambda b: running.append(len(r := step(b))) or r)
+    first, *others = [prompt_ids(checkpoint, TEXT[n]) for n in range(120)]
+    lengths = [300, *[5] * 119]
+
+    class Cut(Request):
+        def __init__(self, prompt, sampling, number, *rest):
+            sampling = dataclasses.replace(sampling, max_new_tokens=lengths[number])
+            super().__init__(prompt, sampling, number, *rest)
+
+    monkeypatch.setattr(sample, "Request", Cut)
+    checkpoint.tokenizer.stop_ids = ()
+    outputs = list(complete(checkpoint, [first, *others], Sampling(300, temperature=1.0), 1, 4))
+    assert [len(output.ids) for [output] in outputs] == lengths
+    # 119 x 5 tokens beside the long one's, three at a time
+    assert running == [*[4] * 195, *[3] * 5, *[1] * 100]
 
 
 def test_an_outputs_perplexity_is_that_of_its_own_tokens():
@@ -326,6 +348,19 @@ def test_several_questions_are_saved_in_order_with_all_their_samples(tmp_path, c
     assert all(f"问：{r['question']}\n答：{r['answer']}\n" in printed for r in saved)
     run(out, *flags, f"--save_path={tmp_path / 'a.txt'}")
     assert (tmp_path / "a.txt").read_text(encoding="utf-8").count("答：") == 6
+
+
+def test_the_end_of_a_long_text_is_continued_and_that_is_said(tmp_path, capsys):
+    out, text = make_run(tmp_path, "pretrain"), TEXT.replace("\n", "")
+    ids = tiny_tokenizer().encode(text)
+    run(out, f"--start={text}", "--temperature=0")
+    whole = capsys.readouterr()
+    checkpoint = sample.load_for_sampling(str(out), "cpu")
+    wanted = "".join(stream(checkpoint, ids[-128:], Sampling(20, temperature=0.0)))
+    assert whole.out == f"{text}{wanted}\n"
+    assert f"has {len(ids)} tokens, of which the model reads the last 128" in whole.err
+    run(out, "--start=却说")
+    assert "note" not in capsys.readouterr().err
 
 
 def test_a_question_that_is_missing_or_too_long_is_refused(tmp_path):

@@ -150,3 +150,43 @@ def test_a_failing_model_fails_its_requests_and_the_next_ones_are_answered(out_d
     alone = expected(out_dirs["answers"], dialogue("谁弄权"), Sampling(max_new_tokens=8))
     assert asyncio.run(fail_then_ask()) == alone
     assert "IndexError" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("no memory left\nat all")])
+def test_an_error_of_any_form_leaves_the_worker_alive(out_dirs, capfd, error):
+    server = new_server(out_dirs["answers"])
+
+    def fail() -> list:
+        server.batch = server._new_batch()  # only once
+        raise error
+
+    async def fail_then_ask():
+        server.batch.step = fail
+        with Stream() as stream:
+            server.submit(stream, server.prompt(dialogue("谁弄权")), Sampling())
+            with pytest.raises(RuntimeError, match=r"failed: (MemoryError|no memory left)$"):
+                await anext(stream)
+        return await read(server, "谁弄权", max_new_tokens=8)
+
+    alone = expected(out_dirs["answers"], dialogue("谁弄权"), Sampling(max_new_tokens=8))
+    assert asyncio.run(fail_then_ask()) == alone
+    assert type(error).__name__ in capfd.readouterr().err
+
+
+def test_one_user_stops_a_long_text_and_the_other_goes_on(out_dirs):
+    server = new_server(out_dirs["novel"], max_new_tokens=10**6)
+
+    async def stop_one() -> str:
+        with Stream() as stopped, Stream() as stays:
+            prompt = server.prompt(dialogue("却说"))
+            server.submit(stopped, prompt, Sampling(max_new_tokens=10**6))
+            server.submit(stays, prompt, Sampling(max_new_tokens=300), 1)
+            count = 0
+            async for piece in stopped:
+                count += len(piece.tokens)
+                if count > 120:  # the cache has grown since
+                    stopped.stop()
+            return "".join([piece.text async for piece in stays])
+
+    wanted = expected(out_dirs["novel"], dialogue("却说"), Sampling(max_new_tokens=300), 1)
+    assert asyncio.run(stop_one()) == wanted
