@@ -34,9 +34,16 @@ SENTENCE_END = re.compile(r"(?:[。！？…；!?;]|\.(?!\d))+[”’」』）)]
 
 
 def write_pretrain(
-    out: Path, tokenizer: Tokenizer, documents: dict[str, Iterable[str]], sources: list[str]
+    out: Path,
+    tokenizer: Tokenizer,
+    documents: dict[str, Iterable[str]],
+    sources: list[str],
+    found: Callable[[], dict] = dict,
 ) -> dict:
-    """Writes each split's documents, each with its end token, and returns the meta.json."""
+    """Writes each split's documents, each with its end token, and returns the meta.json.
+
+    found: what else goes into it, once all documents have been read: what their reader skipped.
+    """
 
     def rows(split: str, sizes: Counter) -> Iterator[tuple[list[int], None]]:
         for text in documents[split]:
@@ -48,7 +55,8 @@ def write_pretrain(
             sizes["bytes"] += len(text.encode())
             yield [*tokenizer.encode(text), tokenizer.end_of_text], None
 
-    return _write(out, "pretrain", tokenizer, {s: rows for s in documents}, {"sources": sources})
+    rows_of = {split: rows for split in documents}
+    return _write(out, "pretrain", tokenizer, rows_of, {"sources": sources}, found)
 
 
 def write_sft(
@@ -58,11 +66,13 @@ def write_sft(
     sources: list[str],
     max_tokens: int,
     mask: Mask = "answer",
+    found: Callable[[], dict] = dict,
 ) -> dict:
     """Writes each split's conversations with the mask of their answers, and returns the meta.json.
 
     What is longer than max_tokens is fitted (see `fit`); repeated conversations are left out, in
-    later splits those of earlier ones too. All of it is counted in meta.json.
+    later splits those of earlier ones too. All of it is counted in meta.json. found: as in
+    write_pretrain.
     """
     seen, last_characters = set(), Counter()
 
@@ -94,7 +104,9 @@ def write_sft(
 
     meta = {"sources": sources, "max_tokens": max_tokens, "mask": mask}
     rows_of = {split: rows for split in conversations}
-    return _write(out, "sft", tokenizer, rows_of, meta, lambda: {"question_end": question_end()})
+    return _write(
+        out, "sft", tokenizer, rows_of, meta, lambda: {"question_end": question_end()} | found()
+    )
 
 
 def remask(

@@ -6,13 +6,21 @@ pretraining on; their names inside a text are plain text. A conversation is rend
 
     <|user|>孔明是谁？<|end|><|assistant|>孔明是诸葛亮的字。<|end|>
                                         ----------------------- trained (mask 1)
+
+    python tokenizer.py train --vocab_size=8192 --out=data/mine/tokenizer.json 'my/*.txt' more.jsonl
+    python tokenizer.py show --tokenizer=data/mine --text=孔明是谁？
+    python tokenizer.py show --tokenizer=data/mine --text=FILE:my/a.txt
+
+Training looks at SAMPLE characters at most, passages of the files picked by their hashes.
 """
 
 import codecs
 import hashlib
+import heapq
 import itertools
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +28,16 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from configurator import ROOT, UserError, repo_path, show_path
+from configurator import (
+    ROOT,
+    UserError,
+    command,
+    configure,
+    nearest,
+    repo_path,
+    show_path,
+    written_aside,
+)
 
 END_OF_TEXT = "<|endoftext|>"  # ends a document
 END = "<|end|>"  # ends a message
@@ -33,6 +50,8 @@ QWEN2_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SAMPLE = 2_000_000  # characters of the passages that a vocabulary is trained on; bounds the memory
+PASSAGE = 4096  # characters
 RUN_LENGTH = 4  # characters; Chinese has no blanks, and the trainer is slow on long runs
 GPT2_FILES = ROOT / "data" / "raw" / "gpt2"
 
@@ -71,6 +90,7 @@ class Tokenizer:
             "miniglm", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
         )
         self.n_vocab = max(max(ranks.values()), max(special.values())) + 1
+        self._special = {id: name for name, id in special.items()}
         self._bytes = [b""] * self.n_vocab
         for token, id in ranks.items():
             self._bytes[id] = token
@@ -86,6 +106,15 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; special tokens have none, bytes that are no character become U+FFFD."""
         return b"".join(self._bytes[id] for id in ids).decode("utf-8", errors="replace")
+
+    def entry(self, id: int) -> str:
+        """An entry as one reads it: quoted text, bytes that are no text, or a special name."""
+        if id in self._special:
+            return self._special[id]
+        try:
+            return repr(self._bytes[id].decode())
+        except UnicodeDecodeError:
+            return self._bytes[id].hex(" ")
 
     def stream_decoder(self) -> "StreamDecoder":
         return StreamDecoder(self._bytes)
@@ -149,6 +178,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(bpe.to_str())
 
 
+def sample(texts: Iterable[str], size: int = SAMPLE) -> list[str]:
+    """Different passages of at most size characters together: those with the smallest hashes, so
+    that they come from all over the texts, and are the same in whatever order the texts come."""
+    heap, kept, total = [], set(), 0  # the largest hash on top
+    for text in texts:
+        for start in range(0, len(text), PASSAGE):
+            passage = text[start : start + PASSAGE]
+            digest = hashlib.blake2b(passage.encode(), digest_size=8).digest()
+            key = -int.from_bytes(digest)
+            if key in kept:
+                continue
+            heapq.heappush(heap, (key, passage))
+            kept.add(key)
+            total += len(passage)
+            while total > size:
+                key, last = heapq.heappop(heap)
+                kept.remove(key)
+                total -= len(last)
+    return [passage for _, passage in sorted(heap, reverse=True)]
+
+
 def load_tokenizer(name: str | Path) -> Tokenizer:
     """The tokenizer named `gpt2`, or that of a directory or a tokenizer.json."""
     if str(name) == "gpt2":
@@ -197,3 +247,86 @@ def _byte_to_unicode() -> dict[int, str]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+# --- the command line --------------------------------------------------------------------------
+
+
+@dataclass
+class Settings:
+    names: list[str] = field(default_factory=list)  # train and its files, or show
+    vocab_size: int = 4096  # entries to train
+    out: str = "tokenizer.json"  # file to write, relative to the repository
+    encoding: str = "auto"  # of the files: utf-8, gb18030, big5, utf-16
+    fields: str = ""  # as text=body: which field of a record is its text
+    tokenizer: str = "data/sanguo"  # what to show: gpt2, or where one lies
+    text: str = ""  # what to show it on, or FILE:NAME; nothing: its entries
+
+
+def texts_of_files(words: list[str], config: Settings) -> Iterator[str]:
+    """The text of each record of the files; says at the end what was left out."""
+    # here, since only this command reads raw files
+    from data.forms import parse_fields, text_of
+    from data.readers import Tally, find_sources, records
+
+    tally, fields = Tally(), parse_fields(config.fields)
+    for source in find_sources(words, config.encoding):
+        yield from map(text_of, records(source, tally, fields))
+    print(f"{tally.good:,} good records{tally.summary()}")
+
+
+def train(config: Settings, words: list[str]) -> None:
+    """Trains on files and writes --out."""
+    passages = sample(texts_of_files(words, config))
+    if not passages:
+        raise UserError("there is no text in the files")
+    tokenizer = train_tokenizer(passages, config.vocab_size)
+    out = repo_path(config.out)
+    out = out / "tokenizer.json" if out.is_dir() else out
+    with written_aside(out) as aside:
+        tokenizer.save(aside)
+    print(
+        f"{show_path(out)}: {tokenizer.n_vocab} entries, "
+        f"from {sum(map(len, passages)):,} characters"
+    )
+
+
+def show(config: Settings, words: list[str]) -> None:
+    """Prints the entries as text, or how a text is cut."""
+    if words:
+        raise UserError(f"show takes no {words[0]}; pass --tokenizer= and --text=")
+    tokenizer = load_tokenizer(config.tokenizer)
+    if not config.text:
+        for id in range(tokenizer.n_vocab):
+            print(id, tokenizer.entry(id), sep="\t")
+        return
+    texts = [config.text]
+    if config.text.startswith("FILE:"):
+        texts = texts_of_files([config.text.removeprefix("FILE:")], config)
+    characters = size = tokens = 0
+    for text in texts:
+        ids = tokenizer.encode(text)
+        if config.text is text:
+            print(" ".join(tokenizer.entry(id) for id in ids))
+        characters, size = characters + len(text), size + len(text.encode())
+        tokens += len(ids)
+    if not tokens:
+        raise UserError("there is no text to show it on")
+    print(
+        f"{characters:,} characters, {size:,} bytes, {tokens:,} tokens: "
+        f"{characters / tokens:.2f} characters a token"
+    )
+
+
+def main(argv: list[str]) -> None:
+    config = configure(Settings, argv)
+    parts = {"train": train, "show": show}
+    part, *words = config.names or [""]
+    if part not in parts:
+        near = nearest(part, parts) or "; write train FILES, or show"
+        raise UserError(f"unknown part {part!r}{near}")
+    parts[part](config, words)
+
+
+if __name__ == "__main__":
+    command(main)

