@@ -110,7 +110,7 @@ class Settings:
     clock: Literal["wall", "cpu"] = "wall"  # cpu: the time of this process, on all its threads
     ours_minutes: list[float] = field(default_factory=lambda: [2, 4, 6.67])  # a run each
     minimind_minutes: float = 20.0  # of each of its runs
-    minimind_rates: list[float] = field(default_factory=lambda: [1e-3, 2e-3, 4e-3])  # a run each
+    minimind_rates: list[float] = field(default_factory=lambda: [5e-4, 1e-3, 2e-3])  # a run each
     reference_minutes: float = 60.0  # of its run
     only: list[str] = field(default_factory=list)  # runs of quality, as ours-2, or a recipe's
     runs: str = "bench-quality"  # where quality trains

@@ -39,6 +39,7 @@ from serving import Piece, Server, Stream
 
 MOST_SAMPLES = 5  # side by side
 UPDATE = 0.03  # seconds between two updates of a page
+LONGEST = 200_000  # characters that a box takes; the gate refuses what is much longer
 MOST_TURNS = 50  # shown of a conversation
 ALTERNATIVES = 5  # shown of each token
 MARK_LOCK = threading.Lock()
@@ -440,6 +441,7 @@ def prompt_box(elem_id: str) -> gr.Textbox:
         placeholder="孔明是谁    却说曹操",
         lines=1,
         max_lines=6,
+        max_length=LONGEST,
         scale=8,
         min_width=200,
         show_label=False,

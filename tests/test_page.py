@@ -262,6 +262,19 @@ def test_two_models_are_compared_on_one_prompt(page, out_dirs):
     assert page.locator("#compare-log .given").all_text_contents() == ["", "董卓"]
 
 
+def test_what_one_model_cannot_read_the_other_still_continues(page, out_dirs):
+    text = "却说" * 700
+    page.get_by_role("tab", name="Compare").click()
+    page.fill("#compare-text textarea", text)
+    page.click("#compare-run")
+    cards = page.locator("#compare-log .card")
+    expect(cards.nth(0).locator(".error")).to_contain_text("longer than block_size")
+    sampling = Sampling(LENGTH, temperature=0.8)
+    wanted = expected(out_dirs["novel"], dialogue(text), sampling)
+    expect(cards.nth(1).locator(".new")).to_have_text(wanted)
+    expect(page.locator("#compare-log .caret")).to_have_count(0)
+
+
 def test_certainty_shades_tokens_by_their_probability(page, out_dirs):
     page.get_by_role("tab", name="把握").click()
     page.fill("#certainty-text textarea", "谁弄权？")
