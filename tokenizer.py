@@ -7,9 +7,9 @@ pretraining on; their names inside a text are plain text. A conversation is rend
     <|user|>孔明是谁？<|end|><|assistant|>孔明是诸葛亮的字。<|end|>
                                         ----------------------- trained (mask 1)
 
-    python tokenizer.py train --vocab_size=8192 --out=data/mine/tokenizer.json 'my/*.txt' more.jsonl
-    python tokenizer.py show --tokenizer=data/mine --text=孔明是谁？
-    python tokenizer.py show --tokenizer=data/mine --text=FILE:my/a.txt
+    python tokenizer.py train --vocab_size=8192 --out=data/vocab/tokenizer.json 'my/*.txt'
+    python tokenizer.py show --tokenizer=data/vocab --text=孔明是谁？
+    python tokenizer.py show --tokenizer=data/vocab --text=FILE:my/a.txt
 
 Training looks at SAMPLE characters at most, passages of the files picked by their hashes.
 """
@@ -277,12 +277,15 @@ def texts_of_files(words: list[str], config: Settings) -> Iterator[str]:
 
 def train(config: Settings, words: list[str]) -> None:
     """Trains on files and writes --out."""
+    out = repo_path(config.out)
+    out = out / "tokenizer.json" if out.is_dir() else out
+    if out.with_name("meta.json").is_file():
+        folder = show_path(out.parent)
+        raise UserError(f"{folder} is a dataset with a tokenizer of its own; name another --out=")
     passages = sample(texts_of_files(words, config))
     if not passages:
         raise UserError("there is no text in the files")
     tokenizer = train_tokenizer(passages, config.vocab_size)
-    out = repo_path(config.out)
-    out = out / "tokenizer.json" if out.is_dir() else out
     with written_aside(out) as aside:
         tokenizer.save(aside)
     print(

@@ -77,7 +77,9 @@ def write_samples(
     and no random state is touched."""
     sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, seed=seed)
     sampling = default_temperature(checkpoint, sampling)
-    # a compiled model would be compiled anew for each length of its cache
+    # a compiled model would be compiled anew for each length of its cache; on CUDA the decoding
+    # step, which is compiled for long jobs, at each evaluation
+    compiled |= checkpoint.model.wte.weight.device.type == "cuda"
     eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     was_training = checkpoint.model.training
     checkpoint.model.eval()

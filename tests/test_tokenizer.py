@@ -17,6 +17,8 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from configurator import ROOT, UserError
 from data.sanguo.prepare import read_chapters, split_chapters
+from tests.helpers import TEXT, tiny_tokenizer, write_novel
+from tests.runs import contents
 from tokenizer import (
     PASSAGE,
     SPECIAL_TOKENS,
@@ -471,3 +473,13 @@ def test_what_the_command_line_cannot_do_is_said_in_a_line(words, message, tmp_p
         main([*words, f"--out={tmp_path / 'tokenizer.json'}"])
     assert message in str(caught.value)
     assert not list(tmp_path.glob("tokenizer*"))
+
+
+def test_a_datasets_own_tokenizer_is_not_replaced(tmp_path):
+    data = write_novel(tmp_path / "data", tiny_tokenizer())
+    before = contents(data)
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    for out in (data, data / "tokenizer.json"):
+        with pytest.raises(UserError, match="a dataset with a tokenizer of its own"):
+            main(["train", str(tmp_path / "a.txt"), f"--out={out}", "--vocab_size=300"])
+    assert contents(data) == before
