@@ -71,6 +71,7 @@ class Settings(Architecture):
     lr_decay_iters: int | None = None  # step at which min_lr is reached; None is max_iters
     min_lr: float = 0.0  # learning rate at the end of the linear decay
     weight_decay: float = 0.1  # of matrices, not of norms and biases
+    embedding_decay: float | None = None  # of embeddings and head; None: the same
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # norm that gradients are clipped to; 0 is off
@@ -97,8 +98,9 @@ class Settings(Architecture):
             raise UserError(f"mix_batch_size={self.mix_batch_size} must be 1 or more")
         if self.mix_weight < 0:
             raise UserError(f"mix_weight={self.mix_weight:g} must not be negative")
-        if self.embedding_lr is not None and self.embedding_lr < 0:
-            raise UserError(f"embedding_lr={self.embedding_lr:g} must not be negative")
+        for name in ("embedding_lr", "embedding_decay"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"{name}={getattr(self, name):g} must not be negative")
         if self.embedding_lr and not self.learning_rate:
             raise UserError(
                 f"embedding_lr={self.embedding_lr:g} follows the schedule of learning_rate, which "
@@ -665,6 +667,8 @@ def make_optimizers(
     blocks = {"params": of_kind["blocks"], "lr_ratio": 1.0}
     matrices = {"params": of_kind["matrices"], "lr_ratio": 1.0}
     embeddings = {"params": of_kind["embeddings"], "lr_ratio": ratio}
+    if config.embedding_decay is not None:
+        embeddings["weight_decay"] = config.embedding_decay
     vectors = {"params": of_kind["vectors"], "lr_ratio": 1.0, "weight_decay": 0.0}
     common = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     by_adamw = [matrices, embeddings, vectors]

@@ -311,6 +311,18 @@ def test_only_matrices_decay(toys, tmp_path):
         assert torch.equal(value, decayed[name]) == (value.dim() < 2), name
 
 
+def test_embeddings_can_have_a_decay_of_their_own(toys, tmp_path):
+    common = {"dataset": toys / "text", "max_iters": 1, "warmup_iters": 0, "weight_decay": 0}
+    plain = weights(train_here(out_dir=tmp_path / "plain", learning_rate=1e-2, **common))
+    common |= {"learning_rate": 1e-2, "embedding_decay": 5.0}
+    decayed = weights(train_here(out_dir=tmp_path / "decayed", **common))
+    changed = {name for name in plain if not torch.equal(plain[name], decayed[name])}
+    assert changed == {"wte.weight"}
+    start = train_here(out_dir=tmp_path / "start", **common | {"learning_rate": 0})
+    moved = weights(start)["wte.weight"] * (1 - 1e-2 * 5.0) - decayed["wte.weight"]
+    torch.testing.assert_close(moved, weights(start)["wte.weight"] - plain["wte.weight"])
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("tie_weights", [True, False])
 def test_every_parameter_is_optimized_once(tie_weights, optimizer):
