@@ -89,7 +89,7 @@ PREPARE = {
     "sanguo_gpt2": "data/sanguo/prepare.py --tokenizer=gpt2 --out=data/sanguo_gpt2",
 }
 
-LONG_MINUTES = 5  # up to there the novel is read less than four times: ours leaves out dropout
+SHORT_MINUTES = 3  # up to there the novel is read less than three times: embeddings decay less
 
 
 @dataclass
@@ -396,7 +396,7 @@ def recipe_words(config: Settings) -> dict[str, list[str]]:
 def list_trials(config: Settings, words: dict[str, list[str]]) -> list[Trial]:
     trials = []
     for minutes in config.ours_minutes:
-        more = ["--dropout=0"] if minutes < LONG_MINUTES else []
+        more = ["--embedding_decay=0.1"] if minutes < SHORT_MINUTES else []
         trials.append(Trial(f"ours-{minutes:g}", "ours", minutes, [*words["ours"], *more]))
     minutes = config.minimind_minutes
     for rate in config.minimind_rates:
