@@ -108,7 +108,7 @@ class Settings:
     out_dir: str = "out-sanguo-sft"  # of the model that start loads
     rounds: int = 7  # turns of each contender, after one to warm up
     clock: Literal["wall", "cpu"] = "wall"  # cpu: the time of this process, on all its threads
-    ours_minutes: list[float] = field(default_factory=lambda: [2, 4, 6.67])  # a run each
+    ours_minutes: list[float] = field(default_factory=lambda: [2, 3, 4, 6.67])  # a run each
     minimind_minutes: float = 20.0  # of each of its runs
     minimind_rates: list[float] = field(default_factory=lambda: [5e-4, 1e-3, 2e-3])  # a run each
     reference_minutes: float = 60.0  # of its run
