@@ -36,8 +36,8 @@ from tqdm import tqdm
 from configurator import UserError, command, configure, repo_path, show_path
 from data.forms import text_of
 from data.readers import Tally, find_sources, records
-from data.similar import NearDuplicates, letters_of
-from data_utils import SENTENCE_END
+from data.similar import QUESTIONS_ALIKE, NearDuplicates, letters_of
+from data_writer import SENTENCE_END
 
 # share of an answer's pairs of characters that its passage or question must have: 88 % of the 1,186
 # answers of data/sanguo/qa.jsonl, which are in other words than the novel, have it in the 800
@@ -217,13 +217,13 @@ class Pairs:
 
     def __init__(self, path: Path, examples: list[dict]):
         self.path, self.calls_path = path, path.with_name(path.name + ".calls")
-        self.counts, self.likeness = Counter(), NearDuplicates(n=2)
+        self.counts, self.known = Counter(), NearDuplicates(2, QUESTIONS_ALIKE)
         self.done = {line["call"] for line in whole_lines(self.calls_path)}
         self.before = 0
         for pair in examples:
-            self.likeness.seen(letters_of(pair["Question"]))
+            self.known.like(letters_of(pair["Question"]))
         for pair in whole_lines(path):
-            self.likeness.seen(letters_of(pair["Question"]))
+            self.known.like(letters_of(pair["Question"]))
             self.before += 1
 
     def add(self, call: Call, text: str, model: str) -> None:
@@ -251,8 +251,8 @@ class Pairs:
             return "malformed"
         if passage and not is_grounded(pair, passage):
             return "not grounded"
-        likeness = self.likeness.seen(letters_of(pair["Question"]))
-        return "" if not likeness else "duplicate" if likeness == 1 else "near duplicate"
+        share, _ = self.known.like(letters_of(pair["Question"]))
+        return "" if not share else "duplicate" if share == 1 else "near duplicate"
 
 
 def whole_lines(path: Path) -> list[dict]:

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from configurator import ROOT, UserError, repo_path, show_path
 from data.forms import is_validation, text_of
-from data.readers import Source, Tally, parts, records
+from data.readers import Source, Tally, converted, parts, records
 from data_writer import Form, Kind, Mask, Record, merge, working_folder, write_unit
 from tokenizer import Tokenizer, load_tokenizer, sample, train_tokenizer
 
@@ -84,9 +84,16 @@ def read_records(
     fields: dict[str, str] | None = None,
     want: type | None = None,
     val: float = 0.05,
+    record_of: Callable[[object], Record] | None = None,
 ) -> Iterator[tuple[str, Record]]:
-    """A `read` for most datasets: the good records, a share of them for validation."""
-    for record in records(source, tally, fields, want):
+    """A `read` for most datasets: the good records, a share of them for validation.
+
+    record_of: what makes a record of a value, or of a line; see readers.converted."""
+    if record_of:
+        found = converted(source, tally, record_of)
+    else:
+        found = records(source, tally, fields, want)
+    for record in found:
         yield ("val" if is_validation(record, val) else "train"), record
 
 

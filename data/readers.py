@@ -20,10 +20,11 @@ import shutil
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from backports import zstd
@@ -32,6 +33,7 @@ from configurator import ROOT, UserError, show_path
 from data.encodings import find_encoding, open_bytes
 from data.forms import KNOWN_FIELDS, BadRecord, Record, clean, interpret, is_whole
 
+T = TypeVar("T")
 FORMS = ("txt", "jsonl", "json", "csv", "tsv", "tmx", "parquet")
 PASSAGE = 4096  # characters; a plain text is cut at the first line end after so many
 LONG_LINE = 2**16  # characters; a plain text's line is cut after so many
@@ -205,6 +207,7 @@ class Tally:
     say: bool = True  # print them; else they are kept in `shown`
     good: int = 0
     bad: Counter = field(default_factory=Counter)
+    aside: Counter = field(default_factory=Counter)  # good ones that are not wanted, by reason
     shown: list[str] = field(default_factory=list)  # of the first bad ones, a line each
     files: list[tuple] = field(default_factory=list)  # (source, good, bad, what was wrong first)
     _source: Source | None = None
@@ -244,6 +247,7 @@ class Tally:
     def add(self, other: "Tally") -> None:
         """Adds the tally of the sources that come next. UserError where over half of the records
         of a file are bad whose parts lie in several tallies."""
+        self.aside += other.aside
         for line in other.shown:
             self._show(line)
         for source, good, bad, first in other.files:
@@ -271,12 +275,17 @@ class Tally:
 
     def summary(self) -> str:
         """What was left out, as the end of a line."""
-        reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.bad.most_common())
-        return f"; records left out: {reasons}" if reasons else ""
+        bad, aside = (
+            ", ".join(f"{n:,} {reason}" for reason, n in counts.most_common())
+            for counts in (self.bad, self.aside)
+        )
+        aside = f"; of these not taken: {aside}" if aside else ""
+        return aside + (f"; records left out: {bad}" if bad else "")
 
     def meta(self) -> dict:
         """What goes into meta.json."""
-        return {"records": self.good, "skipped": dict(sorted(self.bad.items()))}
+        aside = {"not_taken": dict(sorted(self.aside.items()))} if self.aside else {}
+        return {"records": self.good, "skipped": dict(sorted(self.bad.items()))} | aside
 
     def _here(self) -> tuple[int, Counter]:
         """The good and the bad records of this file so far."""
@@ -620,12 +629,33 @@ def records(
     fields = fields or {}
     has_header = not all(name.isdigit() for name in fields.values()) if fields else None
     found = aligned(source) if source.target else values(source, tally, has_header)
+
+    def record_of(value: object) -> Record:
+        record = interpret(value, fields)
+        if want and not isinstance(record, want):
+            kinds = ["no conversation", "no text"]
+            raise BadRecord(kinds[isinstance(record, list)])
+        return record
+
+    yield from _good(found, tally, record_of)
+
+
+def converted(source: Source, tally: Tally, record_of: Callable[[object], T]) -> Iterator[T]:
+    """What record_of makes of each value of a source, or each line of a plain text, where it does
+    not raise BadRecord: for datasets of a form of their own."""
+    tally.begin(source)
+    is_plain = source.form == "txt" and not source.target
+    lines = ((number, line) for number, line in read_lines(source) if line.strip())
+    found = aligned(source) if source.target else values(source, tally)
+    yield from _good(lines if is_plain else found, tally, record_of)
+
+
+def _good(
+    found: Iterator[tuple[int, object]], tally: Tally, record_of: Callable[[object], T]
+) -> Iterator[T]:
     for line, value in found:
         try:
-            record = interpret(value, fields)
-            if want and not isinstance(record, want):
-                kinds = ["no conversation", "no text"]
-                raise BadRecord(kinds[isinstance(record, list)])
+            record = record_of(value)
         except BadRecord as error:
             tally.skip(line, error)
         else:

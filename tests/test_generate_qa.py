@@ -32,7 +32,7 @@ def pair(question: str, answer: str, evidence: str | None = None) -> str:
 GOOD = {
     0: pair("天下大势如何？", "分久必合，合久必分。", "分久必合，合久必分"),
     1: pair("汉朝自谁起义？", "自高祖斩白蛇而起义。", "汉朝自高祖斩白蛇而起义"),
-    2: pair("谁谋诛宦官曹节？", "大将军窦武、太傅陈蕃。", "窦武、陈蕃谋诛之"),
+    2: pair("是谁和谁一起谋诛宦官曹节等人？", "大将军窦武、太傅陈蕃。", "窦武、陈蕃谋诛之"),
     3: pair("帝御何殿？", "帝御温德殿。", "帝御温德殿"),
     4: pair("大青蛇蟠于何处？", "蟠于椅上。", "蟠于椅上"),
 }
@@ -133,7 +133,7 @@ def test_good_pairs_are_kept_with_their_passage_and_model(novel, capsys):
 def test_what_is_wrong_is_left_out_and_counted(novel, capsys):
     answers = GOOD | {
         1: f"好的：\n```json\n[{GOOD[1]},\n{GOOD[1]}]\n```",  # fenced, and the same twice
-        2: GOOD[2] + "\n" + GOOD[2].replace("节？", "节呢？") + '\n{"Question": "谁弄权',
+        2: GOOD[2] + "\n" + GOOD[2].replace("人？", "人呢？") + '\n{"Question": "谁弄权',
         3: pair("帝御何殿？", "帝御未央宫，在长安。", "帝御温德殿"),  # another answer
         4: pair("大青蛇蟠于何处？", "蟠于椅上。", "蛇蟠于龙床之上"),  # no such evidence
     }
