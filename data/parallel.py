@@ -106,7 +106,7 @@ def pairs_of(source: Source, tally: Tally, fields: dict[str, str]) -> Iterator[t
 
 def find_repeated(
     own: list[Source], others: list[Source], fields: dict[str, str], share: float
-) -> dict[int, tuple[float, str]]:
+) -> dict[int, tuple[float, str, str]]:
     """The pairs of all sources whose English repeats that of an earlier one, or nearly: as
     near_duplicates. Of the others the tests and validation count."""
 
@@ -165,12 +165,13 @@ def prepare(config: Settings, kind: str, others: list[str]) -> dict:
     there = [name for name in others if (ROOT / name).is_file()]
     unseen = find_sources(there) if there else []
     found = find_repeated(own, unseen, fields, config.val)
-    for share, english in list(found.values())[:3]:
-        print(f"example of what repeats another ({share:.2f} in common): {english[:200]}")
+    near = [one for one in found.values() if one[0] < 1]
+    for share, later, earlier in near[:: max(1, len(near) // 3)][:3]:
+        print(f"left out: {later}\n    which has {share:.2f} in common with: {earlier}")
     record_of = as_text
     if kind == "sft":
         record_of = functools.partial(as_conversation, config.tokenizer, config.max_tokens)
-    likeness = {key: share for key, (share, _) in found.items()}
+    likeness = {key: share for key, (share, *_) in found.items()}
     chosen = functools.partial(
         read, fields=fields, share=config.val, repeated=likeness, record_of=record_of
     )

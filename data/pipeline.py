@@ -145,10 +145,10 @@ def print_meta(out: Path, meta: dict) -> None:
 
 def plan(sources: list[Source]) -> list[Unit]:
     """The units of the sources, in order: they depend on the files alone."""
-    units, size = [], UNIT
+    units, size = [], 0
     for part in itertools.chain.from_iterable(parts(source, UNIT) for source in sources):
         length = part.path.stat().st_size if part.is_whole else UNIT
-        if size + length > UNIT:
+        if not units or size + length > UNIT:
             units.append([])
             size = 0
         units[-1].append(part)

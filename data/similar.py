@@ -95,9 +95,9 @@ def in_common(one: np.ndarray, other: np.ndarray) -> float:
 
 def near_duplicates(
     pairs: Iterable[tuple[str, Record]], n: int, alike: float
-) -> dict[int, tuple[float, str]]:
+) -> dict[int, tuple[float, str, str]]:
     """Of pairs (question, record) those that come behind one whose question is nearly the same: the
-    key of the record -> how much they have in common, and the earlier question.
+    key of the record -> how much they have in common, its question, and the earlier one.
 
     A record that repeats an earlier one whole is none of these; the writer leaves it out."""
     known, keys, questions, found = NearDuplicates(n, alike), [], [], {}
@@ -109,7 +109,7 @@ def near_duplicates(
                 keys.append(key)
                 questions.append(question)
         elif keys[place] != key:
-            found.setdefault(key, (share, questions[place]))
+            found.setdefault(key, (share, question, questions[place]))
     return found
 
 

@@ -19,20 +19,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from configurator import UserError, command, configure
+from configurator import ROOT, UserError, command, configure
 from data.forms import BadRecord, Record, is_validation
 from data.readers import Source, Tally, converted, find_sources
 from data.similar import QuestionSettings, key_of, prepare_questions
 
 NUMBER = "[一二三四五六七八九十百〇零]+"
-ORIGIN = re.compile(rf"([^《》“”]*(?:《[^《》]+》)+(?:第{NUMBER}[回章折出卷]|卷{NUMBER})?)(.+)")
+ORIGIN = re.compile(rf"([^《》“”]*(?:《[^《》“”]+》)+(?:第{NUMBER}[回章折出卷]|卷{NUMBER})?)(.+)")
 VARIANT = re.compile(r"(?:同|作|犹|犹言|见)([\u4e00-\u9fff]{4})(?=$|[。、，])")
+RAW = "data/raw/idioms/idiom.csv"
 COLUMNS = ("word", "explanation", "derivation")
 
 
 @dataclass
 class Settings(QuestionSettings):
-    input: list[str] = field(default_factory=lambda: ["data/raw/idioms/idiom.csv"])  # the table
+    input: list[str] = field(default_factory=lambda: [RAW])  # the table
     out: str = "data/idioms_sft"  # directory to write
     tokenizer: str = "data/sanguo"  # gpt2, or where one lies: the pretrained model's
     val: float = 0.1  # share of the idioms for validation
@@ -62,11 +63,12 @@ def clean(text: str) -> str:
 
 
 def quotation(origin: str) -> str:
-    """《史记》燕雀安知鸿鹄之志哉！” -> 《史记》：“燕雀安知鸿鹄之志哉！”, "" where it is no title and quotation."""
+    """《史记》沛公军霸上！” -> 《史记》：“沛公军霸上！”; "" for what is no quotation."""
     found = ORIGIN.fullmatch(origin)
     if not found or "《" in found[2] or "“" in found[2] or found[2].count("”") > 1:
         return ""
-    return f"{found[1]}：“{found[2].replace('”', '')}”"
+    text = found[2].replace("”", "")
+    return f"{found[1]}：“{text}”" + ("" if text[-1:] in "。！？" else "。")
 
 
 def groups_of(idioms: list[Idiom]) -> dict[str, str]:
@@ -96,7 +98,7 @@ def groups_of(idioms: list[Idiom]) -> dict[str, str]:
 def questions(idiom: Idiom) -> Iterator[list[dict]]:
     pairs = [(f"“{idiom.word}”是什么意思？", f"“{idiom.word}”的意思是：{idiom.meaning}")]
     if idiom.origin:
-        pairs.append((f"“{idiom.word}”出自哪里？", f"“{idiom.word}”出自{idiom.origin}。"))
+        pairs.append((f"“{idiom.word}”出自哪里？", f"“{idiom.word}”出自{idiom.origin}"))
     if idiom.word not in idiom.meaning:
         pairs.append((f"哪个成语的意思是“{idiom.meaning}”？", f"这个成语是“{idiom.word}”。"))
     for question, answer in pairs:
@@ -118,8 +120,8 @@ def read(
 
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
-    if config.input == Settings().input and not Path(config.input[0]).exists():
-        raise UserError(f"{config.input[0]} is missing; run python data/fetch_data.py idioms")
+    if config.input == [RAW] and not (ROOT / RAW).is_file():
+        raise UserError(f"{RAW} is missing; run python data/fetch_data.py idioms")
     sources = find_sources(config.input, config.encoding)
     tally = Tally(show=0)
     groups = groups_of([one for source in sources for one in converted(source, tally, idiom_of)])

@@ -19,7 +19,7 @@ from data import pipeline
 from data.forms import BadRecord, Record, interpret
 from data.readers import find_sources
 
-MARKS = re.compile(r"\s*(?:<\|im_(?:start|end)\|>|</?s>)\s*")
+MARKS = re.compile(r"(?:\s*(?:<\|im_(?:start|end)\|>|</?s>)\s*)+")
 
 
 @dataclass
