@@ -22,7 +22,8 @@ from tqdm import tqdm
 import sample
 from checkpoint import Checkpoint
 from configurator import UserError, command, configure, show_path, written_aside
-from data_utils import Dataset, collate, fit
+from data_utils import Dataset, collate
+from data_writer import fit
 from model import pick_device
 from objectives import IGNORE, split_sums, target_losses, to_device
 from visualize import draw_histogram
