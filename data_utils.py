@@ -13,6 +13,7 @@ meta.json lists as `shards`. What writes all this is data_writer.py.
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from tokenizer import Tokenizer, load_tokenizer
 
 IGNORE = -100  # a target that is not trained; torch's own default
 POOL = 16  # steps whose rows are sorted by length together
+PERIOD = 1000  # rows in which a mixture has exactly its shares
+OWNER = 48  # bits of a mixture's row before those that say whose it is
 
 
 class Dataset:
@@ -209,6 +212,101 @@ class Shards:
             here = shard == number
             out[here] = self.arrays[number][places[here] - number * self.size]
         return out[()]
+
+
+class Mixture:
+    """Several datasets of text in one run, in given proportions: `news:3,novels:1`.
+
+    Each PERIOD rows of training hold exactly their shares, in an order that is another each time;
+    a dataset that is smaller than its share is read more often. Validation is that of all.
+    It has the methods of a Dataset; a row's highest bits say whose it is.
+    """
+
+    kind = "pretrain"
+
+    def __init__(self, words: str):
+        self.name = words
+        names, weights = zip(*(word.rsplit(":", 1) for word in words.split(",")), strict=True)
+        weights = np.array(weights, float)
+        if not (weights > 0).all():
+            raise UserError(f"dataset={words}: each share must be over 0")
+        self.parts = [Dataset(name) for name in names]
+        first, *others = self.parts
+        for part in self.parts:
+            if part.kind != "pretrain":
+                raise UserError(
+                    f"{show_path(part.path)} holds conversations, and only texts can be mixed; "
+                    "--mix_dataset= adds a text to conversations"
+                )
+        self.path, self.tokenizer, self.meta = first.path, first.tokenizer, {}
+        for part in others:
+            part.check_tokenizer(first.tokenizer, first.path)
+        ends = np.rint(np.cumsum(weights / weights.sum()) * PERIOD).astype(int)
+        self.shares = np.diff(ends, prepend=0)  # rows of each in a period
+        if not self.shares.all():
+            raise UserError(f"dataset={words}: a share is under 1 of {PERIOD:,}")
+        about = [
+            (part.fingerprint, int(n)) for part, n in zip(self.parts, self.shares, strict=True)
+        ]
+        self.fingerprint = hashlib.sha256(repr(about).encode()).hexdigest()
+        self.tokens = {"val": first.tokens["val"]}  # where samples take their beginning from
+
+    def check_tokenizer(self, tokenizer: Tokenizer, checkpoint: Path) -> None:
+        self.parts[0].check_tokenizer(tokenizer, checkpoint)
+
+    def check(self, block_size: int, split: str) -> None:
+        for part in self.parts:
+            part.check(block_size, split)
+
+    def n_rows(self, split: str, block_size: int) -> int:
+        return sum(part.n_rows(split, block_size) for part in self.parts)
+
+    def input_tokens(self, rows: np.ndarray, block_size: int) -> int:
+        return len(rows) * block_size
+
+    def step_rows(self, seed: int, start: int, count: int, block_size: int) -> np.ndarray:
+        """As Dataset.step_rows: a pure function of its arguments and the fingerprint."""
+        first, last = start // PERIOD, (start + count - 1) // PERIOD
+        owners = [
+            np.random.default_rng(_keys(f"{seed} {self.fingerprint} {period}")).permutation(
+                np.repeat(np.arange(len(self.parts)), self.shares)
+            )
+            for period in range(first, last + 1)
+        ]
+        before, owner = np.split(np.concatenate(owners), [start - first * PERIOD])
+        owner = owner[:count]
+        rows = np.empty(count, np.int64)
+        for number, part in enumerate(self.parts):
+            here = owner == number
+            if here.any():
+                done = first * int(self.shares[number]) + int((before == number).sum())
+                found = part.step_rows(seed, done, int(here.sum()), block_size)
+                rows[here] = found + (number << OWNER)
+        return rows
+
+    def batch(
+        self, rows: np.ndarray, block_size: int, multiple: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As Dataset.batch."""
+        out = np.empty((2, len(rows), block_size), np.int64)
+        owner = rows >> OWNER
+        for number, part in enumerate(self.parts):
+            here = owner == number
+            out[:, here] = part.batch(rows[here] - (number << OWNER), block_size)
+        return out[0], out[1]
+
+    def eval_batches(
+        self, split: str, block_size: int, batch_size: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The whole split of each."""
+        for part in self.parts:
+            yield from part.eval_batches(split, block_size, batch_size)
+
+
+def open_dataset(name: str) -> "Dataset | Mixture":
+    """The dataset of a name or path, or the mixture of several: NAME:SHARE,NAME:SHARE."""
+    is_mixture = all(re.fullmatch(r".+:\d*\.?\d+", word) for word in name.split(","))
+    return Mixture(name) if is_mixture else Dataset(name)
 
 
 def collate(

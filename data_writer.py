@@ -1,7 +1,8 @@
 """Records -> the prepared format of data_utils.py, in two steps, in bounded memory. No torch here.
 
     write_unit   records -> ids, masks and a row of facts a record, in files of a temporary folder
-    merge        these files, in order -> train.bin, ..., meta.json: duplicates left out, shards cut
+    merge        these files, in order -> *.bin, *_mask.bin, *_idx.bin, meta.json: duplicates are
+                 left out, long splits cut into shards
 
 Units can be written by many processes (data/pipeline.py does that); what comes out depends on their
 order alone. `write_pretrain` and `write_sft` do both steps for records that are at hand. Until the

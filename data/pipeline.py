@@ -246,7 +246,7 @@ def _ray(config: Settings) -> Iterator[Run]:
     try:
         import ray
     except ImportError:
-        raise UserError("--engine=ray needs Ray; pip install -r requirements-ray.txt") from None
+        raise UserError("--engine=ray needs Ray; pip install ray") from None
     python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     ray.init(
         address=config.address or "local",
