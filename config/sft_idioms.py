@@ -7,9 +7,9 @@ dataset = "idioms_sft"
 init_from = "out-sanguo"
 
 batch_size = 16
-max_iters = 700
+max_iters = 400
 learning_rate = 2e-3
 embedding_lr = 1e-2
-warmup_iters = 50
-eval_interval = 175
+warmup_iters = 30
+eval_interval = 100
 best_by = "last"  # the loss on unseen answers rises while the trained ones are learnt by heart

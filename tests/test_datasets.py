@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from configurator import UserError
+from data import pipeline
 from data.encyclopedia import prepare as encyclopedia
 from data.firefly import prepare_sft as firefly
 from data.forms import is_validation
@@ -20,6 +21,7 @@ from data.zhihu import prepare as zhihu
 from data.zhihu import prepare_sft as zhihu_sft
 from data_utils import Dataset
 from tests.helpers import TEXT, dialogue, tiny_tokenizer
+from tests.runs import contents
 
 LINES = TEXT.splitlines()
 ENCODINGS = ["utf-8", "utf-8-sig", "gb18030", "utf-16"]
@@ -255,6 +257,19 @@ def test_a_question_that_is_nearly_an_earlier_one_is_left_out(mine, capsys):
     assert data.meta["not_taken"] == {"question nearly the same as an earlier one": 1}
     data = prepared(jinyong_sft, mine, f"--input={file}", "--near=False")
     assert all_conversations(data) == sorted([*PAIRS, *extra])
+
+
+def test_near_duplicates_are_found_across_parts_and_processes(mine, monkeypatch):
+    """The same bytes from one process, which reads the file whole, and from two that share it."""
+    long = "大将军窦武与太傅陈蕃为什么一起谋诛宦官曹节等人？"
+    extra = [(long.replace("？", "呢？"), f"答案{n}。") for n in range(3)]
+    lines = [{"Question": q, "Answer": a} for q, a in [(long, "因为他弄权。"), *PAIRS, *extra]]
+    file = write_lines(mine / "a.jsonl", lines)
+    whole = contents(prepared(jinyong_sft, mine, f"--input={file}", "--processes=1").path)
+    monkeypatch.setattr(pipeline, "UNIT", file.stat().st_size // 3)
+    data = prepared(jinyong_sft, mine, f"--input={file}", "--processes=2")
+    assert contents(data.path) == whole
+    assert data.meta["not_taken"] == {"question nearly the same as an earlier one": 3}
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ class Settings(QuestionSettings):
     out: str = "data/idioms_sft"  # directory to write
     tokenizer: str = "data/sanguo"  # gpt2, or where one lies: the pretrained model's
     val: float = 0.1  # share of the idioms for validation
-    n_idioms: int | None = 800  # how many idioms, evenly over the table; None: all
+    n_idioms: int | None = 400  # how many idioms, evenly over the table; None: all
 
 
 @dataclass(frozen=True)
