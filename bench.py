@@ -116,7 +116,7 @@ class Settings:
     minimind_minutes: float = 20.0  # of each of its runs
     minimind_rates: list[float] = field(default_factory=lambda: [5e-4, 1e-3, 2e-3])  # a run each
     reference_minutes: float = 60.0  # of its run
-    only: list[str] = field(default_factory=list)  # runs of quality, as ours-2, or a recipe's
+    only: list[str] = field(default_factory=list)  # of quality: ours-2, or a recipe; of data: ours
     runs: str = "bench-quality"  # where quality trains
     size_mb: int = 1000  # of the text that data prepares
     out: str = "bench-results"  # where figures are written, a .json a part
