@@ -138,7 +138,7 @@ def write_unit(
             if ids is None:
                 skipped[split, row] += 1
                 continue
-            ids_file.write(np.asarray(ids, dtype).tobytes())
+            ids_file.write(np.asarray(ids, dtype))
             mask_file.write(bytes(mask))
             rows_file.write(np.array((*row, form.splits.index(split)), ROW).tobytes())
     return skipped
@@ -148,23 +148,25 @@ def encode_text(text: str, tokenizer: Tokenizer, form: Form) -> tuple:
     """Ids, no mask, and the ROW of a text; None, [], and why, where it is skipped."""
     if not text.strip():
         return None, [], "skipped: empty"
-    ids = np.append(tokenizer.encode_array(text), np.uint32(tokenizer.end_of_text))
+    body = tokenizer.encode_array(text)
+    ids = np.empty(len(body) + 1, ids_dtype(tokenizer))
+    ids[:-1], ids[-1] = body, tokenizer.end_of_text
     data = text.encode()
     return ids, [], (*_key(data), 0, len(ids), len(text), len(data), 0, 0)
 
 
 def encode_conversation(messages: list[dict], tokenizer: Tokenizer, form: Form) -> tuple:
     """Ids, mask, and the ROW of a conversation; None, [], and why, where it is skipped."""
-    fitted, how = fit(tokenizer, messages, form.max_tokens)
+    fitted, how, rendered = _fit(tokenizer, messages, form.max_tokens)
     if fitted is None:
         return None, [], how
-    rendered = tokenizer.render(fitted)
     ids, mask = remask(*rendered, form.mask, tokenizer.end, form.max_tokens)
     text = "".join(message["content"] for message in fitted)
     asked = next(message["content"] for message in messages if message["role"] == "user")
     mark = ord(fitted[-2]["content"][-1:] or "\0")
     sizes = len(ids), len(text), len(text.encode()), mark, CUTS.index(how)
-    return ids, mask, (*_key(json.dumps(fitted).encode()), _key(asked.encode())[0], *sizes)
+    whole = "\0".join(part for turn in fitted for part in (turn["role"], turn["content"]))
+    return ids, mask, (*_key(whole.encode()), _key(asked.encode())[0], *sizes)
 
 
 def _key(data: bytes) -> tuple[int, int]:
@@ -201,27 +203,34 @@ def fit(tokenizer: Tokenizer, messages: list[dict], max_tokens: int) -> tuple[li
     The oldest turns go first, then the answer ends at the last sentence end that fits; None where
     there is none, or where the last two messages are no question and answer.
     """
+    return _fit(tokenizer, messages, max_tokens)[:2]
+
+
+def _fit(
+    tokenizer: Tokenizer, messages: list[dict], max_tokens: int
+) -> tuple[list | None, str, tuple]:
+    """The same, and what `render` makes of the messages: most are encoded but once."""
     if [message["role"] for message in messages[-2:]] != ["user", "assistant"]:
-        return None, "skipped: no question and answer"
+        return None, "skipped: no question and answer", ()
     if not messages[-1]["content"].strip():
-        return None, "skipped: empty answer"
+        return None, "skipped: empty answer", ()
     system = [m for m in messages[:1] if m["role"] == "system"]
     turns = messages[len(system) :]
     how = ""
-    while len(tokenizer.render(system + turns)[0]) > max_tokens:
+    while len((rendered := tokenizer.render(system + turns))[0]) > max_tokens:
         later = [i for i, m in enumerate(turns) if i and m["role"] == "user"]
         if not later:
             break
         turns, how = turns[later[0] :], "cut: oldest turns"
-    if len(tokenizer.render(system + turns)[0]) <= max_tokens:
-        return system + turns, how
+    if len(rendered[0]) <= max_tokens:
+        return system + turns, how, rendered
     *question, answer = turns
     ends = [match.end() for match in SENTENCE_END.finditer(answer["content"])]
     for end in reversed(ends):
-        shorter = {"role": "assistant", "content": answer["content"][:end]}
-        if len(tokenizer.render([*system, *question, shorter])[0]) <= max_tokens:
-            return [*system, *question, shorter], "cut: answer"
-    return None, "skipped: too long"
+        shorter = [*system, *question, answer | {"content": answer["content"][:end]}]
+        if len((rendered := tokenizer.render(shorter))[0]) <= max_tokens:
+            return shorter, "cut: answer", rendered
+    return None, "skipped: too long", ()
 
 
 # --- all units -----------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import signal
 import tempfile
 import threading
 from collections import Counter, deque
@@ -230,7 +231,9 @@ def workers(config: Settings, n_units: int) -> Iterator[Run]:
 
 
 def _end_with_parent() -> None:
-    """In a worker: ends it when the process that started it is gone, however that ended."""
+    """In a worker: ends it when the process that started it is gone, however that ended. Ctrl-C is
+    for that process alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def follow() -> None:
         wait([multiprocessing.parent_process().sentinel])

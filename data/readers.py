@@ -318,9 +318,11 @@ def read_lines(source: Source, cut: int = 0) -> Iterator[tuple[int, str]]:
     number, parts, size = source.line, [], 0
     for chunk in read_chunks(source):
         *lines, rest = chunk.split("\n")
-        for line in lines:
-            yield number, "".join([*parts, line])
-            number, parts, size = number + 1, [], 0
+        if parts and lines:
+            lines[0] = "".join([*parts, lines[0]])
+            parts, size = [], 0
+        yield from enumerate(lines, number)
+        number += len(lines)
         parts.append(rest)
         size += len(rest)
         if cut and size > cut:
@@ -336,19 +338,27 @@ def passages(source: Source, tally: Tally) -> Iterator[str]:
     """A plain text in passages of whole lines; what is counted are its lines."""
     lines, size = [], 0
     for number, line in read_lines(source, cut=LONG_LINE):
-        if line.strip():
-            if not is_whole(line):
-                tally.skip(number, BadRecord("damaged characters", line[:40]))
-                continue
-            tally.good += 1
-        lines.append(line)
+        lines.append((number, line))
         size += len(line) + 1
         if size >= PASSAGE:
-            if text := clean("\n".join(lines)):
+            if text := _passage(lines, tally):
                 yield text
             lines, size = [], 0
-    if text := clean("\n".join(lines)):
+    if text := _passage(lines, tally):
         yield text
+
+
+def _passage(lines: list[tuple[int, str]], tally: Tally) -> str:
+    """The text of lines (number, line), without those that are damaged."""
+    text = "\n".join(line for _, line in lines)
+    if not is_whole(text):  # seldom; all at once is quicker than line by line
+        damaged = [(number, line) for number, line in lines if not is_whole(line)]
+        for number, line in damaged:
+            tally.skip(number, BadRecord("damaged characters", line[:40]))
+        lines = [one for one in lines if one not in damaged]
+        text = "\n".join(line for _, line in lines)
+    tally.good += sum(1 for _, line in lines if line and not line.isspace())
+    return clean(text)
 
 
 # --- values: what a record is in the file --------------------------------------------------------

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import evaluations
 import train
 from configurator import ROOT, UserError, configure
 from data_utils import PERIOD, Dataset, Mixture, open_dataset
@@ -14,6 +15,7 @@ from tests.runs import (
     checkpoint_file,
     log,
     novel,
+    read_json,
     saved,
     toy_tokenizer,
     train_here,
@@ -119,6 +121,10 @@ def test_a_resumed_run_of_a_mixture_ends_in_the_same_bits(sets, tmp_path):
     for one, other in zip(weights(whole).values(), weights(cut).values(), strict=True):
         assert (one == other).all()
     assert saved(whole)["dataset"]["name"] == dataset
+    evaluations.main([f"--out_dir={cut}"])
+    report = read_json(cut / "evaluation.json")
+    parts = [Dataset(f"{sets}/{name}").tokens["val"] for name in ("text", "small")]
+    assert report["tokens"] == sum(len(tokens) - 1 for tokens in parts)
     other = f"{sets}/text:1,{sets}/small:1"
     with pytest.raises(UserError, match="is not what this run was trained on"):
         train.main(words(out_dir=tmp_path / "cut", resume=True, dataset=other))
