@@ -17,7 +17,8 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import train as training
-from data_utils import Dataset, write_pretrain
+from data_utils import Dataset
+from data_writer import write_pretrain
 from model import GPT
 from tokenizer import train_tokenizer
 

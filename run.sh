@@ -74,7 +74,7 @@ run_tests() {
   setup requirements-dev.txt
   "$python" -m ruff check .
   "$python" -m ruff format --check .
-  "$python" data/fetch_data.py sanguo gpt2
+  "$python" data/fetch_data.py sanguo gpt2 idioms
   case ${1-} in
     "") "$python" -m pytest -q -m "not slow" ;;
     --all) "$python" -m pytest -q ;;

@@ -37,7 +37,7 @@ from checkpoint import (
     tracking_id,
 )
 from configurator import UserError, command, configure, repo_path, show_path
-from data_utils import Dataset
+from data_utils import Dataset, Mixture, open_dataset
 from devices import Peak, find_peak, show_rate
 from lstm_model import LSTM
 from model import GPT, Architecture, ModelConfig, pick_device
@@ -51,7 +51,7 @@ from watch import Stopwatch, sample_prompts, write_samples
 @dataclass
 class Settings(Architecture):
     out_dir: str = "out"  # checkpoints and log
-    dataset: str = "sanguo"  # a name under data/, or a path
+    dataset: str = "sanguo"  # a name under data/, or a path; several texts: news:3,novels:1
     init_from: str = "scratch"  # scratch, or the out_dir of a model to go on from
     resume: bool = False  # go on from out_dir's latest checkpoint, if there is one
     dry_run: bool = False  # print parameters, memory and time expected, and stop
@@ -148,7 +148,7 @@ class Run:
 
     config: Settings
     out_dir: Path
-    data: Dataset
+    data: Dataset | Mixture
     tokenizer: Tokenizer
     model: GPT | LSTM
     optimizers: list[torch.optim.Optimizer]
@@ -210,7 +210,7 @@ def start(argv: list[str]) -> Run:
                 f"optimizer={config.optimizer}, but {show_path(source)} has the state of {before}; "
                 "leave it out, or begin another run with --init_from="
             )
-    data = Dataset(config.dataset)
+    data = open_dataset(config.dataset)
     tokenizer = data.tokenizer
     for split in ("train", "val"):
         data.check(config.block_size, split)

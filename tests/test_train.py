@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from checkpoint import load_checkpoint
 from configurator import ROOT, UserError
-from data_utils import Dataset, write_pretrain
+from data_utils import Dataset
+from data_writer import write_pretrain
 from lstm_model import LSTM
 from model import GPT, ModelConfig
 from objectives import split_sums
