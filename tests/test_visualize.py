@@ -14,13 +14,13 @@ from matplotlib.text import Text
 
 from checkpoint import append_log
 from configurator import UserError
-from visualize import curves_figure, draw_histogram, histogram_figure, load_log, main
+from visualize import curves_figure, draw_histogram, follow, histogram_figure, load_log, main
 
 pytestmark = pytest.mark.filterwarnings("error")
 RATIO = 0.5  # bits per byte of a nat per token
 
 
-def write_run(out_dir, tokenizer=None, steps=30, interval=5, best=25):
+def write_run(out_dir, tokenizer=None, steps=30, interval=5, best=25, init_from="scratch"):
     """An out_dir with a log of a loss that falls from 8, and rises after the step `best`."""
     out_dir.mkdir()
     for step in range(1, steps + 1):
@@ -32,7 +32,8 @@ def write_run(out_dir, tokenizer=None, steps=30, interval=5, best=25):
         append_log(out_dir, record)
     if tokenizer:
         (out_dir / "step-000030").mkdir()
-        run = json.dumps({"tokenizer_sha256": tokenizer})
+        run = {"tokenizer_sha256": tokenizer, "settings": {"init_from": str(init_from)}}
+        run = json.dumps(run)
         (out_dir / "step-000030/run.json").write_text(run, encoding="utf-8")
         (out_dir / "latest").write_text("step-000030\n", encoding="utf-8")
     return out_dir
@@ -67,6 +68,21 @@ def test_curves_are_the_log(tmp_path, x):
         assert colors == {f"C{i}"}
     assert curves.get_ylabel() == "loss (nats per token)"
     assert x in speed.get_xlabel() or speed.get_xlabel() == "steps of the optimizer"
+
+
+@pytest.mark.parametrize("x", ["tokens", "seconds", "iter"])
+def test_a_run_begins_where_that_before_it_ended(tmp_path, x):
+    first = write_run(tmp_path / "out-a", tokenizer="t", steps=20, best=15)
+    second = write_run(tmp_path / "out-b", tokenizer="t", init_from=first)
+    third = write_run(tmp_path / "out-c", tokenizer="t", init_from=second)
+    other = write_run(tmp_path / "out-d", tokenizer="t", init_from=tmp_path / "elsewhere")
+    runs = [load_log(run) for run in (first, second, third, other)]
+    follow(runs)
+    a, b, _, d = (read_column(run, x) for run in (first, second, third, other))
+    wanted = [a, a[-1] + b, a[-1] + b[-1] + b, d]
+    for run, xs in zip(runs, wanted, strict=True):
+        np.testing.assert_array_equal(run.train[x], xs)
+        np.testing.assert_array_equal(run.val[x], xs[4::5])
 
 
 def test_bits_per_byte_scale_training_by_the_runs_ratio(tmp_path):

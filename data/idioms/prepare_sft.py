@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import ROOT, UserError, command, configure
+from data import pipeline
 from data.forms import BadRecord, Record, is_validation
 from data.readers import Source, Tally, converted, find_sources
 from data.similar import QuestionSettings, key_of, prepare_questions
@@ -84,9 +85,7 @@ def groups_of(idioms: list[Idiom]) -> dict[str, str]:
     for idiom in idioms:
         same["".join(sorted(idiom.word))].append(idiom.word)
         same[idiom.meaning].append(idiom.word)
-        for other in re.findall(
-            r"(?:同|作|犹|犹言|见)([\u4e00-\u9fff]{4})(?=。|$|、|，)", idiom.meaning
-        ):
+        for other in VARIANT.findall(idiom.meaning):
             if other in first:
                 same[other] += [other, idiom.word]
     for words in same.values():
@@ -118,11 +117,15 @@ def read(
         yield from ((split, turns) for turns in questions(idiom))
 
 
-def main(argv: list[str]) -> None:
-    config = configure(Settings, argv)
+def find_table(config: pipeline.Settings) -> list[Source]:
     if config.input == [RAW] and not (ROOT / RAW).is_file():
         raise UserError(f"{RAW} is missing; run python data/fetch_data.py idioms")
-    sources = find_sources(config.input, config.encoding)
+    return find_sources(config.input, config.encoding)
+
+
+def main(argv: list[str]) -> None:
+    config = configure(Settings, argv)
+    sources = find_table(config)
     tally = Tally(show=0)
     groups = groups_of([one for source in sources for one in converted(source, tally, idiom_of)])
     if config.n_idioms is not None:
