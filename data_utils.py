@@ -305,8 +305,11 @@ class Mixture:
 
 def open_dataset(name: str) -> "Dataset | Mixture":
     """The dataset of a name or path, or the mixture of several: NAME:SHARE,NAME:SHARE."""
-    is_mixture = all(re.fullmatch(r".+:\d*\.?\d+", word) for word in name.split(","))
-    return Mixture(name) if is_mixture else Dataset(name)
+    words = name.split(",")
+    others = [word for word in words if not re.fullmatch(r".+:\d*\.?\d+", word)]
+    if others and len(others) < len(words):
+        raise UserError(f"dataset={name}: {others[0]!r} is no NAME:SHARE, as in news:3,novels:1")
+    return Dataset(name) if others else Mixture(name)
 
 
 def collate(

@@ -263,10 +263,7 @@ def merge(
     for writer in writers:
         if writer.total == 0:
             where = f"{show_path(out)}/{writer.split}.bin"
-            raise UserError(
-                f"nothing to write for {where}: no record is for {writer.split}; "
-                "change --val= or the input"
-            )
+            raise UserError(f"nothing to write for {where}: {_why_empty(writer.split, skipped)}")
     for block, ids, mask in _blocks(rows, counts, units, dtype):
         for writer in writers:
             writer.write(block, ids, mask)
@@ -282,6 +279,14 @@ def merge(
     tokenizer.save(folder / "tokenizer.json")
     _install(folder, out, meta)
     return meta
+
+
+def _why_empty(split: str, skipped: Counter) -> str:
+    """Why a split has no row, and what to do."""
+    reasons = [f"{n:,} {why}" for (where, why), n in sorted(skipped.items()) if where == split]
+    if reasons:
+        return f"all its records are left out ({', '.join(reasons)}); see --max_tokens="
+    return f"no record is for {split}; change --val= or the input"
 
 
 def _all_rows(units: list[Path], path: Path) -> tuple[np.ndarray, list[int]]:

@@ -86,9 +86,9 @@ def interpret(value: object, fields: dict[str, str]) -> Record:
         record = _chosen(record, fields)
     for name in TURNS:
         if name in record:
-            return conversation(_messages(record[name]))
+            return conversation(_with_system(record, _messages(record[name])))
     if isinstance(record.get("chosen"), list):
-        return conversation(_preferred(record))
+        return conversation(_with_system(record, _preferred(record)))
     for question, answer in PAIRS:
         if question in record and answer in record:
             return _question_and_answer(record, question, answer)
@@ -133,9 +133,15 @@ def _question_and_answer(record: dict, question: str, answer: str) -> list[dict]
         parts = [_string(part, "question").strip() for part in asked]
         messages.append({"role": "user", "content": "\n".join(filter(None, parts))})
     messages.append({"role": "assistant", "content": record[answer]})
-    if system := _string(record.get("system"), "system message").strip():
-        messages.insert(0, {"role": "system", "content": system})
-    return conversation(messages)
+    return conversation(_with_system(record, messages))
+
+
+def _with_system(record: dict, messages: list[dict]) -> list[dict]:
+    """The messages behind the record's system message, unless they have one of their own."""
+    system = _string(record.get("system"), "system message").strip()
+    if not system or any(message["role"] == "system" for message in messages):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _history(value: object) -> list[dict]:

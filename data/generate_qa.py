@@ -81,6 +81,11 @@ class Settings:
         for name in ("per_call", "passage", "parallel"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.calls is not None and self.calls < 1:
+            raise UserError(f"calls={self.calls} must be 1 or more")
+        for name in ("n_examples", "retries"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -265,7 +270,8 @@ def whole_lines(path: Path) -> list[dict]:
         with path.open("r+b") as file:
             file.truncate(len(whole))
     lines = []
-    for number, line in enumerate(whole.decode("utf-8", "replace").splitlines(), 1):
+    # no splitlines: JSON leaves U+2028 and U+0085 inside its texts as they are
+    for number, line in enumerate(whole.decode("utf-8", "replace").split("\n")[:-1], 1):
         try:
             lines.append(json.loads(line))
             assert {"Question", "call"} & {*lines[-1]}

@@ -130,6 +130,15 @@ def prepare(
     return meta
 
 
+def refuse_fields(config: Settings) -> None:
+    """For datasets whose fields have names of their own."""
+    if config.fields:
+        raise UserError(
+            f"fields={config.fields!r}: the fields of this dataset have fixed names; "
+            "data/custom/prepare.py takes others"
+        )
+
+
 def print_meta(out: Path, meta: dict) -> None:
     """A line a split: what it holds, and what was left out."""
     for split, sizes in meta["splits"].items():

@@ -87,6 +87,16 @@ def test_files_of_their_own_can_be_the_validation_split(mine):
     assert (data.meta["records"], data.meta["skipped"]) == (41, {"empty answer": 1})
 
 
+def test_a_validation_file_that_is_among_the_input_is_read_once(mine):
+    write_questions(mine / "a.jsonl", QUESTIONS[:40])
+    write_questions(mine / "v.jsonl", QUESTIONS[40:])
+    data = prepared(mine, "--input=*.jsonl", "--val_input=v.jsonl")
+    assert list(data.conversations("train")) == QUESTIONS[:40]
+    assert list(data.conversations("val")) == QUESTIONS[40:]
+    assert data.meta["records"] == len(QUESTIONS)
+    assert "skipped: duplicate" not in data.meta["splits"]["val"]
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_bad_records_are_counted_once_however_often_they_are_read(own, mine, capsys):
     path = write_questions(mine / "a.jsonl")
@@ -135,6 +145,10 @@ def test_questions_take_the_tokenizer_of_another_dataset(mine):
         (["--input=a.txt", "--encoding=utf9"], "encoding='utf9' is not known"),
         (["--input=a.txt", "--tokenizer=nowhere"], "no tokenizer nowhere"),
         (["--input=q.jsonl", "--strict"], "q.jsonl, line 2: broken JSON (Expecting value"),
+        (
+            ["--input=c.jsonl", "--max_tokens=3"],
+            "train.bin: all its records are left out (8 skipped: too long); see --max_tokens=",
+        ),
         (["--input=e.txt"], "there is no record in the input"),
         (
             ["--input=w.jsonl"],
@@ -147,6 +161,7 @@ def test_what_cannot_be_prepared_is_said_in_a_line_and_writes_nothing(words, mes
         (mine / name).write_text(TEXT, encoding="utf-8")
     (mine / "q.jsonl").write_text('{"q": "谁？", "a": "孔明。"}\nx\n' * 3, encoding="utf-8")
     (mine / "w.jsonl").write_text('{"x": 1}\n' * 2, encoding="utf-8")
+    write_questions(mine / "c.jsonl", QUESTIONS[:10])
     (mine / "e.txt").write_bytes(b"")
     with pytest.raises(UserError) as caught:
         prepare.main([*words, f"--out={mine / 'out'}"])

@@ -12,6 +12,8 @@ from data import pipeline
 from data.encyclopedia import prepare as encyclopedia
 from data.firefly import prepare_sft as firefly
 from data.forms import is_validation
+from data.idioms import prepare as idioms
+from data.idioms import prepare_sft as idioms_sft
 from data.jinyong import prepare as jinyong
 from data.jinyong import prepare_sft as jinyong_sft
 from data.minimind import prepare as minimind
@@ -238,6 +240,32 @@ def test_question_sets_are_read_by_their_own_fields(mine, script, encoding):
     data = prepared(script, mine, f"--input={file}")
     assert all_conversations(data) == sorted(PAIRS)
     assert data.meta["skipped"] == {"broken JSON": 1, "missing field": 1, "wrong type": 1}
+
+
+@pytest.mark.parametrize("script", [firefly, jinyong_sft, minimind_sft, zhihu, zhihu_sft])
+def test_questions_are_read_by_the_fields_that_are_named(mine, script):
+    lines = [{"ask": q, "reply": a, "question": "乙？", "answer": "丙。"} for q, a in PAIRS]
+    file = write_lines(mine / "a.jsonl", lines)
+    data = prepared(script, mine, f"--input={file}", "--fields=question=ask,answer=reply")
+    if script is zhihu:
+        assert all_documents(data) == sorted(f"{q}\n{a}" for q, a in PAIRS)
+    else:
+        assert all_conversations(data) == sorted(PAIRS)
+
+
+@pytest.mark.parametrize("script", [jinyong, minimind])
+def test_texts_are_read_by_the_field_that_is_named(mine, script):
+    texts = [f"第{n}条。{LINES[n % 5]}" for n in range(30)]
+    file = write_lines(mine / "a.jsonl", [{"body": text, "text": "甲"} for text in texts])
+    data = prepared(script, mine, f"--input={file}", "--fields=text=body")
+    assert all_documents(data) == sorted(texts)
+
+
+@pytest.mark.parametrize("script", [encyclopedia, idioms, idioms_sft, sohu_news])
+def test_where_fields_have_fixed_names_others_are_refused(mine, script):
+    file = write_lines(mine / "a.jsonl", [{"body": "甲"}] * 3)
+    with pytest.raises(UserError, match="'text=body': the fields of this dataset have fixed names"):
+        prepared(script, mine, f"--input={file}", "--fields=text=body")
 
 
 def test_minimind_turns_without_roles_alternate_and_are_all_kept(mine):

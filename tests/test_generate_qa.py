@@ -279,6 +279,9 @@ def test_an_endpoint_that_is_not_there_is_one_line(novel):
         (["--input=novel.txt"], "no model named; pass --model="),
         (["--input=novel.txt", "--model=m"], "no key; set OPENAI_API_KEY"),
         (["--input=novel.txt", "--passage=0"], "passage=0 must be 1 or more"),
+        (["--input=novel.txt", "--calls=-1"], "calls=-1 must be 1 or more"),
+        (["--input=novel.txt", "--n_examples=-1"], "n_examples=-1 must be 0 or more"),
+        (["--input=novel.txt", "--retries=-1"], "retries=-1 must be 0 or more"),
         (["--input=none.txt"], "no file none.txt"),
         (["--examples=novel.txt", "--calls=2"], "is plain text, and no conversations"),
     ],
@@ -299,6 +302,12 @@ def test_a_damaged_output_is_not_appended_to(novel):
     (novel / "qa.jsonl").write_text('{"Question": "甲？"}\n{"Que\n', encoding="utf-8")
     with pytest.raises(UserError, match=r"qa\.jsonl, line 2 is damaged"):
         generate("http://127.0.0.1:9/v1", "--input=novel.txt")
+
+
+def test_other_line_ends_inside_a_text_do_not_damage_the_output(tmp_path):
+    lines = [{"Question": f"甲{end}乙？"} for end in "\u2028\u2029\x85\v\f\r\n"]
+    generate_qa.append(tmp_path / "qa.jsonl", lines)
+    assert generate_qa.whole_lines(tmp_path / "qa.jsonl") == lines
 
 
 # --- the parts -----------------------------------------------------------------------------------

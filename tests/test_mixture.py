@@ -106,6 +106,8 @@ def test_other_shares_have_another_fingerprint(sets):
         (("text:1", "small:0"), "each share must be over 0"),
         (("text:5000", "small:1"), "a share is under 1 of 1,000"),
         (("text:1", "nowhere:1"), r"nowhere/meta\.json is missing"),
+        (("text:1", "small"), r"small' is no NAME:SHARE, as in news:3,novels:1"),
+        (("text:1", "small:-1"), r"small:-1' is no NAME:SHARE"),
     ],
 )
 def test_what_cannot_be_mixed_is_a_line(shares, message, sets):

@@ -431,6 +431,15 @@ FORMS = [
         ],
     ),
     (
+        {"conversations": PAIR, "system": " 简答 "},
+        [{"role": "system", "content": "简答"}, *PAIR],
+    ),
+    (
+        {"messages": [{"role": "system", "content": "简答"}, *PAIR], "system": "详答"},
+        [{"role": "system", "content": "简答"}, *PAIR],
+    ),
+    ({"chosen": PAIR, "system": "简答"}, [{"role": "system", "content": "简答"}, *PAIR]),
+    (
         {
             "conversations": [
                 {"from": "human", "value": "谁弄权？"},

@@ -54,8 +54,9 @@ def main(argv: list[str]) -> None:
     fields = parse_fields(config.fields)
     sources = find_sources(config.input, config.encoding, config.target)
     val_sources = find_sources(config.val_input, config.encoding) if config.val_input else []
-    texts = is_text(sources, fields)
     val_paths = {source.path for source in val_sources}
+    sources = [source for source in sources if source.path not in val_paths]
+    texts = is_text([*sources, *val_sources], fields)
     chosen = partial(
         read, fields=fields, want=str if texts else list, val=config.val, val_paths=val_paths
     )

@@ -45,6 +45,7 @@ def entry(value: object) -> Record:
 
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
+    pipeline.refuse_fields(config)
     sources = find_sources(config.input, config.encoding)
     read = partial(pipeline.read_records, record_of=entry, val=config.val)
     pipeline.prepare(config, sources, read, "pretrain")

@@ -118,6 +118,7 @@ def read(
 
 
 def find_table(config: pipeline.Settings) -> list[Source]:
+    pipeline.refuse_fields(config)
     if config.input == [RAW] and not (ROOT / RAW).is_file():
         raise UserError(f"{RAW} is missing; run python data/fetch_data.py idioms")
     return find_sources(config.input, config.encoding)

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import ROOT, UserError, command, configure, nearest, show_path, user_path
 from data import pipeline
+from data.forms import parse_fields
 from data.readers import find_sources
 
 RAW = "data/raw/jinyong"
@@ -69,7 +70,8 @@ def main(argv: list[str]) -> None:
         raise UserError("--novels= goes with one folder in --input=")
     is_layout = config.novels or folder == ROOT / RAW or any(folder.glob("*/input.txt"))
     words = find_novels(folder, config.novels) if is_layout else config.input
-    read = partial(pipeline.read_records, want=str, val=config.val)
+    fields = parse_fields(config.fields)
+    read = partial(pipeline.read_records, fields=fields, want=str, val=config.val)
     pipeline.prepare(config, find_sources(words, config.encoding), read, "pretrain")
 
 

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import command, configure
 from data import pipeline
+from data.forms import parse_fields
 from data.readers import find_sources
 from data.similar import QuestionSettings, prepare_questions
 
@@ -26,7 +27,9 @@ class Settings(QuestionSettings):
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     sources = find_sources(config.input, config.encoding)
-    prepare_questions(config, sources, partial(pipeline.read_records, want=list, val=config.val))
+    fields = parse_fields(config.fields)
+    read = partial(pipeline.read_records, fields=fields, want=list, val=config.val)
+    prepare_questions(config, sources, read)
 
 
 if __name__ == "__main__":

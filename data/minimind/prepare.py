@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import command, configure
 from data import pipeline
-from data.forms import BadRecord, Record, interpret
+from data.forms import BadRecord, Record, interpret, parse_fields
 from data.readers import find_sources
 
 MARKS = re.compile(r"(?:\s*(?:<\|im_(?:start|end)\|>|</?s>)\s*)+")
@@ -27,8 +27,8 @@ class Settings(pipeline.Settings):
     out: str = "data/minimind"  # directory to write
 
 
-def text_without_marks(value: object) -> Record:
-    text = interpret(value, {})
+def text_without_marks(value: object, fields: dict[str, str]) -> Record:
+    text = interpret(value, fields)
     if not isinstance(text, str):
         raise BadRecord("no text")
     return interpret(MARKS.sub("\n", text), {})
@@ -37,7 +37,8 @@ def text_without_marks(value: object) -> Record:
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     sources = find_sources(config.input, config.encoding)
-    read = partial(pipeline.read_records, record_of=text_without_marks, val=config.val)
+    record_of = partial(text_without_marks, fields=parse_fields(config.fields))
+    read = partial(pipeline.read_records, record_of=record_of, val=config.val)
     pipeline.prepare(config, sources, read, "pretrain")
 
 

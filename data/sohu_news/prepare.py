@@ -36,6 +36,7 @@ def article(line: str) -> Record:
 
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
+    pipeline.refuse_fields(config)
     sources = find_sources(config.input, config.encoding)
     read = partial(pipeline.read_records, record_of=article, val=config.val)
     pipeline.prepare(config, sources, read, "pretrain")

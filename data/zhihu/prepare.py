@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import command, configure
 from data import pipeline
-from data.forms import Record, is_validation, text_of
+from data.forms import Record, is_validation, parse_fields, text_of
 from data.readers import Source, Tally, find_sources, records
 
 
@@ -27,10 +27,10 @@ class Settings(pipeline.Settings):
 
 
 def read_conversations(
-    source: Source, tally: Tally, keywords: list[str], val: float
+    source: Source, tally: Tally, fields: dict[str, str], keywords: list[str], val: float
 ) -> Iterator[tuple[str, Record]]:
     """Those with a keyword, if there are any; of one question all lie on one side."""
-    for turns in records(source, tally, want=list):
+    for turns in records(source, tally, fields, want=list):
         text = text_of(turns)
         if keywords and not any(word in text for word in keywords):
             tally.aside["without a keyword"] += 1
@@ -39,16 +39,17 @@ def read_conversations(
 
 
 def read(
-    source: Source, tally: Tally, keywords: list[str], val: float
+    source: Source, tally: Tally, fields: dict[str, str], keywords: list[str], val: float
 ) -> Iterator[tuple[str, Record]]:
-    for split, turns in read_conversations(source, tally, keywords, val):
+    for split, turns in read_conversations(source, tally, fields, keywords, val):
         yield split, text_of(turns)
 
 
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     sources = find_sources(config.input, config.encoding)
-    chosen = partial(read, keywords=config.keywords, val=config.val)
+    fields = parse_fields(config.fields)
+    chosen = partial(read, fields=fields, keywords=config.keywords, val=config.val)
     pipeline.prepare(config, sources, chosen, "pretrain", about={"keywords": config.keywords})
 
 
