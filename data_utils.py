@@ -2,7 +2,9 @@
 
     train.bin, val.bin     uint16 or uint32 ids, one flat array a split
     train_mask.bin, ...    questions and answers only: uint8, 1 where a token is trained
-    train_idx.bin, ...     questions and answers only: uint64 bounds of rows, the last the length
+    train_idx.bin, ...     questions and answers only: uint64 bounds of rows, the last the length;
+                           of preferences, row 2i is a question with its chosen answer, 2i + 1 the
+                           same with the rejected one
     meta.json              kind, tokenizer's sha256, sizes, fingerprint, sources, what was skipped
     tokenizer.json         the vocabulary
 
@@ -109,6 +111,83 @@ def write_sft(
     )
 
 
+Pair = tuple[list[dict], str, str]  # a prompt's messages, the chosen answer, the rejected one
+
+
+def write_dpo(
+    out: Path,
+    tokenizer: Tokenizer,
+    pairs: dict[str, Iterable[Pair]],
+    sources: list[str],
+    max_tokens: int,
+    found: Callable[[], dict] = dict,
+) -> dict:
+    """Writes each split's preferences, two rows a pair, and returns the meta.json.
+
+    Pairs are fitted (see `fit_pair`); repeated ones and equal answers are left out, in later splits
+    those of earlier ones too. All of it is counted in meta.json. found: as in write_pretrain.
+    """
+    seen, last_characters = set(), Counter()
+
+    def rows(split: str, sizes: Counter) -> Iterator[tuple[list[int], list[int]]]:
+        for pair in pairs[split]:
+            both, how = fit_pair(tokenizer, pair, max_tokens)
+            key = hashlib.blake2b(json.dumps(both or pair).encode(), digest_size=16).digest()
+            if key in seen:
+                how, both = "skipped: duplicate", None
+            seen.add(key)
+            if how:
+                sizes[how] += 1
+            if both is None:
+                continue
+            sizes["pairs"] += 1
+            if split == "train":
+                last_characters[both[0][-2]["content"][-1:]] += 1
+            for messages in both:
+                text = "".join(message["content"] for message in messages)
+                sizes["characters"] += len(text)
+                sizes["bytes"] += len(text.encode())
+                ids, mask = tokenizer.render(messages)
+                prompt = len(tokenizer.render_prompt(messages[:-1]))
+                yield ids, [0] * prompt + mask[prompt:]  # earlier answers are of the prompt
+
+    meta = {"sources": sources, "max_tokens": max_tokens}
+    rows_of = {split: rows for split in pairs}
+
+    def about() -> dict:
+        return {"question_end": usual_mark(last_characters)} | found()
+
+    return _write(out, "dpo", tokenizer, rows_of, meta, about)
+
+
+def usual_mark(last_characters: Counter) -> str:
+    """The mark that nearly all questions end with, if there is one."""
+    [(mark, count)] = last_characters.most_common(1) or [("", 0)]
+    usual = count >= 0.9 * last_characters.total()
+    return mark if usual and not mark.isalnum() else ""
+
+
+def fit_pair(
+    tokenizer: Tokenizer, pair: Pair, max_tokens: int
+) -> tuple[tuple[list, list] | None, str]:
+    """Both conversations of a pair as `fit` makes them, on one and the same prompt, and what was
+    done: "" where nothing was; None where one cannot be fitted or the answers are equal."""
+    prompt, *answers = pair
+    both = [[*prompt, {"role": "assistant", "content": answer}] for answer in answers]
+    sizes = [len(tokenizer.render(messages)[0]) for messages in both]
+    longer = sizes.index(max(sizes))
+    fitted, how = fit(tokenizer, both[longer], max_tokens)
+    if fitted is None:
+        return None, how
+    # the shorter one needs no fewer turns
+    other, cut = fit(tokenizer, [*fitted[:-1], both[1 - longer][-1]], max_tokens)
+    if other is None:
+        return None, cut
+    if fitted == other:
+        return None, "skipped: equal answers"
+    return ((other, fitted) if longer else (fitted, other)), how or cut
+
+
 def remask(
     ids: list[int], trained: list[int], mask: Mask, end: int, max_tokens: int
 ) -> tuple[list[int], list[int]]:
@@ -174,7 +253,7 @@ def _write(
         tokenizer.save(files.enter_context(written_aside(out / "tokenizer.json")))
         for split, rows in splits.items():
             path = files.enter_context(written_aside(out / f"{split}.bin"))
-            names = ["", "_mask", "_idx"] if kind == "sft" else [""]
+            names = ["", "_mask", "_idx"] if kind != "pretrain" else [""]
             paths = [path] + [
                 files.enter_context(written_aside(out / f"{split}{name}.bin")) for name in names[1:]
             ]
@@ -228,8 +307,8 @@ class Dataset:
         self.tokens, self.mask, self.bounds = {}, {}, {}
         for split, sizes in self.meta["splits"].items():
             self.tokens[split] = self._map(f"{split}.bin", self.meta["dtype"], sizes["tokens"])
-            if self.kind == "sft":
-                rows = sizes["conversations"]
+            if self.kind != "pretrain":
+                rows = sizes["conversations"] if self.kind == "sft" else 2 * sizes["pairs"]
                 self.mask[split] = self._map(f"{split}_mask.bin", "uint8", sizes["tokens"])
                 self.bounds[split] = self._map(f"{split}_idx.bin", "uint64", rows + 1)
 
@@ -255,7 +334,7 @@ class Dataset:
         """Tokens that the model reads of these training rows, padding left out."""
         if self.kind == "pretrain":
             return len(rows) * block_size
-        bounds = self.bounds["train"]
+        bounds, rows = self.bounds["train"], self._rows_of(rows)
         return int((bounds[rows + 1] - bounds[rows] - 1).sum())
 
     def check(self, block_size: int, split: str) -> None:
@@ -270,7 +349,7 @@ class Dataset:
                 f"{where} has {tokens} tokens, block_size={block_size} needs {block_size + 1}; "
                 "prepare more text or lower --block_size="
             )
-        if self.kind == "sft" and self.meta["max_tokens"] > block_size:
+        if self.kind != "pretrain" and self.meta["max_tokens"] > block_size:
             raise UserError(
                 f"{where} has rows of up to {self.meta['max_tokens']} tokens, block_size is "
                 f"{block_size}; prepare it with --max_tokens={block_size}"
@@ -284,9 +363,9 @@ class Dataset:
         return [tokenizer.parse(tokens[start:end]) for start, end in rows]
 
     def n_rows(self, split: str, block_size: int) -> int:
-        """Rows of an epoch: windows of block_size tokens, or conversations."""
-        if self.kind == "sft":
-            return len(self.bounds[split]) - 1
+        """Rows of an epoch: windows of block_size tokens, conversations, or pairs of them."""
+        if self.kind != "pretrain":
+            return (len(self.bounds[split]) - 1) // (2 if self.kind == "dpo" else 1)
         return len(self.tokens[split]) // block_size
 
     def step_rows(self, seed: int, start: int, count: int, block_size: int) -> np.ndarray:
@@ -301,7 +380,7 @@ class Dataset:
         for epoch in range(start // n, (start + count - 1) // n + 1):
             here = stream // n == epoch
             key = f"{seed} {self.fingerprint} {epoch}"
-            if self.kind == "sft":
+            if self.kind != "pretrain":
                 order = _order_by_length(self, key, n, epoch * n % count, count)
                 rows[here] = order[stream[here] - epoch * n]
             else:  # the text is a ring, cut at another place in each epoch
@@ -315,10 +394,11 @@ class Dataset:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Training rows as `step_rows` names them -> idx and targets, (B, T) int64 each.
 
-        Conversations are padded to the longest of them, up to a multiple of `multiple`.
+        Conversations are padded to the longest of them, up to a multiple of `multiple`. B pairs
+        give 2 B rows: chosen, rejected, chosen, ...
         """
-        if self.kind == "sft":
-            return self._padded("train", rows, multiple, block_size)
+        if self.kind != "pretrain":
+            return self._padded("train", self._rows_of(rows), multiple, block_size)
         tokens = self.tokens["train"]
         window = tokens[(rows[:, None] + np.arange(block_size + 1)) % len(tokens)].astype(np.int64)
         return window[:, :-1], window[:, 1:]
@@ -327,7 +407,7 @@ class Dataset:
         self, split: str, block_size: int, batch_size: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The whole split once, always the same: idx and targets, (B, T) int64 each."""
-        if self.kind == "sft":
+        if self.kind != "pretrain":
             rows = np.argsort(np.diff(self.bounds[split].astype(np.int64)), kind="stable")
             for first in range(0, len(rows), batch_size):
                 yield self._padded(split, rows[first : first + batch_size])
@@ -338,6 +418,27 @@ class Dataset:
             bounds = starts[first : first + batch_size]
             ends = np.minimum(bounds + block_size + 1, len(tokens))
             yield _gather(tokens, None, bounds, ends)
+
+    def pair_batches(
+        self, split: str, batch_size: int
+    ) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]]:
+        """A whole split of preferences once, always the same: numbers of pairs, (B,), and their
+        idx and targets, (2 B, T) int64 each."""
+        pairs = np.argsort(self.row_lengths(split), kind="stable")
+        for first in range(0, len(pairs), batch_size):
+            part = pairs[first : first + batch_size]
+            yield part, self._padded(split, self._rows_of(part))
+
+    def row_lengths(self, split: str) -> np.ndarray:
+        """Tokens of each conversation, or of the longer one of each pair."""
+        lengths = np.diff(self.bounds[split].astype(np.int64))
+        return lengths.reshape(-1, 2).max(axis=1) if self.kind == "dpo" else lengths
+
+    def _rows_of(self, pairs: np.ndarray) -> np.ndarray:
+        """The rows of pairs, chosen before rejected; a conversation's number is its row's."""
+        if self.kind != "dpo":
+            return pairs
+        return (2 * np.asarray(pairs)[:, None] + np.arange(2)).ravel()
 
     def _padded(
         self, split: str, rows: np.ndarray, multiple: int = 1, longest: int | None = None
@@ -407,7 +508,7 @@ def _order_by_length(data: Dataset, key: str, n: int, phase: int, count: int) ->
     neighbouring epochs and are left as they come.
     """
     order = permute(np.arange(n), n, key)
-    lengths = np.diff(data.bounds["train"].astype(np.int64))
+    lengths = data.row_lengths("train")
     first = -phase % count  # rows that complete the step before
     last = first + max(0, n - first) // count * count
     generator = np.random.default_rng(_keys(key))

@@ -28,7 +28,16 @@ from backports import zstd
 
 from configurator import ROOT, UserError, show_path
 from data.encodings import find_encoding, open_bytes
-from data.forms import KNOWN_FIELDS, BadRecord, Record, clean, interpret, is_whole
+from data.forms import (
+    KNOWN_FIELDS,
+    BadRecord,
+    Preference,
+    Record,
+    clean,
+    interpret,
+    is_whole,
+    preference,
+)
 
 FORMS = ("txt", "jsonl", "json", "csv", "tsv", "tmx", "parquet")
 PASSAGE = 4096  # characters; a plain text is cut at the first line end after so many
@@ -532,6 +541,22 @@ def records(
         else:
             tally.good += 1
             yield record
+    tally.end()
+
+
+def preferences(source: Source, tally: Tally) -> Iterator[Preference]:
+    """The good preferences of one source."""
+    if source.form == "txt":
+        raise UserError(f"{source.name} is plain text, and no preferences")
+    tally.begin(source)
+    for line, value in values(source, tally):
+        try:
+            found = preference(value)
+        except BadRecord as error:
+            tally.skip(line, error)
+        else:
+            tally.good += 1
+            yield found
     tally.end()
 
 
