@@ -5,6 +5,7 @@
     python bench.py step --n_layer=6 --n_embd=512 --n_head=8
     python bench.py start --out_dir=out-sanguo-sft      from the command to the first character
     python bench.py quality                  ours, MiniMind's, the reference's: some three hours
+    python bench.py data --size_mb=100       a large text prepared, beside other ways
     python bench.py quality --only=ours-2    one run of these; Ctrl-C and the same command go on
 
 Figures are ratios within one run, since machines differ and are shared: the contenders take turns
@@ -34,6 +35,7 @@ from typing import Literal
 import torch
 
 import train as training
+from bench_data import bench_data
 from bench_generate import bench_generate, bench_start
 from bench_peers import PEERS, import_transformers
 from bench_profile import numbers, print_profile, profile_step, whole_step
@@ -89,12 +91,14 @@ PREPARE = {
     "sanguo_gpt2": "data/sanguo/prepare.py --tokenizer=gpt2 --out=data/sanguo_gpt2",
 }
 
-LONG_MINUTES = 5  # up to there the novel is read less than four times: ours leaves out dropout
+SHORT_MINUTES = 3  # up to there the novel is read less than three times: embeddings decay less
 
 
 @dataclass
 class Settings:
-    names: list[str] = field(default_factory=list)  # step, generate, start, quality; none: two
+    names: list[str] = field(
+        default_factory=list
+    )  # step, generate, start, quality, data; none: two
     n_layer: int = 4  # blocks
     n_head: int = 4  # heads
     n_kv_head: int | None = None  # key and value heads, in generate; None is n_head
@@ -108,12 +112,13 @@ class Settings:
     out_dir: str = "out-sanguo-sft"  # of the model that start loads
     rounds: int = 7  # turns of each contender, after one to warm up
     clock: Literal["wall", "cpu"] = "wall"  # cpu: the time of this process, on all its threads
-    ours_minutes: list[float] = field(default_factory=lambda: [2, 4, 6.67])  # a run each
+    ours_minutes: list[float] = field(default_factory=lambda: [2, 3, 4, 6.67])  # a run each
     minimind_minutes: float = 20.0  # of each of its runs
     minimind_rates: list[float] = field(default_factory=lambda: [5e-4, 1e-3, 2e-3])  # a run each
     reference_minutes: float = 60.0  # of its run
-    only: list[str] = field(default_factory=list)  # runs of quality, as ours-2, or a recipe's
+    only: list[str] = field(default_factory=list)  # of quality: ours-2, or a recipe; of data: ours
     runs: str = "bench-quality"  # where quality trains
+    size_mb: int = 1000  # of the text that data prepares
     out: str = "bench-results"  # where figures are written, a .json a part
     seed: int = 1337  # of weights and ids
     device: str = "cpu"  # nothing is compiled; generate is in float32
@@ -123,7 +128,7 @@ class Settings:
             if name not in PARTS:
                 near = nearest(name, PARTS) or f"; there are {', '.join(PARTS)}"
                 raise UserError(f"unknown part {name!r}{near}")
-        for name in ("batch_size", "prompt_tokens", "new_tokens", "prompts", "rounds"):
+        for name in ("batch_size", "prompt_tokens", "new_tokens", "prompts", "rounds", "size_mb"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
 
@@ -396,7 +401,7 @@ def recipe_words(config: Settings) -> dict[str, list[str]]:
 def list_trials(config: Settings, words: dict[str, list[str]]) -> list[Trial]:
     trials = []
     for minutes in config.ours_minutes:
-        more = ["--dropout=0"] if minutes < LONG_MINUTES else []
+        more = ["--embedding_decay=0.1"] if minutes < SHORT_MINUTES else []
         trials.append(Trial(f"ours-{minutes:g}", "ours", minutes, [*words["ours"], *more]))
     minutes = config.minimind_minutes
     for rate in config.minimind_rates:
@@ -519,6 +524,7 @@ PARTS = {
     "generate": bench_generate,
     "start": bench_start,
     "quality": bench_quality,
+    "data": bench_data,
 }
 
 

@@ -1,4 +1,4 @@
-"""The prepared format: flat arrays of token ids, their writers and their batches. No torch here.
+"""The prepared format: flat arrays of token ids, and their batches. No torch here.
 
     train.bin, val.bin     uint16 or uint32 ids, one flat array a split
     train_mask.bin, ...    questions and answers only: uint8, 1 where a token is trained
@@ -8,285 +8,27 @@
     meta.json              kind, tokenizer's sha256, sizes, fingerprint, sources, what was skipped
     tokenizer.json         the vocabulary
 
-Raw files are the prepare scripts' business.
+A split of more than data_writer.SHARD tokens lies in several files, train-00000.bin, ..., which
+meta.json lists as `shards`. What writes all this is data_writer.py.
 """
 
 import functools
 import hashlib
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from configurator import ROOT, UserError, repo_path, show_path, written_aside
+from configurator import ROOT, UserError, repo_path, show_path
+from data_writer import shard_names
 from tokenizer import Tokenizer, load_tokenizer
 
 IGNORE = -100  # a target that is not trained; torch's own default
 POOL = 16  # steps whose rows are sorted by length together
-Mask = Literal["answer", "no_end", "padding"]  # what of a conversation is trained, see `remask`
-SENTENCE_END = re.compile(r"(?:[。！？…；!?;]|\.(?!\d))+[”’」』）)]*")
-
-
-# --- writers -----------------------------------------------------------------------------------
-
-
-def write_pretrain(
-    out: Path,
-    tokenizer: Tokenizer,
-    documents: dict[str, Iterable[str]],
-    sources: list[str],
-    found: Callable[[], dict] = dict,
-) -> dict:
-    """Writes each split's documents, each with its end token, and returns the meta.json.
-
-    found: what else goes into it, once all documents have been read: what their reader skipped.
-    """
-
-    def rows(split: str, sizes: Counter) -> Iterator[tuple[list[int], None]]:
-        for text in documents[split]:
-            if not text.strip():
-                sizes["skipped: empty"] += 1
-                continue
-            sizes["documents"] += 1
-            sizes["characters"] += len(text)
-            sizes["bytes"] += len(text.encode())
-            yield [*tokenizer.encode(text), tokenizer.end_of_text], None
-
-    rows_of = {split: rows for split in documents}
-    return _write(out, "pretrain", tokenizer, rows_of, {"sources": sources}, found)
-
-
-def write_sft(
-    out: Path,
-    tokenizer: Tokenizer,
-    conversations: dict[str, Iterable[list[dict]]],
-    sources: list[str],
-    max_tokens: int,
-    mask: Mask = "answer",
-    found: Callable[[], dict] = dict,
-) -> dict:
-    """Writes each split's conversations with the mask of their answers, and returns the meta.json.
-
-    What is longer than max_tokens is fitted (see `fit`); repeated conversations are left out, in
-    later splits those of earlier ones too. All of it is counted in meta.json. found: as in
-    write_pretrain.
-    """
-    seen, last_characters = set(), Counter()
-
-    def rows(split: str, sizes: Counter) -> Iterator[tuple[list[int], list[int]]]:
-        for messages in conversations[split]:
-            fitted, how = fit(tokenizer, messages, max_tokens)
-            key = hashlib.blake2b(json.dumps(fitted or messages).encode(), digest_size=16).digest()
-            if key in seen:
-                sizes["skipped: duplicate"] += 1
-                continue
-            seen.add(key)
-            if how:
-                sizes[how] += 1
-            if fitted is None:
-                continue
-            sizes["conversations"] += 1
-            if split == "train":
-                last_characters[fitted[-2]["content"][-1:]] += 1
-            text = "".join(message["content"] for message in fitted)
-            sizes["characters"] += len(text)
-            sizes["bytes"] += len(text.encode())
-            yield remask(*tokenizer.render(fitted), mask, tokenizer.end, max_tokens)
-
-    def question_end() -> str:
-        """The mark that ends nearly all trained questions, if there is one."""
-        [(mark, count)] = last_characters.most_common(1) or [("", 0)]
-        usual = count >= 0.9 * last_characters.total()
-        return mark if usual and not mark.isalnum() else ""
-
-    meta = {"sources": sources, "max_tokens": max_tokens, "mask": mask}
-    rows_of = {split: rows for split in conversations}
-    return _write(
-        out, "sft", tokenizer, rows_of, meta, lambda: {"question_end": question_end()} | found()
-    )
-
-
-Pair = tuple[list[dict], str, str]  # a prompt's messages, the chosen answer, the rejected one
-
-
-def write_dpo(
-    out: Path,
-    tokenizer: Tokenizer,
-    pairs: dict[str, Iterable[Pair]],
-    sources: list[str],
-    max_tokens: int,
-    found: Callable[[], dict] = dict,
-) -> dict:
-    """Writes each split's preferences, two rows a pair, and returns the meta.json.
-
-    Pairs are fitted (see `fit_pair`); repeated ones and equal answers are left out, in later splits
-    those of earlier ones too. All of it is counted in meta.json. found: as in write_pretrain.
-    """
-    seen, last_characters = set(), Counter()
-
-    def rows(split: str, sizes: Counter) -> Iterator[tuple[list[int], list[int]]]:
-        for pair in pairs[split]:
-            both, how = fit_pair(tokenizer, pair, max_tokens)
-            key = hashlib.blake2b(json.dumps(both or pair).encode(), digest_size=16).digest()
-            if key in seen:
-                how, both = "skipped: duplicate", None
-            seen.add(key)
-            if how:
-                sizes[how] += 1
-            if both is None:
-                continue
-            sizes["pairs"] += 1
-            if split == "train":
-                last_characters[both[0][-2]["content"][-1:]] += 1
-            for messages in both:
-                text = "".join(message["content"] for message in messages)
-                sizes["characters"] += len(text)
-                sizes["bytes"] += len(text.encode())
-                ids, mask = tokenizer.render(messages)
-                prompt = len(tokenizer.render_prompt(messages[:-1]))
-                yield ids, [0] * prompt + mask[prompt:]  # earlier answers are of the prompt
-
-    meta = {"sources": sources, "max_tokens": max_tokens}
-    rows_of = {split: rows for split in pairs}
-
-    def about() -> dict:
-        return {"question_end": usual_mark(last_characters)} | found()
-
-    return _write(out, "dpo", tokenizer, rows_of, meta, about)
-
-
-def usual_mark(last_characters: Counter) -> str:
-    """The mark that nearly all questions end with, if there is one."""
-    [(mark, count)] = last_characters.most_common(1) or [("", 0)]
-    usual = count >= 0.9 * last_characters.total()
-    return mark if usual and not mark.isalnum() else ""
-
-
-def fit_pair(
-    tokenizer: Tokenizer, pair: Pair, max_tokens: int
-) -> tuple[tuple[list, list] | None, str]:
-    """Both conversations of a pair as `fit` makes them, on one and the same prompt, and what was
-    done: "" where nothing was; None where one cannot be fitted or the answers are equal."""
-    prompt, *answers = pair
-    both = [[*prompt, {"role": "assistant", "content": answer}] for answer in answers]
-    sizes = [len(tokenizer.render(messages)[0]) for messages in both]
-    longer = sizes.index(max(sizes))
-    fitted, how = fit(tokenizer, both[longer], max_tokens)
-    if fitted is None:
-        return None, how
-    # the shorter one needs no fewer turns
-    other, cut = fit(tokenizer, [*fitted[:-1], both[1 - longer][-1]], max_tokens)
-    if other is None:
-        return None, cut
-    if fitted == other:
-        return None, "skipped: equal answers"
-    return ((other, fitted) if longer else (fitted, other)), how or cut
-
-
-def remask(
-    ids: list[int], trained: list[int], mask: Mask, end: int, max_tokens: int
-) -> tuple[list[int], list[int]]:
-    """A conversation's ids and mask, as `render` gives them, with another mask.
-
-    answer leaves them alone: the answer and its end token are trained. no_end trains the answer
-    without its end token; padding fills the row to max_tokens with end tokens, all trained. The
-    question q and the answer a b, each with its end token (.), roles left out, max_tokens 8:
-
-        q . a b .      answer 0 0 1 1 1      no_end 0 0 1 1 0      padding 0 0 1 1 1 1 1 1
-    """
-    if mask == "no_end":
-        return ids, [int(one and id != end) for id, one in zip(ids, trained, strict=True)]
-    if mask == "padding":
-        more = max_tokens - len(ids)
-        return ids + [end] * more, trained + [1] * more
-    return ids, trained
-
-
-def fit(tokenizer: Tokenizer, messages: list[dict], max_tokens: int) -> tuple[list | None, str]:
-    """Messages of at most max_tokens ids, and what was done: "" where nothing was.
-
-    The oldest turns go first, then the answer ends at the last sentence end that fits; None where
-    there is none, or where the last two messages are no question and answer.
-    """
-    if [message["role"] for message in messages[-2:]] != ["user", "assistant"]:
-        return None, "skipped: no question and answer"
-    if not messages[-1]["content"].strip():
-        return None, "skipped: empty answer"
-    system = [m for m in messages[:1] if m["role"] == "system"]
-    turns = messages[len(system) :]
-    how = ""
-    while len(tokenizer.render(system + turns)[0]) > max_tokens:
-        later = [i for i, m in enumerate(turns) if i and m["role"] == "user"]
-        if not later:
-            break
-        turns, how = turns[later[0] :], "cut: oldest turns"
-    if len(tokenizer.render(system + turns)[0]) <= max_tokens:
-        return system + turns, how
-    *question, answer = turns
-    ends = [match.end() for match in SENTENCE_END.finditer(answer["content"])]
-    for end in reversed(ends):
-        shorter = {"role": "assistant", "content": answer["content"][:end]}
-        if len(tokenizer.render([*system, *question, shorter])[0]) <= max_tokens:
-            return [*system, *question, shorter], "cut: answer"
-    return None, "skipped: too long"
-
-
-def _write(
-    out: Path,
-    kind: str,
-    tokenizer: Tokenizer,
-    splits: dict,
-    meta: dict,
-    found: Callable[[], dict] = dict,
-) -> dict:
-    """found: what else goes into meta.json, once all rows have been seen."""
-    dtype = np.dtype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
-    meta = {"kind": kind, "tokenizer_sha256": tokenizer.sha256, "dtype": dtype.name} | meta
-    meta["splits"] = {}
-    with ExitStack() as files:  # renamed together at the end, meta.json last
-        meta_file = files.enter_context(written_aside(out / "meta.json"))
-        tokenizer.save(files.enter_context(written_aside(out / "tokenizer.json")))
-        for split, rows in splits.items():
-            path = files.enter_context(written_aside(out / f"{split}.bin"))
-            names = ["", "_mask", "_idx"] if kind != "pretrain" else [""]
-            paths = [path] + [
-                files.enter_context(written_aside(out / f"{split}{name}.bin")) for name in names[1:]
-            ]
-            sizes = Counter()
-            sizes["tokens"], fingerprint = _write_split(paths, rows(split, sizes), dtype)
-            if sizes["tokens"] == 0:
-                raise UserError(f"nothing to write for {show_path(out)}/{split}.bin: no text in it")
-            meta["splits"][split] = dict(sizes) | {"fingerprint": fingerprint}
-        meta |= found()
-        meta_file.write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
-    return meta
-
-
-def _write_split(paths: list[Path], rows: Iterable, dtype: np.dtype) -> tuple[int, str]:
-    """Appends the rows to the files as they come; returns the tokens and the files' sha256."""
-    digest = hashlib.sha256()
-    position = 0
-    with ExitStack() as stack:
-        files = [stack.enter_context(path.open("wb")) for path in paths]
-        if len(files) == 3:
-            files[2].write(np.uint64(0).tobytes())
-        for ids, mask in rows:
-            position += len(ids)
-            parts = [np.array(ids, dtype).tobytes()]
-            if len(files) == 3:
-                parts += [np.array(mask, np.uint8).tobytes(), np.uint64(position).tobytes()]
-            for file, part in zip(files, parts, strict=True):
-                file.write(part)
-                digest.update(part)
-    return position, digest.hexdigest()
-
-
-# --- datasets and their batches ----------------------------------------------------------------
+PERIOD = 1000  # rows in which a mixture has exactly its shares
+OWNER = 48  # bits of a mixture's row before those that say whose it is
 
 
 class Dataset:
@@ -306,11 +48,12 @@ class Dataset:
             ) from None
         self.tokens, self.mask, self.bounds = {}, {}, {}
         for split, sizes in self.meta["splits"].items():
-            self.tokens[split] = self._map(f"{split}.bin", self.meta["dtype"], sizes["tokens"])
+            shards = sizes.get("shards", [sizes["tokens"]])
+            self.tokens[split] = self._map(split, self.meta["dtype"], shards)
             if self.kind != "pretrain":
                 rows = sizes["conversations"] if self.kind == "sft" else 2 * sizes["pairs"]
-                self.mask[split] = self._map(f"{split}_mask.bin", "uint8", sizes["tokens"])
-                self.bounds[split] = self._map(f"{split}_idx.bin", "uint64", rows + 1)
+                self.mask[split] = self._map(f"{split}_mask", "uint8", shards)
+                self.bounds[split] = self._map(f"{split}_idx", "uint64", [rows + 1])
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -460,13 +203,135 @@ class Dataset:
         run = f"run python {show_path(scripts[0])}" if scripts else "prepare it first"
         raise UserError(f"{show_path(path)} is missing; {run}")
 
-    def _map(self, file: str, dtype: str, length: int) -> np.ndarray:
-        path = self.path / file
-        found = path.stat().st_size / np.dtype(dtype).itemsize if path.is_file() else None
-        if found != length:
-            state = "is missing" if found is None else f"has {found} entries, not {length}"
-            raise UserError(f"{show_path(path)} {state}; run its prepare script again")
-        return np.memmap(path, dtype, "r")
+    def _map(self, stem: str, dtype: str, shards: list[int]) -> "np.ndarray | Shards":
+        """The entries of a file, or of the shards that stand for it."""
+        maps = []
+        for name, length in zip(shard_names(stem, shards), shards, strict=True):
+            path = self.path / name
+            found = path.stat().st_size / np.dtype(dtype).itemsize if path.is_file() else None
+            if found != length:
+                state = "is missing" if found is None else f"has {found} entries, not {length}"
+                raise UserError(f"{show_path(path)} {state}; run its prepare script again")
+            maps.append(np.memmap(path, dtype, "r"))
+        return maps[0] if len(maps) == 1 else Shards(maps)
+
+
+class Shards:
+    """Flat arrays one behind another, read as one array: by a place, a slice, or an array of
+    places. All but the last are of one length."""
+
+    def __init__(self, arrays: list[np.ndarray]):
+        self.arrays, self.size, self.dtype = arrays, len(arrays[0]), arrays[0].dtype
+
+    def __len__(self) -> int:
+        return self.size * (len(self.arrays) - 1) + len(self.arrays[-1])
+
+    def __getitem__(self, places: int | slice | np.ndarray) -> np.ndarray:
+        if isinstance(places, slice):
+            places = np.arange(*places.indices(len(self)))
+        places = np.asarray(places)
+        out = np.empty(places.shape, self.dtype)
+        shard = places // self.size
+        for number in np.unique(shard):
+            here = shard == number
+            out[here] = self.arrays[number][places[here] - number * self.size]
+        return out[()]
+
+
+class Mixture:
+    """Several datasets of text in one run, in given proportions: `news:3,novels:1`.
+
+    Each PERIOD rows of training hold exactly their shares, in an order that is another each time;
+    a dataset that is smaller than its share is read more often. Validation is that of all.
+    It has the methods of a Dataset; a row's highest bits say whose it is.
+    """
+
+    kind = "pretrain"
+
+    def __init__(self, words: str):
+        self.name = words
+        names, weights = zip(*(word.rsplit(":", 1) for word in words.split(",")), strict=True)
+        weights = np.array(weights, float)
+        if not (weights > 0).all():
+            raise UserError(f"dataset={words}: each share must be over 0")
+        self.parts = [Dataset(name) for name in names]
+        first, *others = self.parts
+        for part in self.parts:
+            if part.kind != "pretrain":
+                what = "conversations" if part.kind == "sft" else "preferences"
+                raise UserError(
+                    f"{show_path(part.path)} holds {what}, and only texts can be mixed; "
+                    f"--mix_dataset= adds a text to {what}"
+                )
+        self.path, self.tokenizer, self.meta = first.path, first.tokenizer, {}
+        for part in others:
+            part.check_tokenizer(first.tokenizer, first.path)
+        ends = np.rint(np.cumsum(weights / weights.sum()) * PERIOD).astype(int)
+        self.shares = np.diff(ends, prepend=0)  # rows of each in a period
+        if not self.shares.all():
+            raise UserError(f"dataset={words}: a share is under 1 of {PERIOD:,}")
+        about = [
+            (part.fingerprint, int(n)) for part, n in zip(self.parts, self.shares, strict=True)
+        ]
+        self.fingerprint = hashlib.sha256(repr(about).encode()).hexdigest()
+        self.tokens = {"val": first.tokens["val"]}  # where samples take their beginning from
+
+    def check_tokenizer(self, tokenizer: Tokenizer, checkpoint: Path) -> None:
+        self.parts[0].check_tokenizer(tokenizer, checkpoint)
+
+    def check(self, block_size: int, split: str) -> None:
+        for part in self.parts:
+            part.check(block_size, split)
+
+    def n_rows(self, split: str, block_size: int) -> int:
+        return sum(part.n_rows(split, block_size) for part in self.parts)
+
+    def input_tokens(self, rows: np.ndarray, block_size: int) -> int:
+        return len(rows) * block_size
+
+    def step_rows(self, seed: int, start: int, count: int, block_size: int) -> np.ndarray:
+        """As Dataset.step_rows: a pure function of its arguments and the fingerprint."""
+        first, last = start // PERIOD, (start + count - 1) // PERIOD
+        owners = [
+            np.random.default_rng(_keys(f"{seed} {self.fingerprint} {period}")).permutation(
+                np.repeat(np.arange(len(self.parts)), self.shares)
+            )
+            for period in range(first, last + 1)
+        ]
+        before, owner = np.split(np.concatenate(owners), [start - first * PERIOD])
+        owner = owner[:count]
+        rows = np.empty(count, np.int64)
+        for number, part in enumerate(self.parts):
+            here = owner == number
+            if here.any():
+                done = first * int(self.shares[number]) + int((before == number).sum())
+                found = part.step_rows(seed, done, int(here.sum()), block_size)
+                rows[here] = found + (number << OWNER)
+        return rows
+
+    def batch(
+        self, rows: np.ndarray, block_size: int, multiple: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As Dataset.batch."""
+        out = np.empty((2, len(rows), block_size), np.int64)
+        owner = rows >> OWNER
+        for number, part in enumerate(self.parts):
+            here = owner == number
+            out[:, here] = part.batch(rows[here] - (number << OWNER), block_size)
+        return out[0], out[1]
+
+    def eval_batches(
+        self, split: str, block_size: int, batch_size: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The whole split of each."""
+        for part in self.parts:
+            yield from part.eval_batches(split, block_size, batch_size)
+
+
+def open_dataset(name: str) -> "Dataset | Mixture":
+    """The dataset of a name or path, or the mixture of several: NAME:SHARE,NAME:SHARE."""
+    is_mixture = all(re.fullmatch(r".+:\d*\.?\d+", word) for word in name.split(","))
+    return Mixture(name) if is_mixture else Dataset(name)
 
 
 def collate(

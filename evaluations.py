@@ -22,7 +22,8 @@ from tqdm import tqdm
 import sample
 from checkpoint import Checkpoint
 from configurator import UserError, command, configure, show_path, written_aside
-from data_utils import Dataset, collate, fit
+from data_utils import Dataset, collate, open_dataset
+from data_writer import fit
 from model import pick_device
 from objectives import IGNORE, split_sums, target_losses, to_device
 from visualize import draw_histogram
@@ -206,7 +207,7 @@ def evaluate(checkpoint: Checkpoint, data: Dataset, config: Settings, device: st
 
 def known_pairs(dataset: str) -> dict[str, list[tuple[str, str]]]:
     """The last question and answer of each conversation of a dataset, train first."""
-    data = Dataset(dataset)
+    data = open_dataset(dataset)
     if data.kind != "sft":
         raise UserError(f"{show_path(data.path)} has no answers; pass --dataset= of questions")
     splits = ("train", *(set(data.tokens) - {"train"}))
@@ -298,7 +299,7 @@ def main(argv: list[str]) -> None:
     device = pick_device(config.device)
     checkpoint = sample.load_for_sampling(config.out_dir, device, config.quantize == "int8")
     sample.default_temperature(checkpoint, config)
-    data = Dataset(config.dataset or checkpoint.run["settings"]["dataset"])
+    data = open_dataset(config.dataset or checkpoint.run["settings"]["dataset"])
     if data.kind == "dpo":
         raise UserError(
             f"{show_path(data.path)} holds preferences, which train.py's log scores; pass "

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh machine with Python to a trained model that answers:
 #   bash run.sh              the demonstration
+#   bash run.sh curriculum   four stages, each from the one before: idioms, the novel, questions
 #   bash run.sh test [--all] the tests; --all adds the minutes-long ones
 # Run again, it does only what is missing or was interrupted.
 set -euo pipefail
@@ -70,11 +71,34 @@ demo() {
   echo "answers   out-sanguo-sft/answers.jsonl"
 }
 
+curriculum() {
+  setup requirements.txt
+  local times=() began=$SECONDS number=0 config
+  stage fetch "$python" data/fetch_data.py sanguo idioms
+  [ -f data/sanguo/meta.json ] || stage "prepare novel" "$python" data/sanguo/prepare.py
+  [ -f data/idioms/meta.json ] ||
+    stage "prepare idioms" "$python" data/idioms/prepare.py --tokenizer=data/sanguo
+  [ -f data/idioms_sft/meta.json ] ||
+    stage "prepare questions" "$python" data/idioms/prepare_sft.py --tokenizer=data/sanguo
+  [ -f data/sanguo_sft/meta.json ] ||
+    stage "prepare curated ones" "$python" data/sanguo/prepare_sft.py
+  for config in config/curriculum_small/*.py; do
+    number=$((number + 1))
+    stage "train stage $number" "$python" train.py "$config" --resume
+  done
+  stage evaluate "$python" evaluations.py --out_dir=out-small-4
+  stage draw "$python" visualize.py --runs=out-small-1,out-small-2,out-small-3,out-small-4
+  echo
+  printf '%s\n' "${times[@]}" "$(printf '%-22s %4d s' 'in all' $((SECONDS - began)))"
+  echo
+  echo "picture   out-small-1/curves.png"
+}
+
 run_tests() {
   setup requirements-dev.txt
   "$python" -m ruff check .
   "$python" -m ruff format --check .
-  "$python" data/fetch_data.py sanguo gpt2
+  "$python" data/fetch_data.py sanguo gpt2 idioms
   case ${1-} in
     "") "$python" -m pytest -q -m "not slow" ;;
     --all) "$python" -m pytest -q ;;
@@ -84,6 +108,7 @@ run_tests() {
 
 case ${1-} in
   "") demo ;;
+  curriculum) curriculum ;;
   test) run_tests "${2-}" ;;
-  *) fail "unknown command $1; write bash run.sh, or bash run.sh test [--all]" ;;
+  *) fail "unknown command $1; write bash run.sh, or behind it curriculum, or test [--all]" ;;
 esac

@@ -43,7 +43,7 @@ from checkpoint import (
     weights_sha256,
 )
 from configurator import UserError, command, configure, repo_path, show_path
-from data_utils import Dataset
+from data_utils import Dataset, Mixture, open_dataset
 from devices import Peak, find_peak, show_rate
 from lora import PARTS, adapters, add_adapters
 from lstm_model import LSTM
@@ -68,7 +68,7 @@ from watch import Stopwatch, sample_prompts, write_samples
 @dataclass
 class Settings(Architecture):
     out_dir: str = "out"  # checkpoints and log
-    dataset: str = "sanguo"  # a name under data/, or a path
+    dataset: str = "sanguo"  # a name under data/, or a path; several texts: news:3,novels:1
     init_from: str = "scratch"  # scratch, or the out_dir of a model to go on from
     resume: bool = False  # go on from out_dir's latest checkpoint, if there is one
     dry_run: bool = False  # print parameters, memory and time expected, and stop
@@ -97,6 +97,7 @@ class Settings(Architecture):
     lr_decay_iters: int | None = None  # step at which min_lr is reached; None is max_iters
     min_lr: float = 0.0  # learning rate at the end of the linear decay
     weight_decay: float = 0.1  # of matrices, not of norms and biases
+    embedding_decay: float | None = None  # of embeddings and head; None: the same
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # norm that gradients are clipped to; 0 is off
@@ -123,8 +124,9 @@ class Settings(Architecture):
             raise UserError(f"mix_batch_size={self.mix_batch_size} must be 1 or more")
         if self.mix_weight < 0:
             raise UserError(f"mix_weight={self.mix_weight:g} must not be negative")
-        if self.embedding_lr is not None and self.embedding_lr < 0:
-            raise UserError(f"embedding_lr={self.embedding_lr:g} must not be negative")
+        for name in ("embedding_lr", "embedding_decay"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"{name}={getattr(self, name):g} must not be negative")
         if self.embedding_lr and not self.learning_rate:
             raise UserError(
                 f"embedding_lr={self.embedding_lr:g} follows the schedule of learning_rate, which "
@@ -195,7 +197,7 @@ class Run:
 
     config: Settings
     out_dir: Path
-    data: Dataset
+    data: Dataset | Mixture
     tokenizer: Tokenizer
     model: GPT | LSTM
     optimizers: list[torch.optim.Optimizer]
@@ -253,7 +255,7 @@ def start(argv: list[str]) -> Run:
         # a run that is older than the setting `optimizer` had AdamW
         saved["settings"] = {"optimizer": "adamw"} | saved["settings"]
         base = saved["settings"] if resumes else architecture(saved["architecture"])
-        if not resumes and Dataset(config.dataset).kind == "dpo":
+        if not resumes and open_dataset(config.dataset).kind == "dpo":
             base["dropout"] = 0.0  # noise in both log-probabilities, unless it is asked for
         config = configure(Settings, argv, base)
         check_shape(config, saved, source)
@@ -263,7 +265,7 @@ def start(argv: list[str]) -> Run:
                 f"optimizer={config.optimizer}, but {show_path(source)} has the state of {before}; "
                 "leave it out, or begin another run with --init_from="
             )
-    data = Dataset(config.dataset)
+    data = open_dataset(config.dataset)
     tokenizer = data.tokenizer
     for split in ("train", "val"):
         data.check(config.block_size, split)
@@ -863,6 +865,8 @@ def make_optimizers(
     blocks = {"params": of_kind["blocks"], "lr_ratio": 1.0}
     matrices = {"params": of_kind["matrices"], "lr_ratio": 1.0}
     embeddings = {"params": of_kind["embeddings"], "lr_ratio": ratio}
+    if config.embedding_decay is not None:
+        embeddings["weight_decay"] = config.embedding_decay
     vectors = {"params": of_kind["vectors"], "lr_ratio": 1.0, "weight_decay": 0.0}
     common = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     by_adamw = [matrices, embeddings, vectors]

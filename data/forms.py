@@ -226,7 +226,8 @@ def conversation(messages: list[dict]) -> list[dict]:
     found = []
     for message in messages:
         role = message["role"]
-        text = re.sub(r"\r\n?", "\n", _string(message["content"], what[role])).strip()
+        text = _string(message["content"], what[role])
+        text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
         if not text and role == "system":
             continue
         if not text:
@@ -260,12 +261,18 @@ def text_of(record: Record) -> str:
 
 def clean(text: str) -> str:
     """A text as it is kept: see the head of this file."""
-    lines = (clean_line(line) for line in re.split(r"\r\n|\r|\n", text))
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = "\n".join(map(clean_line, text.split("\n")))
+    if "\n\n\n" in text:  # seldom, and a search is quicker
+        text = re.sub(r"\n{3,}", "\n\n", text)
+    return text.strip("\n")
 
 
 def clean_line(line: str) -> str:
     line = line.rstrip(" \t\u3000")
+    if line[:1] not in (" ", "\t", "\u3000"):
+        return line
     body = line.lstrip(" \t\u3000")
     return body if "\u3000" in line[: len(line) - len(body)] else line
 

@@ -2,9 +2,10 @@
 
     txt, jsonl, json, csv, tsv, tmx, parquet      each also .gz or .zst
 
-`find_sources` turns files, folders and globs into sources, `records` reads one source, so that
-several processes can share them. A record is a text, or a conversation: what its fields mean is in
-forms.py, its encoding in encodings.py. What is no good record is counted in a Tally, with a reason.
+`find_sources` turns files, folders and globs into sources, `parts` cuts a long one at line ends,
+`records` reads one of them, so that several processes can share them. A record is a text, or a
+conversation: what its fields mean is in forms.py, its encoding in encodings.py. What is no good
+record is counted in a Tally, with a reason.
 """
 
 import codecs
@@ -19,32 +20,30 @@ import shutil
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 from backports import zstd
 
 from configurator import ROOT, UserError, show_path
 from data.encodings import find_encoding, open_bytes
-from data.forms import (
-    KNOWN_FIELDS,
-    BadRecord,
-    Preference,
-    Record,
-    clean,
-    interpret,
-    is_whole,
-    preference,
-)
+from data.forms import KNOWN_FIELDS, BadRecord, Record, clean, interpret, is_whole
 
+T = TypeVar("T")
 FORMS = ("txt", "jsonl", "json", "csv", "tsv", "tmx", "parquet")
 PASSAGE = 4096  # characters; a plain text is cut at the first line end after so many
 LONG_LINE = 2**16  # characters; a plain text's line is cut after so many
 MAX_RECORD = 2**24  # characters of one line or JSON value; bounds the memory
 MAX_CELL = 2**20  # characters of one cell of a csv
 CHUNK = 2**18  # bytes read at once
+LINES = ("txt", "jsonl", "tsv")  # forms whose lines stand for themselves
+# encodings in which a line end is one code, wherever it stands, and the type of that
+LINE_ENDS = dict.fromkeys(("utf-8", "ascii", "gb18030", "gbk", "gb2312", "big5", "cp950"), "u1")
+LINE_ENDS |= {"utf-16-le": "<u2", "utf-16-be": ">u2"}
 DAMAGED = "\udc80"  # stands in a text where bytes are no character of its encoding
 DAMAGED_XML = "\ufdd0"  # the same inside XML, which has no surrogates; no character either
 codecs.register_error("mark_damage", lambda error: (DAMAGED, error.end))
@@ -59,10 +58,18 @@ class Source:
     form: str  # one of FORMS
     encoding: str = ""  # Python's name; none for parquet
     target: "Source | None" = None  # a file that answers this one line by line
+    start: int = 0  # of a part: the place of its first byte
+    end: int | None = None  # of a part: the place behind its last byte
+    line: int = 1  # of a part: the number of its first line
+    first: str = ""  # of a later part of a table: the first line of the file
 
     @property
     def name(self) -> str:
         return show_path(self.path)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.start == 0 and self.end is None
 
 
 def find_sources(
@@ -142,63 +149,147 @@ def _print_encodings(sources: list[Source]) -> None:
         print(f"{encoding}: {', '.join(files[:3])}{more}")
 
 
+def parts(source: Source, size: int) -> list[Source]:
+    """A source of lines in parts of some `size` bytes, cut at line ends; others as they are.
+
+    Depends on the file alone. A .json file of lines is one of lines from here on."""
+    if source.target or source.path.stat().st_size <= 1.5 * size:
+        return [source]
+    if source.form == "json" and _first_line_is_json(source):
+        source = replace(source, form="jsonl")
+    with open_bytes(source.path) as file:
+        is_packed = isinstance(file, gzip.GzipFile | zstd.ZstdFile)
+    if source.form not in LINES or source.encoding not in LINE_ENDS or is_packed:
+        return [source]
+    marks = _cuts(source, size)
+    ends = [start for start, _ in marks[1:]] + [None]
+    first = next((line for _, line in read_lines(source, cut=MAX_CELL) if line.strip()), "")
+    return [
+        replace(source, start=start, end=end, line=line, first=first if tabs and start else "")
+        for (start, line), end in zip(marks, ends, strict=True)
+        for tabs in [source.form == "tsv"]
+    ]
+
+
+def _cuts(source: Source, size: int) -> list[tuple[int, int]]:
+    """(place, number) of the lines where the parts begin."""
+    unit = np.dtype(LINE_ENDS[source.encoding])
+    marks, position, line = [(0, 1)], 0, 1
+    whole = source.path.stat().st_size
+    with source.path.open("rb") as file:
+        while data := file.read(CHUNK):
+            while data.endswith(np.array(13, unit).tobytes()) and (
+                more := file.read(unit.itemsize)
+            ):
+                data += more  # its line end may be CRLF
+            codes = np.frombuffer(data, unit, len(data) // unit.itemsize)
+            ends = codes == 10
+            is_cr = codes == 13
+            ends |= is_cr & ~np.append(ends[1:], False)
+            places = position + (np.flatnonzero(ends) + 1) * unit.itemsize
+            while (next_one := np.searchsorted(places, marks[-1][0] + size)) < len(places):
+                marks.append((int(places[next_one]), line + int(next_one) + 1))
+            position, line = position + len(data), line + len(places)
+    return [mark for mark in marks if mark[0] < whole]
+
+
 # --- counting ------------------------------------------------------------------------------------
 
 
 @dataclass
 class Tally:
-    """Good records, and bad ones by reason. The first `show` bad ones are printed."""
+    """Good records, and bad ones by reason. The first `show` bad ones are printed.
+
+    Several tallies of some sources each make one: `add` them in the order of the sources."""
 
     strict: bool = False  # whether the first bad record stops all
     show: int = 5
+    say: bool = True  # print them; else they are kept in `shown`
     good: int = 0
     bad: Counter = field(default_factory=Counter)
-    _name: str = ""
-    _before: tuple[int, int] = (0, 0)
+    aside: Counter = field(default_factory=Counter)  # good ones that are not wanted, by reason
+    shown: list[str] = field(default_factory=list)  # of the first bad ones, a line each
+    files: list[tuple] = field(default_factory=list)  # (source, good, bad, what was wrong first)
+    _source: Source | None = None
+    _before: tuple[int, Counter] = (0, Counter())
     _first: str = ""  # what was wrong first in this file
 
     def begin(self, source: Source) -> None:
-        self._name, self._before = source.name, (self.good, self.bad.total())
-        self._first = ""
+        self._source, self._before, self._first = source, (self.good, self.bad.copy()), ""
 
     def skip(self, line: int, error: BadRecord) -> None:
         """Counts a bad record; line 0: the whole file."""
-        where = f"{self._name}, line {line}" if line else self._name
+        name = self._source.name
+        where = f"{name}, line {line}" if line else name
         if self.strict:
             raise UserError(f"{where}: {error}")
         self.bad[error.reason] += 1
         self._first = self._first or f"line {line}: {error}"
-        if self.bad.total() <= self.show:
-            print(f"skipped: {where}: {error}")
-        if self._here()[1] == 1000:
+        self._show(f"skipped: {where}: {error}")
+        # of a later part it is not known what stands before it
+        if self._source.start == 0 and self._here()[1].total() == 1000:
             self.check()
 
     def end(self) -> None:
         """UserError where over half of a file's records are bad."""
-        if self._here() == (0, 0):
+        if self._source.is_whole:
+            self._finish()
+        self.files.append((self._source, *self._here(), self._first))
+
+    def check(self) -> None:
+        good, bad = self._here()[0], self._here()[1].total()
+        if bad > good:
+            raise UserError(
+                f"{self._source.name}: {bad:,} of {good + bad:,} records are bad, the first in "
+                f"{self._first}; is it what you meant? --fields= names the fields"
+            )
+
+    def add(self, other: "Tally") -> None:
+        """Adds the tally of the sources that come next. UserError where over half of the records
+        of a file are bad whose parts lie in several tallies."""
+        self.aside += other.aside
+        for line in other.shown:
+            self._show(line)
+        for source, good, bad, first in other.files:
+            if source.start == 0:
+                self.begin(source)
+            self.good += good
+            self.bad += bad
+            self._first = self._first or first
+            if not source.is_whole and source.end is None:
+                self._finish()
+            elif not source.is_whole and self._here()[1].total() >= 1000:
+                self.check()
+
+    def _finish(self) -> None:
+        if self._here() == (0, Counter()):
             self.skip(0, BadRecord("empty file"))
         else:
             self.check()
 
-    def check(self) -> None:
-        good, bad = self._here()
-        if bad > good:
-            raise UserError(
-                f"{self._name}: {bad:,} of {good + bad:,} records are bad, the first in "
-                f"{self._first}; is it what you meant? --fields= names the fields"
-            )
+    def _show(self, line: str) -> None:
+        if len(self.shown) < self.show:
+            self.shown.append(line)
+            if self.say:
+                print(line)
 
     def summary(self) -> str:
         """What was left out, as the end of a line."""
-        reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.bad.most_common())
-        return f"; records left out: {reasons}" if reasons else ""
+        bad, aside = (
+            ", ".join(f"{n:,} {reason}" for reason, n in counts.most_common())
+            for counts in (self.bad, self.aside)
+        )
+        aside = f"; of these not taken: {aside}" if aside else ""
+        return aside + (f"; records left out: {bad}" if bad else "")
 
     def meta(self) -> dict:
         """What goes into meta.json."""
-        return {"records": self.good, "skipped": dict(sorted(self.bad.items()))}
+        aside = {"not_taken": dict(sorted(self.aside.items()))} if self.aside else {}
+        return {"records": self.good, "skipped": dict(sorted(self.bad.items()))} | aside
 
-    def _here(self) -> tuple[int, int]:
-        return self.good - self._before[0], self.bad.total() - self._before[1]
+    def _here(self) -> tuple[int, Counter]:
+        """The good and the bad records of this file so far."""
+        return self.good - self._before[0], self.bad - self._before[1]
 
 
 # --- lines ---------------------------------------------------------------------------------------
@@ -208,24 +299,30 @@ def read_chunks(source: Source) -> Iterator[str]:
     """The text in pieces, its line ends LF; DAMAGED stands for bytes that are no character."""
     decode = codecs.getincrementaldecoder(source.encoding)("mark_damage")
     decoder = io.IncrementalNewlineDecoder(decode, translate=True)
+    left = None if source.end is None else source.end - source.start
     with open_bytes(source.path) as file:
-        start = True
-        while data := file.read(CHUNK):
+        if source.start:
+            file.seek(source.start)
+        start = source.start == 0
+        while data := file.read(CHUNK if left is None else min(CHUNK, left)):
             text = decoder.decode(data)
             yield text.removeprefix("\ufeff") if start else text
             start = False
+            left = None if left is None else left - len(data)
         yield decoder.decode(b"", final=True)
 
 
 def read_lines(source: Source, cut: int = 0) -> Iterator[tuple[int, str]]:
     """(number, line) without its end. cut: a line that is longer comes in pieces of about so many
     characters; without it one of over MAX_RECORD is a UserError."""
-    number, parts, size = 1, [], 0
+    number, parts, size = source.line, [], 0
     for chunk in read_chunks(source):
         *lines, rest = chunk.split("\n")
-        for line in lines:
-            yield number, "".join([*parts, line])
-            number, parts, size = number + 1, [], 0
+        if parts and lines:
+            lines[0] = "".join([*parts, lines[0]])
+            parts, size = [], 0
+        yield from enumerate(lines, number)
+        number += len(lines)
         parts.append(rest)
         size += len(rest)
         if cut and size > cut:
@@ -241,19 +338,27 @@ def passages(source: Source, tally: Tally) -> Iterator[str]:
     """A plain text in passages of whole lines; what is counted are its lines."""
     lines, size = [], 0
     for number, line in read_lines(source, cut=LONG_LINE):
-        if line.strip():
-            if not is_whole(line):
-                tally.skip(number, BadRecord("damaged characters", line[:40]))
-                continue
-            tally.good += 1
-        lines.append(line)
+        lines.append((number, line))
         size += len(line) + 1
         if size >= PASSAGE:
-            if text := clean("\n".join(lines)):
+            if text := _passage(lines, tally):
                 yield text
             lines, size = [], 0
-    if text := clean("\n".join(lines)):
+    if text := _passage(lines, tally):
         yield text
+
+
+def _passage(lines: list[tuple[int, str]], tally: Tally) -> str:
+    """The text of lines (number, line), without those that are damaged."""
+    text = "\n".join(line for _, line in lines)
+    if not is_whole(text):  # seldom; all at once is quicker than line by line
+        damaged = [(number, line) for number, line in lines if not is_whole(line)]
+        for number, line in damaged:
+            tally.skip(number, BadRecord("damaged characters", line[:40]))
+        lines = [one for one in lines if one not in damaged]
+        text = "\n".join(line for _, line in lines)
+    tally.good += sum(1 for _, line in lines if line and not line.isspace())
+    return clean(text)
 
 
 # --- values: what a record is in the file --------------------------------------------------------
@@ -384,6 +489,8 @@ def _table_rows(
     source: Source, tally: Tally, has_header: bool | None
 ) -> Iterator[tuple[int, dict]]:
     rows = _csv_rows(source, tally) if source.form == "csv" else _tab_rows(source)
+    if source.first:  # a later part: a header counts for it too, a first row has been read
+        rows = itertools.chain([(0, source.first.split("\t"))], rows)
     names = None
     for number, row in rows:
         if not any(cell.strip() for cell in row):
@@ -394,6 +501,8 @@ def _table_rows(
                 names = row
                 continue
             names = [str(n + 1) for n in range(len(row))]
+            if number == 0:
+                continue
             if not asked and len(row) != 2:
                 raise UserError(
                     f"{source.name} has {len(row)} columns and no header; which are they? "
@@ -530,33 +639,38 @@ def records(
     fields = fields or {}
     has_header = not all(name.isdigit() for name in fields.values()) if fields else None
     found = aligned(source) if source.target else values(source, tally, has_header)
+
+    def record_of(value: object) -> Record:
+        record = interpret(value, fields)
+        if want and not isinstance(record, want):
+            kinds = ["no conversation", "no text"]
+            raise BadRecord(kinds[isinstance(record, list)])
+        return record
+
+    yield from _good(found, tally, record_of)
+
+
+def converted(source: Source, tally: Tally, record_of: Callable[[object], T]) -> Iterator[T]:
+    """What record_of makes of each value of a source, or each line of a plain text, where it does
+    not raise BadRecord: for datasets of a form of their own."""
+    tally.begin(source)
+    is_plain = source.form == "txt" and not source.target
+    lines = ((number, line) for number, line in read_lines(source) if line.strip())
+    found = aligned(source) if source.target else values(source, tally)
+    yield from _good(lines if is_plain else found, tally, record_of)
+
+
+def _good(
+    found: Iterator[tuple[int, object]], tally: Tally, record_of: Callable[[object], T]
+) -> Iterator[T]:
     for line, value in found:
         try:
-            record = interpret(value, fields)
-            if want and not isinstance(record, want):
-                kinds = ["no conversation", "no text"]
-                raise BadRecord(kinds[isinstance(record, list)])
+            record = record_of(value)
         except BadRecord as error:
             tally.skip(line, error)
         else:
             tally.good += 1
             yield record
-    tally.end()
-
-
-def preferences(source: Source, tally: Tally) -> Iterator[Preference]:
-    """The good preferences of one source."""
-    if source.form == "txt":
-        raise UserError(f"{source.name} is plain text, and no preferences")
-    tally.begin(source)
-    for line, value in values(source, tally):
-        try:
-            found = preference(value)
-        except BadRecord as error:
-            tally.skip(line, error)
-        else:
-            tally.good += 1
-            yield found
     tally.end()
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import MODELS, save_checkpoint
-from data_utils import write_pretrain, write_sft
+from data_writer import write_pretrain, write_sft
 from lstm_model import LSTM
 from model import GPT, ModelConfig
 from tokenizer import Tokenizer, train_tokenizer

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from data_utils import Pair, write_dpo, write_pretrain, write_sft
+from data_writer import Pair, write_dpo, write_pretrain, write_sft
 from tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -296,3 +296,17 @@ def test_without_transformers_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)  # as Python marks what is not there
     with pytest.raises(UserError, match=r"requirements-dev\.txt"):
         bench.main(["step"])
+
+
+@pytest.mark.slow
+def test_data_prepares_a_small_text_in_each_way(tmp_path):
+    pytest.importorskip("datasets")
+    bench.main(["data", "--size_mb=2", f"--out={tmp_path}"])
+    results = read_json(tmp_path / "data.json")["results"]
+    assert results["megabytes"] == pytest.approx(2, rel=0.2)
+    for name, figures in results["ways"].items():
+        assert "failed" not in figures, name
+        assert figures["rate"] > 0
+        if Path("/proc/self/smaps_rollup").is_file():
+            assert 10 < figures["peak_memory"] < 2000
+    assert all(ratio > 0 for ratio in results["ratios"].values())

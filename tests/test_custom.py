@@ -23,8 +23,8 @@ def mine(tmp_path, monkeypatch):
     return tmp_path
 
 
-def write_texts(path: Path, copies: int = 60, encoding: str = "utf-8") -> Path:
-    lines = [f"　　第{n}段。{line}" for n in range(copies) for line in LINES]
+def write_texts(path: Path, copies: int = 60, encoding: str = "utf-8", first: int = 0) -> Path:
+    lines = [f"　　第{n}段。{line}" for n in range(first, first + copies) for line in LINES]
     path.write_text("\n".join(lines), encoding=encoding)
     return path
 
@@ -42,7 +42,7 @@ def prepared(folder: Path, *words: str) -> Dataset:
 
 def test_text_files_of_two_encodings_become_one_dataset(mine, capsys):
     write_texts(mine / "a.txt")
-    write_texts(mine / "b.txt", 50, "gb18030")
+    write_texts(mine / "b.txt", 50, "gb18030", first=60)
     data = prepared(mine, "--input=*.txt", "--val=0.2")
     assert capsys.readouterr().out.splitlines()[:3] == [
         f"utf-8: {mine / 'a.txt'}",
@@ -51,7 +51,7 @@ def test_text_files_of_two_encodings_become_one_dataset(mine, capsys):
     ]
     assert data.kind == "pretrain"
     text = {split: data.tokenizer.decode(ids) for split, ids in data.tokens.items()}
-    lines = [f"第{n}段。{line}" for copies in (60, 50) for n in range(copies) for line in LINES]
+    lines = [f"第{n}段。{line}" for n in range(110) for line in LINES]
     documents = sum(sizes["documents"] for sizes in data.meta["splits"].values())
     # a line end between any two lines, but none between documents
     assert sum(map(len, text.values())) == sum(len(line) + 1 for line in lines) - documents
@@ -127,7 +127,7 @@ def test_questions_take_the_tokenizer_of_another_dataset(mine):
         (["--input=a.txt", "--val=0"], "val=0.0 must lie between 0 and 1"),
         (
             ["--input=a.txt", "--val=1e-9"],
-            "no record is for val; change --val=, or pass --val_input=",
+            "no record is for val; change --val= or the input",
         ),
         (["--input=a.txt", "--target=a.txt,b.txt"], "1 files of --input=, but 2 of --target="),
         (["--input=a.txt", "--target=b.txt", "--fields=text=a"], "--target= goes with neither"),

@@ -17,11 +17,9 @@ from data_utils import (
     IGNORE,
     Dataset,
     collate,
-    fit,
     permute,
-    write_pretrain,
-    write_sft,
 )
+from data_writer import fit, write_pretrain, write_sft
 from tests.helpers import TEXT, dialogue
 from tokenizer import Tokenizer, train_tokenizer
 

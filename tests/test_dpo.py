@@ -2,8 +2,10 @@
 
 import json
 import math
+import random
 import shutil
 import signal
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,11 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data_writer
 from checkpoint import load_checkpoint
 from configurator import UserError
 from data.custom import prepare_dpo
 from data.forms import BadRecord, preference
-from data_utils import IGNORE, Dataset, fit_pair, write_dpo
+from data_utils import IGNORE, Dataset
+from data_writer import Form, fit_pair, merge, working_folder, write_dpo, write_unit
 from lora import adapter_weights, add_adapters
 from objectives import (
     PREFERENCES,
@@ -322,21 +326,22 @@ def test_what_is_long_is_fitted_with_one_prompt_for_both(tokenizer):
     whole, last = size(*prompt, answers[1]), size(prompt[-1], answers[1])
     for chosen, rejected in ((short, long), (long, short)):
         pair = prompt, chosen, rejected
-        both, how = fit_pair(tokenizer, pair, whole)
+        both, how, _ = fit_pair(tokenizer, pair, whole)
         assert (both[0][:-1], how) == (prompt, "")
-        both, how = fit_pair(tokenizer, pair, last)
+        both, how, rendered = fit_pair(tokenizer, pair, last)
+        assert rendered == [tokenizer.render(messages) for messages in both]
         assert (both[0][:-1], how) == (prompt[-1:], "cut: oldest turns")
         assert both[0][:-1] == both[1][:-1]
         assert [messages[-1]["content"] for messages in both] == [chosen, rejected]
-        both, how = fit_pair(tokenizer, pair, last - 1)
+        both, how, _ = fit_pair(tokenizer, pair, last - 1)
         assert how == "cut: answer"
         cut = both[0 if chosen == long else 1][-1]["content"]
         assert long.startswith(cut) and cut.endswith("。") and cut != long
-    assert fit_pair(tokenizer, (prompt, short, long), 12) == (None, "skipped: too long")
+    assert fit_pair(tokenizer, (prompt, short, long), 12)[:2] == (None, "skipped: too long")
     # both are cut at the same sentence
     pair = prompt[-1:], "温德殿。" + "一" * 99, "温德殿。" + "二" * 99
     limit = size(prompt[-1], answers[0])
-    assert fit_pair(tokenizer, pair, limit) == (None, "skipped: equal answers")
+    assert fit_pair(tokenizer, pair, limit)[:2] == (None, "skipped: equal answers")
 
 
 def test_repeated_pairs_and_equal_answers_are_counted(tmp_path, tokenizer):
@@ -349,6 +354,42 @@ def test_repeated_pairs_and_equal_answers_are_counted(tmp_path, tokenizer):
         1,
     ) * 3
     assert (val["pairs"], val["skipped: duplicate"]) == (1, 1)
+
+
+def test_pairs_stay_whole_in_units_buckets_and_shards(tmp_path, tokenizer, monkeypatch):
+    draw = random.Random(0)
+    numbers = [draw.randrange(40) for _ in range(90)]
+    pairs = [(ask(f"第{n}回？"), "窦武。" * (1 + n % 3), f"陈蕃{n % 7}。") for n in numbers]
+    splits = [("val" if n % 5 == 0 else "train") for n in numbers]
+    given = {name: [p for p, s in zip(pairs, splits, strict=True) if s == name] for name in splits}
+    wanted = {}  # of equal pairs the first
+    for pair, split in zip(pairs, splits, strict=True):
+        wanted[pair[0][0]["content"]] = (pair, split)
+    write_dpo(tmp_path / "plain", tokenizer, given, ["test"], 64)
+    for name, size in (("BUCKET", 7), ("BLOCK", 100), ("SHARD", 300)):
+        monkeypatch.setattr(data_writer, name, size)
+    form = Form("dpo", 64)
+    with working_folder(tmp_path / "out") as folder:
+        units = [folder / f"{first:02}" for first in range(0, 90, 9)]
+        records = list(zip(splits, pairs, strict=True))
+        for number, unit in enumerate(units):
+            write_unit(unit, records[9 * number :][:9], tokenizer, form)
+        merge(tmp_path / "out", units, Counter(), tokenizer, form, {})
+    plain, data = Dataset(str(tmp_path / "plain")), Dataset(str(tmp_path / "out"))
+    assert len(data.meta["splits"]["train"].pop("shards")) > 2
+    assert data.meta["splits"]["train"] == plain.meta["splits"]["train"]
+    for split in ("train", "val"):
+        rows = [
+            [*prompt, {"role": "assistant", "content": answer}]
+            for (prompt, *answers), own in wanted.values()
+            for answer in answers
+            if own == split
+        ]
+        assert data.conversations(split) == plain.conversations(split) == rows
+        assert data.meta["splits"][split]["pairs"] == len(rows) // 2 < splits.count(split)
+    train = np.arange(data.n_rows("train", 64))
+    for one, other in zip(data.batch(train, 64), plain.batch(train, 64), strict=True):
+        assert (one == other).all()
 
 
 def test_batches_of_pairs_hold_each_pair_once_an_epoch_and_depend_on_nothing_else(tmp_path):
@@ -428,14 +469,15 @@ def test_marks_of_the_page_and_files_of_pairs_become_a_dataset(tmp_path, capsys)
     argv = [f"--input={tmp_path}/marks.jsonl", f"--out={out}", f"--tokenizer={tmp_path}"]
     prepare_dpo.main([*argv, "--val=0.3"])
     printed = capsys.readouterr().out
-    assert "90 good records; records left out: 1 broken JSON; 1 answers without" in printed
+    assert "90 good records; of these not taken: 1 without a counterpart; records left" in printed
     data = Dataset(str(out))
     pairs = [data.meta["splits"][split]["pairs"] for split in ("train", "val")]
     assert sum(pairs) == 49 and min(pairs) > 5
-    assert (data.meta["records"], data.meta["alone"]) == (90, 1)
+    assert (data.meta["records"], data.meta["skipped"]) == (90, {"broken JSON": 1})
+    assert data.meta["not_taken"] == {"without a counterpart": 1}
     answers = [messages[-1]["content"][:2] for messages in data.conversations("train")]
     assert set(answers[::2]) == {"荆州", "许昌"} and set(answers[1::2]) == {"徐州", "江东"}
-    with pytest.raises(UserError, match="no pair is for val"):
+    with pytest.raises(UserError, match="no record is for val"):
         prepare_dpo.main([*argv, "--val=1e-9"])
 
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from checkpoint import load_checkpoint
-from data_utils import write_pretrain
+from data_writer import write_pretrain
 from tests.runs import (
     PEOPLE,
     ROOT,

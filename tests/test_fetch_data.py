@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import io
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import venv
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -180,7 +182,7 @@ def test_an_interrupted_fetch_leaves_nothing(index, tmp_path, monkeypatch):
     [
         (["sangou"], "unknown source 'sangou'; did you mean 'sanguo'?"),
         (["gpt2", "zzz"], "unknown source 'zzz'; --list shows them all"),
-        ([], "no source named; name sanguo, gpt2 or all; --list shows them"),
+        ([], "no source named; name sanguo, gpt2, idioms, hongkong or all; --list shows them"),
     ],
 )
 def test_a_wrong_name_is_one_line_and_fetches_nothing(tmp_path, words, message):
@@ -201,6 +203,53 @@ def test_list_shows_every_source_and_what_is_there(index, tmp_path, monkeypatch,
     assert f"{tmp_path}/tiny/names.json, 10 bytes: there" in printed
     assert f"{tmp_path}/tiny/poem.txt, {len(TEXTS['poem.txt'])} bytes: damaged" in printed
     assert f"{tmp_path}/gpt2/vocab.bpe, 456,318 bytes: missing" in printed
+
+
+@pytest.fixture
+def with_terms(index, monkeypatch):
+    """The tiny source with terms of use, a file of it under a new name."""
+    source = add_wheel(index)
+    poem, names = source.files
+    files = (replace(poem, new_name="river.txt"), names)
+    source = replace(source, files=files, terms="For study only.")
+    monkeypatch.setitem(SOURCES, "tiny", source)
+    return source
+
+
+def test_terms_of_use_are_printed_and_must_be_accepted(with_terms, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))  # no terminal: nobody was asked
+    with pytest.raises(UserError, match="the terms of tiny are not accepted; pass --yes"):
+        main(["tiny", f"--out={tmp_path / 'out'}"])
+    assert "For study only." in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    main(["tiny", "--yes", f"--out={tmp_path / 'out'}"])
+    assert set(contents(tmp_path / "out" / "tiny")) == {"river.txt", "names.json"}
+    capsys.readouterr()
+    main(["tiny", f"--out={tmp_path / 'out'}"])  # what is there is not asked for again
+    assert "For study only." not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminal")
+@pytest.mark.parametrize(("answer", "fetched"), [(b"yes\n", True), (b"n\n", False), (b"\n", False)])
+def test_at_a_terminal_the_terms_are_asked_for(with_terms, tmp_path, monkeypatch, answer, fetched):
+    keyboard, terminal = os.openpty()
+    os.write(keyboard, answer)
+    with os.fdopen(terminal, encoding="utf-8") as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        try:
+            main(["tiny", f"--out={tmp_path / 'out'}"])
+        except UserError as error:
+            assert str(error) == "the terms of tiny are not accepted; nothing was fetched"
+    os.close(keyboard)
+    assert (tmp_path / "out").exists() == fetched
+
+
+def test_the_way_by_hand_names_what_a_file_is_called_here(with_terms, index, tmp_path):
+    empty(index)
+    with pytest.raises(
+        UserError, match=r"put tinynovel/data/poem\.txt as river\.txt and tinynovel/"
+    ):
+        fetch(with_terms, tmp_path / "out", accepted=True)
 
 
 def test_the_gpt2_files_are_those_that_tiktoken_checks():

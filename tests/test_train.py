@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from checkpoint import load_checkpoint
 from configurator import ROOT, UserError
-from data_utils import Dataset, write_pretrain
+from data_utils import Dataset
+from data_writer import write_pretrain
 from lstm_model import LSTM
 from model import GPT, ModelConfig
 from objectives import split_sums
@@ -309,6 +310,18 @@ def test_only_matrices_decay(toys, tmp_path):
     assert {"blocks.1.mlp.c_fc.bias", "norm.weight"} <= plain.keys()
     for name, value in plain.items():
         assert torch.equal(value, decayed[name]) == (value.dim() < 2), name
+
+
+def test_embeddings_can_have_a_decay_of_their_own(toys, tmp_path):
+    common = {"dataset": toys / "text", "max_iters": 1, "warmup_iters": 0, "weight_decay": 0}
+    plain = weights(train_here(out_dir=tmp_path / "plain", learning_rate=1e-2, **common))
+    common |= {"learning_rate": 1e-2, "embedding_decay": 5.0}
+    decayed = weights(train_here(out_dir=tmp_path / "decayed", **common))
+    changed = {name for name in plain if not torch.equal(plain[name], decayed[name])}
+    assert changed == {"wte.weight"}
+    start = train_here(out_dir=tmp_path / "start", **common | {"learning_rate": 0})
+    moved = weights(start)["wte.weight"] * (1 - 1e-2 * 5.0) - decayed["wte.weight"]
+    torch.testing.assert_close(moved, weights(start)["wte.weight"] - plain["wte.weight"])
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

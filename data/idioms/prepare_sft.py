@@ -1,0 +1,138 @@
+"""Idioms -> data/idioms_sft: what one means, where it comes from, which one has a meaning.
+
+    python data/fetch_data.py idioms
+    python data/idioms/prepare_sft.py --tokenizer=data/sanguo
+    python data/idioms/prepare_sft.py --n_idioms=None --val=0.02
+
+An idiom and its variants (the same characters in another order, or named by its explanation: 同…)
+lie on one side, so that no validation question is about what is trained. The table has lost the
+opening quotation marks and the colons behind titles; they are put back, or the closing one goes.
+"""
+
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from configurator import ROOT, UserError, command, configure
+from data import pipeline
+from data.forms import BadRecord, Record, is_validation
+from data.readers import Source, Tally, converted, find_sources
+from data.similar import QuestionSettings, key_of, prepare_questions
+
+NUMBER = "[一二三四五六七八九十百〇零]+"
+ORIGIN = re.compile(rf"([^《》“”]*(?:《[^《》“”]+》)+(?:第{NUMBER}[回章折出卷]|卷{NUMBER})?)(.+)")
+VARIANT = re.compile(r"(?:同|作|犹|犹言|见)([\u4e00-\u9fff]{4})(?=$|[。、，])")
+RAW = "data/raw/idioms/idiom.csv"
+COLUMNS = ("word", "explanation", "derivation")
+
+
+@dataclass
+class Settings(QuestionSettings):
+    input: list[str] = field(default_factory=lambda: [RAW])  # the table
+    out: str = "data/idioms_sft"  # directory to write
+    tokenizer: str = "data/sanguo"  # gpt2, or where one lies: the pretrained model's
+    val: float = 0.1  # share of the idioms for validation
+    n_idioms: int | None = 400  # how many idioms, evenly over the table; None: all
+
+
+@dataclass(frozen=True)
+class Idiom:
+    word: str
+    meaning: str
+    origin: str = ""  # a title and a quotation from it
+
+
+def idiom_of(row: object) -> Idiom:
+    """A row of the table. BadRecord where it has no idiom, or no explanation."""
+    if not isinstance(row, dict) or not {*COLUMNS} <= {*row}:
+        raise BadRecord("missing field", f"it has no {' or '.join(COLUMNS)}")
+    word, meaning, origin = (row[name].strip().removeprefix("无") for name in COLUMNS)
+    if not word or not meaning:
+        raise BadRecord("no idiom" if not word else "no explanation", word)
+    return Idiom(word, clean(meaning), quotation(origin))
+
+
+def clean(text: str) -> str:
+    """Without the closing marks of quotations that were never opened; ◇ begins a later meaning."""
+    return text.replace("◇", "。") if "“" in text else text.replace("”", "").replace("◇", "。")
+
+
+def quotation(origin: str) -> str:
+    """《史记》沛公军霸上！” -> 《史记》：“沛公军霸上！”; "" for what is no quotation."""
+    found = ORIGIN.fullmatch(origin)
+    if not found or "《" in found[2] or "“" in found[2] or found[2].count("”") > 1:
+        return ""
+    text = found[2].replace("”", "")
+    return f"{found[1]}：“{text}”" + ("" if text[-1:] in "。！？" else "。")
+
+
+def groups_of(idioms: list[Idiom]) -> dict[str, str]:
+    """The first of the variants of each idiom."""
+    first = {idiom.word: idiom.word for idiom in idioms}
+
+    def root(word: str) -> str:
+        while first[word] != word:
+            first[word] = word = first[first[word]]
+        return word
+
+    same = defaultdict(list)
+    for idiom in idioms:
+        same["".join(sorted(idiom.word))].append(idiom.word)
+        same[idiom.meaning].append(idiom.word)
+        for other in VARIANT.findall(idiom.meaning):
+            if other in first:
+                same[other] += [other, idiom.word]
+    for words in same.values():
+        for word in words[1:]:
+            first[root(word)] = root(words[0])
+    return {word: root(word) for word in first}
+
+
+def questions(idiom: Idiom) -> Iterator[list[dict]]:
+    pairs = [(f"“{idiom.word}”是什么意思？", f"“{idiom.word}”的意思是：{idiom.meaning}")]
+    if idiom.origin:
+        pairs.append((f"“{idiom.word}”出自哪里？", f"“{idiom.word}”出自{idiom.origin}"))
+    if idiom.word not in idiom.meaning:
+        pairs.append((f"哪个成语的意思是“{idiom.meaning}”？", f"这个成语是“{idiom.word}”。"))
+    for question, answer in pairs:
+        roles = {"user": question, "assistant": answer}
+        yield [{"role": role, "content": text} for role, text in roles.items()]
+
+
+def read(
+    source: Source, tally: Tally, groups: dict[str, str], val: float
+) -> Iterator[tuple[str, Record]]:
+    """The questions about the idioms of groups, on the side of their first variant."""
+    for idiom in converted(source, tally, idiom_of):
+        if idiom.word not in groups:
+            tally.aside["beyond --n_idioms"] += 1
+            continue
+        split = "val" if is_validation(groups[idiom.word], val) else "train"
+        yield from ((split, turns) for turns in questions(idiom))
+
+
+def find_table(config: pipeline.Settings) -> list[Source]:
+    if config.input == [RAW] and not (ROOT / RAW).is_file():
+        raise UserError(f"{RAW} is missing; run python data/fetch_data.py idioms")
+    return find_sources(config.input, config.encoding)
+
+
+def main(argv: list[str]) -> None:
+    config = configure(Settings, argv)
+    sources = find_table(config)
+    tally = Tally(show=0)
+    groups = groups_of([one for source in sources for one in converted(source, tally, idiom_of)])
+    if config.n_idioms is not None:
+        chosen = sorted(groups, key=lambda word: key_of(groups[word]))[: config.n_idioms]
+        groups = {word: groups[word] for word in chosen}
+    prepare_questions(config, sources, partial(read, groups=groups, val=config.val))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,33 @@
+"""Questions and answers about the novels -> data/jinyong_sft: lines {"Question", "Answer"}.
+
+python data/jinyong/prepare_sft.py --input=sft_data.jsonl
+"""
+
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from configurator import command, configure
+from data import pipeline
+from data.readers import find_sources
+from data.similar import QuestionSettings, prepare_questions
+
+
+@dataclass
+class Settings(QuestionSettings):
+    input: list[str] = field(default_factory=lambda: ["data/raw/jinyong/sft_data.jsonl"])  # files
+    out: str = "data/jinyong_sft"  # directory to write
+    tokenizer: str = "data/jinyong"  # gpt2, or where one lies: the pretrained model's
+
+
+def main(argv: list[str]) -> None:
+    config = configure(Settings, argv)
+    sources = find_sources(config.input, config.encoding)
+    prepare_questions(config, sources, partial(pipeline.read_records, want=list, val=config.val))
+
+
+if __name__ == "__main__":
+    command(main)

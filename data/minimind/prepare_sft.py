@@ -1,0 +1,34 @@
+"""MiniMind's conversations -> data/minimind_sft: {"conversations": [{"role", "content"}]}.
+
+    python data/minimind/prepare_sft.py --input=sft_mini_512.jsonl --max_tokens=512
+
+Roles may be missing: then user and assistant alternate. Older csv files have q, a and history.
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from configurator import command, configure
+from data import pipeline
+from data.readers import find_sources
+from data.similar import QuestionSettings, prepare_questions
+
+
+@dataclass
+class Settings(QuestionSettings):
+    out: str = "data/minimind_sft"  # directory to write
+    tokenizer: str = "data/minimind"  # gpt2, or where one lies: the pretrained model's
+
+
+def main(argv: list[str]) -> None:
+    config = configure(Settings, argv)
+    sources = find_sources(config.input, config.encoding)
+    prepare_questions(config, sources, partial(pipeline.read_records, want=list, val=config.val))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,45 @@
+"""News of Sohu -> data/sohu_news: of each line the text behind the last separator mark `1`2.
+
+    python data/sohu_news/prepare.py --input='sohu/*.txt'
+
+A line is one article, as ```1`2title`1`2text``.
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from configurator import command, configure
+from data import pipeline
+from data.forms import BadRecord, Record, interpret
+from data.readers import find_sources
+
+MARK = re.compile(r"`\d")
+
+
+@dataclass
+class Settings(pipeline.Settings):
+    out: str = "data/sohu_news"  # directory to write
+
+
+def article(line: str) -> Record:
+    """The text behind the last mark. BadRecord where there is no mark, or nothing behind it."""
+    *marks, text = MARK.split(line)
+    if not marks:
+        raise BadRecord("no separator mark", line)
+    return interpret(text, {})
+
+
+def main(argv: list[str]) -> None:
+    config = configure(Settings, argv)
+    sources = find_sources(config.input, config.encoding)
+    read = partial(pipeline.read_records, record_of=article, val=config.val)
+    pipeline.prepare(config, sources, read, "pretrain")
+
+
+if __name__ == "__main__":
+    command(main)

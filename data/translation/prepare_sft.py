@@ -1,0 +1,31 @@
+"""General English and Chinese: Hong Kong's law and courts -> data/translation_sft, as pairs.
+
+    python data/translation/prepare_sft.py
+
+English alone is the question, without an instruction, and Chinese in Traditional characters the
+answer. A pair that is longer than --max_tokens is left out, not cut.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from configurator import command, configure
+from data import parallel
+
+
+@dataclass
+class Settings(parallel.Settings):
+    input: list[str] = field(default_factory=lambda: parallel.GENERAL)  # files: a,b
+    out: str = "data/translation_sft"  # directory to write
+    tokenizer: str = "data/translation"  # gpt2, or where one lies: the pretrained model's
+
+
+def main(argv: list[str]) -> None:
+    parallel.prepare(configure(Settings, argv), "sft", parallel.FINANCE)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,35 @@
+"""Questions of Zhihu and their answers -> data/zhihu_sft: as questions and answers.
+
+python data/zhihu/prepare_sft.py --input='zhihu/*.parquet'
+python data/zhihu/prepare_sft.py --input='zhihu/*.parquet' --keywords=金庸,武侠
+"""
+
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from configurator import command, configure
+from data.readers import find_sources
+from data.similar import QuestionSettings, prepare_questions
+from data.zhihu.prepare import read_conversations
+
+
+@dataclass
+class Settings(QuestionSettings):
+    out: str = "data/zhihu_sft"  # directory to write
+    tokenizer: str = "data/zhihu"  # gpt2, or where one lies: the pretrained model's
+    keywords: list[str] = field(default_factory=list)  # a record has one of them; none: all
+
+
+def main(argv: list[str]) -> None:
+    config = configure(Settings, argv)
+    sources = find_sources(config.input, config.encoding)
+    read = partial(read_conversations, keywords=config.keywords, val=config.val)
+    prepare_questions(config, sources, read, about={"keywords": config.keywords})
+
+
+if __name__ == "__main__":
+    command(main)
