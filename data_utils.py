@@ -197,9 +197,9 @@ class Dataset:
                 return json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise UserError(f"{show_path(path)} is damaged: {error}") from None
-        scripts = sorted(self.path.glob("prepare*.py")) or sorted(
-            (ROOT / "data").glob(f"*/prepare_{self.path.name.rpartition('_')[2]}.py")
-        )
+        scripts = sorted(self.path.glob("prepare*.py"))
+        folder, _, kind = self.path.name.rpartition("_")
+        scripts += [file for file in [ROOT / f"data/{folder}/prepare_{kind}.py"] if file.is_file()]
         run = f"run python {show_path(scripts[0])}" if scripts else "prepare it first"
         raise UserError(f"{show_path(path)} is missing; {run}")
 
