@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import sample
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, weights_sha256
 from configurator import UserError, show_path, user_path, written_aside
 from generation import Sampling
 
@@ -148,12 +148,11 @@ def answers(
 def header(config: sample.Settings, checkpoint: Checkpoint, source: Path) -> dict:
     """What answers depend on."""
     names = [*DEPEND, *(["quantize", "batch_size"] if config.quantize else [])]
-    weights = checkpoint.path / "model.safetensors"
     return {
         "settings": {name: getattr(config, name) for name in names},
         "question_end": checkpoint.question_end,
         "tokenizer_sha256": checkpoint.tokenizer.sha256,
-        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "weights_sha256": weights_sha256(checkpoint.path),
         "input_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
     }
 

@@ -2,8 +2,11 @@
 
     out-x/latest, out-x/best       one line each: the name of a checkpoint
     out-x/step-000500/             model.safetensors (a tied weight once), run.json, tokenizer.json,
-                                   optimizer.safetensors
+                                   optimizer.safetensors; a LoRA run's has adapter.safetensors in
+                                   the model's place, and run.json names its base, a checkpoint
     out-x/log.jsonl                an object a line
+    out-x/bases                    checkpoints that adapters stand on, and whose: never deleted
+    out-x/reference.safetensors    a DPO run's log-probabilities before its first step
     out-x/tracking_id              by which trackers know the run, where it has any
 
 A checkpoint is written aside and renamed, then the pointers are replaced, then what no pointer
@@ -11,6 +14,7 @@ names is deleted: killed at any moment, an out_dir still loads. Nothing is unpic
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -21,10 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from configurator import UserError, show_path, written_aside
+from lora import adapter_weights, add_adapters, merge
 from lstm_model import LSTM
 from model import GPT, ModelConfig
 from tokenizer import Tokenizer, load_tokenizer
@@ -43,7 +48,7 @@ class Checkpoint:
     @property
     def answers(self) -> bool:
         """Whether the model was fine-tuned on questions and answers."""
-        return self.run["dataset"]["kind"] == "sft"
+        return self.run["dataset"]["kind"] in ("sft", "dpo")
 
     @property
     def question_end(self) -> str:
@@ -59,7 +64,8 @@ def save_checkpoint(
     run: dict,
     is_best: bool,
 ) -> None:
-    """Saves step run["progress"]["iter"] as `latest`, and as `best` if it is; deletes the others.
+    """Saves step run["progress"]["iter"] as `latest`, and as `best` if it is; deletes the others,
+    but for the bases of adapters. run["adapter"], as `adapter_of` gives it: only A and B are saved.
 
     Raises UserError where the disk is full; the checkpoint before stays whole.
     """
@@ -70,11 +76,15 @@ def save_checkpoint(
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        weights = model.state_dict()
-        if model.config.tie_weights:
-            del weights["lm_head.weight"]
-        save_file(_contiguous(weights), aside / "model.safetensors")
-        save_file(_optimizer_tensors(model, optimizers), aside / "optimizer.safetensors")
+        if "adapter" in run:
+            save_file(_contiguous(adapter_weights(model)), aside / "adapter.safetensors")
+        else:
+            weights = model.state_dict()
+            if model.config.tie_weights:
+                del weights["lm_head.weight"]
+            save_file(_contiguous(weights), aside / "model.safetensors")
+        if optimizers:  # what lora.py merges has none
+            save_file(_optimizer_tensors(model, optimizers), aside / "optimizer.safetensors")
         tokenizer.save(aside / "tokenizer.json")
         text = json.dumps(run, ensure_ascii=False, indent=1)
         (aside / "run.json").write_text(text, encoding="utf-8")
@@ -96,17 +106,29 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    out_dir: Path, which: str = "best", device: str = "cpu", **changes: float
+    out_dir: Path, which: str = "best", device: str = "cpu", merged: bool = True, **changes: float
 ) -> Checkpoint:
     """The checkpoint that the pointer `which` names, in eval mode. UserError if it is damaged.
 
+    An adapter comes merged into its base; with merged=False it stays apart, and the base frozen.
     changes: of the architecture that leave the weights' shapes alone, as dropout.
     """
     path = _checkpoint_path(out_dir, which)
-    run = read_run(out_dir, which)
+    run = _read_run(path)
     tokenizer = load_tokenizer(path)
+    model = _load_model(path, device, changes)
+    if merged:
+        merge(model)
+    return Checkpoint(path, model.eval(), tokenizer, run, model.n_params())
+
+
+def _load_model(path: Path, device: str, changes: dict) -> GPT | LSTM:
+    """The model of a checkpoint; an adapter's is its base with the adapter on it."""
+    run = _read_run(path)
+    if "adapter" in run:
+        return _load_adapter(path, run, device, changes)
     config = _read(path / "run.json", lambda: ModelConfig(**run["architecture"] | changes))
-    model = MODELS[config.model](config).to(device).eval()
+    model = MODELS[config.model](config).to(device)
 
     def load() -> None:
         weights = load_file(path / "model.safetensors", device=device)
@@ -116,13 +138,79 @@ def load_checkpoint(
             raise RuntimeError(f"its weights are not the architecture's: {missing} {unexpected}")
 
     _read(path / "model.safetensors", load)
-    return Checkpoint(path, model, tokenizer, run, model.n_params())
+    return model
+
+
+def _load_adapter(path: Path, run: dict, device: str, changes: dict) -> GPT | LSTM:
+    parts = ("base", "sha256", "rank", "alpha", "targets")
+    where, sha256, *shape = _read(path / "run.json", lambda: [run["adapter"][p] for p in parts])
+    base = Path(os.path.normpath(path.parent.resolve() / where))
+    if not base.is_dir():
+        raise UserError(
+            f"{show_path(path)} is an adapter of {show_path(base)}, which is not there; put it "
+            'back, or write where it is as "base" into run.json'
+        )
+    if weights_sha256(base) != sha256:
+        raise UserError(
+            f"{show_path(path)} is an adapter of {show_path(base)}, which has changed since; "
+            "restore it, or train the adapter again in another --out_dir="
+        )
+    model = _load_model(base, device, changes)
+    merge(model)  # an adapter's base may be an adapter's, too
+    add_adapters(model, *shape)
+
+    def load() -> None:
+        weights = load_file(path / "adapter.safetensors", device=device)
+        if weights.keys() != adapter_weights(model).keys():
+            raise RuntimeError("its adapters are not those of run.json")
+        model.load_state_dict(weights, strict=False)
+
+    _read(path / "adapter.safetensors", load)
+    return model
+
+
+def adapter_of(out_dir: Path, base: Path, rank: int, alpha: float, targets: list[str]) -> dict:
+    """What run.json says of an adapter in out_dir: the checkpoint that it stands on, from there."""
+    try:
+        where = os.path.relpath(base.resolve(), out_dir.resolve())
+    except ValueError:  # another drive of Windows
+        where = base.resolve()
+    about = {"base": Path(where).as_posix(), "sha256": weights_sha256(base)}
+    return about | {"rank": rank, "alpha": alpha, "targets": targets}
+
+
+def weights_sha256(path: Path) -> str:
+    """That of a checkpoint's weights; an adapter's are A and B, its run.json names the rest."""
+    files = [path / f"{name}.safetensors" for name in ("model", "adapter")]
+    file = files[1] if files[1].is_file() else files[0]
+
+    def digest() -> str:
+        with file.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+
+    return _read(file, digest)
+
+
+def keep_base(base: Path, user: Path) -> None:
+    """From now on a run that goes on beside this checkpoint does not delete it: the adapter in the
+    out_dir `user` stands on it."""
+    file = base.parent / "bases"
+    line = f"{base.name} {show_path(user)}\n"
+    try:
+        if not (file.is_file() and line in file.read_text(encoding="utf-8")):
+            with file.open("a", encoding="utf-8") as handle:  # others may add theirs meanwhile
+                handle.write(line)
+    except OSError as error:
+        print(
+            f"note: {show_path(file)} cannot be written ({error.strerror}); see that nothing "
+            f"deletes {show_path(base)}, the adapter needs it"
+        )
 
 
 def load_optimizers(path: Path, model: GPT | LSTM, optimizers: list[torch.optim.Optimizer]) -> None:
     """Puts the optimizers' state in the checkpoint at path back, parameter by parameter."""
     file = path / "optimizer.safetensors"
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     owners = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
 
     def load() -> dict[str, torch.Tensor]:
@@ -144,8 +232,7 @@ def load_optimizers(path: Path, model: GPT | LSTM, optimizers: list[torch.optim.
 
 def read_run(out_dir: Path, which: str) -> dict:
     """run.json of the checkpoint that the pointer names."""
-    file = _checkpoint_path(out_dir, which) / "run.json"
-    return _read(file, lambda: json.loads(file.read_text(encoding="utf-8")))
+    return _read_run(_checkpoint_path(out_dir, which))
 
 
 def has_checkpoint(out_dir: Path) -> bool:
@@ -194,6 +281,32 @@ def tracking_id(out_dir: Path, new: bool) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
+def save_reference(out_dir: Path, tensors: dict[str, torch.Tensor], key: dict[str, str]) -> None:
+    """What a DPO run compares with, and of what it is: model and data."""
+    path = out_dir / "reference.safetensors"
+    try:
+        with written_aside(path) as aside:
+            save_file(tensors, aside, metadata=key)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot write {show_path(path)}: {reason}") from None
+
+
+def load_reference(out_dir: Path, key: dict[str, str]) -> dict[str, torch.Tensor] | None:
+    """What save_reference wrote with this key, or None."""
+    path = out_dir / "reference.safetensors"
+    if not path.is_file():
+        return None
+
+    def load() -> dict[str, torch.Tensor] | None:
+        with safe_open(path, "pt") as file:
+            if file.metadata() != key:
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    return _read(path, load)
+
+
 def environment(device: str) -> dict:
     """What equal bits need: a resumed run says where one of these differs."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else _processor()
@@ -216,6 +329,18 @@ def _checkpoint_path(out_dir: Path, which: str) -> Path:
     if name is None:
         raise UserError(f"no checkpoint in {show_path(out_dir)}; train first, or pass --out_dir=")
     return out_dir / name
+
+
+def _read_run(path: Path) -> dict:
+    file = path / "run.json"
+
+    def load() -> dict:
+        run = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(run, dict):
+            raise TypeError("it holds no object")
+        return run
+
+    return _read(file, load)
 
 
 def _read(file: Path, read: Callable) -> object:
@@ -261,6 +386,9 @@ def _point(out_dir: Path, which: str, name: str) -> None:
 
 def _delete_unnamed(out_dir: Path) -> None:
     named = {_pointer(out_dir, "latest"), _pointer(out_dir, "best")}
+    bases = out_dir / "bases"
+    if bases.is_file():
+        named |= {line.split(" ")[0] for line in bases.read_text(encoding="utf-8").splitlines()}
     for path in [*out_dir.glob("step-*"), *out_dir.glob(".step-*.tmp")]:
         if path.name not in named:
             shutil.rmtree(path, ignore_errors=True)

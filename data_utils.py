@@ -2,7 +2,9 @@
 
     train.bin, val.bin     uint16 or uint32 ids, one flat array a split
     train_mask.bin, ...    questions and answers only: uint8, 1 where a token is trained
-    train_idx.bin, ...     questions and answers only: uint64 bounds of rows, the last the length
+    train_idx.bin, ...     questions and answers only: uint64 bounds of rows, the last the length;
+                           of preferences, row 2i is a question with its chosen answer, 2i + 1 the
+                           same with the rejected one
     meta.json              kind, tokenizer's sha256, sizes, fingerprint, sources, what was skipped
     tokenizer.json         the vocabulary
 
@@ -48,8 +50,8 @@ class Dataset:
         for split, sizes in self.meta["splits"].items():
             shards = sizes.get("shards", [sizes["tokens"]])
             self.tokens[split] = self._map(split, self.meta["dtype"], shards)
-            if self.kind == "sft":
-                rows = sizes["conversations"]
+            if self.kind != "pretrain":
+                rows = sizes["conversations"] if self.kind == "sft" else 2 * sizes["pairs"]
                 self.mask[split] = self._map(f"{split}_mask", "uint8", shards)
                 self.bounds[split] = self._map(f"{split}_idx", "uint64", [rows + 1])
 
@@ -75,7 +77,7 @@ class Dataset:
         """Tokens that the model reads of these training rows, padding left out."""
         if self.kind == "pretrain":
             return len(rows) * block_size
-        bounds = self.bounds["train"]
+        bounds, rows = self.bounds["train"], self._rows_of(rows)
         return int((bounds[rows + 1] - bounds[rows] - 1).sum())
 
     def check(self, block_size: int, split: str) -> None:
@@ -90,7 +92,7 @@ class Dataset:
                 f"{where} has {tokens} tokens, block_size={block_size} needs {block_size + 1}; "
                 "prepare more text or lower --block_size="
             )
-        if self.kind == "sft" and self.meta["max_tokens"] > block_size:
+        if self.kind != "pretrain" and self.meta["max_tokens"] > block_size:
             raise UserError(
                 f"{where} has rows of up to {self.meta['max_tokens']} tokens, block_size is "
                 f"{block_size}; prepare it with --max_tokens={block_size}"
@@ -104,9 +106,9 @@ class Dataset:
         return [tokenizer.parse(tokens[start:end]) for start, end in rows]
 
     def n_rows(self, split: str, block_size: int) -> int:
-        """Rows of an epoch: windows of block_size tokens, or conversations."""
-        if self.kind == "sft":
-            return len(self.bounds[split]) - 1
+        """Rows of an epoch: windows of block_size tokens, conversations, or pairs of them."""
+        if self.kind != "pretrain":
+            return (len(self.bounds[split]) - 1) // (2 if self.kind == "dpo" else 1)
         return len(self.tokens[split]) // block_size
 
     def step_rows(self, seed: int, start: int, count: int, block_size: int) -> np.ndarray:
@@ -121,7 +123,7 @@ class Dataset:
         for epoch in range(start // n, (start + count - 1) // n + 1):
             here = stream // n == epoch
             key = f"{seed} {self.fingerprint} {epoch}"
-            if self.kind == "sft":
+            if self.kind != "pretrain":
                 order = _order_by_length(self, key, n, epoch * n % count, count)
                 rows[here] = order[stream[here] - epoch * n]
             else:  # the text is a ring, cut at another place in each epoch
@@ -135,10 +137,11 @@ class Dataset:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Training rows as `step_rows` names them -> idx and targets, (B, T) int64 each.
 
-        Conversations are padded to the longest of them, up to a multiple of `multiple`.
+        Conversations are padded to the longest of them, up to a multiple of `multiple`. B pairs
+        give 2 B rows: chosen, rejected, chosen, ...
         """
-        if self.kind == "sft":
-            return self._padded("train", rows, multiple, block_size)
+        if self.kind != "pretrain":
+            return self._padded("train", self._rows_of(rows), multiple, block_size)
         tokens = self.tokens["train"]
         window = tokens[(rows[:, None] + np.arange(block_size + 1)) % len(tokens)].astype(np.int64)
         return window[:, :-1], window[:, 1:]
@@ -147,7 +150,7 @@ class Dataset:
         self, split: str, block_size: int, batch_size: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The whole split once, always the same: idx and targets, (B, T) int64 each."""
-        if self.kind == "sft":
+        if self.kind != "pretrain":
             rows = np.argsort(np.diff(self.bounds[split].astype(np.int64)), kind="stable")
             for first in range(0, len(rows), batch_size):
                 yield self._padded(split, rows[first : first + batch_size])
@@ -158,6 +161,27 @@ class Dataset:
             bounds = starts[first : first + batch_size]
             ends = np.minimum(bounds + block_size + 1, len(tokens))
             yield _gather(tokens, None, bounds, ends)
+
+    def pair_batches(
+        self, split: str, batch_size: int
+    ) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]]:
+        """A whole split of preferences once, always the same: numbers of pairs, (B,), and their
+        idx and targets, (2 B, T) int64 each."""
+        pairs = np.argsort(self.row_lengths(split), kind="stable")
+        for first in range(0, len(pairs), batch_size):
+            part = pairs[first : first + batch_size]
+            yield part, self._padded(split, self._rows_of(part))
+
+    def row_lengths(self, split: str) -> np.ndarray:
+        """Tokens of each conversation, or of the longer one of each pair."""
+        lengths = np.diff(self.bounds[split].astype(np.int64))
+        return lengths.reshape(-1, 2).max(axis=1) if self.kind == "dpo" else lengths
+
+    def _rows_of(self, pairs: np.ndarray) -> np.ndarray:
+        """The rows of pairs, chosen before rejected; a conversation's number is its row's."""
+        if self.kind != "dpo":
+            return pairs
+        return (2 * np.asarray(pairs)[:, None] + np.arange(2)).ravel()
 
     def _padded(
         self, split: str, rows: np.ndarray, multiple: int = 1, longest: int | None = None
@@ -234,9 +258,10 @@ class Mixture:
         first, *others = self.parts
         for part in self.parts:
             if part.kind != "pretrain":
+                what = "conversations" if part.kind == "sft" else "preferences"
                 raise UserError(
-                    f"{show_path(part.path)} holds conversations, and only texts can be mixed; "
-                    "--mix_dataset= adds a text to conversations"
+                    f"{show_path(part.path)} holds {what}, and only texts can be mixed; "
+                    f"--mix_dataset= adds a text to {what}"
                 )
         self.path, self.tokenizer, self.meta = first.path, first.tokenizer, {}
         for part in others:
@@ -351,7 +376,7 @@ def _order_by_length(data: Dataset, key: str, n: int, phase: int, count: int) ->
     neighbouring epochs and are left as they come.
     """
     order = permute(np.arange(n), n, key)
-    lengths = np.diff(data.bounds["train"].astype(np.int64))
+    lengths = data.row_lengths("train")
     first = -phase % count  # rows that complete the step before
     last = first + max(0, n - first) // count * count
     generator = np.random.default_rng(_keys(key))

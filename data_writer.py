@@ -5,9 +5,9 @@
                  left out, long splits cut into shards
 
 Units can be written by many processes (data/pipeline.py does that); what comes out depends on their
-order alone. `write_pretrain` and `write_sft` do both steps for records that are at hand. Until the
-end all is written in `prepare.tmp` in the dataset's folder; what a killed run left there goes with
-the next one, and meta.json, without which no dataset is accepted, is renamed last.
+order alone. `write_pretrain`, `write_sft` and `write_dpo` do both steps for records that are at
+hand. Until the end all is written in `prepare.tmp` in the dataset's folder; what a killed run left
+there goes with the next one, and meta.json, without which no dataset is accepted, is renamed last.
 """
 
 import hashlib
@@ -26,9 +26,10 @@ import numpy as np
 from configurator import UserError, show_path
 from tokenizer import Tokenizer
 
-Kind = Literal["pretrain", "sft"]
+Kind = Literal["pretrain", "sft", "dpo"]
 Mask = Literal["answer", "no_end", "padding"]  # what of a conversation is trained, see `remask`
-Record = str | list[dict]  # a text, or the messages of a conversation
+Pair = tuple[list[dict], str, str]  # a prompt's messages, the chosen answer, the rejected one
+Record = str | list[dict] | Pair  # a text, the messages of a conversation, or a preference
 SENTENCE_END = re.compile(r"(?:[。！？…；!?;]|\.(?!\d))+[”’」』）)]*")
 
 SHARD = 2**28  # tokens of a file; a split that has more is cut into several
@@ -41,7 +42,8 @@ ROW = np.dtype(
         ("key", "u8"),  # both halves of the hash of its text
         ("key2", "u8"),
         ("question", "u8"),  # the hash of a conversation's first question
-        ("tokens", "u4"),
+        ("tokens", "u4"),  # of a pair those of both conversations
+        ("chosen", "u4"),  # of them those of a pair's first conversation
         ("characters", "u4"),
         ("bytes", "u4"),
         ("mark", "u4"),  # the code of the last character of its last question
@@ -61,13 +63,13 @@ class Form:
     splits: tuple[str, ...] = ("train", "val")
 
     def meta(self) -> dict:
-        limits = {"max_tokens": self.max_tokens, "mask": self.mask}
-        return limits if self.kind == "sft" else {}
+        limits = {} if self.kind == "pretrain" else {"max_tokens": self.max_tokens}
+        return limits | ({"mask": self.mask} if self.kind == "sft" else {})
 
     @property
-    def rows(self) -> str:
-        """What meta.json calls the rows."""
-        return "conversations" if self.kind == "sft" else "documents"
+    def records(self) -> str:
+        """What meta.json calls the records."""
+        return {"pretrain": "documents", "sft": "conversations", "dpo": "pairs"}[self.kind]
 
 
 def write_pretrain(
@@ -92,6 +94,21 @@ def write_sft(
     """
     form = Form("sft", max_tokens, mask, (*conversations,))
     return _write(out, tokenizer, conversations, form, sources)
+
+
+def write_dpo(
+    out: Path,
+    tokenizer: Tokenizer,
+    pairs: dict[str, Iterable[Pair]],
+    sources: list[str],
+    max_tokens: int,
+) -> dict:
+    """Writes each split's preferences, two rows a pair, and returns the meta.json.
+
+    Pairs are fitted (see `fit_pair`); repeated ones and equal answers are left out, in later splits
+    those of earlier ones too. All of it is counted in meta.json.
+    """
+    return _write(out, tokenizer, pairs, Form("dpo", max_tokens, splits=(*pairs,)), sources)
 
 
 def _write(out: Path, tokenizer: Tokenizer, splits: dict, form: Form, sources: list[str]) -> dict:
@@ -126,7 +143,8 @@ def write_unit(
 
     Returns how many were skipped: (split, reason) -> n."""
     skipped = Counter()
-    encode = {"pretrain": encode_text, "sft": encode_conversation}[form.kind]
+    kinds = {"pretrain": encode_text, "sft": encode_conversation, "dpo": encode_pair}
+    encode = kinds[form.kind]
     dtype = ids_dtype(tokenizer)
     with ExitStack() as stack:
         ids_file, mask_file, rows_file = (
@@ -152,7 +170,7 @@ def encode_text(text: str, tokenizer: Tokenizer, form: Form) -> tuple:
     ids = np.empty(len(body) + 1, ids_dtype(tokenizer))
     ids[:-1], ids[-1] = body, tokenizer.end_of_text
     data = text.encode()
-    return ids, [], (*_key(data), 0, len(ids), len(text), len(data), 0, 0)
+    return ids, [], (*_key(data), 0, len(ids), 0, len(text), len(data), 0, 0)
 
 
 def encode_conversation(messages: list[dict], tokenizer: Tokenizer, form: Form) -> tuple:
@@ -161,12 +179,29 @@ def encode_conversation(messages: list[dict], tokenizer: Tokenizer, form: Form) 
     if fitted is None:
         return None, [], how
     ids, mask = remask(*rendered, form.mask, tokenizer.end, form.max_tokens)
-    text = "".join(message["content"] for message in fitted)
+    return ids, mask, _row(messages, fitted, (len(ids), 0), how)
+
+
+def encode_pair(pair: Pair, tokenizer: Tokenizer, form: Form) -> tuple:
+    """Ids and mask of both conversations of a pair, chosen first, and its ROW; None, [], and why,
+    where it is skipped. Earlier answers are of the prompt, and so not trained."""
+    both, how, rendered = fit_pair(tokenizer, pair, form.max_tokens)
+    if both is None:
+        return None, [], how
+    prompt = len(tokenizer.render_prompt(both[0][:-1]))
+    ids = [id for row, _ in rendered for id in row]
+    mask = [one for _, trained in rendered for one in [0] * prompt + trained[prompt:]]
+    return ids, mask, _row(pair[0], both[0] + both[1], (len(ids), len(rendered[0][0])), how)
+
+
+def _row(messages: list[dict], kept: list[dict], sizes: tuple[int, int], how: str) -> tuple:
+    """The ROW, without its split, of messages of which such are kept; sizes: tokens, chosen."""
+    text = "".join(message["content"] for message in kept)
     asked = next(message["content"] for message in messages if message["role"] == "user")
-    mark = ord(fitted[-2]["content"][-1:] or "\0")
-    sizes = len(ids), len(text), len(text.encode()), mark, CUTS.index(how)
-    whole = "\0".join(part for turn in fitted for part in (turn["role"], turn["content"]))
-    return ids, mask, (*_key(whole.encode()), _key(asked.encode())[0], *sizes)
+    mark = ord(kept[-2]["content"][-1:] or "\0")
+    whole = "\0".join(part for turn in kept for part in (turn["role"], turn["content"]))
+    keys = *_key(whole.encode()), _key(asked.encode())[0]
+    return *keys, *sizes, len(text), len(text.encode()), mark, CUTS.index(how)
 
 
 def _key(data: bytes) -> tuple[int, int]:
@@ -233,6 +268,32 @@ def _fit(
     return None, "skipped: too long", ()
 
 
+def fit_pair(
+    tokenizer: Tokenizer, pair: Pair, max_tokens: int
+) -> tuple[list[list[dict]] | None, str, list[tuple]]:
+    """Both conversations of a pair as `fit` makes them, on one and the same prompt, what was done,
+    and what `render` makes of them. None where one cannot be fitted or the answers are equal."""
+    prompt, *answers = pair
+    found = [
+        _fit(tokenizer, [*prompt, {"role": "assistant", "content": answer}], max_tokens)
+        for answer in answers
+    ]
+    for fitted, how, _ in found:
+        if fitted is None:
+            return None, how, []
+    # the shorter answer has kept no fewer turns
+    shortest = min((fitted[:-1] for fitted, _, _ in found), key=len)
+    how = max((how for _, how, _ in found), key=CUTS.index)
+    both = [[*shortest, fitted[-1]] for fitted, _, _ in found]
+    if both[0] == both[1]:
+        return None, "skipped: equal answers", []
+    rendered = [
+        before if messages == fitted else tokenizer.render(messages)
+        for messages, (fitted, _, before) in zip(both, found, strict=True)
+    ]
+    return both, how, rendered
+
+
 # --- all units -----------------------------------------------------------------------------------
 
 
@@ -272,7 +333,7 @@ def merge(
         left_out = {why: n for (split, why), n in sorted(skipped.items()) if split == writer.split}
         left_out |= {"skipped: duplicate": repeated[number]} if repeated[number] else {}
         meta["splits"][writer.split] = writer.close() | left_out
-    if form.kind == "sft":
+    if form.kind != "pretrain":
         meta["question_end"] = _question_end(writers[0].marks)
     text = json.dumps(meta, ensure_ascii=False, indent=1)
     (folder / "meta.json").write_text(text, encoding="utf-8")
@@ -383,7 +444,7 @@ class _SplitWriter:
         self.total = sum(int(tokens.sum(dtype=np.int64)) for tokens in chosen)
         self.shards = shard_sizes(self.total)
         self.files = {}
-        if form.kind == "sft":
+        if form.kind != "pretrain":
             self.files["_idx"] = (folder / f"{self.split}_idx.bin").open("wb")
             self.files["_idx"].write(np.uint64(0).tobytes())
         self.digest, self.sizes, self.marks, self.position = (
@@ -399,14 +460,14 @@ class _SplitWriter:
             return
         taken = np.repeat(chosen, block["tokens"])
         block, ids = block[chosen], ids[taken]
-        self.sizes[self.form.rows] += len(block)
+        self.sizes[self.form.records] += len(block)
         for name in ("characters", "bytes"):
             self.sizes[name] += int(block[name].sum(dtype=np.int64))
-        if self.form.kind == "sft":
-            mask = mask[taken]
-            bounds = self.position + np.cumsum(block["tokens"], dtype=np.uint64)
+        if self.form.kind != "pretrain":
+            mask, lengths = mask[taken], self._row_lengths(block)
+            bounds = self.position + np.cumsum(lengths, dtype=np.uint64)
             self.files["_idx"].write(bounds.tobytes())
-            self.digest.update(interleaved(block["tokens"], ids, mask, bounds))
+            self.digest.update(interleaved(lengths, ids, mask, bounds))
             self._write("_mask", mask)
             for code, n in zip(*np.unique(block["mark"], return_counts=True), strict=True):
                 self.marks[chr(code) if code else ""] += int(n)
@@ -416,6 +477,12 @@ class _SplitWriter:
             self.digest.update(ids)
         self._write("", ids)
         self.position += len(ids)
+
+    def _row_lengths(self, block: np.ndarray) -> np.ndarray:
+        """Tokens of the rows of these records: a pair has two."""
+        if self.form.kind != "dpo":
+            return block["tokens"]
+        return np.stack([block["chosen"], block["tokens"] - block["chosen"]], axis=1).ravel()
 
     def _write(self, name: str, part: np.ndarray) -> None:
         """Appends ids or masks, which begin at self.position of the split."""
@@ -436,7 +503,7 @@ class _SplitWriter:
         for file in self.files.values():
             file.close()
         cuts = {how: self.sizes[how] for how in CUTS[1:] if self.sizes[how]}
-        names = (self.form.rows, "characters", "bytes")
+        names = (self.form.records, "characters", "bytes")
         sizes = {name: self.sizes[name] for name in names} | {"tokens": self.total}
         shards = {"shards": self.shards} if len(self.shards) > 1 else {}
         return sizes | {"fingerprint": self.digest.hexdigest()} | shards | cuts
@@ -486,7 +553,7 @@ def files_of(meta: dict) -> list[str]:
     for split, sizes in meta["splits"].items():
         shards = sizes.get("shards", [sizes["tokens"]])
         names += shard_names(split, shards)
-        if meta["kind"] == "sft":
+        if meta["kind"] != "pretrain":
             names += [*shard_names(f"{split}_mask", shards), f"{split}_idx.bin"]
     return names
 

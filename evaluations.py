@@ -300,6 +300,11 @@ def main(argv: list[str]) -> None:
     checkpoint = sample.load_for_sampling(config.out_dir, device, config.quantize == "int8")
     sample.default_temperature(checkpoint, config)
     data = open_dataset(config.dataset or checkpoint.run["settings"]["dataset"])
+    if data.kind == "dpo":
+        raise UserError(
+            f"{show_path(data.path)} holds preferences, which train.py's log scores; pass "
+            "--dataset= of questions or of text"
+        )
     data.check(checkpoint.model.config.block_size, config.split)
     data.check_tokenizer(checkpoint.tokenizer, checkpoint.path)
     evaluate(checkpoint, data, config, device)

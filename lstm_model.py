@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from model import GPT, ModelConfig, make_norm
+from model import GPT, ModelConfig, make_norm, matrix_flops
 
 
 class StateCache:
@@ -125,10 +125,10 @@ class LSTM(nn.Module):
                 parameter.chunk(4)[1].fill_(1.0)
 
     def flops_per_token(self, T: int) -> float:
-        """Of training, forward and backward: 6 for each weight of a matrix, whatever T. The
-        look-up of the embedding is none, the head is one."""
-        matrices = [p for p in self.lstm.parameters() if p.dim() == 2] + [self.lm_head.weight]
-        return 6.0 * sum(p.numel() for p in matrices)
+        """Of training, forward and backward: 6 for each weight of a matrix, 4 where it is frozen,
+        whatever T. The look-up of the embedding is none, the head is one."""
+        matrices = [p for p in self.lstm.parameters() if p.dim() == 2]
+        return float(matrix_flops([*matrices, *self.lm_head.parameters()]))
 
     # these read nothing but the config, wte and lm_head, or any parameter
     head = GPT.head

@@ -296,11 +296,11 @@ class GPT(nn.Module):
 
     def flops_per_token(self, T: float) -> float:
         """Floating-point operations of training on a token in a row of T: 6 for each parameter in
-        matrix products (the head's, not the look-up of embeddings), and causal attention's."""
+        matrix products (the head's, not the look-up of embeddings), 4 where it is frozen, and
+        causal attention's."""
         c = self.config
-        matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() >= 2)
-        matrices += self.lm_head.weight.numel()
-        return 6 * matrices + 12 * c.n_layer * c.n_embd * T / 2
+        matrices = [p for p in self.blocks.parameters() if p.dim() >= 2]
+        return matrix_flops([*matrices, *self.lm_head.parameters()]) + 6 * c.n_layer * c.n_embd * T
 
 
 class Block(nn.Module):
@@ -388,6 +388,11 @@ class SwiGLU(nn.Module):
     def forward(self, x):
         gate, up = self.c_fc(x).chunk(2, dim=-1)
         return self.drop(self.c_proj(F.silu(gate) * up))
+
+
+def matrix_flops(matrices: list[nn.Parameter]) -> int:
+    """Of products with each number of them: forward, to what is read, and to itself if trained."""
+    return sum(p.numel() * (6 if p.requires_grad else 4) for p in matrices)
 
 
 def pick_device(name: str) -> str:

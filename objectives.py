@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from data_utils import IGNORE, Dataset
+from lora import adapters_off
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # idx (B, T), targets (B, T) with IGNORE
+PairBatch = tuple[torch.Tensor, ...]  # of rows chosen, rejected, chosen, ...; reference (B / 2, 2)
 
 
-def to_device(batch: tuple[np.ndarray, np.ndarray], device: str) -> Batch:
-    """Arrays -> int64 tensors; copies to a GPU are pinned and asynchronous."""
+def to_device(batch: tuple[np.ndarray, ...], device: str) -> tuple[torch.Tensor, ...]:
+    """Arrays -> tensors; copies to a GPU are pinned and asynchronous."""
     tensors = (torch.from_numpy(np.ascontiguousarray(part)) for part in batch)
     if device.startswith("cuda"):
         return tuple(t.pin_memory().to(device, non_blocking=True) for t in tensors)
@@ -83,6 +85,163 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad_output):
         hidden_grad, *weight_grads = (grad * grad_output for grad in ctx.saved_tensors)
         return None, hidden_grad, None, *weight_grads
+
+
+# --- preferences: DPO --------------------------------------------------------------------------
+
+
+def count_pairs(batches: list[tuple[np.ndarray, ...]]) -> dict[str, int]:
+    """What the sums of preferences over these batches are divided by."""
+    pairs = sum(len(targets) for _, targets, *_ in batches) // 2
+    chosen = sum(int((targets[::2] != IGNORE).sum()) for _, targets, *_ in batches)
+    return dict.fromkeys(PREFERENCES, pairs) | {"sft": chosen}
+
+
+PREFERENCES = ("dpo", "sft", "rewards_chosen", "rewards_rejected", "margin", "accuracy")
+PREFERENCES += ("logp_chosen", "logp_rejected")
+
+
+def preferences(
+    model: torch.nn.Module,
+    batch: PairBatch,
+    beta: float = 0.1,
+    form: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    per_token: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Sums over pairs, by the names of PREFERENCES: the loss of DPO, -log p of the chosen answers,
+    and what tells how training goes. Chosen and rejected rows are read in one forward pass.
+
+    Without a reference in the batch it is the model with its adapters off, in eval mode.
+    per_token: an answer's log-probability is the mean of its tokens', not the sum.
+    """
+    idx, targets, *given = batch
+    reference = given[0] if given else reference_log_prob(model, (idx, targets))
+    log_p = sequence_log_prob(model, (idx, targets)).view(-1, 2)  # of chosen, of rejected
+    policy = log_p
+    if per_token:
+        lengths = (targets != IGNORE).sum(dim=1).clamp_min(1).view(-1, 2)
+        policy, reference = log_p / lengths, reference / lengths
+    losses = dpo(policy, reference, beta, form, label_smoothing)
+    rewards = beta * (policy - reference).detach()
+    margins = rewards[:, 0] - rewards[:, 1]
+    sums = (losses, -log_p[:, 0], *rewards.T, margins, (margins > 0).to(losses.dtype))
+    return {
+        name: values.sum()
+        for name, values in zip(PREFERENCES, (*sums, *log_p.detach().T), strict=True)
+    }
+
+
+def dpo(
+    policy: torch.Tensor,
+    reference: torch.Tensor,
+    beta: float,
+    form: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """The loss of each pair, (P,), from log-probabilities of its chosen and its rejected answer,
+    (P, 2) each. With d = (policy - reference) of the chosen one less that of the rejected one:
+
+    sigmoid     -log sigmoid(beta d), equation 7 of arXiv 2305.18290; with label_smoothing e, the
+                share of pairs marked the wrong way round: (1 - e) of it and e of that for -d
+    ipo         (d - 1 / (2 beta))^2, equation 17 of arXiv 2310.12036
+    """
+    chosen, rejected = (policy - reference).unbind(dim=1)
+    d = chosen - rejected
+    if form == "ipo":
+        return (d - 1 / (2 * beta)).square()
+    wrong = F.logsigmoid(-beta * d)
+    return -(1 - label_smoothing) * F.logsigmoid(beta * d) - label_smoothing * wrong
+
+
+def sequence_log_prob(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Log probability in nats of each row's targets, (B,); IGNORE does not count."""
+    idx, targets = batch
+    hidden = model(idx)
+    trained = targets != IGNORE
+    weights = [p for p in model.lm_head.parameters() if p.requires_grad]
+    losses = ChunkedLosses.apply(model.head, hidden[trained], targets[trained], *weights)
+    # in their places, so that a sum takes them in one order on any device
+    return -losses.new_zeros(targets.shape).masked_scatter(trained, losses).sum(dim=1)
+
+
+def reference_log_prob(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """The same with the model's adapters off, in eval mode, without gradients; (B / 2, 2)."""
+    was_training = model.training
+    model.eval()
+    with adapters_off(model):
+        losses = target_losses(model, batch)
+    model.train(was_training)
+    return -losses.sum(dim=1).view(-1, 2)
+
+
+class ChunkedLosses(torch.autograd.Function):
+    """The loss of each of targets (N,), for hidden (N, n_embd). What each gradient is weighted with
+    is known in the backward pass only, so each chunk's logits are made once more there: they take
+    the head's forward pass twice, and the memory of one chunk. weights as in ChunkedLoss."""
+
+    @staticmethod
+    def forward(ctx, head, hidden, targets, *weights):
+        ctx.head, ctx.weights = head, weights
+        ctx.save_for_backward(hidden, targets)
+        device = hidden.device.type
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        return torch.cat([losses for _, losses in chunk_losses(head, hidden, targets)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        hidden, targets = ctx.saved_tensors
+        grads = [torch.empty_like(hidden), *(torch.zeros_like(w) for w in ctx.weights)]
+        done = 0
+        with torch.enable_grad(), torch.autocast(*ctx.autocast):
+            for h, losses in chunk_losses(ctx.head, hidden, targets):
+                end = done + len(h)
+                loss = (losses * grad_output[done:end]).sum()
+                h_grad, *w_grads = torch.autograd.grad(loss, (h, *ctx.weights))
+                grads[0][done:end] = h_grad
+                for grad, w_grad in zip(grads[1:], w_grads, strict=True):
+                    grad.add_(w_grad)
+                done = end
+        return None, grads[0], None, *grads[1:]
+
+
+def split_preferences(
+    model: torch.nn.Module,
+    data: Dataset,
+    split: str,
+    batch_size: int,
+    device: str,
+    reference: torch.Tensor | None = None,
+    **options: float | str,
+) -> dict[str, float]:
+    """Over a whole split of pairs, in eval mode: the means of preferences, `dpo` a pair, `sft` a
+    token of the chosen answers. reference: of all pairs, (P, 2); options: of preferences."""
+    was_training = model.training
+    model.eval()
+    sums, counts = dict.fromkeys(PREFERENCES, 0.0), dict.fromkeys(PREFERENCES, 0)
+    for pairs, batch in data.pair_batches(split, batch_size):
+        given = [] if reference is None else [reference[pairs].to(device)]
+        with torch.no_grad():
+            found = preferences(model, (*to_device(batch, device), *given), **options)
+        for name, count in count_pairs([batch]).items():
+            sums[name] += found[name].double().item()
+            counts[name] += count
+    model.train(was_training)
+    return {name: sums[name] / max(1, counts[name]) for name in PREFERENCES}
+
+
+def all_log_probs(
+    model: torch.nn.Module, data: Dataset, split: str, batch_size: int, device: str
+) -> torch.Tensor:
+    """What the model makes of each pair of a split before it is trained, (P, 2) float32."""
+    found = torch.empty(data.n_rows(split, 0), 2)
+    for pairs, batch in data.pair_batches(split, batch_size):
+        found[pairs] = reference_log_prob(model, to_device(batch, device)).float().cpu()
+    return found
+
+
+# --- whole splits ------------------------------------------------------------------------------
 
 
 @torch.no_grad()

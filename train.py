@@ -3,6 +3,7 @@
 python train.py config/pretrain_sanguo.py
 python train.py config/sft_sanguo.py --learning_rate=5e-4
 python train.py --out_dir=out-sanguo --resume
+python train.py --init_from=out-sanguo --dataset=mine --lora_rank=8 --out_dir=out-lora
 """
 
 import ctypes
@@ -26,23 +27,39 @@ from tqdm import tqdm
 from checkpoint import (
     MODELS,
     Checkpoint,
+    adapter_of,
     append_log,
     environment,
     has_checkpoint,
+    keep_base,
     load_checkpoint,
     load_optimizers,
+    load_reference,
     read_run,
     rewind,
     save_checkpoint,
+    save_reference,
     tracking_id,
+    weights_sha256,
 )
 from configurator import UserError, command, configure, repo_path, show_path
 from data_utils import Dataset, Mixture, open_dataset
 from devices import Peak, find_peak, show_rate
+from lora import PARTS, adapters, add_adapters
 from lstm_model import LSTM
 from model import GPT, Architecture, ModelConfig, pick_device
 from muon import Muon
-from objectives import count_terms, next_token, split_sums, to_device
+from objectives import (
+    PREFERENCES,
+    all_log_probs,
+    count_pairs,
+    count_terms,
+    next_token,
+    preferences,
+    split_preferences,
+    split_sums,
+    to_device,
+)
 from tokenizer import Tokenizer
 from trackers import Tracked, check_trackers, open_trackers
 from watch import Stopwatch, sample_prompts, write_samples
@@ -61,6 +78,15 @@ class Settings(Architecture):
     mix_dataset: str | None = None  # mixed in as a term of its own: pretraining text, say
     mix_batch_size: int = 4  # rows of it in each micro-batch, beside batch_size
     mix_weight: float = 1.0  # of its mean loss, beside the dataset's own at 1
+    lora_rank: int = 0  # of adapters on a frozen model of init_from, lora.py; 0: train all of it
+    lora_alpha: float = 16.0  # what adapters add is scaled by lora_alpha / lora_rank
+    lora_dropout: float = 0.0  # of what adapters read
+    lora_targets: list[str] | None = None  # names of Linears; None: all those of the blocks
+    dpo_beta: float = 0.1  # of preference pairs: how much their log-probabilities count
+    dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"  # arXiv 2305.18290, or 2310.12036
+    dpo_label_smoothing: float = 0.0  # share of pairs marked the wrong way round; sigmoid only
+    dpo_per_token: bool = False  # log-probabilities are means over an answer's tokens, not sums
+    dpo_sft_weight: float = 0.0  # of the mean loss of the chosen answers, beside the pairs' at 1
     gradient_accumulation_steps: int = 1  # micro-batches of a step
     short_block: int | None = None  # rows of text are first cut to this many tokens; None: never
     short_iters: int | None = None  # steps with such rows; None is half of max_iters
@@ -123,7 +149,30 @@ class Settings(Architecture):
             raise UserError("log_interval and patience must be 1 or more")
         if self.checkpoint_activations and self.model == "lstm":
             raise UserError("checkpoint_activations=True is for model='gpt'; leave it out")
+        if self.lora_rank < 0 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
+            raise UserError(
+                f"lora_rank={self.lora_rank} must not be negative, lora_alpha={self.lora_alpha:g} "
+                f"be above 0, lora_dropout={self.lora_dropout:g} at least 0 and below 1"
+            )
+        if self.dpo_beta <= 0 or self.dpo_sft_weight < 0:
+            raise UserError(
+                f"dpo_beta={self.dpo_beta:g} must be above 0, and "
+                f"dpo_sft_weight={self.dpo_sft_weight:g} not negative"
+            )
+        if not 0 <= self.dpo_label_smoothing < 0.5 or (
+            self.dpo_label_smoothing and self.dpo_loss == "ipo"
+        ):
+            raise UserError(
+                f"dpo_label_smoothing={self.dpo_label_smoothing:g} must be at least 0 and below "
+                "0.5, and goes with dpo_loss='sigmoid' only"
+            )
         check_trackers(self.track)
+
+    def dpo(self) -> dict:
+        """What objectives.preferences takes."""
+        names = {"beta": "dpo_beta", "form": "dpo_loss", "label_smoothing": "dpo_label_smoothing"}
+        names |= {"per_token": "dpo_per_token"}
+        return {name: getattr(self, setting) for name, setting in names.items()}
 
 
 @dataclass
@@ -157,6 +206,9 @@ class Run:
     scaler: torch.amp.GradScaler
     startup: Stopwatch
     mix: Dataset | None = None  # the one of mix_dataset
+    adapter: dict | None = None  # what run.json says of the adapter that is trained
+    reference_key: dict | None = None  # of which model and data the reference's log-probs are
+    reference: dict[str, torch.Tensor] | None = None  # them, (pairs, 2) a split
 
 
 def main(argv: list[str]) -> None:
@@ -165,9 +217,10 @@ def main(argv: list[str]) -> None:
     peak = find_peak(run.device, pick_dtype(run.config, run.device))
     run.startup.lap("peak")
     print(
-        f"{show_path(run.out_dir)}: {run.model.n_params() / 1e6:.2f}M parameters on {run.device} "
-        f"({peak}); "
-        f"{rows:,} rows of {run.data.name}, {rows_per_step(run.config)} a step"
+        f"{show_path(run.out_dir)}: {run.model.n_params() / 1e6:.2f}M parameters"
+        + (f", {n_trained(run.model) / 1e6:.2f}M of them trained," if run.adapter else "")
+        + f" on {run.device} ({peak}); {rows:,} {'pairs' if run.data.kind == 'dpo' else 'rows'} of "
+        f"{run.data.name}, {rows_per_step(run.config)} a step"
         + (f", and {mix_rows_per_step(run.config)} of {run.mix.name}" if run.mix else "")
     )
     if run.config.dry_run:
@@ -202,6 +255,8 @@ def start(argv: list[str]) -> Run:
         # a run that is older than the setting `optimizer` had AdamW
         saved["settings"] = {"optimizer": "adamw"} | saved["settings"]
         base = saved["settings"] if resumes else architecture(saved["architecture"])
+        if not resumes and open_dataset(config.dataset).kind == "dpo":
+            base["dropout"] = 0.0  # noise in both log-probabilities, unless it is asked for
         config = configure(Settings, argv, base)
         check_shape(config, saved, source)
         before = saved["settings"]["optimizer"]
@@ -215,16 +270,33 @@ def start(argv: list[str]) -> Run:
     for split in ("train", "val"):
         data.check(config.block_size, split)
     mix = open_mix(config, data)
+    check_start(config, data)
     startup.lap("data")
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     if saved:
-        checkpoint = load_checkpoint(source, which, device, dropout=config.dropout)
+        checkpoint = load_checkpoint(
+            source, which, device, merged=not resumes, dropout=config.dropout
+        )
         data.check_tokenizer(checkpoint.tokenizer, checkpoint.path)
         model = checkpoint.model.train()
     else:
         model_config = ModelConfig(**architecture(config), n_vocab=tokenizer.n_vocab)
         model = MODELS[config.model](model_config).to(device)
+    adapter = reference_key = None
+    if resumes:
+        adapter, reference_key = saved.get("adapter"), saved.get("reference")
+        check_adapter(config, saved, source)
+    elif config.lora_rank:
+        if not config.dry_run:
+            keep_base(checkpoint.path, out_dir)
+        lora = config.lora_rank, config.lora_alpha, config.lora_targets or ["blocks"]
+        adapter = adapter_of(out_dir, checkpoint.path, *lora)
+        add_adapters(model, *lora)
+    elif data.kind == "dpo":
+        reference_key = reference_of(checkpoint.path, data, config, device)
+    for module in adapters(model).values():
+        module.drop.p = config.lora_dropout
     model.checkpoint_activations = config.checkpoint_activations
     optimizers = make_optimizers(model, config, device)
     scaler = make_scaler(config, device)
@@ -238,9 +310,65 @@ def start(argv: list[str]) -> Run:
         if not config.dry_run:
             rewind(out_dir)
     startup.lap("model")
-    return Run(
-        config, out_dir, data, tokenizer, model, optimizers, progress, device, scaler, startup, mix
-    )
+    state = model, optimizers, progress, device, scaler, startup, mix, adapter, reference_key
+    return Run(config, out_dir, data, tokenizer, *state)
+
+
+def check_start(config: Settings, data: Dataset) -> None:
+    """UserError where adapters or preference pairs have no model to start from."""
+    if config.init_from == "scratch" and (config.lora_rank or data.kind == "dpo"):
+        why = f"lora_rank={config.lora_rank} adapts" if config.lora_rank else "preferences change"
+        raise UserError(f"{why} a trained model; pass its out_dir as --init_from=")
+    if data.kind == "dpo" and config.lora_dropout and "lm_head" in (config.lora_targets or []):
+        raise UserError(
+            f"lora_dropout={config.lora_dropout:g} does not go with lora_targets=lm_head on "
+            "preferences, whose logits are made twice; leave one of them out"
+        )
+
+
+def check_adapter(config: Settings, saved: dict, source: Path) -> None:
+    """What an adapter that is resumed is cannot be changed; its dropout can."""
+    for name in ("lora_rank", "lora_alpha", "lora_targets"):
+        before = saved["settings"].get(name, getattr(Settings(), name))
+        if getattr(config, name) != before:
+            raise UserError(
+                f"{name}={getattr(config, name)}, but {show_path(source)} has {name}={before}; "
+                "leave it out, or begin another run with --init_from="
+            )
+
+
+def reference_of(path: Path, data: Dataset, config: Settings, device: str) -> dict[str, str]:
+    """What a reference's log-probabilities depend on."""
+    splits = {split: data.meta["splits"][split]["fingerprint"] for split in ("train", "val")}
+    precision = str(pick_dtype(config, device)).removeprefix("torch.")
+    return splits | {"model": weights_sha256(path), "precision": precision}
+
+
+def open_reference(run: Run) -> dict[str, torch.Tensor]:
+    """The log-probabilities of all pairs before the first step, (pairs, 2) a split: read from the
+    out_dir, or computed and written there, once."""
+    val = run.data.meta["splits"]["val"]["fingerprint"]
+    if run.reference_key["val"] != val:
+        raise UserError(
+            f"{show_path(run.data.path)}/val.bin is not what this run began with; train again in "
+            "another --out_dir="
+        )
+    found = load_reference(run.out_dir, run.reference_key)
+    if found:
+        return found
+    if run.progress.iter:
+        raise UserError(
+            f"{show_path(run.out_dir)} has lost its reference.safetensors, the log-probabilities "
+            "of the model it started from; train again in another --out_dir="
+        )
+    print(f"reading {run.data.name} with the model as it is, for reference.safetensors")
+    with autocast(run):
+        found = {
+            split: all_log_probs(run.model, run.data, split, run.config.batch_size, run.device)
+            for split in ("train", "val")
+        }
+    save_reference(run.out_dir, found, run.reference_key)
+    return found
 
 
 def open_mix(config: Settings, data: Dataset) -> Dataset | None:
@@ -248,6 +376,8 @@ def open_mix(config: Settings, data: Dataset) -> Dataset | None:
     if config.mix_dataset is None:
         return None
     mix = Dataset(config.mix_dataset)
+    if mix.kind == "dpo":
+        raise UserError(f"{show_path(mix.path)} holds preferences; they are for --dataset=")
     mix.check_tokenizer(data.tokenizer, data.path)
     for split in ("train", "val"):
         mix.check(config.block_size, split)
@@ -266,6 +396,9 @@ def train(run: Run, peak: Peak) -> None:
     run.out_dir.mkdir(parents=True, exist_ok=True)
     if progress.iter == 0:
         rewind(run.out_dir)
+    if run.reference_key:
+        run.reference = open_reference(run)
+        run.startup.lap("reference")
     with (
         open_trackers(config.track, tracked(run)) as trackers,
         catch_interrupt() as interrupts,
@@ -284,41 +417,30 @@ def train(run: Run, peak: Peak) -> None:
             progress.tokens += tokens
             bar.update()
             if progress.iter == first:
-                step_losses.tolist()  # waits for a GPU
+                grad_norm.item()  # waits for a GPU
                 run.startup.lap("first step")
                 bar.write(str(run.startup), file=sys.stdout)
             evaluates = progress.iter % config.eval_interval == 0 or progress.is_finished(config)
             if not (evaluates or interrupts or progress.iter % config.log_interval == 0):
                 continue
-            train_loss, *mixed = (
-                finite(run, loss) for loss in torch.stack(losses).mean(dim=0).tolist()
-            )
+            means = mean_losses(run, losses)
+            train_loss = means["train_loss"]
             speed = speed_since(last, run, peak)
             record = {
                 "iter": progress.iter,
                 "tokens": progress.tokens,
                 "seconds": round(time.perf_counter() - began, 3),
-                "train_loss": train_loss,
+                **means,
                 "lr": learning_rate(progress.iter - 1, config),
                 "grad_norm": grad_norm.item(),
                 **speed,
             }
-            if run.mix:
-                record["train_loss_mix"] = mixed[0]
             rate, share = show_rate(speed["tflops"] * 1e12), f"{speed['mfu']:.0%} of peak"
             bar.set_postfix_str(f"loss {train_loss:.3f}, {rate}, {share}", refresh=False)
             samples = []
             if evaluates:
                 record |= evaluate(run)
-                kept = (
-                    f", {record['val_bits_per_byte_mix']:.3f} of {run.mix.name}" if run.mix else ""
-                )
-                bar.write(
-                    f"step {progress.iter}: loss {train_loss:.3f} in training, "
-                    f"{record['val_loss']:.3f} in validation (nats per token), "
-                    f"{record['val_bits_per_byte']:.3f} bits per byte{kept}",
-                    file=sys.stdout,
-                )
+                bar.write(evaluation_line(run, record), file=sys.stdout)
                 samples = write_samples(checkpoint, prompts, config.seed, compiled)
                 for sample in samples:
                     bar.write(sample, file=sys.stdout)
@@ -343,6 +465,34 @@ def train(run: Run, peak: Peak) -> None:
         f"finished at step {progress.iter}{why} in {progress.seconds:.0f} s; "
         f"best validation loss {progress.best_val_loss:.3f}; {show_path(run.out_dir)} is ready"
     )
+
+
+def mean_losses(run: Run, losses: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """The means of what some steps measured, as log.jsonl names them."""
+    names = {"next_token": "train_loss", "dpo": "train_loss", "sft": "train_loss_sft"}
+    names["mix"] = "train_loss_mix"
+    values = torch.stack([torch.stack(list(step.values())) for step in losses]).mean(dim=0)
+    return {
+        names.get(name, name): finite(run, value)
+        for name, value in zip(losses[0], values.tolist(), strict=True)
+    }
+
+
+def evaluation_line(run: Run, record: dict) -> str:
+    """What is printed of an evaluation."""
+    head = f"step {record['iter']}: loss {record['train_loss']:.3f} in training, "
+    if run.data.kind == "dpo":
+        line = (
+            f"{record['val_loss']:.3f} in validation (nats per pair); there the chosen answer has "
+            f"the higher reward in {record['val_accuracy']:.0%}, by {record['val_margin']:.3f}"
+        )
+    else:
+        line = (
+            f"{record['val_loss']:.3f} in validation (nats per token), "
+            f"{record['val_bits_per_byte']:.3f} bits per byte"
+        )
+    kept = f", {record['val_bits_per_byte_mix']:.3f} of {run.mix.name}" if run.mix else ""
+    return head + line + kept
 
 
 def mark(progress: Progress) -> tuple[float, int, int]:
@@ -371,7 +521,8 @@ def row_length(run: Run, tokens: int, rows: int) -> float:
     if run.data.kind == "pretrain" and is_short(config, run.progress.iter - 1):
         return config.short_block
     mixed = mix_rows_per_step(config) if run.mix else 0
-    return tokens / (rows * (1 + mixed / rows_per_step(config)))
+    own = 2 if run.data.kind == "dpo" else 1
+    return tokens / (rows * (own + mixed / rows_per_step(config)))
 
 
 def tracked(run: Run) -> Tracked:
@@ -391,24 +542,29 @@ def finite(run: Run, loss: float) -> float:
     return loss
 
 
-def train_step(run: Run, batches: list, counts: dict) -> tuple[torch.Tensor, torch.Tensor]:
+def train_step(
+    run: Run, batches: list, counts: dict[str, int]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """One step of the optimizer over its micro-batches, as step_batches makes them -> the mean
-    loss of each term, (terms,), and the gradient norm, a scalar."""
+    loss of each term, and what else preferences tell, by name; the gradient norm. All scalars."""
     config = run.config
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(run.progress.iter, config) * group["lr_ratio"]
-    weights = {"next_token": 1.0, "mix": config.mix_weight}
-    losses = torch.zeros(len(counts), device=run.device)
+    weights = {"next_token": 1.0, "mix": config.mix_weight, "dpo": 1.0}
+    if config.dpo_sft_weight:
+        weights["sft"] = config.dpo_sft_weight
+    losses = {name: torch.zeros((), device=run.device) for name in counts}
     for micro, terms in enumerate(batches):
         seed_dropout(config.seed, run.progress.iter, micro)
-        for place, (name, batch) in enumerate(terms.items()):
-            with autocast(run):
-                sums = next_token(run.model, batch)
-            term = sums["next_token"] / max(1, counts[name])
-            # a backward pass for each term, so that the activations of only one are held
-            run.scaler.scale(weights[name] * term).backward()
-            losses[place] += term.detach()
+        for name, batch in terms.items():
+            sums = term_sums(run, name, batch)
+            means = {key: value / max(1, counts[key]) for key, value in sums.items()}
+            # a backward pass for each batch, so that the activations of only one are held
+            loss = sum(weights[key] * mean for key, mean in means.items() if key in weights)
+            run.scaler.scale(loss).backward()
+            for key, mean in means.items():
+                losses[key] += mean.detach()
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     limit = config.grad_clip or math.inf
@@ -423,15 +579,24 @@ def train_step(run: Run, batches: list, counts: dict) -> tuple[torch.Tensor, tor
     return losses, grad_norm
 
 
+def term_sums(run: Run, name: str, batch: tuple) -> dict[str, torch.Tensor]:
+    """What the objective of a term makes of its batch."""
+    with autocast(run):
+        if name == "dpo":
+            return preferences(run.model, batch, **run.config.dpo())
+        return {name: next_token(run.model, batch)["next_token"]}
+
+
 def step_batches(run: Run) -> Iterator[tuple[list, dict, int]]:
     """For each step from here on: its micro-batches on the device, their counts, their tokens.
 
-    A micro-batch has a batch for each term: next_token, of the dataset, and mix, of mix_dataset,
-    whose rows so far follow from the steps done: nothing more need be kept to resume.
+    A micro-batch has a batch for each term: next_token or dpo, of the dataset, and mix, of
+    mix_dataset, whose rows so far follow from the steps done: nothing more need be kept to resume.
     """
     config, consumed, step = run.config, run.progress.rows, run.progress.iter
     while True:
-        sources = {"next_token": (run.data, consumed, config.batch_size)}
+        first = "dpo" if run.data.kind == "dpo" else "next_token"
+        sources = {first: (run.data, consumed, config.batch_size)}
         if run.mix:
             mixed = step * mix_rows_per_step(config)
             sources["mix"] = (run.mix, mixed, config.mix_batch_size)
@@ -440,7 +605,10 @@ def step_batches(run: Run) -> Iterator[tuple[list, dict, int]]:
             batches[name], n_tokens = micro_batches(run, data, start, batch_size)
             if data.kind == "pretrain" and is_short(config, step):
                 batches[name] = [cut(batch, config.short_block) for batch in batches[name]]
-            counts[name] = count_terms(batches[name])["next_token"]
+            if name == "dpo":
+                counts |= count_pairs(batches[name])
+            else:
+                counts[name] = count_terms(batches[name])["next_token"]
             tokens += n_tokens
         micro = [
             {name: to_device(batch, run.device) for name, batch in zip(batches, parts, strict=True)}
@@ -470,6 +638,9 @@ def micro_batches(run: Run, data: Dataset, start: int, batch_size: int) -> tuple
     rows = data.step_rows(config.seed, start, count, config.block_size)
     parts = rows.reshape(-1, batch_size)
     batches = [data.batch(part, config.block_size, multiple) for part in parts]
+    if data is run.data and run.reference:
+        given = [run.reference["train"][part].numpy() for part in parts]
+        batches = [(*batch, log_p) for batch, log_p in zip(batches, given, strict=True)]
     return batches, data.input_tokens(rows, config.block_size)
 
 
@@ -482,19 +653,32 @@ def one_ahead(steps: Iterator) -> Iterator:
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Loss and bits per byte on the whole validation split, and bits per byte on that of the
-    mixed dataset; keeps count of the best."""
-    nats, count, n_bytes = validation_sums(run, run.data)
-    val_loss, progress = finite(run, nats / count), run.progress
+    """Loss and bits per byte on the whole validation split, or what preferences tell, and bits per
+    byte on that of the mixed dataset; keeps count of the best."""
+    scores = evaluate_pairs(run) if run.data.kind == "dpo" else evaluate_tokens(run)
+    val_loss, progress = finite(run, scores["val_loss"]), run.progress
     if progress.best_val_loss is None or val_loss < progress.best_val_loss:
         progress.best_val_loss, progress.worse = val_loss, 0
     else:
         progress.worse += 1
-    scores = {"val_loss": val_loss, "val_bits_per_byte": nats / math.log(2) / n_bytes}
     if run.mix:
         nats, _, n_bytes = validation_sums(run, run.mix)
         scores["val_bits_per_byte_mix"] = finite(run, nats / math.log(2) / n_bytes)
     return scores
+
+
+def evaluate_tokens(run: Run) -> dict[str, float]:
+    nats, count, n_bytes = validation_sums(run, run.data)
+    return {"val_loss": nats / count, "val_bits_per_byte": nats / math.log(2) / n_bytes}
+
+
+def evaluate_pairs(run: Run) -> dict[str, float]:
+    config = run.config
+    where = "val", config.batch_size, run.device, run.reference and run.reference["val"]
+    with autocast(run):
+        means = split_preferences(run.model, run.data, *where, **config.dpo())
+    names = {"dpo": "val_loss", "sft": "val_loss_sft"}
+    return {names.get(name, f"val_{name}"): means[name] for name in PREFERENCES}
 
 
 def validation_sums(run: Run, data: Dataset) -> tuple[float, int, int]:
@@ -513,6 +697,8 @@ def save(run: Run, is_best: bool) -> None:
         "scaler": run.scaler.state_dict(),
         "environment": run_environment(run.config, run.device),
     }
+    parts = {"adapter": run.adapter, "reference": run.reference_key}
+    state |= {name: part for name, part in parts.items() if part}
     save_checkpoint(run.out_dir, run.model, run.optimizers, run.tokenizer, state, is_best)
 
 
@@ -538,14 +724,16 @@ def dry_run(run: Run, peak: Peak, steps: int = 3) -> None:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
+    if run.reference_key:  # of any numbers, which cost as much as the right ones
+        run.reference = {"train": torch.zeros(run.data.n_rows("train", config.block_size), 2)}
     batches = step_batches(run)
     micro, counts, tokens = next(batches)
     weights = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
     activations = 0  # of the largest term: they are not held together
-    for batch in micro[0].values():
+    for name, batch in micro[0].items():
         saved.clear()
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(run):
-            sums = next_token(run.model, batch)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            sums = term_sums(run, name, batch)
         held = sum(size for address, size in saved.items() if address not in weights)
         activations = max(activations, held)
         del sums
@@ -553,22 +741,28 @@ def dry_run(run: Run, peak: Peak, steps: int = 3) -> None:
     began = time.perf_counter()
     for _ in range(steps):
         micro, counts, tokens = next(batches)
-        losses, _ = train_step(run, micro, counts)
-    losses.tolist()  # waits for a GPU
+        _, grad_norm = train_step(run, micro, counts)
+    grad_norm.item()  # waits for a GPU
     seconds = (time.perf_counter() - began) / steps
     length = row_length(run, tokens, rows_per_step(config))
     rate = tokens * run.model.flops_per_token(length) / seconds
-    parameters = run.model.n_params()
-    state = 8 * parameters + optimizer_bytes(run.optimizers)  # float32 weights and gradients
+    parameters, trained = run.model.n_params(), n_trained(run.model)
+    # float32 weights and gradients
+    state = 4 * (parameters + trained) + optimizer_bytes(run.optimizers)
     left = config.max_iters - run.progress.iter
     print(
-        f"parameters  {parameters:,}\n"
+        f"parameters  {parameters:,}{f', {trained:,} of them trained' if run.adapter else ''}\n"
         f"memory      {(state + activations) / 1e9:.2f} GB: {state / 1e9:.2f} of weights, "
         f"gradients and optimizer, {activations / 1e9:.2f} of activations\n"
         f"speed       {tokens / seconds:,.0f} tokens per second, {seconds:.3f} s a step\n"
         f"            {show_rate(rate)}, {rate / peak.rate:.0%} of the peak\n"
         f"time        {left * seconds / 60:.1f} minutes for {left:,} steps, evaluations left out"
     )
+
+
+def n_trained(model: GPT | LSTM) -> int:
+    """Parameters that are trained: all, or those of adapters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def optimizer_bytes(optimizers: list[torch.optim.Optimizer]) -> int:
@@ -654,14 +848,18 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, or AdamW for all; only matrices decay.
 
-    lr_ratio of a group: its learning rate over the schedule's. An LSTM's matrices are AdamW's.
+    lr_ratio of a group: its learning rate over the schedule's. An LSTM's matrices are AdamW's, and
+    so are adapters: the rates and the results that are published of them are AdamW's.
     """
     ratio = 1.0
     if config.embedding_lr is not None and config.learning_rate:
         ratio = config.embedding_lr / config.learning_rate
     of_kind = {"blocks": [], "embeddings": [], "matrices": [], "vectors": []}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         kind = "vectors" if parameter.dim() < 2 else name.partition(".")[0]
+        kind = "matrices" if name.endswith(PARTS) else kind
         kind = "embeddings" if kind in ("wte", "wpe", "lm_head") else kind
         of_kind[kind if kind in of_kind else "matrices"].append(parameter)
     blocks = {"params": of_kind["blocks"], "lr_ratio": 1.0}

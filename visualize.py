@@ -7,6 +7,7 @@ A run that went on from another one of the list is drawn behind it.
 
 Losses per token of different tokenizers do not compare: a longer piece of text in each token is
 harder to predict. Bits per byte do. All numbers come from log.jsonl; nothing is computed anew.
+Runs on preferences (DPO) have a picture of their own: loss, rewards, margin, log-probabilities.
 """
 
 import math
@@ -37,6 +38,8 @@ X_LABELS = {
 Y_LABELS = {"loss": "loss (nats per token)", "bits_per_byte": "bits per byte"}
 COLUMNS = ("iter", "tokens", "seconds", "train_loss", "lr", "tokens_per_second")
 EVALUATION = (*COLUMNS, "val_loss", "val_bits_per_byte")
+PAIRED = (*("rewards_chosen", "rewards_rejected", "margin", "accuracy"), "logp_chosen")
+PAIRED += ("logp_rejected",)  # what runs on preferences log
 CJK_FONTS = (
     *(f"Noto Sans {kind}" for kind in ("CJK SC", "CJK TC", "CJK JP", "SC", "TC")),
     *("Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei"),
@@ -67,6 +70,11 @@ class Run:
     def evaluated(self) -> bool:
         return len(self.val["iter"]) > 0
 
+    @property
+    def is_paired(self) -> bool:
+        """Whether it was trained on preferences."""
+        return "margin" in self.train
+
     def curves(self, y: Y) -> tuple[np.ndarray, np.ndarray]:
         """Training and validation curve in the unit y; nan where that takes an evaluation."""
         if y == "loss":
@@ -88,11 +96,21 @@ def main(argv: list[str]) -> None:
     out = repo_path(config.out) if config.out else runs[0].path / "curves.png"
     if out.suffix != ".png":
         raise UserError(f"out={config.out!r} must end in .png")
+    paired = [run.is_paired for run in runs]
+    if any(paired):
+        if not all(paired) or config.y == "bits_per_byte":
+            raise UserError(
+                f"{run_names(runs)[paired.index(True)]} is a run on preferences, whose loss is no "
+                "other's; draw such runs by themselves, without --y=bits_per_byte"
+            )
+        save_figure(preferences_figure(runs, config.x), out)
+        print(f"{show_path(out)} shows rewards and log-probabilities of {names_of(runs)}")
+        return
     y = config.y or pick_unit(runs)
     if y == "bits_per_byte" and not any(run.evaluated for run in runs):
         raise UserError("bits per byte come from evaluations, and no run has one; pass --y=loss")
     save_figure(curves_figure(runs, config.x, y), out)
-    print(f"{show_path(out)} shows {Y_LABELS[y]} of {', '.join(run_names(runs))}")
+    print(f"{show_path(out)} shows {Y_LABELS[y]} of {names_of(runs)}")
 
 
 def load_log(out_dir: Path) -> Run:
@@ -104,8 +122,12 @@ def load_log(out_dir: Path) -> Run:
         records = read_log(out_dir)
         # an evaluation that gave nan has no place on an axis
         evaluated = [r for r in records if math.isfinite(r.get("val_loss", math.nan))]
-        train = {name: np.array([r[name] for r in records], float) for name in COLUMNS}
-        val = {name: np.array([r[name] for r in evaluated], float) for name in EVALUATION}
+        in_train, in_val = COLUMNS, EVALUATION
+        if records and "margin" in records[0]:
+            in_train, in_val = (*COLUMNS, *PAIRED), (*COLUMNS, "val_loss")
+            in_val += tuple(f"val_{name}" for name in PAIRED)
+        train = {name: np.array([r[name] for r in records], float) for name in in_train}
+        val = {name: np.array([r[name] for r in evaluated], float) for name in in_val}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{show_path(log)} is not a log of train.py ({reason})") from None
@@ -139,6 +161,10 @@ def run_names(runs: list[Run]) -> list[str]:
     return [run.path.name if unique else show_path(run.path) for run in runs]
 
 
+def names_of(runs: list[Run]) -> str:
+    return ", ".join(run_names(runs))
+
+
 # --- curves ------------------------------------------------------------------------------------
 
 
@@ -168,6 +194,44 @@ def curves_figure(runs: list[Run], x: X, y: Y) -> Figure:
         figure.align_ylabels(axes)
         handles = legend_lines(runs, x, y)
         figure.legend(handles=handles, loc="outside upper center", frameon=False)
+    return figure
+
+
+def preferences_figure(runs: list[Run], x: X) -> Figure:
+    """Axes: loss, rewards, margin, accuracy, log-probabilities; in each, for each run in order, the
+    training and the validation curve, of the chosen answers and then of the rejected ones."""
+    panels = {
+        "loss (nats per pair)": ("loss",),
+        "reward": ("rewards_chosen", "rewards_rejected"),
+        "margin": ("margin",),
+        "accuracy": ("accuracy",),
+        "log p of an answer": ("logp_chosen", "logp_rejected"),
+    }
+    with style():
+        figure = Figure(figsize=(10, 10 + 0.2 * len(runs)), layout="constrained")
+        all_axes = figure.subplots(len(panels), sharex=True, height_ratios=[2, 2, 1.4, 1.2, 2])
+        for axes, (label, names) in zip(all_axes, panels.items(), strict=True):
+            for index, run in enumerate(runs):
+                every = max(1, len(run.val[x]) // 40)
+                for name, dash in zip(names, ("-", "--"), strict=False):
+                    train = run.train["train_loss" if name == "loss" else name]
+                    val, color = run.val[f"val_{name}"], f"C{index}"
+                    axes.plot(run.train[x], train, dash, color=color, alpha=0.45, lw=0.9)
+                    line = {"marker": "o", "ms": 4.5, "markevery": every, "lw": 2.2}
+                    axes.plot(run.val[x], val, dash, color=color, **line)
+            axes.set(ylabel=label)
+        all_axes[-1].set(xlabel=X_LABELS[x])
+        all_axes[-1].xaxis.set_major_formatter(lambda value, _: x_text(value, x))
+        all_axes[3].yaxis.set_major_formatter(PercentFormatter(1))
+        figure.align_ylabels(all_axes)
+        kinds = {"validation": {"lw": 2.2, "marker": "o", "ms": 4.5}, "training": {"lw": 0.9}}
+        kinds |= {"chosen": {"ls": "-"}, "rejected": {"ls": "--"}}
+        handles = [Line2D([], [], color="0.35", label=label, **kw) for label, kw in kinds.items()]
+        handles += [
+            Line2D([], [], color=f"C{index}", lw=4, label=name)
+            for index, name in enumerate(legible(run_names(runs)))
+        ]
+        figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 

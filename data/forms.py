@@ -4,7 +4,8 @@
     {"question", "answer"}   and others in PAIRS             one question, one answer
     {"instruction", "input", "output", "history", "system"}  the same with what it refers to
     {"conversations": [{"role", "content"} or {"from", "value"} or without a role: they alternate]}
-    {"prompt", "chosen", "rejected"}                         the chosen answer; texts or messages
+    {"prompt", "chosen", "rejected"}                         the chosen answer; texts or messages.
+                                                             `preference` reads both of them
     {"translation": {"en", "zh"}}                            English is asked, Chinese answers
 
 `messages` is another name of `conversations`; capitals make no difference. Where fields have other
@@ -24,6 +25,7 @@ import re
 from configurator import UserError, nearest
 
 Record = str | list[dict]
+Preference = tuple[list[dict], str | None, str | None]  # prompt, chosen and rejected answer
 
 # (question, answer) as others name them; the first that a record has both of counts
 PAIRS = (
@@ -46,7 +48,7 @@ ROLES = {"user": "user", "human": "user", "prompter": "user", "question": "user"
 ROLES |= dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "model", "answer"), "assistant")
 ROLES |= {"system": "system"}
 FIELDS = ("text", "question", "input", "answer", "system", "history", "conversations")
-KNOWN_FIELDS = {*itertools.chain(*PAIRS), *TURNS, *FIELDS}
+KNOWN_FIELDS = {*itertools.chain(*PAIRS), *TURNS, *FIELDS, "rejected"}
 
 
 class BadRecord(Exception):
@@ -160,6 +162,36 @@ def _history(value: object) -> list[dict]:
         for turn in value
         for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
+
+
+def preference(value: object) -> Preference:
+    """The prompt's messages, the chosen and the rejected answer that a value means. One of them is
+    None where it marks one answer only, as the chat page's marks do."""
+    if not isinstance(value, dict):
+        raise BadRecord("wrong type", f"{type(value).__name__}, not an object")
+    record = {str(key).strip().lower(): part for key, part in value.items()}
+    sides = [_side(record, name) for name in ("chosen", "rejected")]
+    prompts = [messages[:-1] for messages in sides if messages]
+    if not prompts:
+        raise BadRecord("missing field", "neither chosen nor rejected")
+    if prompts[0] != prompts[-1]:
+        raise BadRecord("two prompts", prompts[-1][-1]["content"])
+    chosen, rejected = (messages and messages[-1]["content"] for messages in sides)
+    return prompts[0], chosen, rejected
+
+
+def _side(record: dict, name: str) -> list[dict] | None:
+    """The conversation that ends with this answer: `chosen`, or `rejected`."""
+    answer = record.get(name)
+    if answer is None:
+        return None
+    if isinstance(answer, dict | list):
+        messages = answer if isinstance(answer, list) else [answer]
+        return conversation(_preferred(record | {"chosen": messages}))
+    for question in ("prompt", "question", "instruction"):
+        if question in record:
+            return _question_and_answer(record, question, name)
+    raise BadRecord("missing field", "no prompt")
 
 
 def _preferred(record: dict) -> list[dict]:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from data_writer import write_pretrain, write_sft
+from data_writer import Pair, write_dpo, write_pretrain, write_sft
 from tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,6 +60,15 @@ def questions(seed: int, count: int) -> list[list[dict]]:
     ]
 
 
+def preferences(seed: int, count: int) -> list[Pair]:
+    """Questions whose chosen answers are places, and the rejected ones people."""
+    draw = random.Random(seed)
+    return [
+        ([question], answer["content"], "".join(draw.choices(PEOPLE, k=1 + number % 3)) + "。")
+        for number, (question, answer) in enumerate(questions(seed, count))
+    ]
+
+
 def toy_tokenizer(vocab_size: int = 320) -> Tokenizer:
     return train_tokenizer([novel(0, 400)], vocab_size)
 
@@ -70,6 +79,13 @@ def write_toys(folder: Path) -> None:
     write_pretrain(folder / "text", toy_tokenizer(), texts, ["a test"])
     pairs = {"train": questions(1, 90), "val": questions(2, 12)}
     write_sft(folder / "questions", toy_tokenizer(), pairs, ["a test"], max_tokens=32)
+
+
+def write_pairs(out: Path) -> Path:
+    """Preferences of the same vocabulary."""
+    pairs = {"train": preferences(3, 60), "val": preferences(4, 14)}
+    write_dpo(out, toy_tokenizer(), pairs, ["a test"], max_tokens=32)
+    return out
 
 
 def words(**settings: object) -> list[str]:
@@ -182,7 +198,9 @@ def checkpoint_file(out_dir: Path, name: str, which: str = "latest") -> Path:
 
 
 def weights(out_dir: Path, which: str = "latest") -> dict[str, torch.Tensor]:
-    return load_file(checkpoint_file(out_dir, "model.safetensors", which))
+    """A and B of an adapter, where it is one."""
+    adapter = checkpoint_file(out_dir, "adapter.safetensors", which)
+    return load_file(adapter if adapter.is_file() else adapter.with_name("model.safetensors"))
 
 
 def read_json(path: Path) -> dict:
@@ -206,7 +224,8 @@ def course(out_dir: Path) -> list[dict]:
 
 def assert_same_run(one: Path, other: Path) -> None:
     """The same bits of weights and optimizer, and the same log."""
-    for name in ("model.safetensors", "optimizer.safetensors"):
+    is_adapter = checkpoint_file(one, "adapter.safetensors").is_file()
+    for name in (f"{'adapter' if is_adapter else 'model'}.safetensors", "optimizer.safetensors"):
         same = checkpoint_file(one, name).read_bytes() == checkpoint_file(other, name).read_bytes()
         assert same, f"{name} differs"
     assert course(one) == course(other)

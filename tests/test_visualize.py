@@ -14,7 +14,16 @@ from matplotlib.text import Text
 
 from checkpoint import append_log
 from configurator import UserError
-from visualize import curves_figure, draw_histogram, follow, histogram_figure, load_log, main
+from visualize import (
+    PAIRED,
+    curves_figure,
+    draw_histogram,
+    follow,
+    histogram_figure,
+    load_log,
+    main,
+    preferences_figure,
+)
 
 pytestmark = pytest.mark.filterwarnings("error")
 RATIO = 0.5  # bits per byte of a nat per token
@@ -36,6 +45,20 @@ def write_run(out_dir, tokenizer=None, steps=30, interval=5, best=25, init_from=
         run = json.dumps(run)
         (out_dir / "step-000030/run.json").write_text(run, encoding="utf-8")
         (out_dir / "latest").write_text("step-000030\n", encoding="utf-8")
+    return out_dir
+
+
+def write_paired_run(out_dir, steps=10):
+    """An out_dir with a log of a run on preferences."""
+    out_dir.mkdir()
+    for step in range(1, steps + 1):
+        record = {"iter": step, "tokens": 900 * step, "seconds": 0.5 * step, "lr": 1e-4}
+        record |= {"train_loss": 0.7 / step, "tokens_per_second": 1800}
+        record |= {name: place + 0.1 * step for place, name in enumerate(PAIRED)}
+        if step % 5 == 0:
+            record |= {f"val_{name}": 10 * record[name] for name in PAIRED}
+            record["val_loss"] = 0.8 / step
+        append_log(out_dir, record)
     return out_dir
 
 
@@ -68,6 +91,32 @@ def test_curves_are_the_log(tmp_path, x):
         assert colors == {f"C{i}"}
     assert curves.get_ylabel() == "loss (nats per token)"
     assert x in speed.get_xlabel() or speed.get_xlabel() == "steps of the optimizer"
+
+
+def test_the_curves_of_preferences_are_the_log(tmp_path):
+    runs = [write_paired_run(tmp_path / "out-a"), write_paired_run(tmp_path / "out-b", 15)]
+    figure = preferences_figure([load_log(run) for run in runs], "iter")
+    shown = [("loss",), PAIRED[:2], ("margin",), ("accuracy",), PAIRED[4:]]
+    assert [len(axes.lines) for axes in figure.axes] == [4 * len(names) for names in shown]
+    for axes, names in zip(figure.axes, shown, strict=True):
+        lines = iter(axes.lines)
+        for run in runs:
+            for name in names:
+                train, val = next(lines), next(lines)
+                column = "train_loss" if name == "loss" else name
+                np.testing.assert_array_equal(train.get_ydata(), read_column(run, column))
+                np.testing.assert_array_equal(val.get_ydata(), read_column(run, f"val_{name}"))
+                np.testing.assert_array_equal(val.get_xdata()[:2], [5, 10])
+    assert legend_texts(figure)[-2:] == ["out-a", "out-b"]
+    main([f"--runs={runs[0]}"])
+    assert (runs[0] / "curves.png").stat().st_size > 10_000
+
+
+def test_runs_on_preferences_are_drawn_by_themselves(tmp_path):
+    paired, other = write_paired_run(tmp_path / "out-a"), write_run(tmp_path / "out-b")
+    for flags in ([f"--runs={other},{paired}"], [f"--runs={paired}", "--y=bits_per_byte"]):
+        with pytest.raises(UserError, match="out-a is a run on preferences"):
+            main(flags)
 
 
 @pytest.mark.parametrize("x", ["tokens", "seconds", "iter"])

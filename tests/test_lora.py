@@ -1,0 +1,358 @@
+"""Adapters: what they leave alone, what they equal, and how their checkpoints stand on a base."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import lora
+from checkpoint import has_checkpoint, load_checkpoint, read_run
+from configurator import UserError
+from decoding import pack
+from lora import adapter_weights, adapters, adapters_off, add_adapters, find_targets, merge
+from objectives import next_token
+from tests.helpers import ARCHITECTURES, random_ids, tiny_model
+from tests.runs import (
+    assert_same_run,
+    checkpoint_file,
+    contents,
+    error_line,
+    log,
+    pointer,
+    ready_python,
+    saved,
+    train_here,
+    weights,
+)
+from train import Settings, make_optimizers
+
+ADAPTER = {"lora_rank": 3, "lora_alpha": 6, "learning_rate": 3e-3}
+UNTIED_LSTM = {"model": "lstm", "tie_weights": False}
+
+
+def logits(model: torch.nn.Module, idx: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.head(model(idx))
+
+
+def randomize_adapters(model: torch.nn.Module, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in adapter_weights(model).values():
+            weight.normal_(0, 0.2, generator=generator)
+
+
+def adapted(targets: list[str], **options) -> torch.nn.Module:
+    """A tiny model whose adapters matter."""
+    model = tiny_model(**options)
+    add_adapters(model, 3, 6.0, targets)
+    randomize_adapters(model)
+    return model
+
+
+# --- the layer ---------------------------------------------------------------------------------
+
+MODELS = {name: (["blocks"], options) for name, options in ARCHITECTURES.items()}
+MODELS["head"] = (["blocks", "lm_head"], {"tie_weights": False})
+MODELS["lstm"] = (["lm_head"], UNTIED_LSTM)
+each_model = pytest.mark.parametrize(("targets", "options"), MODELS.values(), ids=MODELS)
+
+
+@each_model
+def test_at_the_start_the_output_is_the_bases_to_the_bit(targets, options):
+    model, idx = tiny_model(**options), random_ids(3, 12)
+    before = logits(model, idx)
+    add_adapters(model, 3, 6.0, targets)
+    assert torch.equal(logits(model, idx), before)
+
+
+@each_model
+def test_merged_equals_wrapped_and_switched_off_equals_the_base(targets, options):
+    idx = random_ids(3, 12)
+    base, model = tiny_model(**options), adapted(targets, **options)
+    wrapped = logits(model, idx)
+    assert (wrapped - logits(base, idx)).abs().max() > 0.1
+    with adapters_off(model):
+        assert torch.equal(logits(model, idx), logits(base, idx))
+    assert torch.equal(logits(model, idx), wrapped)
+    merge(model)
+    assert not adapters(model)
+    assert [*model.state_dict()] == [*base.state_dict()]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert (logits(model, idx) - wrapped).abs().max() < 1e-5 * wrapped.abs().max()
+
+
+def test_the_output_is_the_sum_written_out():
+    model = adapted(["c_fc"])
+    base, one = tiny_model(), model.blocks[1].mlp.c_fc
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    wanted = x @ base.blocks[1].mlp.c_fc.weight.T + 6 / 3 * x @ (one.lora_B @ one.lora_A).T
+    assert torch.allclose(one(x), wanted, atol=1e-5)
+
+
+def test_outputs_and_gradients_equal_pefts_on_the_same_weights():
+    peft = pytest.importorskip("peft")
+    ours, theirs = adapted(["c_attn", "mlp"], n_kv_head=2), tiny_model(n_kv_head=2)
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["c_attn", "mlp.c_fc", "mlp.c_proj"])
+    peft.inject_adapter_in_model(config, theirs)
+    parameters = {
+        name.replace("base_layer.", "").replace(".default.weight", ""): parameter
+        for name, parameter in theirs.named_parameters()
+    }
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    assert trained == adapter_weights(ours).keys()
+    with torch.no_grad():
+        for name, weight in adapter_weights(ours).items():
+            parameters[name].copy_(weight)
+    idx = random_ids(3, 12)
+    assert (logits(ours, idx) - logits(theirs, idx)).abs().max() < 1e-5
+    for model in (ours, theirs):
+        next_token(model, (idx[:, :-1], idx[:, 1:]))["next_token"].backward()
+    for name, weight in adapter_weights(ours).items():
+        wanted = parameters[name].grad
+        assert (weight.grad - wanted).abs().max() < 1e-5 * wanted.abs().max(), name
+
+
+def test_only_adapters_get_gradients_and_optimizer_state():
+    model = adapted(["blocks"])
+    idx = random_ids(2, 12)
+    next_token(model, (idx[:, :-1], idx[:, 1:]))["next_token"].backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == adapter_weights(model).keys()
+    [adamw] = make_optimizers(model, Settings(optimizer="muon"), "cpu")
+    held = {id(p) for group in adamw.param_groups for p in group["params"]}
+    assert held == {id(weight) for weight in adapter_weights(model).values()}
+
+
+def test_dropout_is_of_what_the_adapter_reads():
+    model = tiny_model()
+    add_adapters(model, 3, 6.0, ["c_fc"], dropout=0.5)
+    randomize_adapters(model)
+    idx = random_ids(2, 12)
+    plain = logits(model, idx)
+    model.train()
+    assert not torch.equal(logits(model, idx), plain)
+    with adapters_off(model):
+        assert torch.equal(logits(model, idx), logits(tiny_model(), idx))
+
+
+def test_targets_are_parts_of_names():
+    model = tiny_model(tie_weights=False)
+    assert find_targets(model, ["c_attn"]) == ["blocks.0.attn.c_attn", "blocks.1.attn.c_attn"]
+    assert find_targets(model, ["mlp.c_proj", "lm_head"]) == [
+        "blocks.0.mlp.c_proj",
+        "blocks.1.mlp.c_proj",
+        "lm_head",
+    ]
+    assert len(find_targets(model, ["blocks.0", "blocks"])) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "target", "message"),
+    [
+        ({}, "c_atn", "lora_targets=c_atn is no Linear of this model; did you mean 'c_attn'?"),
+        ({}, "lm_head", "tie_weights=True"),
+        (UNTIED_LSTM, "blocks", "lora_targets=blocks is no Linear of this model; it has lm_head"),
+    ],
+)
+def test_targets_that_cannot_be_are_refused(options, target, message):
+    with pytest.raises(UserError, match=r".*".join(message.split("; "))):
+        find_targets(tiny_model(**options), [target])
+
+
+def test_an_adapter_is_never_packed_away():
+    idx = random_ids(2, 12)
+    packed = pack(copy.deepcopy(adapted(["blocks"])))
+    with torch.no_grad():
+        assert torch.allclose(packed(idx), adapted(["blocks"])(idx), atol=1e-4)
+
+
+def test_frozen_products_count_without_their_own_gradient():
+    model = adapted(["blocks"], block_size=16)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.head(model(random_ids(2, 16))).sum().backward()
+    masked = 12 * 2 * 32 * 16 / 2  # torch multiplies all pairs of positions
+    # the embedding is frozen, so the first products send no gradient to it
+    first = model.blocks[0].attn.c_attn
+    spared = 2 * (first.weight.numel() + first.lora_A.numel())
+    counted = 2 * 16 * (model.flops_per_token(16) + masked - spared)
+    assert counter.get_total_flops() == counted
+
+
+# --- runs --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sft(toys):
+    """A run whose best checkpoint adapters stand on, and one of these."""
+    base = toys / "base"
+    adapter = train_here(
+        dataset=toys / "questions", init_from=base, out_dir=toys / "adapter", **ADAPTER
+    )
+    return base, adapter
+
+
+def test_training_leaves_the_base_alone_and_saves_the_adapter_only(toys, tmp_path):
+    base = shutil.copytree(toys / "base", tmp_path / "base")
+    before = contents(base)
+    out = train_here(
+        dataset=toys / "questions", init_from=base, out_dir=tmp_path / "out", **ADAPTER
+    )
+    after = contents(base)
+    assert after.pop("bases").decode() == f"{pointer(base, 'best')} {out}\n"
+    assert after == before
+    folder = out / pointer(out, "latest")
+    assert not (folder / "model.safetensors").exists()
+    sizes = {name: checkpoint_file(out, name).stat().st_size for name in contents(folder)}
+    trained = sum(weight.numel() for weight in weights(out).values())
+    assert trained == 2 * 3 * ((32 + 96) + (32 + 32) + (32 + 128 * 1) + (64 + 32))
+    assert sizes["adapter.safetensors"] < 4 * trained + 4096
+    assert sizes["optimizer.safetensors"] < 8 * trained + 12288  # two moments, and a header
+    about = saved(out)["adapter"]
+    assert about["base"] == f"../base/{pointer(base, 'best')}"
+    assert (about["rank"], about["alpha"], about["targets"]) == (3, 6.0, ["blocks"])
+    assert log(out)[-1]["train_loss"] < log(out)[0]["train_loss"] - 0.1
+
+
+def test_what_loads_an_adapter_gets_a_plain_merged_model(sft):
+    base, adapter = sft
+    idx = random_ids(2, 20)
+    plain, merged = load_checkpoint(base), load_checkpoint(adapter)
+    apart = load_checkpoint(adapter, merged=False)
+    assert not adapters(merged.model) and len(adapters(apart.model)) == 8
+    assert merged.n_params == plain.n_params
+    difference = logits(merged.model, idx) - logits(apart.model, idx)
+    assert difference.abs().max() < 1e-5
+    assert (logits(merged.model, idx) - logits(plain.model, idx)).abs().max() > 0.05
+    assert merged.answers
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.2, "dropout": 0.1}])
+def test_an_adapters_run_in_three_parts_equals_one_in_one(toys, tmp_path, options):
+    common = ADAPTER | options | {"dataset": toys / "questions", "init_from": toys / "base"}
+    common |= {"lr_decay_iters": 15, "eval_interval": 3, "gradient_accumulation_steps": 2}
+    whole = train_here(out_dir=tmp_path / "whole", max_iters=15, **common)
+    parts = train_here(out_dir=tmp_path / "parts", max_iters=3, **common)
+    train_here(out_dir=parts, resume=True, max_iters=9)
+    train_here(out_dir=parts, resume=True, max_iters=15)
+    assert_same_run(whole, parts)
+
+
+def test_a_new_adapter_stands_on_the_merged_one(sft, tmp_path):
+    base, first = sft
+    common = {"dataset": base.parent / "questions", "init_from": first, "max_iters": 1}
+    common |= {"learning_rate": 0}
+    second = train_here(out_dir=tmp_path / "second", **(ADAPTER | common))
+    idx = random_ids(2, 20)
+    whole, found = load_checkpoint(first).model, load_checkpoint(second).model
+    assert torch.equal(logits(found, idx), logits(whole, idx))
+    # and full training from an adapter trains the merged model
+    full = train_here(out_dir=tmp_path / "full", **common)
+    assert torch.equal(logits(load_checkpoint(full).model, idx), logits(whole, idx))
+
+
+def test_a_base_that_trains_on_keeps_what_an_adapter_stands_on(toys, tmp_path):
+    base = train_here(dataset=toys / "text", out_dir=tmp_path / "base", max_iters=4)
+    common = {"dataset": toys / "questions", "init_from": base, "max_iters": 2}
+    adapter = train_here(out_dir=tmp_path / "out", **(ADAPTER | common))
+    stood = saved(adapter)["adapter"]["base"]
+    train_here(out_dir=base, resume=True, max_iters=24)
+    assert pointer(base, "best") != Path(stood).name
+    assert sorted(path.name for path in base.glob("step-*")) == sorted(
+        {Path(stood).name, pointer(base, "latest"), pointer(base, "best")}
+    )
+    load_checkpoint(adapter)
+    train_here(out_dir=adapter, resume=True, max_iters=4)
+
+
+def test_base_and_adapter_move_together(sft, tmp_path):
+    for run in sft:
+        shutil.copytree(run, tmp_path / run.name)
+    model = load_checkpoint(tmp_path / "adapter").model
+    idx = random_ids(1, 20)
+    assert torch.equal(logits(model, idx), logits(load_checkpoint(sft[1]).model, idx))
+    assert saved(sft[1])["adapter"]["base"].startswith("../base/")
+
+
+def test_a_base_that_moved_or_changed_gives_one_clear_line(sft, tmp_path):
+    base, adapter = (shutil.copytree(run, tmp_path / run.name) for run in sft)
+    best = base / Path(saved(adapter)["adapter"]["base"]).name
+    weights_file = best / "model.safetensors"
+    damaged = bytearray(weights_file.read_bytes())
+    damaged[-1] ^= 1
+    weights_file.write_bytes(damaged)
+    with ready_python(tmp_path) as run:
+        line = error_line(run("sample.py", f"--out_dir={adapter}"))
+        assert f"is an adapter of {best}, which has changed since; restore it" in line
+        base.rename(tmp_path / "elsewhere")
+        line = error_line(run("train.py", f"--out_dir={adapter}", "--resume"))
+        assert f"is an adapter of {best}, which is not there; put it back" in line
+
+
+@pytest.mark.parametrize("adapter", [None, {}, {"base": "../base"}])
+def test_a_damaged_run_json_of_an_adapter_is_named(sft, tmp_path, adapter):
+    out = shutil.copytree(sft[1], tmp_path / "out")
+    file = checkpoint_file(out, "run.json", "best")
+    run = json.loads(file.read_text(encoding="utf-8")) | {"adapter": adapter}
+    file.write_text(json.dumps(run), encoding="utf-8")
+    with pytest.raises(UserError, match=r"run\.json is damaged"):
+        load_checkpoint(out)
+
+
+def test_a_merged_checkpoint_is_whole_and_the_same_model(sft, tmp_path, capsys):
+    _, adapter = sft
+    to = tmp_path / "merged"
+    lora.main(["merge", f"--out_dir={adapter}", f"--to={to}"])
+    assert "merged into its base" in capsys.readouterr().out
+    assert "adapter" not in read_run(to, "best")
+    idx = random_ids(2, 20)
+    whole, merged = (load_checkpoint(out).model for out in (adapter, to))
+    assert torch.equal(logits(merged, idx), logits(whole, idx))
+    on = train_here(
+        dataset=adapter.parent / "questions", init_from=to, out_dir=tmp_path / "on", max_iters=1
+    )
+    assert has_checkpoint(on)
+
+
+def test_errors_of_adapters_are_one_line(sft, tmp_path):
+    base, adapter = sft
+    data = base.parent / "questions"
+    cases = [
+        (lora.main, ["merge", f"--out_dir={adapter}"], "where to"),
+        (lora.main, ["merg", f"--out_dir={adapter}", "--to=x"], "write python lora.py merge"),
+        (lora.main, ["merge", f"--out_dir={adapter}", f"--to={base}"], "already holds a run"),
+        (lora.main, ["merge", f"--out_dir={base}", f"--to={tmp_path}"], "no adapter"),
+    ]
+    for main, argv, message in cases:
+        with pytest.raises(UserError, match=message):
+            main(argv)
+    with pytest.raises(UserError, match="lora_rank=2 adapts a trained model"):
+        train_here(dataset=data, out_dir=tmp_path / "a", lora_rank=2)
+    with pytest.raises(UserError, match=r"lora_rank=9, but .* has lora_rank=3"):
+        train_here(out_dir=adapter, resume=True, lora_rank=9)
+    with pytest.raises(UserError, match=r"lora_alpha=0 be above 0"):
+        train_here(dataset=data, out_dir=tmp_path / "a", lora_alpha=0)
+
+
+def test_a_dry_run_tells_what_is_trained_and_marks_no_base(toys, tmp_path, capsys):
+    base = shutil.copytree(toys / "base", tmp_path / "base")
+    (base / "bases").unlink(missing_ok=True)
+    common = {"dataset": toys / "questions", "init_from": base, "out_dir": tmp_path / "out"}
+    train_here(**common, **ADAPTER, dry_run=True)
+    trained = 2 * 3 * ((32 + 96) + (32 + 32) + (32 + 128) + (64 + 32))
+    assert f", {trained:,} of them trained\n" in capsys.readouterr().out
+    assert not (base / "bases").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_run_of_an_older_version_has_no_adapter(toys, tmp_path):
+    out = train_here(dataset=toys / "text", out_dir=tmp_path / "out", max_iters=2)
+    file = checkpoint_file(out, "run.json")
+    old = json.loads(file.read_text(encoding="utf-8"))
+    old["settings"] = {k: v for k, v in old["settings"].items() if not k.startswith("lora")}
+    file.write_text(json.dumps(old), encoding="utf-8")
+    train_here(out_dir=out, resume=True, max_iters=3)
