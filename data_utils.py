@@ -330,11 +330,11 @@ class Mixture:
 
 def open_dataset(name: str) -> "Dataset | Mixture":
     """The dataset of a name or path, or the mixture of several: NAME:SHARE,NAME:SHARE."""
-    words = name.split(",")
+    words = [word.strip() for word in name.split(",")]
     others = [word for word in words if not re.fullmatch(r".+:\d*\.?\d+", word)]
     if others and len(others) < len(words):
         raise UserError(f"dataset={name}: {others[0]!r} is no NAME:SHARE, as in news:3,novels:1")
-    return Dataset(name) if others else Mixture(name)
+    return Dataset(name) if others else Mixture(",".join(words))
 
 
 def collate(

@@ -347,7 +347,10 @@ def _why_empty(split: str, skipped: Counter) -> str:
     reasons = [f"{n:,} {why}" for (where, why), n in sorted(skipped.items()) if where == split]
     if reasons:
         return f"all its records are left out ({', '.join(reasons)}); see --max_tokens="
-    return f"no record is for {split}; change --val= or the input"
+    return (
+        f"no record is for {split}; change --val= or the input, of which each document or question "
+        "is for one split alone"
+    )
 
 
 def _all_rows(units: list[Path], path: Path) -> tuple[np.ndarray, list[int]]:

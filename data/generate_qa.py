@@ -371,6 +371,8 @@ def main(argv: list[str]) -> None:
         found = ", ".join(f"{n:,} {what}" for what, n in pairs.counts.items() if n)
         total = pairs.before + pairs.counts["kept"]
         print(f"{found or 'nothing new'}; {show_path(out)} has {total:,} pairs")
+    if todo and pairs.counts["failed calls"] == len(todo):
+        raise UserError("no call was answered; the reasons are above; the same command tries again")
 
 
 def _is_text(text: str) -> bool:

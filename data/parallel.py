@@ -165,7 +165,7 @@ def prepare(config: Settings, kind: str, others: list[str]) -> dict:
     there = [name for name in others if (ROOT / name).is_file()]
     unseen = find_sources(there) if there else []
     found = find_repeated(own, unseen, fields, config.val)
-    near = [one for one in found.values() if one[0] < 1]
+    near = [one for one in found.values() if one[0] < 1 and one[1]]
     for share, later, earlier in near[:: max(1, len(near) // 3)][:3]:
         print(f"left out: {later}\n    which has {share:.2f} in common with: {earlier}")
     record_of = as_text

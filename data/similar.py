@@ -23,6 +23,7 @@ from data.readers import Source, Tally
 BANDS, ROWS = 10, 3  # of the MinHash; two with 0.8 in common share a band with p = 0.9992
 ODD = np.random.default_rng(1).integers(2**63, size=8, dtype=np.uint64) * 2 + 1
 LIMIT = 300_000  # sentences that later ones are compared with; bounds the memory, to some 1 GB
+EXAMPLES = 10_000  # near duplicates whose texts are kept, to be shown
 QUESTIONS_ALIKE = 0.9  # of questions: one other character in forty, or a 呢 at the end
 
 
@@ -97,7 +98,8 @@ def near_duplicates(
     pairs: Iterable[tuple[str, Record]], n: int, alike: float
 ) -> dict[int, tuple[float, str, str]]:
     """Of pairs (question, record) those that come behind one whose question is nearly the same: the
-    key of the record -> how much they have in common, its question, and the earlier one.
+    key of the record -> how much they have in common, its question, and the earlier one; of more
+    than EXAMPLES, whose texts would fill the memory, "" in the place of both.
 
     A record that repeats an earlier one whole is none of these; the writer leaves it out."""
     known, keys, questions, found = NearDuplicates(n, alike), [], [], {}
@@ -109,7 +111,10 @@ def near_duplicates(
                 keys.append(key)
                 questions.append(question)
         elif keys[place] != key:
-            found.setdefault(key, (share, question, questions[place]))
+            texts = (question, questions[place]) if len(found) < EXAMPLES else ("", "")
+            found.setdefault(key, (share, *texts))
+    if len(known.grams) == known.limit:
+        print(f"note: near duplicates of the first {known.limit:,} are found, of later ones not")
     return found
 
 

@@ -179,6 +179,14 @@ def test_a_call_that_never_succeeds_is_left_for_the_next_run(novel, capsys):
     assert "4 of 5 calls were answered before" in capsys.readouterr().out
 
 
+def test_a_run_without_an_answer_fails(novel):
+    with (
+        endpoint(lambda *_: 500) as (url, _),
+        pytest.raises(UserError, match="no call was answered"),
+    ):
+        generate(url, "--input=novel.txt", "--retries=0", "--calls=2")
+
+
 def test_what_a_kill_cut_short_is_mended(novel):
     with endpoint(lambda line, *_: GOOD[line]) as (url, requests):
         generate(url, "--input=novel.txt", "--parallel=1", "--calls=3")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from configurator import ROOT, UserError
-from data.idioms import prepare_sft
+from data.idioms import prepare, prepare_sft
 from data.idioms.prepare_sft import Idiom, clean, groups_of, idiom_of, questions, quotation
 from data.readers import Tally, converted, find_sources
 from data_utils import Dataset
@@ -111,6 +111,22 @@ def test_a_table_becomes_questions_split_by_idiom(folder, encoding):
     assert not words["train"] & words["val"]
     assert len(words["train"] | words["val"]) == 60
     assert 8 < len(words["val"]) < 30
+
+
+def test_texts_hold_out_the_idioms_that_are_asked_in_validation(folder):
+    table = write_table(folder / "a.csv", many(60))
+    asked = prepared(folder, f"--input={table}", "--val=0.3", "--n_idioms=40")
+    prepare.main(
+        [f"--tokenizer={folder}", f"--out={folder / 't'}", f"--input={table}", "--val=0.3"]
+    )
+    texts = Dataset(str(folder / "t"))
+    read = asked.tokenizer.decode(texts.tokens["train"].tolist())
+    for split, count in (("train", 1), ("val", 0)):
+        for row in asked.conversations(split):
+            word = next(turn["content"] for turn in row)[1:5]
+            if row[0]["content"].endswith("是什么意思？"):
+                assert read.count(f"{word}：") == count
+    assert texts.meta["records"] == 60
 
 
 def test_the_number_of_idioms_is_limited_and_the_rest_counted(folder, capsys):

@@ -4,6 +4,8 @@
     python data/idioms/prepare.py --tokenizer=data/sanguo
 
 A text is an idiom with its meaning and, where the table has one, a quotation that it comes from.
+Validation has the idioms that it has in prepare_sft.py, so that a model which learns both has not
+read what it will be asked.
 """
 
 import sys
@@ -17,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import command, configure
 from data import pipeline
 from data.forms import Record, is_validation
-from data.idioms.prepare_sft import RAW, find_table, idiom_of
+from data.idioms.prepare_sft import RAW, find_table, groups_of, idiom_of
 from data.readers import Source, Tally, converted
 
 
@@ -25,17 +27,22 @@ from data.readers import Source, Tally, converted
 class Settings(pipeline.Settings):
     input: list[str] = field(default_factory=lambda: [RAW])  # the table
     out: str = "data/idioms"  # directory to write
+    val: float = 0.1  # share of the idioms for validation
 
 
-def read(source: Source, tally: Tally, val: float) -> Iterator[tuple[str, Record]]:
+def read(
+    source: Source, tally: Tally, groups: dict[str, str], val: float
+) -> Iterator[tuple[str, Record]]:
     for idiom in converted(source, tally, idiom_of):
-        split = "val" if is_validation(idiom.word, val) else "train"
+        split = "val" if is_validation(groups[idiom.word], val) else "train"
         yield split, "\n".join(filter(None, [f"{idiom.word}：{idiom.meaning}", idiom.origin]))
 
 
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
-    pipeline.prepare(config, find_table(config), partial(read, val=config.val), "pretrain")
+    sources, tally = find_table(config), Tally(show=0)
+    groups = groups_of([one for source in sources for one in converted(source, tally, idiom_of)])
+    pipeline.prepare(config, sources, partial(read, groups=groups, val=config.val), "pretrain")
 
 
 if __name__ == "__main__":
