@@ -122,7 +122,10 @@ def _gpt2_shape(c: ModelConfig) -> dict:
 def _to_llama(ours: Weights, c: ModelConfig) -> Weights:
     kv = c.n_kv_head * c.head_dim
     rows = {"attn.c_attn": [c.n_embd, kv, kv], "mlp.c_fc": [c.n_hidden, c.n_hidden]}
-    theirs = {"model.embed_tokens.weight": ours["wte.weight"], "model.norm.weight": ours["norm.weight"]}
+    theirs = {
+        "model.embed_tokens.weight": ours["wte.weight"],
+        "model.norm.weight": ours["norm.weight"],
+    }
     if not c.tie_weights:
         theirs["lm_head.weight"] = ours["lm_head.weight"]
     for layer, our, kind, names in _llama_names(c):
@@ -215,7 +218,10 @@ def _from_llama(config: dict, family: str, theirs: Weights) -> tuple[ModelConfig
         vocab_size=config["vocab_size"],
         **{name: value for name, value in FAMILIES[family].items() if name != "bias"},
     )
-    ours = {"wte.weight": theirs["model.embed_tokens.weight"], "norm.weight": theirs["model.norm.weight"]}
+    ours = {
+        "wte.weight": theirs["model.embed_tokens.weight"],
+        "norm.weight": theirs["model.norm.weight"],
+    }
     if not c.tie_weights:
         ours["lm_head.weight"] = theirs["lm_head.weight"]
     for layer, our, kind, names in _llama_names(c):
@@ -227,7 +233,10 @@ def _from_llama(config: dict, family: str, theirs: Weights) -> tuple[ModelConfig
 def _from_gpt2(config: dict, family: str, theirs: Weights) -> tuple[ModelConfig, Weights]:
     # some checkpoints were saved without the outer module
     if "wte.weight" in theirs:
-        theirs = {name if name == "lm_head.weight" else f"transformer.{name}": w for name, w in theirs.items()}
+        theirs = {
+            name if name == "lm_head.weight" else f"transformer.{name}": w
+            for name, w in theirs.items()
+        }
     _check(
         {
             "activation_function": (config.get("activation_function", "gelu_new"), "gelu_new"),

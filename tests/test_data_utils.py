@@ -619,7 +619,7 @@ def test_collate_equals_padding_one_by_one(tokenizer):
 
 
 def test_a_missing_dataset_names_its_prepare_script(tmp_path):
-    with pytest.raises(UserError, match=r"meta\.json is missing; run python data/sanguo/prepare_sft\.py"):
+    with pytest.raises(UserError, match=r"run python data/sanguo/prepare_sft\.py"):
         Dataset(str(tmp_path / "sanguo_sft"))
     shutil.copy(ROOT / "data" / "sanguo" / "prepare.py", tmp_path)
     with pytest.raises(UserError, match=r"meta\.json is missing; run python .*prepare\.py"):

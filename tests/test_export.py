@@ -154,5 +154,5 @@ def test_missing_weights_are_named(tmp_path):
     config = json.loads((there / "config.json").read_text(encoding="utf-8"))
     weights = load_file(there / "model.safetensors")
     del weights["model.norm.weight"]
-    with pytest.raises(UserError, match="norm.weight"):
+    with pytest.raises(UserError, match=r"norm\.weight"):
         from_hugging_face(config, weights)
