@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 import sample
 from checkpoint import Checkpoint, weights_sha256
-from configurator import UserError, show_path, user_path, written_aside
+from configurator import UserError, locked, show_path, user_path, written_aside
 from generation import Sampling
 
 KEYS = ("question", "Question", "prompt")
@@ -59,29 +58,11 @@ def answer_file(config: sample.Settings) -> None:
 
 @contextlib.contextmanager
 def alone(target: Path) -> Iterator[None]:
-    """UserError where another run, which still lives, writes the same file."""
-    lock = target.with_name(target.name + ".lock")
-    with lock.open("a+b") as file:
-        try:
-            if os.name == "nt":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"another run writes {show_path(target)}; wait for it, or name another"
-            ) from None
-        try:
-            if target.exists():  # another run has just ended
-                raise UserError(f"{show_path(target)} is there already; delete it, or name another")
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # Windows keeps what is open
-                lock.unlink()
+    """UserError where another run, which still lives, writes the same file, or has just done so."""
+    with locked(target):
+        if target.exists():
+            raise UserError(f"{show_path(target)} is there already; delete it, or name another")
+        yield
 
 
 def read_questions(path: Path) -> list[tuple[int, str]]:

@@ -37,7 +37,7 @@ import torch
 import train as training
 from bench_data import bench_data
 from bench_generate import bench_generate, bench_start
-from bench_peers import PEERS, import_transformers
+from bench_peers import hugging_face_model, import_transformers
 from bench_profile import numbers, print_profile, profile_step, whole_step
 from bench_quality import (
     PATIENCE,
@@ -191,7 +191,7 @@ def build(config: Settings, who: str, architecture: str) -> torch.nn.Module:
     shape = {name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
     shape |= {"n_vocab": config.vocab_size, "vocab_size": config.vocab_size}
     ours = ModelConfig(**shape, **ARCHITECTURES[architecture])
-    model = GPT(ours) if who == "ours" else PEERS[architecture](ours)
+    model = GPT(ours) if who == "ours" else hugging_face_model(ours)
     return model.to(config.device).train()
 
 

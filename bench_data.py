@@ -12,7 +12,6 @@ sum of the proportional shares (PSS) of the command and all it started, looked a
 
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -41,16 +40,21 @@ def bench_data(config) -> dict:
             f"{VOCABULARY}/tokenizer.json is missing; run python data/sanguo/prepare.py"
         )
     folder = ROOT / "bench-data"
+    file = folder / "text.txt"
+    ways = commands(file, folder)
+    for name in config.only:
+        if not any(way.startswith(name) for way in ways):
+            raise UserError(f"only={name!r} begins none of: {'; '.join(ways)}")
+    cpu_seconds()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
-        file = folder / "text.txt"
         sources = write_text(file, config.size_mb * 10**6)
         size = file.stat().st_size / 1e6
         print(f"data: {size:,.0f} MB of {' and '.join(sources)}, vocabulary of {VOCABULARY}")
         print(f"  {'':<40}  {'MB/s':>6}  {'MB per core-second':>18}  {'peak MB':>8}")
         results = {"megabytes": size, "sources": sources, "ways": {}}
-        for name, words in commands(file, folder).items():
+        for name, words in ways.items():
             if config.only and not name.startswith(tuple(config.only)):
                 continue
             results["ways"][name] = figures = run(words, folder, size)
@@ -122,7 +126,11 @@ def run(words: list[str], folder: Path, size: float) -> dict:
 
 
 def cpu_seconds() -> float:
-    """Of all processes that were started here and have ended."""
+    """Of all processes that were started here and have ended. UserError on Windows."""
+    try:
+        import resource
+    except ImportError:
+        raise UserError("bench.py data counts core-seconds, which Windows does not tell") from None
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

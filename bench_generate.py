@@ -13,7 +13,7 @@ from statistics import median
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench_peers import hugging_face_qwen3
+from bench_peers import with_our_weights
 from bench_timing import measure, report, speed_ratio
 from configurator import ROOT, UserError
 from decoding import Int8Linear, PackedLinear, pack, quantize
@@ -34,7 +34,7 @@ def bench_generate(config) -> dict:
     """Greedy ids of one prompt and of many: our cache in float32 and with weights of 8 bits,
     recomputing, and Hugging Face's on the same weights; ids are compared first."""
     model = random_model(config).to(config.device).eval()
-    peer = hugging_face_qwen3(model)
+    peer = with_our_weights(model)
     n_weights = sum(p.numel() for p in model.blocks.parameters()) + model.lm_head.weight.numel()
     models = {"ours": pack(copy.deepcopy(model))}
     if config.device == "cpu":

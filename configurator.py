@@ -65,6 +65,32 @@ def written_aside(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """UserError where another process, which still lives, holds target; the lock goes with it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = target.with_name(target.name + ".lock")
+    with lock.open("a+b") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"another run writes {show_path(target)}; wait for it, or name another"
+            ) from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows keeps what is open
+                lock.unlink()
+
+
 def configure(Defaults: type[T], argv: list[str], base: dict | None = None) -> T:
     """An instance of the dataclass Defaults: its defaults, then base, then argv left to right.
 

@@ -23,7 +23,7 @@ from typing import Literal
 
 import numpy as np
 
-from configurator import UserError, show_path
+from configurator import UserError, locked, show_path
 from tokenizer import Tokenizer
 
 Kind = Literal["pretrain", "sft", "dpo"]
@@ -121,16 +121,18 @@ def _write(out: Path, tokenizer: Tokenizer, splits: dict, form: Form, sources: l
 
 @contextmanager
 def working_folder(out: Path) -> Iterator[Path]:
-    """The folder where all is written until it is whole; empty at first, removed at the end."""
+    """The folder where all is written until it is whole; empty at first, removed at the end.
+    UserError where another run prepares the same dataset."""
     folder, is_new = out / "prepare.tmp", not out.exists()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
+    with locked(out):
         shutil.rmtree(folder, ignore_errors=True)
-        if is_new and not any(out.iterdir()):
-            out.rmdir()
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            if is_new and not any(out.iterdir()):
+                out.rmdir()
 
 
 # --- one unit ------------------------------------------------------------------------------------

@@ -81,6 +81,8 @@ class Settings:
         for name in ("per_call", "passage", "parallel"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.timeout <= 0:
+            raise UserError(f"timeout={self.timeout:g} must be above 0")
         if self.calls is not None and self.calls < 1:
             raise UserError(f"calls={self.calls} must be 1 or more")
         for name in ("n_examples", "retries"):

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from configurator import ROOT, UserError, repo_path, show_path
 from data.forms import is_validation, text_of
-from data.readers import Source, Tally, converted, parts, records
+from data.readers import Source, Tally, converted, find_sources, parts, records
 from data_writer import Form, Kind, Mask, Record, merge, working_folder, write_unit
 from tokenizer import Tokenizer, load_tokenizer, sample, train_tokenizer
 
@@ -128,6 +128,12 @@ def prepare(
     print(f"{tally.good:,} good records{tally.summary()}")
     print_meta(out, meta)
     return meta
+
+
+def prepare_texts(config: Settings, record_of: Callable[[object], Record]) -> dict:
+    """prepare for texts that record_of makes of a value, or of a line; see readers.converted."""
+    read = functools.partial(read_records, record_of=record_of, val=config.val)
+    return prepare(config, find_sources(config.input, config.encoding), read, "pretrain")
 
 
 def refuse_fields(config: Settings) -> None:

@@ -17,8 +17,8 @@ from functools import partial
 import numpy as np
 
 from data import pipeline
-from data.forms import Record
-from data.readers import Source, Tally
+from data.forms import Record, parse_fields
+from data.readers import Source, Tally, find_sources
 
 BANDS, ROWS = 10, 3  # of the MinHash; two with 0.8 in common share a band with p = 0.9992
 ODD = np.random.default_rng(1).integers(2**63, size=8, dtype=np.uint64) * 2 + 1
@@ -124,9 +124,18 @@ class QuestionSettings(pipeline.Settings):
 
 
 def prepare_questions(
-    config: QuestionSettings, sources: list[Source], read: pipeline.Read, about: dict | None = None
+    config: QuestionSettings,
+    read: pipeline.Read | None = None,
+    sources: list[Source] | None = None,
+    about: dict | None = None,
 ) -> dict:
-    """pipeline.prepare for conversations, without near duplicates of their first questions."""
+    """pipeline.prepare for conversations, without near duplicates of their first questions.
+
+    read: None is pipeline.read_records. sources: None is the files of config.input."""
+    if read is None:
+        fields = parse_fields(config.fields)
+        read = partial(pipeline.read_records, fields=fields, want=list, val=config.val)
+    sources = sources or find_sources(config.input, config.encoding)
     if config.near:
         tally = Tally(show=0)
         found = (pair for source in sources for pair in _questions(read(source, tally)))

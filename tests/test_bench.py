@@ -86,7 +86,7 @@ def test_step_has_speeds_shares_and_memory_of_every_contender(tmp_path, capsys):
         assert all(f"  {kind} " in printed for kind in times)
 
 
-@pytest.mark.parametrize("architecture", bench.PEERS)
+@pytest.mark.parametrize("architecture", bench.ARCHITECTURES)
 def test_a_step_moves_as_many_parameters_as_the_peers(architecture):
     pytest.importorskip("transformers")
     config = bench.Settings(n_layer=1, n_head=2, n_embd=32, vocab_size=64, block_size=16)

@@ -294,6 +294,22 @@ def test_killed_while_files_are_put_in_place_no_mixture_is_accepted(
     assert not (tmp_path / "prepare.tmp").exists()
 
 
+def test_two_runs_into_one_dataset_do_not_disturb_each_other(tmp_path):
+    tokenizer, out = tiny_tokenizer(), tmp_path / "out"
+    second = {"train": LINES[3:], "val": LINES[:1]}
+
+    def texts() -> Iterator[str]:
+        yield LINES[0]
+        with pytest.raises(UserError, match=r"another run writes .*out; wait for it"):
+            write_pretrain(out, tokenizer, second, [])
+        yield LINES[1]
+
+    write_pretrain(out, tokenizer, {"train": texts(), "val": LINES[2:3]}, [])
+    assert tokenizer.decode(Dataset(str(out)).tokens["train"].tolist()) == "".join(LINES[:2])
+    write_pretrain(out, tokenizer, second, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def killing(method, calls: Iterator[int], when: int):
     """The method of a Path, but the call of this number kills the process."""
 

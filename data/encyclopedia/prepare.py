@@ -7,7 +7,6 @@ A record is {"title", "summary", "sections": [{"title", "content"}]}; each of th
 
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -15,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import command, configure
 from data import pipeline
 from data.forms import BadRecord, Record, interpret
-from data.readers import find_sources
 
 
 @dataclass
@@ -46,9 +44,7 @@ def entry(value: object) -> Record:
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     pipeline.refuse_fields(config)
-    sources = find_sources(config.input, config.encoding)
-    read = partial(pipeline.read_records, record_of=entry, val=config.val)
-    pipeline.prepare(config, sources, read, "pretrain")
+    pipeline.prepare_texts(config, entry)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def main(argv: list[str]) -> None:
     if config.n_idioms is not None:
         chosen = sorted(groups, key=lambda word: key_of(groups[word]))[: config.n_idioms]
         groups = {word: groups[word] for word in chosen}
-    prepare_questions(config, sources, partial(read, groups=groups, val=config.val))
+    prepare_questions(config, partial(read, groups=groups, val=config.val), sources)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,11 @@ python data/jinyong/prepare_sft.py --input=sft_data.jsonl
 
 import sys
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import command, configure
-from data import pipeline
-from data.forms import parse_fields
-from data.readers import find_sources
 from data.similar import QuestionSettings, prepare_questions
 
 
@@ -25,11 +21,7 @@ class Settings(QuestionSettings):
 
 
 def main(argv: list[str]) -> None:
-    config = configure(Settings, argv)
-    sources = find_sources(config.input, config.encoding)
-    fields = parse_fields(config.fields)
-    read = partial(pipeline.read_records, fields=fields, want=list, val=config.val)
-    prepare_questions(config, sources, read)
+    prepare_questions(configure(Settings, argv))
 
 
 if __name__ == "__main__":

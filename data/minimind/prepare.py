@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import command, configure
 from data import pipeline
 from data.forms import BadRecord, Record, interpret, parse_fields
-from data.readers import find_sources
 
 MARKS = re.compile(r"(?:\s*(?:<\|im_(?:start|end)\|>|</?s>)\s*)+")
 
@@ -36,10 +35,8 @@ def text_without_marks(value: object, fields: dict[str, str]) -> Record:
 
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
-    sources = find_sources(config.input, config.encoding)
-    record_of = partial(text_without_marks, fields=parse_fields(config.fields))
-    read = partial(pipeline.read_records, record_of=record_of, val=config.val)
-    pipeline.prepare(config, sources, read, "pretrain")
+    fields = parse_fields(config.fields)
+    pipeline.prepare_texts(config, partial(text_without_marks, fields=fields))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,11 @@ Roles may be missing: then user and assistant alternate. Older csv files have q,
 
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import command, configure
-from data import pipeline
-from data.forms import parse_fields
-from data.readers import find_sources
 from data.similar import QuestionSettings, prepare_questions
 
 
@@ -26,11 +22,7 @@ class Settings(QuestionSettings):
 
 
 def main(argv: list[str]) -> None:
-    config = configure(Settings, argv)
-    sources = find_sources(config.input, config.encoding)
-    fields = parse_fields(config.fields)
-    read = partial(pipeline.read_records, fields=fields, want=list, val=config.val)
-    prepare_questions(config, sources, read)
+    prepare_questions(configure(Settings, argv))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ A line is one article, as ```1`2title`1`2text``.
 import re
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -16,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import command, configure
 from data import pipeline
 from data.forms import BadRecord, Record, interpret
-from data.readers import find_sources
 
 MARK = re.compile(r"`\d")
 
@@ -37,9 +35,7 @@ def article(line: str) -> Record:
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     pipeline.refuse_fields(config)
-    sources = find_sources(config.input, config.encoding)
-    read = partial(pipeline.read_records, record_of=article, val=config.val)
-    pipeline.prepare(config, sources, read, "pretrain")
+    pipeline.prepare_texts(config, article)
 
 
 if __name__ == "__main__":

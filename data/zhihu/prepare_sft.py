@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import command, configure
 from data.forms import parse_fields
-from data.readers import find_sources
 from data.similar import QuestionSettings, prepare_questions
 from data.zhihu.prepare import read_conversations
 
@@ -27,10 +26,9 @@ class Settings(QuestionSettings):
 
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
-    sources = find_sources(config.input, config.encoding)
     fields = parse_fields(config.fields)
     read = partial(read_conversations, fields=fields, keywords=config.keywords, val=config.val)
-    prepare_questions(config, sources, read, about={"keywords": config.keywords})
+    prepare_questions(config, read, about={"keywords": config.keywords})
 
 
 if __name__ == "__main__":
