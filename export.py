@@ -13,6 +13,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from checkpoint import Checkpoint, load_checkpoint
@@ -60,28 +61,35 @@ def tokenizer_config(checkpoint: Checkpoint) -> dict:
 
 
 def write_hugging_face(checkpoint: Checkpoint, to: Path) -> None:
-    """A directory, written aside and renamed. UserError where something is there."""
+    """A directory, written aside and renamed. UserError where the disk is full."""
     config, weights = to_hugging_face(checkpoint.model)
     ends = {
         "eos_token_id": sorted(checkpoint.tokenizer.stop_ids),
         "pad_token_id": checkpoint.tokenizer.end_of_text,
         "bos_token_id": None,
     }
-    aside = to.with_name(f".{to.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     contiguous = {name: weight.contiguous() for name, weight in weights.items()}
-    save_file(contiguous, aside / "model.safetensors", metadata={"format": "pt"})
     files = {
         "config.json": config | ends,
         "generation_config.json": ends,
         "tokenizer_config.json": tokenizer_config(checkpoint),
     }
-    for name, content in files.items():
-        text = json.dumps(content, ensure_ascii=False, indent=1)
-        (aside / name).write_text(text, encoding="utf-8")
-    (aside / "tokenizer.json").write_text(tokenizer_text(checkpoint), encoding="utf-8", newline="")
-    aside.rename(to)
+    aside = to.with_name(f".{to.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        save_file(contiguous, aside / "model.safetensors", metadata={"format": "pt"})
+        for name, content in files.items():
+            text = json.dumps(content, ensure_ascii=False, indent=1)
+            (aside / name).write_text(text, encoding="utf-8")
+        text = tokenizer_text(checkpoint)
+        (aside / "tokenizer.json").write_text(text, encoding="utf-8", newline="")
+        aside.rename(to)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot write {show_path(to)}: {reason}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def main(argv: list[str]) -> None:
@@ -92,7 +100,6 @@ def main(argv: list[str]) -> None:
     if to.exists():
         raise UserError(f"{show_path(to)} is there; delete it, or name another --to=")
     checkpoint = load_checkpoint(repo_path(config.out_dir))
-    to.parent.mkdir(parents=True, exist_ok=True)
     write_hugging_face(checkpoint, to)
     size = sum(file.stat().st_size for file in to.iterdir())
     print(f"{show_path(to)}: {family_of(checkpoint.model.config)}, {size / 1e6:.1f} MB, float32")

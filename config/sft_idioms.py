@@ -2,8 +2,8 @@
 #   python data/fetch_data.py idioms
 #   python data/idioms/prepare_sft.py
 #   python train.py config/sft_idioms.py
-# 2.6 minutes of one core's time: ROUGE-L 0.884 on trained questions, 0.469 on those about other
-# idioms, where the answer to the most similar trained question has 0.467.
+# Two CPU cores, 67 s: ROUGE-L 0.982 on trained questions, 0.459 on those about other idioms, where
+# the answer to the most similar trained question has 0.467.
 out_dir = "out-idioms-sft"
 dataset = "idioms_sft"
 init_from = "out-sanguo"

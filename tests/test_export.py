@@ -107,6 +107,14 @@ def test_what_no_other_tool_expresses_is_named(tmp_path, options, words):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_place_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path):
+    out_dir, _ = leave(tmp_path)
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match=r"cannot write .*there"):
+        main([f"--out_dir={out_dir}", f"--to={tmp_path / 'file' / 'there'}"])
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "there", "file"}
+
+
 def test_what_is_there_is_not_overwritten(tmp_path):
     out_dir, there = leave(tmp_path)
     with pytest.raises(UserError, match="is there"):
