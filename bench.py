@@ -6,6 +6,7 @@
     python bench.py start --out_dir=out-sanguo-sft      from the command to the first character
     python bench.py quality                  ours, MiniMind's, the reference's: some three hours
     python bench.py data --size_mb=100       a large text prepared, beside other ways
+    python bench.py loader                   batches of 10^11 tokens
     python bench.py quality --only=ours-2    one run of these; Ctrl-C and the same command go on
 
 Figures are ratios within one run, since machines differ and are shared: the contenders take turns
@@ -37,6 +38,7 @@ import torch
 import train as training
 from bench_data import bench_data
 from bench_generate import bench_generate, bench_start
+from bench_loader import bench_loader
 from bench_peers import hugging_face_model, import_transformers
 from bench_profile import numbers, print_profile, profile_step, whole_step
 from bench_quality import (
@@ -98,7 +100,7 @@ SHORT_MINUTES = 3  # up to there the novel is read less than three times: embedd
 class Settings:
     names: list[str] = field(
         default_factory=list
-    )  # step, generate, start, quality, data; none: two
+    )  # step, generate, start, quality, data, loader; none: two
     n_layer: int = 4  # blocks
     n_head: int = 4  # heads
     n_kv_head: int | None = None  # key and value heads, in generate; None is n_head
@@ -119,6 +121,7 @@ class Settings:
     only: list[str] = field(default_factory=list)  # of quality: ours-2, or a recipe; of data: ours
     runs: str = "bench-quality"  # where quality trains
     size_mb: int = 1000  # of the text that data prepares
+    tokens: int = 10**11  # of the corpus that loader reads
     out: str = "bench-results"  # where figures are written, a .json a part
     seed: int = 1337  # of weights and ids
     device: str = "cpu"  # nothing is compiled; generate is in float32
@@ -525,6 +528,7 @@ PARTS = {
     "start": bench_start,
     "quality": bench_quality,
     "data": bench_data,
+    "loader": bench_loader,
 }
 
 

@@ -107,18 +107,21 @@ def run(words: list[str], folder: Path, size: float) -> dict:
     own = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     own |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}  # the processes are asked
     before, began, peak = cpu_seconds(), time.perf_counter(), 0
-    process = subprocess.Popen(
-        [sys.executable, *words],
-        cwd=ROOT,
-        env=os.environ | own,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    while process.poll() is None:
-        peak = max(peak, memory(process.pid))
-        time.sleep(LOOK)
-    seconds, cores = time.perf_counter() - began, cpu_seconds() - before
-    error = process.stderr.read().decode(errors="replace").strip()
+    # to a file: a pipe that nobody empties would stop the command once it is full
+    with (folder / "stderr.txt").open("w+", encoding="utf-8", errors="replace") as said:
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            cwd=ROOT,
+            env=os.environ | own,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+        )
+        while process.poll() is None:
+            peak = max(peak, memory(process.pid))
+            time.sleep(LOOK)
+        seconds, cores = time.perf_counter() - began, cpu_seconds() - before
+        said.seek(0)
+        error = said.read().strip()
     if process.returncode:
         return {"failed": error.splitlines()[-1] if error else f"exit {process.returncode}"}
     figures = {"seconds": seconds, "core_seconds": cores, "peak_memory": peak / 1e6 or None}

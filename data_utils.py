@@ -15,6 +15,7 @@ meta.json lists as `shards`. What writes all this is data_writer.py.
 import functools
 import hashlib
 import json
+import mmap
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -213,6 +214,9 @@ class Dataset:
                 state = "is missing" if found is None else f"has {found} entries, not {length}"
                 raise UserError(f"{show_path(path)} {state}; run its prepare script again")
             maps.append(np.memmap(path, dtype, "r"))
+            if stem.startswith("train") and hasattr(mmap, "MADV_RANDOM"):
+                # rows are read in an order of chance: what lies around one is not wanted next
+                maps[-1].base.madvise(mmap.MADV_RANDOM)
         return maps[0] if len(maps) == 1 else Shards(maps)
 
 
@@ -232,8 +236,16 @@ class Shards:
         places = np.asarray(places)
         out = np.empty(places.shape, self.dtype)
         shard = places // self.size
-        for number in np.unique(shard):
-            here = shard == number
+        if places.ndim == 2:  # of rows most lie in one shard each: found by row, not by token
+            first, last = shard.min(axis=1), shard.max(axis=1)
+            for number in np.unique(first[first == last]):
+                rows = (first == number) & (last == number)
+                out[rows] = self.arrays[number][places[rows] - number * self.size]
+            rest = np.broadcast_to((first != last)[:, None], places.shape)
+        else:
+            rest = np.ones(places.shape, bool)
+        for number in np.unique(shard[rest]):
+            here = rest & (shard == number)
             out[here] = self.arrays[number][places[here] - number * self.size]
         return out[()]
 

@@ -15,6 +15,8 @@ import torch
 from torch.profiler import profile
 
 import bench
+import bench_data
+import bench_loader
 import train
 from bench_quality import first_time, grid, judge, level_at
 from checkpoint import read_log, read_run
@@ -310,3 +312,30 @@ def test_data_prepares_a_small_text_in_each_way(tmp_path):
         if Path("/proc/self/smaps_rollup").is_file():
             assert 10 < figures["peak_memory"] < 2000
     assert all(ratio > 0 for ratio in results["ratios"].values())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="core-seconds are not told there")
+def test_a_way_that_says_more_than_a_pipe_holds_ends_and_its_last_line_is_kept(tmp_path):
+    script = (
+        "import sys; print('step\\n' * 100_000 + 'out of space', file=sys.stderr); sys.exit({})"
+    )
+    figures = bench_data.run(["-c", script.format(0)], tmp_path, 1.0)
+    assert figures["core_seconds"] > 0
+    failed = bench_data.run(["-c", script.format(1)], tmp_path, 1.0)
+    assert failed == {"failed": "no space"}
+
+
+def test_loader_reads_a_corpus_of_holes(tmp_path, monkeypatch):
+    vocabulary = tmp_path / "vocabulary"
+    vocabulary.mkdir()
+    tiny_tokenizer().save(vocabulary / "tokenizer.json")
+    monkeypatch.setattr(bench_loader, "VOCABULARY", str(vocabulary))
+    tokens = 2**28 + 1_000_000  # in two files
+    bench.main(["loader", f"--tokens={tokens}", f"--out={tmp_path}"])
+    results = read_json(tmp_path / "loader.json")["results"]
+    assert results["files"] == 2
+    assert results["rows_of_an_epoch"] == results["different_rows"] == tokens // 1024
+    # rows of an epoch fill the corpus without a gap, in an order that is no order
+    assert results["chi_square_per_degree"] < 0.1
+    assert abs(results["correlation_of_neighbours"]) < 0.01
+    assert results["mean_distance_of_neighbours"] == pytest.approx(1 / 3, abs=0.005)

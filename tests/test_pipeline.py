@@ -385,6 +385,8 @@ def test_shards_are_read_as_one_array():
         assert len(shards) == 100
         places = np.random.default_rng(0).integers(100, size=(5, 9))
         assert (shards[places] == whole[places]).all()
+        windows = np.arange(90)[:, None] + np.arange(11)  # within a shard, and across several
+        assert (shards[windows] == whole[windows]).all()
         assert (shards[13:77] == whole[13:77]).all()
         assert (shards[:5] == whole[:5]).all()
         assert shards[99] == whole[99]
