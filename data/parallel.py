@@ -42,7 +42,7 @@ TO_SIMPLIFIED, TO_HONGKONG = opencc.OpenCC("t2s"), opencc.OpenCC("s2hk")
 class Settings(pipeline.Settings):
     target: list[str] = field(default_factory=list)  # translations of input, line by line
     val: float = 0.02  # share for validation, and as much for the test; the same for both domains
-    vocab_size: int = 8192  # entries of a trained tokenizer, for both languages and domains
+    vocab_size: int = 6400  # entries of a trained tokenizer, for both languages and domains
 
 
 # --- a pair --------------------------------------------------------------------------------------
