@@ -5,7 +5,8 @@
     train_idx.bin, ...     questions and answers only: uint64 bounds of rows, the last the length;
                            of preferences, row 2i is a question with its chosen answer, 2i + 1 the
                            same with the rejected one
-    meta.json              kind, tokenizer's sha256, sizes, fingerprint, sources, what was skipped
+    meta.json              kind, tokenizer's sha256, sizes, fingerprint, sources, what was skipped;
+                           of translations their languages
     tokenizer.json         the vocabulary
 
 A split of more than data_writer.SHARD tokens lies in several files, train-00000.bin, ..., which
@@ -33,7 +34,8 @@ OWNER = 48  # bits of a mixture's row before those that say whose it is
 
 
 class Dataset:
-    """A prepared directory: `name` is one under data/, or a path. Arrays are memory-mapped."""
+    """A prepared directory: `name` is one under data/, or a path. Arrays are memory-mapped.
+    languages: of translations the source's and the target's, else empty."""
 
     def __init__(self, name: str):
         under_data = ROOT / "data" / name
@@ -47,6 +49,7 @@ class Dataset:
             raise UserError(
                 f"{show_path(self.path)}/meta.json is damaged; prepare it again"
             ) from None
+        self.languages = self.meta.get("languages", [])
         self.tokens, self.mask, self.bounds = {}, {}, {}
         for split, sizes in self.meta["splits"].items():
             shards = sizes.get("shards", [sizes["tokens"]])

@@ -1,16 +1,18 @@
-"""Scores of a model: perplexity, bits per byte, and for questions ROUGE-L; report files.
+"""Scores of a model: perplexity, bits per byte; of answers ROUGE-L, of translations BLEU; reports.
 
     python evaluations.py --out_dir=out-sanguo
     python evaluations.py --out_dir=out-sanguo-sft --split=val
+    python evaluations.py --out_dir=out-translate-sft --dataset=finance_sft --split=test
 
-Into the out_dir go evaluation.json (and a copy named after dataset and split), for questions also
-answers.jsonl, answers-seen.jsonl and histograms. Drawing is visualize.py's.
+Into the out_dir go evaluation.json and, of questions and translations, answers.jsonl, both with a
+copy named after dataset and split; of questions also answers-seen.jsonl and histograms. Scores of
+translations are translation_scores.py's, drawing is visualize.py's.
 """
 
 import json
 import math
-import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +28,8 @@ from data_utils import Dataset, collate, open_dataset
 from data_writer import fit
 from model import pick_device
 from objectives import IGNORE, split_sums, target_losses, to_device
+from tokenizer import Tokenizer
+from translation_scores import corpus_scores, report_name
 from visualize import draw_histogram
 
 ROUGE = Rouge(metrics=["rouge-l"], exclusive=False)  # its default counts unique characters only
@@ -37,7 +41,7 @@ FULL_STOP = "\ue000"  # the package would split sentences at "."
 class Settings(sample.Sampling):
     out_dir: str = "out"  # of the model
     dataset: str | None = None  # a name under data/, or a path; None is what it was trained on
-    split: str = "val"  # val, or train
+    split: str = "val"  # val, train, or what else the dataset has, as test
     batch_size: int = 32  # rows at once
     quantize: Literal["int8"] | None = None  # weights of 8 bits, on a CPU
     device: str = "auto"  # cuda, mps, cpu; auto is the first of them that is there
@@ -108,8 +112,25 @@ def look_up(questions: list[str], known: list[tuple[str, str]]) -> list[str]:
 # --- scores of a model -------------------------------------------------------------------------
 
 
+Ask = Callable[[Tokenizer, list[dict]], tuple[list[int], list[int]]]
+
+
+def in_chat(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
+    """Ids that ask for the last answer, and those of the answer with its end token."""
+    ids, prompt = tokenizer.render(messages)[0], tokenizer.render_prompt(messages[:-1])
+    return prompt, ids[len(prompt) :]
+
+
+def in_text(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
+    """The same for a model that only continues texts and so has not learnt the chat format: as
+    data/parallel.py writes them, the source in a line and its translation in the next."""
+    source, target = (message["content"] for message in messages)
+    prompt = [tokenizer.end_of_text, *tokenizer.encode(f"{source}\n")]
+    return prompt, [*tokenizer.encode(target), tokenizer.end_of_text]
+
+
 def reference_losses(
-    checkpoint: Checkpoint, conversations: list[list[dict]], batch_size: int
+    checkpoint: Checkpoint, conversations: list[list[dict]], batch_size: int, ask: Ask = in_chat
 ) -> list[tuple[float, int, int]]:
     """For each conversation's last answer, its end token included: the sum of -log p in nats, its
     tokens, its UTF-8 bytes."""
@@ -118,8 +139,8 @@ def reference_losses(
     for first in range(0, len(conversations), batch_size):
         rendered = []
         for messages in conversations[first : first + batch_size]:
-            ids, prompt = tokenizer.render(messages)[0], tokenizer.render_prompt(messages[:-1])
-            rendered.append((ids, [0] * len(prompt) + [1] * (len(ids) - len(prompt))))
+            prompt, answer = ask(tokenizer, messages)
+            rendered.append((prompt + answer, [0] * len(prompt) + [1] * len(answer)))
         batch = collate(rendered)
         nats = target_losses(checkpoint.model, to_device(batch, device)).cpu().double().sum(dim=1)
         for row, targets in zip(nats.tolist(), batch[1], strict=True):
@@ -129,25 +150,29 @@ def reference_losses(
 
 
 def answer_all(
-    checkpoint: Checkpoint, conversations: list[list[dict]], config: sample.Sampling, name: str
-) -> list[dict]:
-    """A record for each conversation: question, reference, the model's answer and its scores."""
-    tokenizer = checkpoint.tokenizer
-    prompts = [tokenizer.render_prompt(messages[:-1]) for messages in conversations]
+    checkpoint: Checkpoint,
+    conversations: list[list[dict]],
+    config: sample.Sampling,
+    name: str,
+    ask: Ask = in_chat,
+) -> tuple[list[dict], dict]:
+    """A record for each conversation: question, reference, the model's answer, the reference's
+    perplexity; and per_token of all the references."""
+    prompts = [ask(checkpoint.tokenizer, messages)[0] for messages in conversations]
     outputs = sample.complete(checkpoint, prompts, config, 1, config.batch_size)
     answers = [out for [out] in tqdm(outputs, name, total=len(prompts), unit="answer")]
-    losses = reference_losses(checkpoint, conversations, config.batch_size)
-    return [
+    losses = reference_losses(checkpoint, conversations, config.batch_size, ask)
+    records = [
         {
             "question": messages[-2]["content"],
             "reference": messages[-1]["content"],
             "answer": answer.text,
-            "rouge_l": rouge_l(answer.text, messages[-1]["content"]),
             "perplexity": math.exp(nats / tokens),
             "ended": answer.ended,
         }
         for messages, answer, (nats, tokens, _) in zip(conversations, answers, losses, strict=True)
     ]
+    return records, per_token(*(sum(column) for column in zip(*losses, strict=True)))
 
 
 def mean(values: list[float]) -> float | None:
@@ -165,8 +190,10 @@ def per_token(nats: float, tokens: int, n_bytes: int) -> dict[str, float]:
 
 
 def score_answers(asked: list[dict], seen: list[dict], known: list[tuple[str, str]]) -> dict:
-    """What evaluation.json says of answers: asked is what was asked for, seen are trained ones."""
-    texts = [record["answer"] for record in asked]
+    """What evaluation.json says of answers: asked is what was asked for, seen are trained ones.
+    Each record gets its rouge_l."""
+    for record in asked + seen:
+        record["rouge_l"] = rouge_l(record["answer"], record["reference"])
     looked_up = look_up([r["question"] for r in asked], known) if known else []
     return {
         "n": len(asked),
@@ -177,6 +204,18 @@ def score_answers(asked: list[dict], seen: list[dict], known: list[tuple[str, st
             [rouge_l(text, r["reference"]) for text, r in zip(looked_up, asked, strict=bool(known))]
         ),
         "ended": mean([record["ended"] for record in asked]),
+    } | lengths_and_repetition(asked)
+
+
+def score_translations(asked: list[dict]) -> dict:
+    """What evaluation.json says of translations. A look-up among tens of thousands of sentences
+    would take minutes, and a sentence of the training set is no translation of another one."""
+    return corpus_scores(asked) | lengths_and_repetition(asked)
+
+
+def lengths_and_repetition(asked: list[dict]) -> dict:
+    texts = [record["answer"] for record in asked]
+    return {
         "distinct_2": distinct(texts),
         "repeated_4grams": repeated(texts),
         "answer_characters": mean([len(text) for text in texts]),
@@ -187,27 +226,29 @@ def score_answers(asked: list[dict], seen: list[dict], known: list[tuple[str, st
 def evaluate(checkpoint: Checkpoint, data: Dataset, config: Settings, device: str) -> None:
     """Scores the whole split and writes the reports."""
     began = time.perf_counter()
-    nats, tokens, n_bytes = split_sums(
-        checkpoint.model, data, config.split, config.batch_size, device
-    )
-    report = {"dataset": data.name, "split": config.split} | per_token(nats, tokens, n_bytes)
-    asked, seen = [], []
-    if data.kind == "sft":
-        conversations = data.conversations(config.split)
+    report, asked, seen = {"dataset": data.name, "split": config.split}, [], None
+    conversations = data.conversations(config.split) if data.kind == "sft" else []
+    if conversations and data.languages:
+        ask = in_chat if checkpoint.answers else in_text
+        asked, sizes = answer_all(checkpoint, conversations, config, config.split, ask)
+        report |= sizes | score_translations(asked)
+    else:
+        sums = split_sums(checkpoint.model, data, config.split, config.batch_size, device)
+        report |= per_token(*sums)
+    if conversations and not data.languages:
         trained = data.conversations("train")
         count = min(len(conversations), len(trained))
         chosen = np.random.default_rng(0).choice(len(trained), count, replace=False)
-        asked = answer_all(checkpoint, conversations, config, config.split)
-        seen = answer_all(checkpoint, [trained[row] for row in sorted(chosen)], config, "seen")
+        asked, _ = answer_all(checkpoint, conversations, config, config.split)
+        seen, _ = answer_all(checkpoint, [trained[row] for row in sorted(chosen)], config, "seen")
         known = [(m[-2]["content"], m[-1]["content"]) for m in trained]
         report |= score_answers(asked, seen, known)
     report["seconds"] = round(time.perf_counter() - began, 1)
     write_reports(checkpoint, report, asked, seen)
 
 
-def known_pairs(dataset: str) -> dict[str, list[tuple[str, str]]]:
+def known_pairs(data: Dataset) -> dict[str, list[tuple[str, str]]]:
     """The last question and answer of each conversation of a dataset, train first."""
-    data = open_dataset(dataset)
     if data.kind != "sft":
         raise UserError(f"{show_path(data.path)} has no answers; pass --dataset= of questions")
     splits = ("train", *(set(data.tokens) - {"train"}))
@@ -228,11 +269,12 @@ def evaluate_file(checkpoint: Checkpoint, config: sample.Settings, records: list
             "pass a fine-tuned model's --out_dir="
         )
     try:
-        known = known_pairs(config.dataset or checkpoint.run["settings"]["dataset"])
+        data = open_dataset(config.dataset or checkpoint.run["settings"]["dataset"])
+        known, languages = known_pairs(data), data.languages
     except UserError:
         if config.dataset or not all(record["Answer"] for record in records):
             raise
-        known = {}  # the file has all references
+        known, languages = {}, []  # the file has all references
     reference_of = {q: a for pairs in reversed(known.values()) for q, a in pairs}
     trained = {question for question, _ in known.get("train", [])}
     conversations, unmatched, too_long = [], 0, 0
@@ -253,52 +295,62 @@ def evaluate_file(checkpoint: Checkpoint, config: sample.Settings, records: list
         print(f"{too_long} longer than block_size were cut, or left out")
     if not conversations:
         raise UserError(f"no question of {config.start} has a reference")
-    asked = answer_all(checkpoint, conversations, config, "file")
-    seen = [record for record in asked if record["question"] in trained]
+    asked, sizes = answer_all(checkpoint, conversations, config, "file")
     name = Path(config.start.removeprefix("FILE:")).stem
-    losses = reference_losses(checkpoint, conversations, config.batch_size)
-    report = {"dataset": name, "split": "file", "unmatched": unmatched}
-    report |= per_token(*(sum(column) for column in zip(*losses, strict=True)))
-    write_reports(
-        checkpoint, report | score_answers(asked, seen, known.get("train", [])), asked, seen
-    )
+    report = {"dataset": name, "split": "file", "unmatched": unmatched} | sizes
+    if languages:
+        return write_reports(checkpoint, report | score_translations(asked), asked)
+    seen = [record for record in asked if record["question"] in trained]
+    report |= score_answers(asked, seen, known.get("train", []))
+    write_reports(checkpoint, report, asked, seen)
 
 
 # --- reports -----------------------------------------------------------------------------------
 
 
-def write_reports(checkpoint: Checkpoint, report: dict, asked: list[dict], seen: list) -> None:
-    """evaluation.json and its copy, answers as JSON lines, histograms; printed in short."""
+def write_reports(
+    checkpoint: Checkpoint, report: dict, asked: list[dict], seen: list[dict] | None = None
+) -> None:
+    """evaluation.json and answers as JSON lines, each with a copy of its own name, and histograms;
+    printed in short. asked: no answers where it is empty. seen: trained questions; None where
+    there are no questions."""
     out_dir = checkpoint.path.parent
     report = {"checkpoint": checkpoint.path.name} | report
-    text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
-    name = re.sub(r"[^\w.-]", "_", f"{report['dataset']}-{report['split']}")
-    for file in ("evaluation.json", f"evaluation-{name}.json"):
+    name = report_name(report["dataset"], report["split"])
+    answers, own = json_lines(asked), json.dumps(report, ensure_ascii=False, indent=1) + "\n"
+    texts = {"answers.jsonl": answers, f"answers-{name}.jsonl": answers} if asked else {}
+    if seen is not None:
+        texts["answers-seen.jsonl"] = json_lines(seen)
+    for file, text in (texts | {"evaluation.json": own, f"evaluation-{name}.json": own}).items():
         with written_aside(out_dir / file) as path:
             path.write_text(text, encoding="utf-8")
     for key, value in report.items():
         print(f"{key:<20}  {value:.4g}" if isinstance(value, float) else f"{key:<20}  {value}")
-    if asked:
-        for file, records in (("answers.jsonl", asked), ("answers-seen.jsonl", seen)):
-            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            with written_aside(out_dir / file) as path:
-                path.write_text("".join(lines), encoding="utf-8")
-        groups = {str(report["split"]): asked, "trained questions": seen}
-        for key, label, log_x in (
-            ("rouge_l", "ROUGE-L of each answer, over characters", False),
-            ("perplexity", "perplexity of each reference answer", True),
-        ):
-            values = {group: [r[key] for r in records] for group, records in groups.items()}
-            title = f"{out_dir.name} on {report['dataset']}"
-            draw_histogram(values, out_dir / f"{key}.png", title, label, log_x=log_x)
+    if seen is not None:
+        draw_histograms(out_dir, report, asked, seen)
     print(f"written to {show_path(out_dir)}/evaluation.json")
+
+
+def json_lines(records: list[dict]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def draw_histograms(out_dir: Path, report: dict, asked: list[dict], seen: list[dict]) -> None:
+    groups = {str(report["split"]): asked, "trained questions": seen}
+    for key, label, log_x in (
+        ("rouge_l", "ROUGE-L of each answer, over characters", False),
+        ("perplexity", "perplexity of each reference answer", True),
+    ):
+        values = {group: [r[key] for r in records] for group, records in groups.items()}
+        title = f"{out_dir.name} on {report['dataset']}"
+        draw_histogram(values, out_dir / f"{key}.png", title, label, log_x=log_x)
 
 
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     device = pick_device(config.device)
     checkpoint = sample.load_for_sampling(config.out_dir, device, config.quantize == "int8")
-    sample.default_temperature(checkpoint, config)
+    config.temperature = config.temperature or 0.0  # greedy, whatever sampling takes by default
     data = open_dataset(config.dataset or checkpoint.run["settings"]["dataset"])
     if data.kind == "dpo":
         raise UserError(

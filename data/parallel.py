@@ -29,6 +29,7 @@ RAW = "data/raw/hongkong"
 GENERAL = [f"{RAW}/legislation.tsv", f"{RAW}/courts.tsv"]
 FINANCE = [f"{RAW}/speeches.tsv", f"{RAW}/press.tsv", f"{RAW}/offering.tsv"]
 SPLITS = ("train", "val", "test")
+LANGUAGES = ["en", "zh-Hant"]  # of a pair; by them evaluations.py knows a translation
 RATIO = (1.2, 6.0)  # characters of English for one of Chinese: what a good pair has,
 SHORT = 20  # if its English has so many at least
 MOST = 1200  # characters of a sentence
@@ -175,7 +176,7 @@ def prepare(config: Settings, kind: str, others: list[str]) -> dict:
     chosen = functools.partial(
         read, fields=fields, share=config.val, repeated=likeness, record_of=record_of
     )
-    meta = pipeline.prepare(config, own, chosen, kind, SPLITS)
+    meta = pipeline.prepare(config, own, chosen, kind, SPLITS, {"languages": LANGUAGES})
     show_examples(own[0], chosen)
     return meta
 

@@ -13,10 +13,14 @@ import evaluations
 import sample
 from checkpoint import load_checkpoint
 from configurator import UserError
+from data import parallel
+from data.translation import prepare_sft as translation_sft
 from data_utils import Dataset
 from evaluations import (
     LONGEST_FOR_ROUGE,
     distinct,
+    in_chat,
+    in_text,
     lcs_length,
     look_up,
     reference_losses,
@@ -34,7 +38,9 @@ from tests.helpers import (
     write_novel,
     write_questions,
 )
+from tests.test_parallel import many, write_pairs
 from tokenizer import train_tokenizer
+from translation_scores import corpus_scores
 
 REPORT_KEYS = {
     *("dataset", "split", "tokens", "bytes", "perplexity", "bits_per_byte"),
@@ -246,6 +252,7 @@ def test_the_report_of_questions_holds_what_its_answers_say(tmp_path, split):
     assert read_json(out / f"evaluation-toy_sft-{split}.json") == report
     assert (report["dataset"], report["split"]) == ("toy_sft", split)
     asked, seen = read_lines(out / "answers.jsonl"), read_lines(out / "answers-seen.jsonl")
+    assert read_lines(out / f"answers-toy_sft-{split}.jsonl") == asked
     wanted = QUESTIONS[split]
     assert [r["question"] for r in asked] == [m[-2]["content"] for m in wanted]
     assert [r["reference"] for r in asked] == [m[-1]["content"] for m in wanted]
@@ -342,6 +349,108 @@ def test_an_evaluation_that_cannot_be_is_refused(tmp_path):
         evaluate(out, f"--dataset={other}")
     with pytest.raises(UserError, match="no checkpoint in"):
         evaluate(tmp_path / "nothing")
+
+
+# --- translations ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A prepared dataset of translations."""
+    folder = tmp_path_factory.mktemp("pairs")
+    tokenizer = train_tokenizer(
+        [TEXT, *(f"{a} {parallel.traditional(b)}" for a, b in many(50))], 400
+    )
+    tokenizer.save(folder / "tokenizer.json")
+    file = write_pairs(folder / "a.tsv", many(120))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "FINANCE", [])
+        words = [f"--input={file}", f"--out={folder / 'toy_sft'}", f"--tokenizer={folder}"]
+        translation_sft.main([*words, "--val=0.1"])
+    return Dataset(str(folder / "toy_sft"))
+
+
+def make_translator(tmp_path: Path, pairs: Dataset, kind: str) -> Path:
+    model = tiny_model(n_vocab=pairs.tokenizer.n_vocab, block_size=256)
+    return save_run(tmp_path / "out-toy", model, pairs.tokenizer, pairs.path, kind)
+
+
+def slow_translation(out: Path, prompt: list[int], count: int) -> list[int]:
+    """The likeliest ids behind the prompt, one after another."""
+    model, ids = load_checkpoint(out).model, list(prompt)
+    with torch.no_grad():
+        while len(ids) < len(prompt) + count:
+            ids.append(int(model.head(model(torch.tensor([ids])))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize(("kind", "ask"), [("sft", in_chat), ("pretrain", in_text)])
+def test_the_report_of_translations_holds_what_its_texts_say(tmp_path, pairs, kind, ask):
+    out = make_translator(tmp_path, pairs, kind)
+    report = evaluate(out, "--split=test", "--batch_size=5")
+    assert read_json(out / "evaluation-toy_sft-test.json") == report
+    asked = read_lines(out / "answers-toy_sft-test.jsonl")
+    assert read_lines(out / "answers.jsonl") == asked
+    wanted = pairs.conversations("test")
+    assert [[r["question"], r["reference"]] for r in asked] == [
+        [message["content"] for message in messages] for messages in wanted
+    ]
+    assert {key: report[key] for key in corpus_scores(asked)} == corpus_scores(asked)
+    assert not [key for key in report if "rouge" in key or "seen" in key]
+    assert {*asked[0]} == {"question", "reference", "answer", "perplexity", "ended"}
+    assert not [*out.glob("*seen*"), *out.glob("*.png")]
+    tokenizer = pairs.tokenizer
+    nats, counts = zip(
+        *(slow_ask(out, *ask(tokenizer, messages)) for messages in wanted), strict=True
+    )
+    assert report["tokens"] == sum(counts)
+    assert report["bytes"] == sum(len(r["reference"].encode()) for r in asked)
+    assert report["perplexity"] == pytest.approx(math.exp(sum(nats) / sum(counts)), rel=1e-4)
+    for record, n, count in zip(asked, nats, counts, strict=True):
+        assert record["perplexity"] == pytest.approx(math.exp(n / count), rel=1e-4)
+    ids = slow_translation(out, ask(tokenizer, wanted[0])[0], 20)
+    end = next((i for i, id in enumerate(ids) if id in tokenizer.stop_ids), 20)
+    assert asked[0]["answer"] == tokenizer.decode(ids[:end])
+    assert asked[0]["ended"] == (end < 20)
+
+
+def slow_ask(out: Path, prompt: list[int], answer: list[int]) -> tuple[float, int]:
+    """The sum of -log p of an answer's ids behind the prompt, and how many they are."""
+    model = load_checkpoint(out).model
+    with torch.no_grad():
+        logits = model.head(model(torch.tensor([prompt + answer])))[0].double()
+    log_probs = logits.log_softmax(dim=-1)[len(prompt) - 1 : -1]
+    return -sum(log_probs[i, id].item() for i, id in enumerate(answer)), len(answer)
+
+
+def test_a_model_of_texts_is_asked_as_its_texts_are_written(pairs):
+    tokenizer = pairs.tokenizer
+    for messages in pairs.conversations("train"):
+        prompt, answer = in_text(tokenizer, messages)
+        text = parallel.as_text(*(message["content"] for message in messages))
+        end = tokenizer.end_of_text
+        assert prompt + answer == [end, *tokenizer.encode(text), end]
+        assert tokenizer.decode(answer) == messages[1]["content"]
+
+
+def test_translations_are_greedy_whatever_the_seed(tmp_path, pairs):
+    out = make_translator(tmp_path, pairs, "pretrain")
+    texts = [
+        [evaluate(out, "--split=test", *flags)] and (out / "answers.jsonl").read_bytes()
+        for flags in (["--seed=1"], ["--seed=2"], ["--temperature=1"])
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_file_of_translations_is_scored_as_such(tmp_path, pairs):
+    out = make_translator(tmp_path, pairs, "sft")
+    english, chinese = (message["content"] for message in pairs.conversations("val")[0])
+    asked = [{"Question": english}, {"Question": "The fund.", "Answer": "該基金。"}]
+    report = ask_file(out, tmp_path / "x.jsonl", asked)
+    found = read_lines(out / "answers-x-file.jsonl")
+    assert [record["reference"] for record in found] == [chinese, "該基金。"]
+    assert {key: report[key] for key in corpus_scores(found)} == corpus_scores(found)
+    assert "rouge_l" not in report and not (out / "answers-seen.jsonl").exists()
 
 
 # --- the answers to a file's questions ---------------------------------------------------------

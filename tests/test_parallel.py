@@ -179,6 +179,7 @@ def test_pairs_of_every_form_become_texts_and_conversations(folder, form):
         assert found
         assert all(role_of(letters_of(text.split("\n")[0]), 0.1) == split for text in found)
     pairs_of = prepared(translation_sft, folder, *words)
+    assert data.languages == pairs_of.languages == ["en", "zh-Hant"]
     for split, found in texts.items():
         rows = [[turn["content"] for turn in row] for row in pairs_of.conversations(split)]
         assert rows == [text.split("\n") for text in found]
