@@ -235,6 +235,16 @@ def read_run(out_dir: Path, which: str) -> dict:
     return _read_run(_checkpoint_path(out_dir, which))
 
 
+def files_alone(checkpoint: Checkpoint, run: dict) -> dict[str, Path | bytes]:
+    """An out_dir of this checkpoint alone, without what resuming needs: by its name where each file
+    lies, or what it holds. run: what run.json says there."""
+    name = checkpoint.path.name
+    files = {which: f"{name}\n".encode() for which in ("latest", "best")}
+    for file in ("model.safetensors", "tokenizer.json"):
+        files[f"{name}/{file}"] = checkpoint.path / file
+    return files | {f"{name}/run.json": json.dumps(run, ensure_ascii=False, indent=1).encode()}
+
+
 def has_checkpoint(out_dir: Path) -> bool:
     return _pointer(out_dir, "latest") is not None
 

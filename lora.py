@@ -148,6 +148,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{show_path(source)} holds a whole model, and no adapter")
     run = {key: value for key, value in checkpoint.run.items() if key != "adapter"}
     run["settings"] = run["settings"] | {"lora_rank": 0}
+    run["merged"] = {part: checkpoint.run["adapter"][part] for part in ("rank", "alpha", "targets")}
     save_checkpoint(to, checkpoint.model, [], checkpoint.tokenizer, run, is_best=True)
     print(f"{show_path(to)}: {show_path(checkpoint.path)} merged into its base")
 

@@ -310,6 +310,7 @@ def test_a_merged_checkpoint_is_whole_and_the_same_model(sft, tmp_path, capsys):
     lora.main(["merge", f"--out_dir={adapter}", f"--to={to}"])
     assert "merged into its base" in capsys.readouterr().out
     assert "adapter" not in read_run(to, "best")
+    assert read_run(to, "best")["merged"]["rank"] == ADAPTER["lora_rank"]
     idx = random_ids(2, 20)
     whole, merged = (load_checkpoint(out).model for out in (adapter, to))
     assert torch.equal(logits(merged, idx), logits(whole, idx))
