@@ -2,6 +2,8 @@
 # From a fresh machine with Python to a trained model that answers:
 #   bash run.sh              the demonstration
 #   bash run.sh curriculum   four stages, each from the one before: idioms, the novel, questions
+#   bash run.sh translate [--yes]  English to Chinese in four phases, with a score after each;
+#                            --yes accepts the terms of use of its texts
 #   bash run.sh test [--all] the tests; --all adds the minutes-long ones
 # Run again, it does only what is missing or was interrupted.
 set -euo pipefail
@@ -94,6 +96,39 @@ curriculum() {
   echo "picture   out-small-1/curves.png"
 }
 
+translate() {
+  [ -z "$1" ] || [ "$1" = --yes ] || fail "bash run.sh translate takes --yes or nothing, not $1"
+  setup requirements.txt
+  local times=() began=$SECONDS phase domain runs=()
+  stage fetch "$python" data/fetch_data.py hongkong ${1:+--yes}
+  [ -f data/translation/meta.json ] || stage "prepare general" "$python" data/translation/prepare.py
+  [ -f data/finance/meta.json ] ||
+    stage "prepare finance" "$python" data/finance/prepare.py --tokenizer=data/translation
+  for domain in translation finance; do
+    [ -f "data/${domain}_sft/meta.json" ] ||
+      stage "prepare questions" "$python" "data/$domain/prepare_sft.py"
+  done
+  for phase in pretrain sft lora dpo; do
+    if [ $phase = dpo ]; then
+      [ -f data/finance_dpo/meta.json ] || stage "prepare preferences" \
+        "$python" data/finance/prepare_dpo.py --out_dir=out-translate-lora
+    fi
+    stage "train $phase" "$python" train.py config/translate_small/?_$phase.py --resume
+    for domain in translation finance; do
+      [ out-translate-$phase/evaluation-${domain}_sft-test.json -nt out-translate-$phase/latest ] ||
+        stage "evaluate $phase" "$python" evaluations.py --out_dir=out-translate-$phase \
+          --dataset=${domain}_sft --split=test
+    done
+    runs+=("out-translate-$phase")
+  done
+  runs=$(IFS=, && echo "${runs[*]}")
+  stage draw "$python" visualize.py --runs="$runs"
+  stage compare "$python" translation_scores.py compare --runs="$runs" \
+    --datasets=translation_sft,finance_sft
+  echo
+  printf '%s\n' "${times[@]}" "$(printf '%-22s %4d s' 'in all' $((SECONDS - began)))"
+}
+
 run_tests() {
   setup requirements-dev.txt
   "$python" -m ruff check .
@@ -109,6 +144,7 @@ run_tests() {
 case ${1-} in
   "") demo ;;
   curriculum) curriculum ;;
+  translate) translate "${2-}" ;;
   test) run_tests "${2-}" ;;
-  *) fail "unknown command $1; write bash run.sh, or behind it curriculum, or test [--all]" ;;
+  *) fail "unknown command $1; write bash run.sh, or behind it curriculum, translate, or test" ;;
 esac

@@ -1,0 +1,15 @@
+# Fourth phase: of two of its own translations of finance the model learns to prefer the better.
+#   python data/finance/prepare_dpo.py --out_dir=out-minimind-lora --out=data/finance_dpo_minimind
+#   python train.py config/translate/4_dpo.py
+# For one GPU; not yet run on one. What the course asks of it: COMET 0.70.
+out_dir = "out-minimind-dpo"
+init_from = "out-minimind-lora"
+dataset = "finance_dpo_minimind"
+lora_rank = 16
+
+batch_size = 32
+max_iters = 300
+learning_rate = 2e-4
+dpo_beta = 0.1
+warmup_iters = 30
+eval_interval = 50

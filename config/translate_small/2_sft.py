@@ -1,0 +1,14 @@
+# Second phase: English is asked, its Chinese is the answer; general sentences only.
+#   bash run.sh translate
+out_dir = "out-translate-sft"
+init_from = "out-translate-pretrain"
+dataset = "translation_sft"
+
+batch_size = 32
+max_iters = 2500
+learning_rate = 4e-3
+weight_decay = 0.5
+embedding_lr = 2e-2
+embedding_decay = 0.1
+warmup_iters = 50
+eval_interval = 250

@@ -1,0 +1,104 @@
+"""The translator's four phases: their configs, and all of them in a row at a tiny size."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+import evaluations
+import train
+import translation_scores
+from configurator import ROOT, configure
+from data import parallel
+from data.finance import prepare_dpo
+from data.finance import prepare_sft as finance_sft
+from data.translation import prepare as translation
+from data.translation import prepare_sft as translation_sft
+from tests.runs import read_json, words
+
+PHASES = ("pretrain", "sft", "lora", "dpo")
+
+
+def configs_of(folder: str) -> list[Path]:
+    return sorted((ROOT / "config" / folder).glob("*.py"))
+
+
+@pytest.mark.parametrize("folder", ["translate", "translate_small"])
+def test_each_phase_goes_on_from_the_one_before(folder):
+    paths = configs_of(folder)
+    assert [path.stem for path in paths] == [f"{n}_{name}" for n, name in enumerate(PHASES, 1)]
+    configs = [configure(train.Settings, [str(path)]) for path in paths]
+    out_dirs = [config.out_dir for config in configs]
+    assert [config.init_from for config in configs] == ["scratch", *out_dirs[:-1]]
+    assert [bool(config.lora_rank) for config in configs] == [False, False, True, True]
+
+
+def test_the_gpu_configs_have_the_size_of_minimind():
+    config = configure(train.Settings, [str(configs_of("translate")[0])])
+    assert (config.n_layer, config.n_embd, config.n_head, config.n_kv_head) == (8, 512, 8, 2)
+    assert (config.position, config.norm, config.mlp) == ("rope", "rmsnorm", "swiglu")
+    assert configure(translation.Settings, []).vocab_size == 6400
+
+
+def test_run_sh_runs_the_phases_in_their_order():
+    text = (ROOT / "run.sh").read_text(encoding="utf-8")
+    assert f"for phase in {' '.join(PHASES)}; do" in text
+    assert "config/translate_small/?_$phase.py" in text
+
+
+# --- all of them ---------------------------------------------------------------------------------
+
+GENERAL = {"court": "庭", "order": "令", "person": "人", "notice": "書", "land": "地"}
+FINANCE = {"fund": "金", "market": "市", "asset": "產", "price": "價", "profit": "利"}
+BOTH = {"the": "該", "new": "新", "old": "舊", "large": "大", "small": "小", "first": "首"}
+
+
+def write_pairs(path: Path, names: dict[str, str], count: int) -> str:
+    """Sentences that are translated word by word, as lines English TAB Chinese."""
+    draw, known = random.Random(0), [*(names | BOTH).items()]
+    lines = []
+    for _ in range(count):
+        chosen = draw.choices(known, k=8)
+        english = " ".join(word for word, _ in chosen)
+        lines.append(f"{english.capitalize()}.\t{''.join(sign for _, sign in chosen)}。\n")
+    path.write_text("".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def test_the_four_phases_in_a_row(tmp_path, monkeypatch):
+    general = write_pairs(tmp_path / "general.tsv", GENERAL, 400)
+    finance = write_pairs(tmp_path / "finance.tsv", FINANCE, 400)
+    monkeypatch.setattr(parallel, "GENERAL", [general])
+    monkeypatch.setattr(parallel, "FINANCE", [finance])
+    data = {name: tmp_path / name for name in ("texts", "general_sft", "finance_sft", "pairs")}
+    common = words(val=0.05, processes=1, tokenizer=data["texts"], max_tokens=64)
+    translation.main(words(out=data["texts"], val=0.05, processes=1, vocab_size=330))
+    translation_sft.main([*common, f"--out={data['general_sft']}"])
+    finance_sft.main([*common, f"--out={data['finance_sft']}"])
+    out_dirs = [tmp_path / f"out-{phase}" for phase in PHASES]
+    tiny = {"batch_size": 16, "warmup_iters": 5, "dtype": "float32", "device": "cpu"}
+    shape = words(n_layer=1, n_head=2, n_kv_head=1, n_embd=32, block_size=64)
+    tests = [f"{data[name]}" for name in ("general_sft", "finance_sft")]
+    for number, (path, name) in enumerate(zip(configs_of("translate_small"), data, strict=True)):
+        if name == "pairs":
+            sampled = words(n_sources=100, n_val=20, margin=0, max_tokens=64, max_new_tokens=30)
+            prepare_dpo.main([f"--out_dir={out_dirs[2]}", f"--out={data[name]}", *sampled])
+        steps = (40, 150, 100, 10)[number]
+        tiny |= {"dataset": data[name], "out_dir": out_dirs[number], "max_iters": steps}
+        tiny |= {"init_from": out_dirs[number - 1] if number else "scratch"}
+        argv = words(**tiny, eval_interval=steps)
+        train.main([str(path), *(shape if number == 0 else []), *argv])
+        for dataset in tests:
+            evaluations.main(words(out_dir=out_dirs[number], dataset=dataset, split="test"))
+    runs = ",".join(map(str, out_dirs))
+    compared = words(runs=runs, datasets=",".join(tests), out=tmp_path / "comparison")
+    translation_scores.main(["compare", *compared])
+
+    report = read_json(tmp_path / "comparison" / "comparison.json")
+    general, finance = (part["phases"] for part in report["datasets"])
+    assert [row["run"] for row in finance] == [str(path) for path in out_dirs]
+    pretrained, tuned, adapted, preferred = (row["perplexity"] for row in finance)
+    assert adapted < tuned  # finance is what the adapter has learnt
+    assert preferred < pretrained
+    assert general[1]["perplexity"] < general[0]["perplexity"]
+    assert "chrf_p" in finance[2]
