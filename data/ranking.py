@@ -18,7 +18,6 @@ import functools
 import hashlib
 import heapq
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -92,7 +91,7 @@ class Settings(preferences.Settings, endpoint.Settings):
                 raise UserError(f"{name}={getattr(self, name)} must be {least} or more")
         if self.temperature == 0:
             raise UserError("temperature=0 makes all samples of a source the same; raise it")
-        if self.margin is not None and not 0 <= self.margin < math.inf:
+        if self.margin is not None and self.margin < 0:
             raise UserError(f"margin={self.margin} must be 0 or more")
 
     def _refuse(self, names: tuple[str, ...], beside: str) -> None:
