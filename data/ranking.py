@@ -8,7 +8,9 @@ Training pairs come from sources of the training split, held-out ones from the v
 The model was fine-tuned on the former, so pairs from there would say too little of other sentences;
 of the latter it has read none, at most they have chosen its `best`. The test split is not touched.
 Both files are appended to as it goes; stopped, the same command goes on, and comes to the same
-bytes: a sample hangs on the seed, its source's place and its own number.
+bytes. A sample's random numbers hang on the seed, its source's place and its own number; what is
+rounded hangs on the rows beside it, too, so sources are sampled in rounds, and a round that was not
+finished is begun anew.
 
 torch and the model are imported only where there is something to sample.
 """
@@ -27,7 +29,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from tqdm import tqdm
 
-from configurator import UserError, locked, repo_path, show_path
+from configurator import UserError, locked, repo_path, show_path, written_aside
 from data import endpoint, preferences
 from data.endpoint import append, ask_all, open_client, short_hash, whole_lines
 from data.pipeline import print_meta
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from checkpoint import Checkpoint
 
 MARGIN = 10.0  # points of 100
+ROUND = 16  # batches of samples that are begun together; at their end rows stay empty
 CHUNK = 64  # sources whose samples COMET scores before they are written down
 TASK = """\
 下面是一句英文、它的参考译文和{n}个候选译文。请给每个候选译文打分，从0到100：意思准确完整、用词合乎香港金融文件的得高分；漏译、错译或添加了原文没有的内容的得低分。
@@ -166,7 +169,7 @@ def open_data(config: Settings, checkpoint: "Checkpoint") -> Dataset:
 
 def choose_sources(config: Settings, data: Dataset) -> list[dict]:
     """Lines {"split", "source", "reference"}: n_val of the validation split, then n_sources of the
-    training split. Each time the smallest hashes, so that fewer are the first ones of more."""
+    training split: each time those with the smallest hashes, in their order."""
     trained, held_out = (pairs_of(data, split) for split in ("train", "val"))
     held_out = {source: held_out[source] for source in held_out if source not in trained}
     lines = []
@@ -221,36 +224,51 @@ def sample_all(
     resume(path, what_of(config, checkpoint, data))
     _, *lines = whole_lines(path, "weights_sha256", "source")
     check_sources(path, lines, sources)
-    todo = sources[len(lines) :]
-    prompts = [checkpoint.tokenizer.render_prompt(prompt_of(line)) for line in todo]
-    rest = config.num_samples, config.batch_size
-    outputs = sample.complete(checkpoint, prompts, sampling, *rest, first_prompt=len(lines))
-    before = len(sources) - len(todo)
-    with tqdm(desc="sampling", total=len(sources), initial=before, unit="source") as bar:
-        for line, samples in zip(todo, outputs, strict=True):
+    size = max(1, ROUND * config.batch_size // config.num_samples)
+    if len(lines) < len(sources) and len(lines) % size:
+        del lines[len(lines) // size * size :]
+        keep_lines(path, 1 + len(lines))
+    bar = tqdm(desc="sampling", total=len(sources), initial=len(lines), unit="source")
+    for first in range(len(lines), len(sources), size):
+        part = sources[first : first + size]
+        prompts = [checkpoint.tokenizer.render_prompt(prompt_of(line)) for line in part]
+        rest = config.num_samples, config.batch_size
+        outputs = sample.complete(checkpoint, prompts, sampling, *rest, first_prompt=first)
+        for line, samples in zip(part, outputs, strict=True):
             # without the blanks around them, as all messages are kept
             texts, ended = [one.text.strip() for one in samples], [one.ended for one in samples]
             scores = [chrf(text, line["reference"]) for text in texts]
             lines.append(line | {"samples": texts, "ended": ended, "chrf": scores})
             append(path, lines[-1:])
             bar.update()
-    return lines[: len(sources)]
+    bar.close()
+    return lines
+
+
+def keep_lines(path: Path, count: int) -> None:
+    """Cuts a file off behind its first lines."""
+    lines = path.read_bytes().split(b"\n")[:count]
+    with written_aside(path) as aside:
+        aside.write_bytes(b"".join(line + b"\n" for line in lines))
 
 
 def check_sources(path: Path, lines: list[dict], sources: list[dict]) -> None:
     """UserError where samples are not those of the sources in the same places."""
-    for number, (line, source) in enumerate(zip(lines, sources, strict=False), 2):
-        if {name: line.get(name) for name in source} != source:
+    for number, line in enumerate(lines, 2):
+        source = sources[number - 2] if number - 2 < len(sources) else {}
+        if not source or {name: line.get(name) for name in source} != source:
             raise UserError(
                 f"{show_path(path)}, line {number} is not of its source; delete it to begin anew"
             )
 
 
 def what_of(config: Settings, checkpoint: "Checkpoint", data: Dataset) -> dict:
-    """What the samples depend on, beside the number of training sources."""
+    """What the samples depend on. On batch_size, too: rows of another batch are rounded a little
+    differently, by which 8 of 1,440 samples of a translator took another turn."""
     from checkpoint import weights_sha256
 
-    names = ("num_samples", "max_new_tokens", "temperature", "top_p", "seed", "n_val")
+    names = ("n_val", "n_sources", "num_samples", "batch_size")
+    names += ("max_new_tokens", "temperature", "top_p", "seed")
     fingerprints = [data.meta["splits"][split]["fingerprint"] for split in ("train", "val")]
     about = {
         "weights_sha256": weights_sha256(checkpoint.path),
