@@ -111,7 +111,8 @@ translate() {
   for phase in pretrain sft lora dpo; do
     if [ $phase = dpo ]; then
       [ -f data/finance_dpo/meta.json ] || stage "prepare preferences" \
-        "$python" data/finance/prepare_dpo.py --out_dir=out-translate-lora
+        "$python" data/finance/prepare_dpo.py --out_dir=out-translate-lora --temperature=0.7 \
+        --margin=4 --n_val=400
     fi
     stage "train $phase" "$python" train.py config/translate_small/?_$phase.py --resume
     for domain in translation finance; do

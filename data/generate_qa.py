@@ -15,12 +15,11 @@ and is appended as soon as it comes; OUT.calls has a line for each call that was
 the same command goes on where it was stopped. The prepare scripts read the file as it is.
 """
 
-import asyncio
+import functools
 import hashlib
 import heapq
 import itertools
 import json
-import os
 import random
 import re
 import sys
@@ -31,9 +30,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
-
 from configurator import UserError, command, configure, repo_path, show_path
+from data import endpoint
+from data.endpoint import append, ask_all, open_client, short_hash, whole_lines
 from data.forms import text_of
 from data.readers import Tally, find_sources, records
 from data.similar import QUESTIONS_ALIKE, NearDuplicates, letters_of
@@ -43,7 +42,6 @@ from data_writer import SENTENCE_END
 # answers of data/sanguo/qa.jsonl, which are in other words than the novel, have it in the 800
 # characters around their evidence, and 0.7 % of answers to other questions
 GROUNDED = 0.2
-HOPELESS = 5  # calls that fail one after another, after which it stops
 TASK = """\
 请写{n}个不同的问题和它们的答案，用来训练一个中文问答模型。问题要具体、完整，离开原文也能看懂；答案要准确，是一两句完整的话。
 每个问题写成一行JSON，不写别的：{form}"""
@@ -54,19 +52,14 @@ FORM_OF_PASSAGE = (
 
 
 @dataclass
-class Settings:
+class Settings(endpoint.Settings):
     input: list[str] = field(default_factory=list)  # the source: files, folders, globs; or none
     examples: str = ""  # a file of questions and answers, some of which are shown in each prompt
     out: str = "data/generated/qa.jsonl"  # file to append to
-    model: str = ""  # the model's name at the endpoint
-    base_url: str = ""  # the endpoint, as http://127.0.0.1:7860/v1; empty: OPENAI_BASE_URL, OpenAI
     calls: int | None = None  # None: one for each passage
     per_call: int = 5  # pairs asked for in a call
     passage: int = 800  # characters of a passage at most
     n_examples: int = 3  # examples in a prompt
-    parallel: int = 8  # calls at once
-    retries: int = 5  # of a call that the endpoint refuses or loses
-    timeout: float = 120.0  # seconds of a try
     temperature: float = 0.8
     max_tokens: int | None = None  # of an answer; None: what the endpoint takes
     seed: int = 1337  # which examples go with which call
@@ -74,20 +67,18 @@ class Settings:
     dry_run: bool = False  # print the prompts and the number of calls; call nothing
 
     def __post_init__(self):
+        super().__post_init__()
         if not (self.input or self.examples):
             raise UserError("nothing to go by; pass --input= with the source, or --examples=")
         if not self.input and not self.calls:
             raise UserError("without --input= it needs --calls=, the number of calls")
-        for name in ("per_call", "passage", "parallel"):
+        for name in ("per_call", "passage"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
-        if self.timeout <= 0:
-            raise UserError(f"timeout={self.timeout:g} must be above 0")
         if self.calls is not None and self.calls < 1:
             raise UserError(f"calls={self.calls} must be 1 or more")
-        for name in ("n_examples", "retries"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must be 0 or more")
+        if self.n_examples < 0:
+            raise UserError(f"n_examples={self.n_examples} must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -98,7 +89,7 @@ class Call:
 
     @property
     def id(self) -> str:
-        return hashlib.sha256(self.prompt.encode()).hexdigest()[:16]
+        return short_hash(self.prompt)
 
 
 # --- what is asked -------------------------------------------------------------------------------
@@ -225,16 +216,17 @@ class Pairs:
     def __init__(self, path: Path, examples: list[dict]):
         self.path, self.calls_path = path, path.with_name(path.name + ".calls")
         self.counts, self.known = Counter(), NearDuplicates(2, QUESTIONS_ALIKE)
-        self.done = {line["call"] for line in whole_lines(self.calls_path)}
+        self.done = {line["call"] for line in whole_lines(self.calls_path, "call")}
         self.before = 0
         for pair in examples:
             self.known.like(letters_of(pair["Question"]))
-        for pair in whole_lines(path):
+        for pair in whole_lines(path, "Question"):
             self.known.like(letters_of(pair["Question"]))
             self.before += 1
 
-    def add(self, call: Call, text: str, model: str) -> None:
-        """Appends the good pairs of a call's text, and that the call has been answered."""
+    def add(self, call: Call, text: str, model: str) -> str:
+        """Appends the good pairs of a call's text, and that the call has been answered; returns how
+        many there are now."""
         pairs, broken = parse_pairs(text)
         counts, lines = Counter({"malformed": broken}), []
         for pair in pairs:
@@ -251,6 +243,7 @@ class Pairs:
         append(self.path, lines)
         append(self.calls_path, [{"call": call.id, "model": model} | +counts])
         self.counts += counts
+        return f"{self.counts['kept']} pairs"
 
     def fault(self, pair: dict, passage: str) -> str:
         """Why a pair is left out, "" where it is good."""
@@ -260,93 +253,6 @@ class Pairs:
             return "not grounded"
         share, _ = self.known.like(letters_of(pair["Question"]))
         return "" if not share else "duplicate" if share == 1 else "near duplicate"
-
-
-def whole_lines(path: Path) -> list[dict]:
-    """The lines of a file, if it is there; one that a kill cut short is taken away."""
-    if not path.is_file():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    lines = []
-    # no splitlines: JSON leaves U+2028 and U+0085 inside its texts as they are
-    for number, line in enumerate(whole.decode("utf-8", "replace").split("\n")[:-1], 1):
-        try:
-            lines.append(json.loads(line))
-            assert {"Question", "call"} & {*lines[-1]}
-        except (ValueError, TypeError, AssertionError):
-            raise UserError(f"{show_path(path)}, line {number} is damaged; delete it") from None
-    return lines
-
-
-def append(path: Path, lines: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", newline="\n") as file:
-        file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-# --- the endpoint --------------------------------------------------------------------------------
-
-
-def open_client(config: Settings):
-    """The client of the openai package, which tries again by itself: after 429, 5xx, lost
-    connections and timeouts, longer each time, or as long as the endpoint asks."""
-    try:
-        import openai  # here, since nothing else needs it
-    except ImportError:
-        raise UserError("the openai package is missing; run python -m pip install openai") from None
-    if not config.model:
-        raise UserError("no model named; pass --model=, as the endpoint calls it")
-    key = os.environ.get("OPENAI_API_KEY")
-    elsewhere = config.base_url or os.environ.get("OPENAI_BASE_URL")
-    if not key and not elsewhere:
-        raise UserError("no key; set OPENAI_API_KEY, or name another endpoint by --base_url=")
-    options = {"max_retries": config.retries, "timeout": config.timeout}
-    return openai.AsyncOpenAI(api_key=key or "none", base_url=elsewhere or None, **options)
-
-
-async def ask_all(client, config: Settings, calls: list[Call], pairs: Pairs) -> None:
-    """Asks `parallel` at a time, in order. What fails after its retries is left for the next run;
-    UserError where the endpoint refuses the request itself, or fails HOPELESS times in a row."""
-    import openai
-
-    options = {"model": config.model, "temperature": config.temperature}
-    if config.max_tokens:
-        options["max_tokens"] = config.max_tokens
-    left, failed = iter(calls), 0
-
-    async def work() -> None:
-        nonlocal failed
-        for call in left:
-            messages = [{"role": "user", "content": call.prompt}]
-            try:
-                answer = await client.chat.completions.create(messages=messages, **options)
-                text = answer.choices[0].message.content or ""
-            except (openai.APIError, AttributeError, IndexError, TypeError) as error:
-                refused = getattr(error, "status_code", 0) in (400, 401, 403, 404, 405, 422)
-                failed += 1
-                pairs.counts["failed calls"] += 1
-                if refused or failed >= HOPELESS:
-                    raise UserError(f"{client.base_url}: {reason_of(error)}") from None
-                bar.write(f"failed: {reason_of(error)}", file=sys.stdout)
-            else:
-                failed = 0
-                pairs.add(call, text, config.model)
-            bar.set_postfix_str(f"{pairs.counts['kept']} pairs")
-            bar.update()
-
-    with tqdm(total=len(calls), unit="call", desc=pairs.path.name) as bar:
-        async with client, asyncio.TaskGroup() as group:
-            for _ in range(min(config.parallel, len(calls))):
-                group.create_task(work())
-
-
-def reason_of(error: Exception) -> str:
-    text = " ".join(str(error).split())[:300]
-    return f"{text} ({type(error).__name__})"
 
 
 def main(argv: list[str]) -> None:
@@ -365,16 +271,16 @@ def main(argv: list[str]) -> None:
     todo = [call for call in calls if call.id not in pairs.done]
     if len(todo) < len(calls):
         print(f"{len(calls) - len(todo):,} of {len(calls):,} calls were answered before")
+    options = {"temperature": config.temperature}
+    if config.max_tokens:
+        options["max_tokens"] = config.max_tokens
+    take = functools.partial(pairs.add, model=config.model)
     try:
-        asyncio.run(ask_all(client, config, todo, pairs))
-    except* UserError as errors:
-        raise errors.exceptions[0] from None
+        ask_all(client, config, todo, take, pairs.counts, out.name, **options)
     finally:
         found = ", ".join(f"{n:,} {what}" for what, n in pairs.counts.items() if n)
         total = pairs.before + pairs.counts["kept"]
         print(f"{found or 'nothing new'}; {show_path(out)} has {total:,} pairs")
-    if todo and pairs.counts["failed calls"] == len(todo):
-        raise UserError("no call was answered; the reasons are above; the same command tries again")
 
 
 def _is_text(text: str) -> bool:

@@ -13,6 +13,7 @@ import pytest
 
 from configurator import ROOT, UserError
 from data import generate_qa
+from data.endpoint import append, whole_lines
 from data.generate_qa import cut, is_grounded, parse_pairs
 from data.readers import Tally, find_sources, records
 from tests.helpers import TEXT, dialogue, save_run, tiny_model, tiny_tokenizer, write_questions
@@ -314,8 +315,8 @@ def test_a_damaged_output_is_not_appended_to(novel):
 
 def test_other_line_ends_inside_a_text_do_not_damage_the_output(tmp_path):
     lines = [{"Question": f"甲{end}乙？"} for end in "\u2028\u2029\x85\v\f\r\n"]
-    generate_qa.append(tmp_path / "qa.jsonl", lines)
-    assert generate_qa.whole_lines(tmp_path / "qa.jsonl") == lines
+    append(tmp_path / "qa.jsonl", lines)
+    assert whole_lines(tmp_path / "qa.jsonl", "Question") == lines
 
 
 # --- the parts -----------------------------------------------------------------------------------

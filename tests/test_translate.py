@@ -77,13 +77,13 @@ def test_the_four_phases_in_a_row(tmp_path, monkeypatch):
     finance_sft.main([*common, f"--out={data['finance_sft']}"])
     out_dirs = [tmp_path / f"out-{phase}" for phase in PHASES]
     tiny = {"batch_size": 16, "warmup_iters": 5, "dtype": "float32", "device": "cpu"}
-    shape = words(n_layer=1, n_head=2, n_kv_head=1, n_embd=32, block_size=64)
+    shape = words(n_layer=1, n_head=2, n_kv_head=1, n_embd=64, block_size=64)
     tests = [f"{data[name]}" for name in ("general_sft", "finance_sft")]
     for number, (path, name) in enumerate(zip(configs_of("translate_small"), data, strict=True)):
         if name == "pairs":
-            sampled = words(n_sources=100, n_val=20, margin=0, max_tokens=64, max_new_tokens=30)
+            sampled = words(n_sources=100, n_val=16, margin=0, max_tokens=64, temperature=0.7)
             prepare_dpo.main([f"--out_dir={out_dirs[2]}", f"--out={data[name]}", *sampled])
-        steps = (40, 150, 100, 10)[number]
+        steps = (60, 300, 250, 10)[number]
         tiny |= {"dataset": data[name], "out_dir": out_dirs[number], "max_iters": steps}
         tiny |= {"init_from": out_dirs[number - 1] if number else "scratch"}
         argv = words(**tiny, eval_interval=steps)

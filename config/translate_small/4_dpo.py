@@ -6,8 +6,8 @@ dataset = "finance_dpo"
 lora_rank = 8
 
 batch_size = 16
-max_iters = 150
-learning_rate = 5e-4
+max_iters = 75
+learning_rate = 2e-4
 dpo_beta = 0.1
-warmup_iters = 15
-eval_interval = 25
+warmup_iters = 10
+eval_interval = 15
