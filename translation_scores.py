@@ -118,11 +118,10 @@ def simplified(text: str) -> str:
 
 
 def is_traditional(char: str) -> bool:
-    """Whether Big5 has a character among its 5,401 common ones (its first level), or Hong Kong
-    writes it: 年息五厘, 永恒."""
-    return (
-        b"\xa4\x40" <= char.encode("big5", errors="ignore") <= b"\xc6\x7e" or char in "厘恒熏蚝涂"
-    )
+    """Whether a character is among Big5's 5,401 common ones (its first level), or its second level
+    calls it rare, but Hong Kong writes it: 年息五厘, 永恒."""
+    code = char.encode("big5", errors="ignore")
+    return b"\xa4\x40" <= code <= b"\xc6\x7e" or char in "厘恒熏蚝涂"
 
 
 def corpus_scores(records: list[dict]) -> dict:
@@ -131,12 +130,8 @@ def corpus_scores(records: list[dict]) -> dict:
     report = {"n": len(records)}
     for name, metric in METRICS.items():
         counts = statistics(metric, answers, [record["reference"] for record in records])
-        low, high = interval(metric, counts)
-        report |= {
-            name: score_of(metric, counts.sum(axis=0)),
-            f"{name}_low": low,
-            f"{name}_high": high,
-        }
+        report[name] = score_of(metric, counts.sum(axis=0))
+        report[f"{name}_low"], report[f"{name}_high"] = interval(metric, counts)
         report[f"{name}_signature"] = signature(metric)
     return report | {
         "empty": share(not answer.strip() for answer in answers),
@@ -245,13 +240,8 @@ def sha256(path: Path) -> str:
 # --- the phases of a translator ----------------------------------------------------------------
 
 SHARES = ("empty", "unfinished", "simplified")
-REPORTED = (
-    "n",
-    "perplexity",
-    *METRICS,
-    *(f"{m}_{end}" for m in METRICS for end in ("low", "high")),
-)
-REPORTED = (*REPORTED, *SHARES)
+ENDS = [f"{name}_{end}" for name in METRICS for end in ("low", "high")]
+REPORTED = ("n", "perplexity", *METRICS, *ENDS, *SHARES)  # what a report must have
 
 
 def compare(config: "Settings", words: list[str]) -> None:
@@ -300,10 +290,8 @@ def compared(dataset: str, phases: list[Phase], examples: int) -> dict:
     phase before, and sentences evenly from the whole split."""
     rows = []
     for before, phase in zip([None, *phases], phases, strict=False):
-        kept = [
-            key for key in (*REPORTED, "checkpoint", "comet", "comet_model") if key in phase.report
-        ]
-        row = {"run": phase.run} | {key: phase.report[key] for key in kept}
+        keys = ("checkpoint", *REPORTED, "comet", "comet_model")
+        row = {"run": phase.run} | {k: phase.report[k] for k in keys if k in phase.report}
         for key, metric in METRICS.items() if before else ():
             row[f"{key}_p"] = p_value(metric, before.counts[key], phase.counts[key])
         rows.append(row)
@@ -428,19 +416,19 @@ def load_comet(name: str):
 
 # --- the command line --------------------------------------------------------------------------
 
+DOMAINS = ("translation_sft", "finance_sft")
+
 
 @dataclass
 class Settings:
     names: list[str] = field(default_factory=list)  # compare, or comet
     runs: list[str] = field(default_factory=list)  # to compare: out_dirs in their order: a,b
-    datasets: list[str] = field(default_factory=lambda: ["translation_sft", "finance_sft"])  # a,b
+    datasets: list[str] = field(default_factory=lambda: [*DOMAINS])  # each by all runs: a,b
     split: str = "test"  # of them: test, val, or train
     examples: int = 3  # sentences of each dataset to show
     out: str = "out-comparison"  # directory for comparison.md and comparison.json
     answers: str = ""  # for comet: a file that evaluations.py wrote
-    model: str = (
-        "Unbabel/wmt22-comet-da"  # for comet: a name on the Hugging Face hub, or a checkpoint
-    )
+    model: str = "Unbabel/wmt22-comet-da"  # for comet: on the Hugging Face hub, or a checkpoint
     batch_size: int = 16  # for comet: sentences at once
 
     def __post_init__(self):
