@@ -123,7 +123,8 @@ translate() {
     runs+=("out-translate-$phase")
   done
   runs=$(IFS=, && echo "${runs[*]}")
-  stage draw "$python" visualize.py --runs="$runs"
+  stage draw "$python" visualize.py --runs="${runs%,*}"  # preferences have a loss of their own
+  stage draw "$python" visualize.py --runs=out-translate-dpo
   stage compare "$python" translation_scores.py compare --runs="$runs" \
     --datasets=translation_sft,finance_sft
   echo
