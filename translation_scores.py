@@ -197,8 +197,8 @@ def read_report(path: Path, keys: Iterable[str], remedy: str) -> dict:
     """A JSON object that has these keys."""
     try:
         report = json.loads(read_text(path, remedy))
-        missing = [key for key in keys if key not in report]
-    except (ValueError, TypeError):
+        missing = [key for key in keys if report.get(key) is None]
+    except (ValueError, AttributeError):
         raise UserError(f"{show_path(path)} is damaged; {remedy}") from None
     if missing:
         raise UserError(f"{show_path(path)} has no {missing[0]}; {remedy}")

@@ -311,8 +311,11 @@ def test_what_cannot_be_compared_is_one_line_that_says_what_to_do(three, tmp_pat
     fails("is not of answers-toy_sft-test.jsonl beside it; ", remedy)
     write_json(report, {"perplexity": 2.0, "rouge_l": 0.2})
     fails("has no n; prepare toy_sft again if it is older", remedy)
-    report.write_text("{", encoding="utf-8")
-    fails("is damaged; ", remedy)
+    write_run(bad, worse(REFERENCES, 0.2), 2.0, chrf=None)
+    fails("has no chrf; ", remedy)
+    for text in ("{", "[]"):
+        report.write_text(text, encoding="utf-8")
+        fails("is damaged; ", remedy)
     answers.write_text('{"question": "x"}\n', encoding="utf-8")
     fails("line 1: no question, reference and answer; ", remedy)
     answers.write_text("", encoding="utf-8")
