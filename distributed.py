@@ -12,7 +12,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -70,7 +70,9 @@ class World:
         if self.size == 1:
             return numbers
         whole = all(isinstance(number, int) for number in numbers)
-        return self.add(torch.tensor(numbers, dtype=torch.int64 if whole else torch.float64)).tolist()
+        return self.add(
+            torch.tensor(numbers, dtype=torch.int64 if whole else torch.float64)
+        ).tolist()
 
     def any(self, flag: bool) -> bool:
         """Whether it holds in one of the processes. All wait for each other here."""
@@ -80,7 +82,9 @@ class World:
         """UserError where the processes differ in one of the facts."""
         if self.size == 1:
             return
-        digests = [hashlib.blake2b(repr(f).encode(), digest_size=7).digest() for f in facts.values()]
+        digests = [
+            hashlib.blake2b(repr(f).encode(), digest_size=7).digest() for f in facts.values()
+        ]
         own = torch.tensor([int.from_bytes(digest) for digest in digests])
         least, most = own.clone(), own.clone()
         torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
@@ -119,8 +123,9 @@ def together() -> Iterator[World]:
             if world.is_first:
                 raise
             raise SystemExit(130) from None
-        except SystemExit:  # all stop here, and the first has saved
-            _leave(world)
+        except SystemExit:  # a signal has stopped all, or this one when another had failed
+            with suppress(RuntimeError):
+                _leave(world)
             raise
         except Exception as error:
             lost = _is_lost_connection(error)
@@ -214,7 +219,7 @@ class Objective(torch.nn.Module):
 
 
 def replicate(objective: Objective) -> DistributedDataParallel:
-    """The same; a backward pass outside of no_sync leaves each gradient's mean over the processes."""
+    """The same; a backward pass outside of no_sync leaves each gradient's mean over processes."""
     replica = DistributedDataParallel(
         objective, forward_sync_buffers=False, gradient_as_bucket_view=True
     )

@@ -352,9 +352,10 @@ def start(argv: list[str], world: World = ALONE) -> Run:
         if world.is_first and not config.dry_run:
             rewind(out_dir)
     check_together(config, data, progress, device, world)
-    startup.lap("model")
     state = model, optimizers, progress, device, scaler, startup, mix, adapter, reference_key
-    return Run(config, out_dir, data, tokenizer, *state, world=world)
+    run = Run(config, out_dir, data, tokenizer, *state, world=world)
+    startup.lap("model")
+    return run
 
 
 def check_shares(config: Settings, device: str, world: World) -> None:
@@ -626,9 +627,9 @@ def finite(run: Run, loss: float) -> float:
 def train_step(
     run: Run, batches: list, counts: dict[str, int]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """One step of the optimizer over its micro-batches, as step_batches makes them -> this process's
-    part of the mean loss of each term, and of what else preferences tell, by name; the gradient
-    norm, of all processes. All scalars."""
+    """One step of the optimizer over its micro-batches, as step_batches makes them -> the mean
+    loss of each term, and what else preferences tell, by name, as far as this process's share of
+    rows makes it up; the norm of the whole gradient. All scalars."""
     config = run.config
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:

@@ -1,5 +1,6 @@
 """Several processes train as one does: the same rows, losses and files, and the same bits again."""
 
+import json
 import os
 import signal
 import socket
@@ -21,10 +22,8 @@ from tests.runs import (
     ROOT,
     TINY,
     assert_same_run,
-    checkpoint_file,
     contents,
     log,
-    pointer,
     ready_python,
     saved,
     train_here,
@@ -36,7 +35,7 @@ from tests.runs import (
 from train import Settings, check_shares, seed_dropout
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes that are forked or signalled")
-MOST = 3  # processes at once
+slow = pytest.mark.slow
 
 
 def free_port() -> int:
@@ -48,17 +47,17 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def several(tmp_path_factory) -> Callable[..., list[subprocess.CompletedProcess]]:
     """several(2, **settings): train.py in two processes, with the environment that torchrun gives
-    them, but without its seconds of imports."""
+    them, but without its seconds of imports. A dict for each before the settings is its own."""
+    pythons = []
     with ExitStack() as stack:
-        pythons = [
-            stack.enter_context(ready_python(tmp_path_factory.mktemp("process")))
-            for _ in range(MOST)
-        ]
 
         def run(size: int, *own: dict, script: str = "train.py", **settings: object):
             place = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
             place |= {"MASTER_PORT": free_port()}
             given = {} if settings.get("resume") else TINY
+            while len(pythons) < size:
+                ready = ready_python(tmp_path_factory.mktemp("process"))
+                pythons.append(stack.enter_context(ready))
 
             def one(rank: int) -> subprocess.CompletedProcess:
                 environment = place | {"RANK": rank, "LOCAL_RANK": rank}
@@ -150,7 +149,7 @@ COURSES = {
     "short rows first": {"dataset": "text", "short_block": 8, "short_iters": 7},
     "an LSTM": {"dataset": "text", "model": "lstm", "n_head": 8},
 }
-LONG = {"an untied head", "short rows first", "an LSTM", "pretraining with AdamW"}
+QUICK = {"pretraining with Muon", "questions, uneven, with a text", "preferences by adapters"}
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +167,7 @@ def located(world: Path, settings: dict) -> dict:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in COURSES]
+    "name", [n if n in QUICK else pytest.param(n, marks=slow) for n in COURSES]
 )
 def test_two_processes_take_the_course_of_one(world, several, tmp_path, name):
     settings = located(world, COURSES[name])
@@ -202,19 +201,16 @@ def test_dropout_of_the_first_process_is_that_of_one_and_of_no_other():
     for rank in (0, 1, 2):
         seed_dropout(1337, 5, 2, rank)
         draws.append(torch.rand(8))
-    torch.manual_seed(
-        int(np.random.SeedSequence([1337, 5, 2]).generate_state(1, np.uint64)[0])
-    )
+    torch.manual_seed(int(np.random.SeedSequence([1337, 5, 2]).generate_state(1, np.uint64)[0]))
     assert torch.equal(draws[0], torch.rand(8))
     assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[1], draws[2])
 
 
 def test_evaluation_is_that_of_one_process(world, several, tmp_path):
     common = {"learning_rate": 0, "max_iters": 1, "batch_size": 3}
-    for number, kind in enumerate(("text", "questions", "pairs")):
+    for number, kind in enumerate(("questions", "pairs")):
         given = common | {"dataset": world / kind, "init_from": world / "answers"}
-        if kind == "questions":
-            given |= {"mix_dataset": world / "text"}
+        given |= {"mix_dataset": world / "text"}
         one = train_here(out_dir=tmp_path / f"one-{number}", **given)
         two = train_in(several, 2, out_dir=tmp_path / f"two-{number}", **given)
         [a], [b] = log(one), log(two)
@@ -227,36 +223,46 @@ def test_evaluation_is_that_of_one_process(world, several, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "size", [2, pytest.param(3, marks=pytest.mark.slow)]
+    ("size", "shard"),
+    [(2, False), *(pytest.param(*case, marks=slow) for case in [(3, False), (2, True), (3, True)])],
 )
-def test_stopped_and_resumed_several_processes_end_in_the_same_bits(world, several, tmp_path, size):
+def test_stopped_and_resumed_several_processes_end_in_the_same_bits(
+    world, several, tmp_path, size, shard
+):
     # with three, a sum's bits depend on where in a bucket a gradient lies
-    common = {"dataset": world / "text", "dropout": 0.1, "eval_interval": 3, "lr_decay_iters": 9}
-    common |= {"batch_size": 3, "gradient_accumulation_steps": 2}
-    whole = train_in(several, size, out_dir=tmp_path / "whole", max_iters=9, **common)
+    common = {"dataset": world / "text", "dropout": 0.1, "eval_interval": 3, "lr_decay_iters": 6}
+    common |= {"batch_size": 3, "gradient_accumulation_steps": 2, "shard": shard}
+    whole = train_in(several, size, out_dir=tmp_path / "whole", max_iters=6, **common)
     parts = train_in(several, size, out_dir=tmp_path / "parts", max_iters=3, **common)
     train_in(several, size, out_dir=parts, resume=True, max_iters=6)
-    train_in(several, size, out_dir=parts, resume=True, max_iters=9)
     assert_same_run(whole, parts)
 
 
-@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("lora", [{}, {"lora_rank": 4}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("before", "after", "shard"),
+    [
+        (2, 1, False),
+        *(pytest.param(*case, marks=slow) for case in [(1, 2, False), (2, 1, True), (1, 2, True)]),
+    ],
+)
 def test_a_run_goes_on_with_another_number_of_processes_and_says_so(
-    world, several, tmp_path, before, after, capsys
+    world, several, tmp_path, capfd, before, after, shard, lora
 ):
     common = {"dataset": world / "pairs", "init_from": world / "answers", "eval_interval": 5}
-    whole = train_here(out_dir=tmp_path / "whole", max_iters=10, lr_decay_iters=10, **common)
-    common |= {"max_iters": 5, "lr_decay_iters": 10}
+    common |= {"lr_decay_iters": 10, "shard": shard, **lora}
+    whole = train_here(out_dir=tmp_path / "whole", max_iters=10, **common)
     parts = tmp_path / "parts"
-    if before == 2:
-        train_in(several, 2, out_dir=parts, **common)
-        capsys.readouterr()
-        train_here(out_dir=parts, resume=True, max_iters=10)
-        printed = capsys.readouterr().out
-    else:
-        train_here(out_dir=parts, **common)
-        printed = several(2, out_dir=parts, resume=True, max_iters=10)[0].stdout
-    assert f"processes was {before}, now {after}" in printed
+
+    def go(size: int, **settings: object) -> str:
+        capfd.readouterr()
+        if size > 1:
+            return several(size, out_dir=parts, **settings)[0].stdout
+        train_here(out_dir=parts, **settings)
+        return capfd.readouterr().out
+
+    go(before, max_iters=5, **common)
+    assert f"processes was {before}, now {after}" in go(after, resume=True, max_iters=10)
     assert_same_course(whole, parts)
 
 
@@ -271,11 +277,12 @@ def test_torchrun_starts_a_run_whose_first_process_speaks_alone(world, several, 
     assert sum("finished at step 20" in line for line in lines) == 1
     assert sum("on cpu in 2 processes" in line for line in lines) == 1
     assert sum(line.startswith("step 10: ") for line in lines) == 1
-    assert_same_run(tmp_path / "out", train_in(several, 2, dataset=world / "text",
-                                               out_dir=tmp_path / "other"))
+    assert_same_run(
+        tmp_path / "out", train_in(several, 2, dataset=world / "text", out_dir=tmp_path / "other")
+    )
 
 
-@pytest.mark.slow
+@slow
 def test_what_is_wrong_with_the_command_is_said_once(world, tmp_path):
     given = words(**TINY | {"dataset": world / "text", "out_dir": tmp_path / "out"})
     for wrong, message in (
@@ -298,7 +305,7 @@ def wait_for_lines(out_dir: Path, count: int, process: subprocess.Popen) -> None
         time.sleep(0.002)
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_by_a_signal_to_torchrun_all_stop_at_one_step(world, several, tmp_path, signum):
     common = {"dataset": world / "text", "max_iters": 200, "eval_interval": 100}
@@ -315,7 +322,7 @@ def test_stopped_by_a_signal_to_torchrun_all_stop_at_one_step(world, several, tm
     assert_same_run(train_in(several, 2, out_dir=tmp_path / "whole", **common), out)
 
 
-@pytest.mark.slow
+@slow
 def test_a_signal_to_one_process_stops_all(world, several, tmp_path):
     common = {"dataset": world / "text", "max_iters": 100, "eval_interval": 100}
     script = tmp_path / "interrupted.py"
@@ -337,7 +344,7 @@ def test_a_signal_to_one_process_stops_all(world, several, tmp_path):
     assert saved(out)["progress"]["iter"] == 7
 
 
-@pytest.mark.slow
+@slow
 def test_two_machines_train_as_one(world, several, tmp_path):
     given = words(**TINY | {"dataset": world / "text", "out_dir": tmp_path / "out"})
     where = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
@@ -350,46 +357,116 @@ def test_two_machines_train_as_one(world, several, tmp_path):
     assert_same_course(one, tmp_path / "out")
 
 
+@slow
 def test_processes_with_other_settings_are_refused(world, several, tmp_path):
-    done = several(
-        2, {}, {"learning_rate": 1e-4}, dataset=world / "text", out_dir=tmp_path / "out"
-    )
+    done = several(2, {}, {"learning_rate": 1e-4}, dataset=world / "text", out_dir=tmp_path / "out")
     assert [process.returncode for process in done] == [1, 1]
     assert "the processes differ in their settings" in errors(done[0])[0]
 
 
 # --- gradients ---------------------------------------------------------------------------------
 
-COUNT_SUMS = """
-import sys
+ONE_STEP = """
+import json, sys
 sys.path.insert(0, {root!r})
-import torch
 from torch.profiler import ProfilerActivity, profile
 from distributed import together
-from train import start, step_batches, train_step
+from train import n_trained, start, step_batches, train_step
 
 with together() as world:
     run = start(sys.argv[1:], world)
-    steps = step_batches(run)
-    batches, counts, _ = next(steps)
+    batches, counts, _ = next(step_batches(run))
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         train_step(run, batches, counts)
     names = [event.name for event in profiler.events()]
-    print(len(batches), sum("all_reduce" in name for name in names))
+    held = [getattr(p, "to_local", lambda p=p: p)() for p in run.model.parameters()]
+    moments = [
+        getattr(m, "to_local", lambda m=m: m)()
+        for optimizer in run.optimizers
+        for state in optimizer.state.values()
+        for m in state.values()
+        if m.dim()
+    ]
+    found = dict(micro=len(batches), parameters=n_trained(run.model))
+    found |= dict(held=sum(p.numel() for p in held), moments=sum(m.numel() for m in moments))
+    found["sums"] = names.count("gloo:all_reduce")  # which reduce_scatter is made of, too
+    print(json.dumps(found))
 """
 
 
+def one_step(several, world: Path, folder: Path, **settings: object) -> dict:
+    """What the first of two processes holds after a step, and which sums it took part in."""
+    script = folder / "one_step.py"
+    script.write_text(ONE_STEP.format(root=str(ROOT)), encoding="utf-8")
+    common = {"dataset": world / "text", "out_dir": folder / "out", "script": str(script)}
+    first, _ = several(2, **common, **settings)
+    assert first.returncode == 0, first.stderr
+    return json.loads(first.stdout)
+
+
 def test_gradients_are_summed_once_a_step_whatever_its_micro_batches(world, several, tmp_path):
-    script = tmp_path / "count.py"
-    script.write_text(COUNT_SUMS.format(root=str(ROOT)), encoding="utf-8")
-    common = {"dataset": world / "text", "out_dir": tmp_path / "out", "script": str(script)}
-    found = {}
-    for accumulation in (1, 4):
-        first, _ = several(2, gradient_accumulation_steps=accumulation, **common)
-        micro, sums = map(int, first.stdout.split())
-        found[micro] = sums
-    assert found.keys() == {1, 2}
-    assert found[1] == found[2] > 0
+    one = one_step(several, world, tmp_path, gradient_accumulation_steps=2)
+    four = one_step(several, world, tmp_path, gradient_accumulation_steps=8)
+    assert (one["micro"], four["micro"]) == (1, 4)
+    assert one["sums"] == four["sums"] > 0
+
+
+# --- a model that is shared out ----------------------------------------------------------------
+
+SHARDED = {
+    "pretraining with Muon": {"dataset": "text", "gradient_accumulation_steps": 4},
+    "pretraining with AdamW": {"dataset": "text", "optimizer": "adamw", "bias": True},
+    "questions with a text": {"dataset": "questions", **BASE, **MIXED, "mix_batch_size": 2},
+    "adapters": {"dataset": "questions", **LORA},
+    "preferences": PAIRS | {"dpo_sft_weight": 0.5},
+    "preferences by adapters": PAIRS | LORA | {"init_from": "answers", "dataset": "pairs"},
+    "an untied head": {"dataset": "text", "tie_weights": False, "logit_soft_cap": 20},
+    "paths beside the stream": COURSES["paths beside the stream"],
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "questions with a text" else pytest.param(n, marks=slow) for n in SHARDED]
+)
+def test_a_model_that_is_shared_out_takes_the_course_of_a_whole_one(world, several, tmp_path, name):
+    settings = located(world, SHARDED[name])
+    one = train_here(out_dir=tmp_path / "one", **settings)
+    two = train_in(several, 2, out_dir=tmp_path / "two", shard=True, **settings)
+    assert_same_course(one, two)
+    moved = weights(one)
+    assert all((weights(two)[key] - moved[key]).abs().max() < 1e-3 for key in moved)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", pytest.param("adamw", marks=slow)])
+def test_each_process_holds_half_and_sums_gradients_once_a_step(
+    world, several, tmp_path, optimizer
+):
+    common = {"optimizer": optimizer, "gradient_accumulation_steps": 2}
+    replica = one_step(several, world, tmp_path, **common)
+    half = one_step(several, world, tmp_path, **common, shard=True)
+    more = one_step(
+        several, world, tmp_path, **common | {"gradient_accumulation_steps": 8}, shard=True
+    )
+    assert half["parameters"] == replica["parameters"] == replica["held"] == 2 * half["held"]
+    assert replica["moments"] == 2 * half["moments"] > half["held"]
+    assert (half["micro"], more["micro"]) == (1, 4)
+    assert half["sums"] == more["sums"] == 3 + 1  # two blocks and the rest; the gradients' norm
+
+
+def test_what_a_shared_out_model_cannot_do_is_refused():
+    two = World(0, 2)
+    for settings, message in (
+        ({"batch_size": 5}, "batch_size x gradient_accumulation_steps is 5"),
+        ({"mix_dataset": "text", "mix_batch_size": 3}, "change --mix_batch_size="),
+        ({"dtype": "float16"}, "does not go with float16"),
+        ({"dry_run": True}, "dry_run=True does not know shard=True"),
+    ):
+        config = Settings(shard=True, **settings)
+        check_shares(config, "cpu", ALONE)
+        with pytest.raises(UserError, match=message):
+            check_shares(config, "cpu", two)
+    with pytest.raises(UserError, match="shard=True is for model='gpt'"):
+        Settings(shard=True, model="lstm")
 
 
 # --- who takes part ----------------------------------------------------------------------------
@@ -413,9 +490,10 @@ def test_devices_and_rows_that_do_not_go_round_are_refused():
 def test_one_process_imports_nothing_for_others(world, tmp_path):
     argv = words(**TINY | {"dataset": world / "text", "out_dir": tmp_path / "out", "max_iters": 1})
     script = (
-        "import sys, torch, train; before = set(sys.modules); "
+        "import sys, torch; before = set(sys.modules); import train; "
         f"train.main({argv}); "
-        "print([name for name in set(sys.modules) - before if 'distributed' in name])"
+        "new = set(sys.modules) - before; "
+        "print([n for n in new if n.startswith(('torch.distributed', 'torch._dynamo'))])"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
