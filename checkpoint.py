@@ -22,6 +22,7 @@ import shutil
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from configurator import UserError, show_path, written_aside
+from distributed import ALONE, World, gather, is_sharded, part_of
 from lora import adapter_weights, add_adapters, merge
 from lstm_model import LSTM
 from model import GPT, ModelConfig
@@ -63,12 +65,18 @@ def save_checkpoint(
     tokenizer: Tokenizer,
     run: dict,
     is_best: bool,
+    world: World = ALONE,
 ) -> None:
     """Saves step run["progress"]["iter"] as `latest`, and as `best` if it is; deletes the others,
     but for the bases of adapters. run["adapter"], as `adapter_of` gives it: only A and B are saved.
+    All processes of the world call it, the first one writes.
 
     Raises UserError where the disk is full; the checkpoint before stays whole.
     """
+    weights = gather(model, partial(_weights, model, "adapter" in run), world)
+    moments = gather(model, partial(_optimizer_tensors, model, optimizers), world)
+    if not world.is_first:
+        return
     name = f"step-{run['progress']['iter']:06d}"
     best = name if is_best else _pointer(out_dir, "best") or name
     run = run | {"architecture": dataclasses.asdict(model.config), "best": best}
@@ -76,15 +84,10 @@ def save_checkpoint(
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        if "adapter" in run:
-            save_file(_contiguous(adapter_weights(model)), aside / "adapter.safetensors")
-        else:
-            weights = model.state_dict()
-            if model.config.tie_weights:
-                del weights["lm_head.weight"]
-            save_file(_contiguous(weights), aside / "model.safetensors")
+        kind = "adapter" if "adapter" in run else "model"
+        save_file(_contiguous(weights), aside / f"{kind}.safetensors")
         if optimizers:  # what lora.py merges has none
-            save_file(_optimizer_tensors(model, optimizers), aside / "optimizer.safetensors")
+            save_file(_contiguous(moments), aside / "optimizer.safetensors")
         tokenizer.save(aside / "tokenizer.json")
         text = json.dumps(run, ensure_ascii=False, indent=1)
         (aside / "run.json").write_text(text, encoding="utf-8")
@@ -169,6 +172,21 @@ def _load_adapter(path: Path, run: dict, device: str, changes: dict) -> GPT | LS
     return model
 
 
+def whole_model(model: GPT | LSTM, adapter: dict | None, world: World) -> GPT | LSTM:
+    """The model; for the first process one that is shared out is put together, on the CPU, with
+    the help of all. adapter: what run.json says of one on it."""
+    if not is_sharded(model):
+        return model
+    weights = gather(model, model.state_dict, world)
+    if not world.is_first:
+        return model
+    whole = MODELS[model.config.model](model.config)
+    if adapter:
+        add_adapters(whole, *(adapter[part] for part in ("rank", "alpha", "targets")))
+    whole.load_state_dict(weights)
+    return whole
+
+
 def adapter_of(out_dir: Path, base: Path, rank: int, alpha: float, targets: list[str]) -> dict:
     """What run.json says of an adapter in out_dir: the checkpoint that it stands on, from there."""
     try:
@@ -227,7 +245,7 @@ def load_optimizers(path: Path, model: GPT | LSTM, optimizers: list[torch.optim.
         # AdamW counts steps on the CPU, unless it is fused
         device = "cpu" if key == "step" and not fused else parameter.device
         # a copy, since the file is mapped into memory and will be deleted
-        optimizer.state[parameter][key] = tensor.to(device, copy=True)
+        optimizer.state[parameter][key] = part_of(tensor.to(device, copy=True), parameter)
 
 
 def read_run(out_dir: Path, which: str) -> dict:
@@ -370,14 +388,21 @@ _REMEDY = "train again in another --out_dir="
 def _optimizer_tensors(
     model: GPT | LSTM, optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, torch.Tensor]:
-    return _contiguous(
-        {
-            f"{name}:{key}": value
-            for name, parameter in model.named_parameters()
-            for optimizer in optimizers
-            for key, value in optimizer.state.get(parameter, {}).items()
-        }
-    )
+    return {
+        f"{name}:{key}": value
+        for name, parameter in model.named_parameters()
+        for optimizer in optimizers
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _weights(model: GPT | LSTM, is_adapter: bool) -> dict[str, torch.Tensor]:
+    if is_adapter:
+        return adapter_weights(model)
+    weights = model.state_dict()
+    if model.config.tie_weights:
+        del weights["lm_head.weight"]
+    return weights
 
 
 def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

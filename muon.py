@@ -11,6 +11,8 @@ AdamW's, so that its rates serve (arXiv 2502.16982):
 
 import torch
 
+from distributed import part_of, whole
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c of the polynomial that lifts small values most
 STEPS = 5
 EPS = 1e-7
@@ -33,7 +35,9 @@ class Muon(torch.optim.Optimizer):
             of_shape = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    of_shape.setdefault(parameter.shape, []).append(parameter)
+                    # what is shared out is put together one by one: all would be the whole model
+                    alone = id(parameter) if hasattr(parameter, "full_tensor") else None
+                    of_shape.setdefault((parameter.shape, alone), []).append(parameter)
             for parameters in of_shape.values():
                 self._step_together(parameters, group)
 
@@ -45,12 +49,13 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-            updates.append(parameter.grad.lerp(buffer, group["momentum"]))  # Nesterov's look ahead
+            look_ahead = parameter.grad.lerp(buffer, group["momentum"])  # Nesterov's
+            updates.append(whole(look_ahead))
         directions = orthogonalize(torch.stack(updates), self.dtype)
         size = 0.2 * max(parameters[0].shape) ** 0.5
         for parameter, direction in zip(parameters, directions, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(direction, alpha=-group["lr"] * size)
+            parameter.add_(part_of(direction, parameter), alpha=-group["lr"] * size)
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from data_utils import IGNORE, Dataset
+from distributed import ALONE, World
 from lora import adapters_off
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # idx (B, T), targets (B, T) with IGNORE
@@ -213,32 +214,46 @@ def split_preferences(
     batch_size: int,
     device: str,
     reference: torch.Tensor | None = None,
+    world: World = ALONE,
     **options: float | str,
 ) -> dict[str, float]:
     """Over a whole split of pairs, in eval mode: the means of preferences, `dpo` a pair, `sft` a
-    token of the chosen answers. reference: of all pairs, (P, 2); options: of preferences."""
+    token of the chosen answers. reference: of all pairs, (P, 2); world: the processes, which share
+    the work; options: of preferences."""
     was_training = model.training
     model.eval()
     sums, counts = dict.fromkeys(PREFERENCES, 0.0), dict.fromkeys(PREFERENCES, 0)
-    for pairs, batch in data.pair_batches(split, batch_size):
+    for (pairs, batch), is_own in world.deal(data.pair_batches(split, batch_size)):
         given = [] if reference is None else [reference[pairs].to(device)]
         with torch.no_grad():
             found = preferences(model, (*to_device(batch, device), *given), **options)
-        for name, count in count_pairs([batch]).items():
+        for name, count in count_pairs([batch]).items() if is_own else ():
             sums[name] += found[name].double().item()
             counts[name] += count
     model.train(was_training)
-    return {name: sums[name] / max(1, counts[name]) for name in PREFERENCES}
+    totals = zip(world.sums(list(sums.values())), world.sums(list(counts.values())), strict=True)
+    return {
+        name: total / max(1, count)
+        for name, (total, count) in zip(PREFERENCES, totals, strict=True)
+    }
 
 
 def all_log_probs(
-    model: torch.nn.Module, data: Dataset, split: str, batch_size: int, device: str
+    model: torch.nn.Module,
+    data: Dataset,
+    split: str,
+    batch_size: int,
+    device: str,
+    world: World = ALONE,
 ) -> torch.Tensor:
-    """What the model makes of each pair of a split before it is trained, (P, 2) float32."""
-    found = torch.empty(data.n_rows(split, 0), 2)
-    for pairs, batch in data.pair_batches(split, batch_size):
-        found[pairs] = reference_log_prob(model, to_device(batch, device)).float().cpu()
-    return found
+    """What the model makes of each pair of a split before it is trained, (P, 2) float32; each
+    process of the world computes its part of them."""
+    found = torch.zeros(data.n_rows(split, 0), 2)
+    for (pairs, batch), is_own in world.deal(data.pair_batches(split, batch_size)):
+        log_p = reference_log_prob(model, to_device(batch, device)).float().cpu()
+        if is_own:
+            found[pairs] = log_p
+    return world.add(found)
 
 
 # --- whole splits ------------------------------------------------------------------------------
@@ -257,20 +272,30 @@ def target_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def split_sums(
-    model: torch.nn.Module, data: Dataset, split: str, batch_size: int, device: str
+    model: torch.nn.Module,
+    data: Dataset,
+    split: str,
+    batch_size: int,
+    device: str,
+    world: World = ALONE,
 ) -> tuple[float, int, int]:
     """Over a whole split, in eval mode: the sum of -log p in nats, the targets, their UTF-8 bytes.
 
-    perplexity = exp(nats / targets); bits per byte = nats / log(2) / bytes.
+    perplexity = exp(nats / targets); bits per byte = nats / log(2) / bytes. The processes of the
+    world share the work.
     """
     bytes_per_id = data.tokenizer.bytes_per_id
     nats, count, n_bytes = 0.0, 0, 0
     was_training = model.training
     model.eval()
-    for batch in data.eval_batches(split, model.config.block_size, batch_size):
+    batches = data.eval_batches(split, model.config.block_size, batch_size)
+    for batch, is_own in world.deal(batches):
+        losses = target_losses(model, to_device(batch, device))
+        if not is_own:
+            continue
         trained = batch[1][batch[1] != IGNORE]
         count += len(trained)
         n_bytes += int(bytes_per_id[trained].sum())
-        nats += target_losses(model, to_device(batch, device)).cpu().double().sum().item()
+        nats += losses.cpu().double().sum().item()
     model.train(was_training)
-    return nats, count, n_bytes
+    return *world.sums([nats]), *world.sums([count, n_bytes])

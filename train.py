@@ -4,6 +4,7 @@ python train.py config/pretrain_sanguo.py
 python train.py config/sft_sanguo.py --learning_rate=5e-4
 python train.py --out_dir=out-sanguo --resume
 python train.py --init_from=out-sanguo --dataset=mine --lora_rank=8 --out_dir=out-lora
+torchrun --standalone --nproc_per_node=2 train.py config/pretrain_sanguo.py
 """
 
 import ctypes
@@ -16,7 +17,9 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
+from functools import partial
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -41,10 +44,22 @@ from checkpoint import (
     save_reference,
     tracking_id,
     weights_sha256,
+    whole_model,
 )
 from configurator import UserError, command, configure, repo_path, show_path
 from data_utils import Dataset, Mixture, open_dataset
 from devices import Peak, find_peak, show_rate
+from distributed import (
+    ALONE,
+    Objective,
+    World,
+    is_sharded,
+    join,
+    replicate,
+    shard,
+    together,
+    whole,
+)
 from lora import PARTS, adapters, add_adapters
 from lstm_model import LSTM
 from model import GPT, Architecture, ModelConfig, pick_device
@@ -74,7 +89,7 @@ class Settings(Architecture):
     dry_run: bool = False  # print parameters, memory and time expected, and stop
     seed: int = 1337  # of weights, order of rows and dropout
     max_iters: int = 2000  # steps of the optimizer
-    batch_size: int = 16  # rows of a micro-batch
+    batch_size: int = 16  # rows of a micro-batch, the most that a process computes at once
     mix_dataset: str | None = None  # mixed in as a term of its own: pretraining text, say
     mix_batch_size: int = 4  # rows of it in each micro-batch, beside batch_size
     mix_weight: float = 1.0  # of its mean loss, beside the dataset's own at 1
@@ -87,7 +102,7 @@ class Settings(Architecture):
     dpo_label_smoothing: float = 0.0  # share of pairs marked the wrong way round; sigmoid only
     dpo_per_token: bool = False  # log-probabilities are means over an answer's tokens, not sums
     dpo_sft_weight: float = 0.0  # of the mean loss of the chosen answers, beside the pairs' at 1
-    gradient_accumulation_steps: int = 1  # micro-batches of a step
+    gradient_accumulation_steps: int = 1  # x batch_size: rows of a step, whoever computes them
     short_block: int | None = None  # rows of text are first cut to this many tokens; None: never
     short_iters: int | None = None  # steps with such rows; None is half of max_iters
     optimizer: Literal["muon", "adamw"] = "muon"  # of the blocks' matrices; AdamW for all else
@@ -111,6 +126,7 @@ class Settings(Architecture):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # bfloat16 where it is native
     compile: bool | None = None  # torch.compile; None: on CUDA, where triton serves it
     checkpoint_activations: bool = False  # compute blocks anew in the backward pass: less memory
+    shard: bool = False  # share weights, gradients and moments out among processes: less memory
 
     def __post_init__(self):
         super().__post_init__()
@@ -147,8 +163,9 @@ class Settings(Architecture):
                 raise UserError(f"{name}={getattr(self, name):g} must be at least 0 and below 1")
         if self.log_interval < 1 or (self.patience is not None and self.patience < 1):
             raise UserError("log_interval and patience must be 1 or more")
-        if self.checkpoint_activations and self.model == "lstm":
-            raise UserError("checkpoint_activations=True is for model='gpt'; leave it out")
+        for name in ("checkpoint_activations", "shard"):
+            if getattr(self, name) and self.model == "lstm":
+                raise UserError(f"{name}=True is for model='gpt'; leave it out")
         if self.lora_rank < 0 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
             raise UserError(
                 f"lora_rank={self.lora_rank} must not be negative, lora_alpha={self.lora_alpha:g} "
@@ -209,29 +226,45 @@ class Run:
     adapter: dict | None = None  # what run.json says of the adapter that is trained
     reference_key: dict | None = None  # of which model and data the reference's log-probs are
     reference: dict[str, torch.Tensor] | None = None  # them, (pairs, 2) a split
+    world: World = ALONE  # the processes of which this is one
+    objective: torch.nn.Module | None = None  # term_sums, with gradients that are all processes'
+
+    def __post_init__(self):
+        self.objective = Objective(self.model, partial(term_sums, self))
+        if self.world.size > 1 and not is_sharded(self.model):
+            self.objective = replicate(self.objective)
 
 
 def main(argv: list[str]) -> None:
-    run = start(argv)
+    with together() as world:
+        run = start(argv, world)
+        peak = find_peak(run.device, pick_dtype(run.config, run.device))
+        peak = dataclasses.replace(peak, rate=peak.rate * world.size)
+        run.startup.lap("peak")
+        print(headline(run, peak))
+        if run.config.dry_run:
+            dry_run(run, peak)
+        elif run.progress.is_finished(run.config):
+            print(f"finished at step {run.progress.iter}, nothing to do")
+        else:
+            train(run, peak)
+
+
+def headline(run: Run, peak: Peak) -> str:
+    """What is printed of a run before it begins."""
     rows = run.data.n_rows("train", run.config.block_size)
-    peak = find_peak(run.device, pick_dtype(run.config, run.device))
-    run.startup.lap("peak")
-    print(
+    size = run.world.size
+    return (
         f"{show_path(run.out_dir)}: {run.model.n_params() / 1e6:.2f}M parameters"
         + (f", {n_trained(run.model) / 1e6:.2f}M of them trained," if run.adapter else "")
-        + f" on {run.device} ({peak}); {rows:,} {'pairs' if run.data.kind == 'dpo' else 'rows'} of "
-        f"{run.data.name}, {rows_per_step(run.config)} a step"
+        + f" on {run.device}{f' in {size} processes' if size > 1 else ''} ({peak}); {rows:,} "
+        f"{'pairs' if run.data.kind == 'dpo' else 'rows'} of {run.data.name}, "
+        f"{rows_per_step(run.config)} a step"
         + (f", and {mix_rows_per_step(run.config)} of {run.mix.name}" if run.mix else "")
     )
-    if run.config.dry_run:
-        dry_run(run, peak)
-    elif run.progress.is_finished(run.config):
-        print(f"finished at step {run.progress.iter}, nothing to do")
-    else:
-        train(run, peak)
 
 
-def start(argv: list[str]) -> Run:
+def start(argv: list[str], world: World = ALONE) -> Run:
     """A run at its first step, or where its latest checkpoint stands."""
     startup = Stopwatch()
     keep_freed_memory()
@@ -271,24 +304,31 @@ def start(argv: list[str]) -> Run:
         data.check(config.block_size, split)
     mix = open_mix(config, data)
     check_start(config, data)
-    startup.lap("data")
     device = pick_device(config.device)
+    check_shares(config, device, world)
+    startup.lap("data")
+    device = join(world, device)
+    if world.size > 1:
+        startup.lap("processes")
     torch.manual_seed(config.seed)
+    shares_out = config.shard and world.size > 1
+    # where the model is whole for the last time
+    place = "cpu" if shares_out else device
     if saved:
         checkpoint = load_checkpoint(
-            source, which, device, merged=not resumes, dropout=config.dropout
+            source, which, place, merged=not resumes, dropout=config.dropout
         )
         data.check_tokenizer(checkpoint.tokenizer, checkpoint.path)
         model = checkpoint.model.train()
     else:
         model_config = ModelConfig(**architecture(config), n_vocab=tokenizer.n_vocab)
-        model = MODELS[config.model](model_config).to(device)
+        model = MODELS[config.model](model_config).to(place)
     adapter = reference_key = None
     if resumes:
         adapter, reference_key = saved.get("adapter"), saved.get("reference")
         check_adapter(config, saved, source)
     elif config.lora_rank:
-        if not config.dry_run:
+        if world.is_first and not config.dry_run:
             keep_base(checkpoint.path, out_dir)
         lora = config.lora_rank, config.lora_alpha, config.lora_targets or ["blocks"]
         adapter = adapter_of(out_dir, checkpoint.path, *lora)
@@ -298,20 +338,56 @@ def start(argv: list[str]) -> Run:
     for module in adapters(model).values():
         module.drop.p = config.lora_dropout
     model.checkpoint_activations = config.checkpoint_activations
+    if shares_out:
+        shard(model, device, world)
     optimizers = make_optimizers(model, config, device)
     scaler = make_scaler(config, device)
     progress = Progress()
     if resumes:
-        warn_of_changes(saved, config, data, mix, device)
+        warn_of_changes(saved, config, data, mix, device, world)
         load_optimizers(checkpoint.path, model, optimizers)
         if saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
         progress = Progress(**saved["progress"])
-        if not config.dry_run:
+        if world.is_first and not config.dry_run:
             rewind(out_dir)
-    startup.lap("model")
+    check_together(config, data, progress, device, world)
     state = model, optimizers, progress, device, scaler, startup, mix, adapter, reference_key
-    return Run(config, out_dir, data, tokenizer, *state)
+    run = Run(config, out_dir, data, tokenizer, *state, world=world)
+    startup.lap("model")
+    return run
+
+
+def check_shares(config: Settings, device: str, world: World) -> None:
+    """UserError where the processes cannot share a step's rows."""
+    if rows_per_step(config) < world.size:
+        raise UserError(
+            f"batch_size={config.batch_size} x gradient_accumulation_steps="
+            f"{config.gradient_accumulation_steps} are the rows of a step, too few for "
+            f"{world.size} processes; raise --batch_size="
+        )
+    if not config.shard or world.size == 1:
+        return
+    if config.dry_run:
+        raise UserError("dry_run=True does not know shard=True; leave one of them out")
+    if pick_dtype(config, device) == torch.float16:
+        raise UserError("shard=True does not go with float16; pass --dtype=bfloat16 or float32")
+    for name in ("batch_size", "mix_batch_size") if config.mix_dataset else ("batch_size",):
+        rows = getattr(config, name) * config.gradient_accumulation_steps
+        if rows % world.size:
+            raise UserError(
+                f"with shard=True {world.size} processes take as many rows each, and {name} x "
+                f"gradient_accumulation_steps is {rows}; change --{name}="
+            )
+
+
+def check_together(
+    config: Settings, data: Dataset, progress: Progress, device: str, world: World
+) -> None:
+    """UserError where the processes would not take the same steps: machines may see other files."""
+    settings = {name: value for name, value in vars(config).items() if name != "out_dir"}
+    facts = {"settings": settings, "dataset": data.fingerprint, "step": progress.iter}
+    world.check_same(facts | {"precision": pick_dtype(config, device)})
 
 
 def check_start(config: Settings, data: Dataset) -> None:
@@ -354,7 +430,7 @@ def open_reference(run: Run) -> dict[str, torch.Tensor]:
             "another --out_dir="
         )
     found = load_reference(run.out_dir, run.reference_key)
-    if found:
+    if not run.world.any(found is None):
         return found
     if run.progress.iter:
         raise UserError(
@@ -363,11 +439,12 @@ def open_reference(run: Run) -> dict[str, torch.Tensor]:
         )
     print(f"reading {run.data.name} with the model as it is, for reference.safetensors")
     with autocast(run):
+        where = run.config.batch_size, run.device, run.world
         found = {
-            split: all_log_probs(run.model, run.data, split, run.config.batch_size, run.device)
-            for split in ("train", "val")
+            split: all_log_probs(run.model, run.data, split, *where) for split in ("train", "val")
         }
-    save_reference(run.out_dir, found, run.reference_key)
+    if run.world.is_first:
+        save_reference(run.out_dir, found, run.reference_key)
     return found
 
 
@@ -386,22 +463,23 @@ def open_mix(config: Settings, data: Dataset) -> Dataset | None:
 
 def train(run: Run, peak: Peak) -> None:
     """The loop: step, log, evaluate, save; until max_iters, out of patience or Ctrl-C."""
-    config, progress = run.config, run.progress
+    config, progress, world = run.config, run.progress, run.world
     compiled = compiles(config, run.device)
     if compiled:
         run.model.compile()
     about = {"dataset": {"kind": run.data.kind}}  # what sampling asks of a checkpoint's run.json
     checkpoint = Checkpoint(run.out_dir, run.model, run.tokenizer, about)
     prompts = sample_prompts(checkpoint, run.data, config.prompts)
-    run.out_dir.mkdir(parents=True, exist_ok=True)
-    if progress.iter == 0:
+    if world.is_first:
+        run.out_dir.mkdir(parents=True, exist_ok=True)
+    if world.is_first and progress.iter == 0:
         rewind(run.out_dir)
     if run.reference_key:
         run.reference = open_reference(run)
         run.startup.lap("reference")
     with (
-        open_trackers(config.track, tracked(run)) as trackers,
-        catch_interrupt() as interrupts,
+        open_trackers(config.track if world.is_first else [], tracked(run)) as trackers,
+        catch_interrupt(world) as interrupts,
         progress_bar(run) as bar,
     ):
         began = time.perf_counter() - progress.seconds
@@ -420,8 +498,9 @@ def train(run: Run, peak: Peak) -> None:
                 grad_norm.item()  # waits for a GPU
                 run.startup.lap("first step")
                 bar.write(str(run.startup), file=sys.stdout)
+            stops = world.any(bool(interrupts))
             evaluates = progress.iter % config.eval_interval == 0 or progress.is_finished(config)
-            if not (evaluates or interrupts or progress.iter % config.log_interval == 0):
+            if not (evaluates or stops or progress.iter % config.log_interval == 0):
                 continue
             means = mean_losses(run, losses)
             train_loss = means["train_loss"]
@@ -441,25 +520,28 @@ def train(run: Run, peak: Peak) -> None:
             if evaluates:
                 record |= evaluate(run)
                 bar.write(evaluation_line(run, record), file=sys.stdout)
-                samples = write_samples(checkpoint, prompts, config.seed, compiled)
+                checkpoint.model = whole_model(run.model, run.adapter, world)
+                if world.is_first:
+                    samples = write_samples(checkpoint, prompts, config.seed, compiled)
                 for sample in samples:
                     bar.write(sample, file=sys.stdout)
             progress.seconds = time.perf_counter() - began
-            append_log(run.out_dir, record)
-            if evaluates or interrupts:
+            if world.is_first:
+                append_log(run.out_dir, record)
+            if evaluates or stops:
                 lowest = evaluates and progress.worse == 0
                 save(run, is_best=lowest or config.best_by == "last")
             for tracker in trackers:
                 tracker.log(record, "\n".join(samples))
-            if interrupts or progress.is_finished(config):
+            if stops or progress.is_finished(config):
                 break
             losses, last = [], mark(progress)
-    if interrupts and not progress.is_finished(config):
+    if stops and not progress.is_finished(config):
         print(
             f"stopped at step {progress.iter} and saved; go on with\n"
-            f"  python train.py --out_dir={shlex.quote(config.out_dir)} --resume"
+            f"  {world.launcher} train.py --out_dir={shlex.quote(config.out_dir)} --resume"
         )
-        sys.exit(130)
+        sys.exit(128 + (interrupts or [signal.SIGINT])[0])
     why = "" if progress.iter == config.max_iters else " (out of patience)"
     print(
         f"finished at step {progress.iter}{why} in {progress.seconds:.0f} s; "
@@ -468,13 +550,13 @@ def train(run: Run, peak: Peak) -> None:
 
 
 def mean_losses(run: Run, losses: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """The means of what some steps measured, as log.jsonl names them."""
+    """The means of what some steps measured in all processes, as log.jsonl names them."""
     names = {"next_token": "train_loss", "dpo": "train_loss", "sft": "train_loss_sft"}
     names["mix"] = "train_loss_mix"
     values = torch.stack([torch.stack(list(step.values())) for step in losses]).mean(dim=0)
     return {
         names.get(name, name): finite(run, value)
-        for name, value in zip(losses[0], values.tolist(), strict=True)
+        for name, value in zip(losses[0], run.world.sums(values.tolist()), strict=True)
     }
 
 
@@ -546,7 +628,8 @@ def train_step(
     run: Run, batches: list, counts: dict[str, int]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """One step of the optimizer over its micro-batches, as step_batches makes them -> the mean
-    loss of each term, and what else preferences tell, by name; the gradient norm. All scalars."""
+    loss of each term, and what else preferences tell, by name, as far as this process's share of
+    rows makes it up; the norm of the whole gradient. All scalars."""
     config = run.config
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -556,19 +639,22 @@ def train_step(
         weights["sft"] = config.dpo_sft_weight
     losses = {name: torch.zeros((), device=run.device) for name in counts}
     for micro, terms in enumerate(batches):
-        seed_dropout(config.seed, run.progress.iter, micro)
+        seed_dropout(config.seed, run.progress.iter, micro, run.world.rank)
         for name, batch in terms.items():
-            sums = term_sums(run, name, batch)
-            means = {key: value / max(1, counts[key]) for key, value in sums.items()}
-            # a backward pass for each batch, so that the activations of only one are held
-            loss = sum(weights[key] * mean for key, mean in means.items() if key in weights)
-            run.scaler.scale(loss).backward()
+            is_last = micro == len(batches) - 1 and name == list(terms)[-1]
+            with nullcontext() if is_last else run.objective.no_sync():
+                sums = run.objective(name, batch)
+                means = {key: value / max(1, counts[key]) for key, value in sums.items()}
+                # a backward pass for each batch, so that the activations of only one are held
+                loss = sum(weights[key] * mean for key, mean in means.items() if key in weights)
+                # the processes' gradients are averaged, and counts are already those of all
+                run.scaler.scale(loss * run.world.size).backward()
             for key, mean in means.items():
                 losses[key] += mean.detach()
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     limit = config.grad_clip or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit)
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit))
     # the scaler looks at each optimizer's gradients alone; clipping has spread what is not finite
     usable = not run.scaler.is_enabled() or grad_norm.isfinite()
     for optimizer in run.optimizers:
@@ -610,9 +696,14 @@ def step_batches(run: Run) -> Iterator[tuple[list, dict, int]]:
             else:
                 counts[name] = count_terms(batches[name])["next_token"]
             tokens += n_tokens
+        counts = dict(zip(counts, run.world.sums(list(counts.values())), strict=True))
         micro = [
-            {name: to_device(batch, run.device) for name, batch in zip(batches, parts, strict=True)}
-            for parts in zip(*batches.values(), strict=True)
+            {
+                name: to_device(batch, run.device)
+                for name, batch in zip(batches, parts, strict=True)
+                if batch
+            }
+            for parts in zip_longest(*batches.values())  # a share may have less of one
         ]
         yield micro, counts, tokens
         consumed += rows_per_step(config)
@@ -631,12 +722,14 @@ def cut(batch: tuple[np.ndarray, np.ndarray], length: int) -> tuple[np.ndarray, 
 
 
 def micro_batches(run: Run, data: Dataset, start: int, batch_size: int) -> tuple[list, int]:
-    """The batches of one step of a dataset, which begins after `start` rows, and their tokens."""
+    """The batches of this process's share of one step of a dataset, which begins after `start`
+    rows, and the tokens of the whole step."""
     config = run.config
     multiple = 64 if run.device.startswith("cuda") else 1  # few shapes, so compiled code is reused
     count = batch_size * config.gradient_accumulation_steps
     rows = data.step_rows(config.seed, start, count, config.block_size)
-    parts = rows.reshape(-1, batch_size)
+    mine = run.world.share(rows)
+    parts = np.array_split(mine, -(-len(mine) // batch_size)) if len(mine) else []
     batches = [data.batch(part, config.block_size, multiple) for part in parts]
     if data is run.data and run.reference:
         given = [run.reference["train"][part].numpy() for part in parts]
@@ -674,7 +767,7 @@ def evaluate_tokens(run: Run) -> dict[str, float]:
 
 def evaluate_pairs(run: Run) -> dict[str, float]:
     config = run.config
-    where = "val", config.batch_size, run.device, run.reference and run.reference["val"]
+    where = "val", config.batch_size, run.device, run.reference and run.reference["val"], run.world
     with autocast(run):
         means = split_preferences(run.model, run.data, *where, **config.dpo())
     names = {"dpo": "val_loss", "sft": "val_loss_sft"}
@@ -683,7 +776,7 @@ def evaluate_pairs(run: Run) -> dict[str, float]:
 
 def validation_sums(run: Run, data: Dataset) -> tuple[float, int, int]:
     with autocast(run):
-        return split_sums(run.model, data, "val", run.config.batch_size, run.device)
+        return split_sums(run.model, data, "val", run.config.batch_size, run.device, run.world)
 
 
 def save(run: Run, is_best: bool) -> None:
@@ -695,17 +788,18 @@ def save(run: Run, is_best: bool) -> None:
         "tokenizer_sha256": run.tokenizer.sha256,
         "progress": dataclasses.asdict(run.progress),
         "scaler": run.scaler.state_dict(),
-        "environment": run_environment(run.config, run.device),
+        "environment": run_environment(run.config, run.device, run.world),
     }
     parts = {"adapter": run.adapter, "reference": run.reference_key}
     state |= {name: part for name, part in parts.items() if part}
-    save_checkpoint(run.out_dir, run.model, run.optimizers, run.tokenizer, state, is_best)
+    about = run.tokenizer, state, is_best, run.world
+    save_checkpoint(run.out_dir, run.model, run.optimizers, *about)
 
 
-def run_environment(config: Settings, device: str) -> dict:
+def run_environment(config: Settings, device: str, world: World) -> dict:
     """What equal bits need: a processor without bfloat16 takes float32 where dtype is auto."""
     precision = str(pick_dtype(config, device)).removeprefix("torch.")
-    return environment(device) | {"precision": precision}
+    return environment(device) | {"precision": precision, "processes": world.size}
 
 
 def identity(data: Dataset) -> dict[str, str]:
@@ -796,7 +890,7 @@ FREE = ("resume", "dry_run", "out_dir", "best_by", "track", "prompts")  # they c
 
 
 def warn_of_changes(
-    saved: dict, config: Settings, data: Dataset, mix: Dataset | None, device: str
+    saved: dict, config: Settings, data: Dataset, mix: Dataset | None, device: str, world: World
 ) -> None:
     """Says what differs from the run that is resumed. UserError where its data are others."""
     for before, now in ((saved["dataset"], data), (saved.get("mix"), mix)):
@@ -806,8 +900,9 @@ def warn_of_changes(
                 "anew; train again in another --out_dir="
             )
     # a setting that a run of an earlier version does not name was at its default
-    before = dataclasses.asdict(Settings()) | saved["settings"] | saved["environment"]
-    now = dataclasses.asdict(config) | run_environment(config, device)
+    before = dataclasses.asdict(Settings()) | {"processes": 1}
+    before |= saved["settings"] | saved["environment"]
+    now = dataclasses.asdict(config) | run_environment(config, device, world)
     changed = [
         f"{name} was {before[name]!r}, now {now[name]!r}"
         for name in now
@@ -878,7 +973,7 @@ def make_optimizers(
     )
     if config.optimizer == "adamw" or not blocks["params"]:
         return [adamw]
-    if device.startswith("cuda"):
+    if device.startswith("cuda") and not is_sharded(model):
         return [torch.optim.Muon([blocks], adjust_lr_fn="match_rms_adamw", **common), adamw]
     return [Muon([blocks], dtype=pick_dtype(config, device), **common), adamw]
 
@@ -927,9 +1022,11 @@ def make_scaler(config: Settings, device: str) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(torch.device(device).type, enabled=enabled)
 
 
-def seed_dropout(seed: int, step: int, micro: int) -> None:
-    """Dropout depends on (seed, step, micro-batch) alone, so a resumed run draws the same."""
-    state = np.random.SeedSequence([seed, step, micro]).generate_state(1, np.uint64)[0]
+def seed_dropout(seed: int, step: int, micro: int, rank: int) -> None:
+    """Dropout depends on (seed, step, micro-batch, process) alone, so a resumed run draws the same;
+    the first process draws what a run of one process does."""
+    words = [seed, step, micro, rank] if rank else [seed, step, micro]
+    state = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(state))
 
 
@@ -937,20 +1034,29 @@ def seed_dropout(seed: int, step: int, micro: int) -> None:
 
 
 @contextmanager
-def catch_interrupt() -> Iterator[list[int]]:
-    """A list that holds something once Ctrl-C was pressed; a second Ctrl-C stops at once."""
+def catch_interrupt(world: World) -> Iterator[list[int]]:
+    """A list that holds something once Ctrl-C was pressed, or SIGTERM came, as from Slurm before a
+    job's time is over; a second Ctrl-C stops at once."""
     caught = []
 
     def handler(signum: int, frame: object) -> None:
         caught.append(signum)
+        if signum == signal.SIGTERM:
+            return
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nstopping after this step; Ctrl-C again stops without saving", file=sys.stderr)
+        if world.is_first:
+            print("\nstopping after this step; Ctrl-C again stops without saving", file=sys.stderr)
 
-    before = signal.signal(signal.SIGINT, handler)
+    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
+    except RuntimeError:
+        if world.size == 1 or signal.SIGTERM not in caught:
+            raise
+        sys.exit(128 + signal.SIGTERM)  # another process has failed, and said so
     finally:
-        signal.signal(signal.SIGINT, before)
+        for signum, old in before.items():
+            signal.signal(signum, old)
 
 
 def progress_bar(run: Run) -> tqdm:
@@ -962,6 +1068,7 @@ def progress_bar(run: Run) -> tqdm:
         unit="step",
         dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 30,
+        disable=not run.world.is_first,
     )
 
 

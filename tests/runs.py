@@ -117,8 +117,9 @@ def run(script: str, *argv: str, **options) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(process.args, process.returncode, decoded(out), decoded(err))
 
 
-# An interpreter that has imported torch forks for each line of stdin, [cwd, script, *argv]; the
-# child ends as any script does: Python prints what it raises, and sets its exit code.
+# An interpreter that has imported torch forks for each line of stdin, [cwd, stdout, stderr,
+# environment, script, *argv]; the child ends as any script does: Python prints what it raises, and
+# sets its exit code.
 READY = """
 import gc, json, os, runpy, sys
 import numpy, safetensors.torch, tiktoken, tokenizers, torch, torch._dynamo, tqdm
@@ -130,7 +131,8 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 else:
     sys.exit()
-cwd, out, err, *sys.argv = json.loads(line)
+cwd, out, err, given, *sys.argv = json.loads(line)
+os.environ.update(given)
 for number, path in enumerate([os.devnull, out, err]):
     os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
 os.chdir(cwd)
@@ -151,9 +153,11 @@ def ready_python(folder: Path) -> Iterator[Callable[..., subprocess.CompletedPro
     ready = subprocess.Popen([sys.executable, "-c", READY], env=environment, **pipes)
     outputs = folder / "stdout", folder / "stderr"
 
-    def run_ready(script: str, *argv: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-        words = [cwd, *outputs, cwd / script, *argv]
-        ready.stdin.write(json.dumps([str(word) for word in words]) + "\n")
+    def run_ready(
+        script: str, *argv: str, cwd: Path = ROOT, **environment: str
+    ) -> subprocess.CompletedProcess:
+        words = [cwd, *outputs, environment, cwd / script, *argv]
+        ready.stdin.write(json.dumps(words, default=str) + "\n")
         ready.stdin.flush()
         code = int(ready.stdout.readline())
         out, err = (path.read_text(encoding="utf-8") for path in outputs)

@@ -1,0 +1,279 @@
+"""The processes of a run: who they are, what they add up, and one model trained by all of them.
+
+    torchrun --standalone --nproc_per_node=2 train.py config/pretrain_sanguo.py
+
+torchrun tells each process its place by environment variables. All take the same steps, each with
+its share of a step's rows; the first one writes and speaks for all. Replicas of a model are
+DistributedDataParallel's, one that is shared out among the processes is FSDP2's. A run of one
+process imports nothing for this, and takes none of these paths.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from configurator import UserError
+
+PATIENCE = 10  # seconds that a process which fails leaves to the one whose error it may be
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run; by default there is one."""
+
+    rank: int = 0  # of this process
+    size: int = 1
+    local_rank: int = 0  # of this process on its machine
+    local_size: int = 1  # processes on its machine
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def launcher(self) -> str:
+        """What a person types before a script's name."""
+        if self.size == 1:
+            return "python"
+        where = f"--standalone --nproc_per_node={self.local_size}"
+        return f"torchrun {where if self.local_size == self.size else '(as before)'}"
+
+    def share(self, rows: np.ndarray) -> np.ndarray:
+        """This process's part of what all of them take together; parts differ by one at most."""
+        return np.array_split(rows, self.size)[self.rank]
+
+    def deal(self, batches: Iterable) -> Iterator[tuple[object, bool]]:
+        """Every size-th batch, and whether it counts. Each process gets as many, since a model that
+        is shared out runs on all of them at once; what is there to fill up does not count."""
+        batches = iter(batches)
+        while round_ := list(islice(batches, self.size)):
+            counts = self.rank < len(round_)
+            yield round_[self.rank if counts else 0], counts
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes of a tensor on the CPU, in its place."""
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def sums(self, numbers: list[float]) -> list[float]:
+        """Of each number over all processes: exact for whole numbers, else in float64."""
+        if self.size == 1:
+            return numbers
+        whole = all(isinstance(number, int) for number in numbers)
+        return self.add(
+            torch.tensor(numbers, dtype=torch.int64 if whole else torch.float64)
+        ).tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds in one of the processes. All wait for each other here."""
+        return self.sums([int(flag)])[0] > 0
+
+    def check_same(self, facts: dict[str, object]) -> None:
+        """UserError where the processes differ in one of the facts."""
+        if self.size == 1:
+            return
+        digests = [
+            hashlib.blake2b(repr(f).encode(), digest_size=7).digest() for f in facts.values()
+        ]
+        own = torch.tensor([int.from_bytes(digest) for digest in digests])
+        least, most = own.clone(), own.clone()
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        for name, is_same in zip(facts, (least == most).tolist(), strict=True):
+            if not is_same:
+                raise UserError(
+                    f"the processes differ in their {name}; start them with the same command, and "
+                    "let all machines see the same out_dir and data/, on a shared disk"
+                )
+
+
+ALONE = World()
+
+
+def world_of(environment: dict[str, str]) -> World:
+    """What torchrun says to this process; alone where it says nothing."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if not all(environment.get(name, "").isdigit() for name in names):
+        return ALONE
+    return World(*(int(environment[name]) for name in names))
+
+
+@contextmanager
+def together() -> Iterator[World]:
+    """The processes of this run. The first one's output is all that is seen, and so are its errors:
+    torchrun ends the others as soon as one has failed."""
+    world = world_of(os.environ)
+    if world.size == 1:
+        yield world
+        return
+    with nullcontext() if world.is_first else _silence():
+        try:
+            yield world
+        except KeyboardInterrupt:
+            if world.is_first:
+                raise
+            raise SystemExit(130) from None
+        except SystemExit:  # a signal has stopped all, or this one when another had failed
+            with suppress(RuntimeError):
+                _leave(world)
+            raise
+        except Exception as error:
+            lost = _is_lost_connection(error)
+            if lost or not world.is_first:
+                time.sleep(PATIENCE)  # it ends here, where the first or the one lost has failed
+            if lost:
+                raise UserError(
+                    f"process {world.rank} has lost the others ({_line(error)}); see what they say"
+                ) from None
+            raise
+        _leave(world)
+
+
+def join(world: World, device: str) -> str:
+    """Connects the processes -> the device of this one: the GPU of its number, or the CPU."""
+    if world.size == 1:
+        return device
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"device={device}: several processes train on cuda or on cpu; name one")
+    if device == "cuda":
+        gpus = torch.cuda.device_count()
+        if world.local_rank >= gpus:
+            raise UserError(
+                f"{world.local_size} processes, but this machine has {gpus} GPUs; start it with "
+                f"--nproc_per_node={gpus}"
+            )
+        device = f"cuda:{world.local_rank}"
+        torch.cuda.set_device(device)
+    try:
+        # sums of numbers are the CPU's: they wait for no GPU
+        torch.distributed.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"process {world.rank} cannot reach the others ({_line(error)}); start them with "
+            "torchrun, and look at --master_addr and the network"
+        ) from None
+    return device
+
+
+def _leave(world: World) -> None:
+    if torch.distributed.is_initialized():
+        world.any(False)  # until the first has written all
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    words = ("gloo", "connection closed", "connection reset", "nccl", "socket")
+    is_network = isinstance(error, torch.distributed.DistError)
+    is_runtime = isinstance(error, RuntimeError)
+    return is_network or (is_runtime and any(word in str(error).lower() for word in words))
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# --- gradients ---------------------------------------------------------------------------------
+
+
+class Objective(torch.nn.Module):
+    """What is computed of a model's batches, as a forward pass of its own: the one that
+    DistributedDataParallel wraps, calls, and sums the gradients of.
+
+    Without a batch it is 0, and of every trained parameter.
+    """
+
+    def __init__(self, model: torch.nn.Module, compute: Callable):
+        super().__init__()
+        self.model, self.compute = model, compute
+
+    def forward(self, *batch: object) -> object:
+        if batch:
+            return self.compute(*batch)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return 0 * torch.stack([parameter.sum() for parameter in trained]).sum()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within it gradients are added up in this process only."""
+        if is_sharded(self.model):
+            self.model.set_requires_gradient_sync(False)
+        yield
+        if is_sharded(self.model):
+            self.model.set_requires_gradient_sync(True)
+
+
+def replicate(objective: Objective) -> DistributedDataParallel:
+    """The same; a backward pass outside of no_sync leaves each gradient's mean over processes."""
+    replica = DistributedDataParallel(
+        objective, forward_sync_buffers=False, gradient_as_bucket_view=True
+    )
+    # After its first backward pass it puts the gradients into other buckets, for good, and a sum
+    # has other bits in another place: the first step after a resume would not be the one that a
+    # run without a stop takes. So the first pass is this one, which moves nothing.
+    replica().backward()
+    replica.zero_grad()
+    return replica
+
+
+# --- a model that is shared out ----------------------------------------------------------------
+
+
+def shard(model: torch.nn.Module, device: str, world: World) -> None:
+    """Leaves each process a part of each weight, gradient and moment (FSDP2): a block's weights are
+    whole only while they are computed with. A backward pass gives means, as replicate's does."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(torch.device(device).type, (world.size,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    return hasattr(model, "reshard")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor of which each process holds a part, in all of them; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def part_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that all of them hold, where `like` is in parts."""
+    if not hasattr(like, "full_tensor") or tensor.shape != like.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    part = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    return part.clone()  # a view would keep the whole in memory
+
+
+def gather(model: torch.nn.Module, tensors: Callable[[], dict], world: World) -> dict:
+    """tensors(), which are the model's, whole and on the CPU where they are in parts. The first
+    process gets them, the others help and get nothing."""
+    if not is_sharded(model):
+        return tensors() if world.is_first else {}
+    model.reshard()  # what was computed last may have left some weights whole
+    gathered = {}
+    for name, tensor in tensors().items():
+        tensor = whole(tensor.detach()).cpu()
+        if world.is_first:
+            gathered[name] = tensor
+    return gathered

@@ -1,0 +1,501 @@
+"""Several processes train as one does: the same rows, losses and files, and the same bits again."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from configurator import UserError
+from distributed import ALONE, World, join, world_of
+from tests.runs import (
+    ROOT,
+    TINY,
+    assert_same_run,
+    contents,
+    log,
+    ready_python,
+    saved,
+    train_here,
+    weights,
+    without_bars,
+    words,
+    write_pairs,
+)
+from train import Settings, check_shares, seed_dropout
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes that are forked or signalled")
+slow = pytest.mark.slow
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory) -> Callable[..., list[subprocess.CompletedProcess]]:
+    """several(2, **settings): train.py in two processes, with the environment that torchrun gives
+    them, but without its seconds of imports. A dict for each before the settings is its own."""
+    pythons = []
+    with ExitStack() as stack:
+
+        def run(size: int, *own: dict, script: str = "train.py", **settings: object):
+            place = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
+            place |= {"MASTER_PORT": free_port()}
+            given = {} if settings.get("resume") else TINY
+            while len(pythons) < size:
+                ready = ready_python(tmp_path_factory.mktemp("process"))
+                pythons.append(stack.enter_context(ready))
+
+            def one(rank: int) -> subprocess.CompletedProcess:
+                environment = place | {"RANK": rank, "LOCAL_RANK": rank}
+                argv = words(**given | settings | (own[rank] if own else {}))
+                strings = {name: str(value) for name, value in environment.items()}
+                return pythons[rank](script, *argv, **strings)
+
+            with ThreadPoolExecutor(size) as pool:
+                return list(pool.map(one, range(size)))
+
+        yield run
+
+
+def train_in(several, size: int, **settings: object) -> Path:
+    """A run of several processes that succeeds; its out_dir."""
+    done = several(size, **settings)
+    for process in done:
+        assert process.returncode == 0, process.stderr
+    for other in done[1:]:
+        assert other.stdout == ""
+        assert without_bars(other.stderr) == []
+    return Path(settings["out_dir"])
+
+
+def torchrun(*argv: object, nodes: tuple[object, ...] = ("--standalone",)) -> subprocess.Popen:
+    """What a person types: torchrun --nproc_per_node=2 train.py ARGV."""
+    command = [sys.executable, "-m", "torch.distributed.run", *nodes, "--nproc_per_node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(
+        [*map(str, command), "train.py", *argv], cwd=ROOT, env=environment, **pipes
+    )
+
+
+def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def errors(done: subprocess.CompletedProcess) -> list[str]:
+    """What train.py said of its failure, torchrun's own report left out."""
+    return [line for line in without_bars(done.stderr) if line.startswith("error: ")]
+
+
+def assert_same_course(one: Path, several_: Path, tolerance: float = 1e-5) -> None:
+    """The same steps over the same tokens, and the same losses but for rounding."""
+    a, b = log(one), log(several_)
+    assert len(a) == len(b) > 0
+    for x, y in zip(a, b, strict=True):
+        assert list(x) == list(y)
+        for name in x:
+            if name in ("iter", "tokens", "lr"):
+                assert x[name] == y[name], name
+            elif "loss" in name:
+                assert x[name] == pytest.approx(y[name], abs=tolerance), (x["iter"], name)
+            elif name not in ("seconds", "tokens_per_second", "tflops", "mfu"):
+                close = pytest.approx(y[name], rel=1e-3, abs=1e-3)
+                assert x[name] == close, (x["iter"], name)
+    assert contents(one).keys() == contents(several_).keys()
+
+
+# --- the same course ---------------------------------------------------------------------------
+
+BASE = {"init_from": "base"}
+LORA = BASE | {"lora_rank": 4, "lora_alpha": 8, "learning_rate": 3e-3}
+PAIRS = {"dataset": "pairs", "init_from": "answers", "learning_rate": 3e-3}
+# 9 rows of a step: one process takes 3 x 3, the first of two 3 + 2, the second 2 + 2
+UNEVEN = {"batch_size": 3, "gradient_accumulation_steps": 3}
+MIXED = {"mix_dataset": "text", "mix_batch_size": 1, "mix_weight": 0.5}
+COURSES = {
+    "pretraining with Muon": {"dataset": "text"},
+    "pretraining with AdamW": {"dataset": "text", "optimizer": "adamw", "bias": True},
+    "uneven micro-batches": {"dataset": "text", **UNEVEN},
+    "questions": {"dataset": "questions", **BASE},
+    "questions, uneven, with a text": {"dataset": "questions", **BASE, **UNEVEN, **MIXED},
+    "adapters": {"dataset": "questions", **LORA},
+    "preferences": PAIRS | {"dpo_sft_weight": 0.5},
+    "preferences by adapters": PAIRS | LORA | {"init_from": "answers", "dataset": "pairs"},
+    "an untied head": {"dataset": "text", "tie_weights": False, "logit_soft_cap": 20},
+    "paths beside the stream": {
+        "dataset": "text",
+        "value_residual": True,
+        "embedding_skip": True,
+        "checkpoint_activations": True,
+    },
+    "short rows first": {"dataset": "text", "short_block": 8, "short_iters": 7},
+    "an LSTM": {"dataset": "text", "model": "lstm", "n_head": 8},
+}
+QUICK = {"pretraining with Muon", "questions, uneven, with a text", "preferences by adapters"}
+
+
+@pytest.fixture(scope="module")
+def world(toys):
+    """toys, with pairs, and answers, a model of the questions."""
+    write_pairs(toys / "pairs")
+    train_here(dataset=toys / "questions", init_from=toys / "base", out_dir=toys / "answers")
+    return toys
+
+
+def located(world: Path, settings: dict) -> dict:
+    """Names of datasets and models as paths."""
+    places = ("dataset", "mix_dataset", "init_from")
+    return {k: world / v if k in places else v for k, v in settings.items()}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=slow) for n in COURSES]
+)
+def test_two_processes_take_the_course_of_one(world, several, tmp_path, name):
+    settings = located(world, COURSES[name])
+    one = train_here(out_dir=tmp_path / "one", **settings)
+    two = train_in(several, 2, out_dir=tmp_path / "two", **settings)
+    assert_same_course(one, two)
+    assert saved(one)["progress"]["rows"] == saved(two)["progress"]["rows"]
+    assert saved(two)["environment"]["processes"] == 2
+    moved = weights(one)
+    assert all((weights(two)[key] - moved[key]).abs().max() < 1e-3 for key in moved)
+
+
+def test_a_step_s_rows_are_shared_out_without_gap_or_repeat():
+    rows = np.arange(11)
+    for size in (1, 2, 3, 4, 11):
+        shares = [World(rank, size).share(rows) for rank in range(size)]
+        assert np.concatenate(shares).tolist() == rows.tolist()
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_every_batch_counts_once_and_each_process_gets_as_many():
+    for size in (1, 2, 3, 5):
+        dealt = [list(World(rank, size).deal("abcdefg")) for rank in range(size)]
+        counted = sorted(batch for own in dealt for batch, counts in own if counts)
+        assert counted == list("abcdefg")
+        assert len({len(own) for own in dealt}) == 1
+
+
+def test_dropout_of_the_first_process_is_that_of_one_and_of_no_other():
+    draws = []
+    for rank in (0, 1, 2):
+        seed_dropout(1337, 5, 2, rank)
+        draws.append(torch.rand(8))
+    torch.manual_seed(int(np.random.SeedSequence([1337, 5, 2]).generate_state(1, np.uint64)[0]))
+    assert torch.equal(draws[0], torch.rand(8))
+    assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[1], draws[2])
+
+
+def test_evaluation_is_that_of_one_process(world, several, tmp_path):
+    common = {"learning_rate": 0, "max_iters": 1, "batch_size": 3}
+    for number, kind in enumerate(("questions", "pairs")):
+        given = common | {"dataset": world / kind, "init_from": world / "answers"}
+        given |= {"mix_dataset": world / "text"}
+        one = train_here(out_dir=tmp_path / f"one-{number}", **given)
+        two = train_in(several, 2, out_dir=tmp_path / f"two-{number}", **given)
+        [a], [b] = log(one), log(two)
+        scores = [name for name in a if name.startswith("val_")]
+        assert len(scores) > 1
+        assert [a[name] for name in scores] == pytest.approx([b[name] for name in scores], rel=1e-9)
+
+
+# --- the same bits -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "shard"),
+    [(2, False), *(pytest.param(*case, marks=slow) for case in [(3, False), (2, True), (3, True)])],
+)
+def test_stopped_and_resumed_several_processes_end_in_the_same_bits(
+    world, several, tmp_path, size, shard
+):
+    # with three, a sum's bits depend on where in a bucket a gradient lies
+    common = {"dataset": world / "text", "dropout": 0.1, "eval_interval": 3, "lr_decay_iters": 6}
+    common |= {"batch_size": 3, "gradient_accumulation_steps": 2, "shard": shard}
+    whole = train_in(several, size, out_dir=tmp_path / "whole", max_iters=6, **common)
+    parts = train_in(several, size, out_dir=tmp_path / "parts", max_iters=3, **common)
+    train_in(several, size, out_dir=parts, resume=True, max_iters=6)
+    assert_same_run(whole, parts)
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora_rank": 4}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("before", "after", "shard"),
+    [
+        (2, 1, False),
+        *(pytest.param(*case, marks=slow) for case in [(1, 2, False), (2, 1, True), (1, 2, True)]),
+    ],
+)
+def test_a_run_goes_on_with_another_number_of_processes_and_says_so(
+    world, several, tmp_path, capfd, before, after, shard, lora
+):
+    common = {"dataset": world / "pairs", "init_from": world / "answers", "eval_interval": 5}
+    common |= {"lr_decay_iters": 10, "shard": shard, **lora}
+    whole = train_here(out_dir=tmp_path / "whole", max_iters=10, **common)
+    parts = tmp_path / "parts"
+
+    def go(size: int, **settings: object) -> str:
+        capfd.readouterr()
+        if size > 1:
+            return several(size, out_dir=parts, **settings)[0].stdout
+        train_here(out_dir=parts, **settings)
+        return capfd.readouterr().out
+
+    go(before, max_iters=5, **common)
+    assert f"processes was {before}, now {after}" in go(after, resume=True, max_iters=10)
+    assert_same_course(whole, parts)
+
+
+# --- torchrun ----------------------------------------------------------------------------------
+
+
+def test_torchrun_starts_a_run_whose_first_process_speaks_alone(world, several, tmp_path):
+    given = words(**TINY | {"dataset": world / "text", "out_dir": tmp_path / "out"})
+    done = finish(torchrun(*given))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert sum("finished at step 20" in line for line in lines) == 1
+    assert sum("on cpu in 2 processes" in line for line in lines) == 1
+    assert sum(line.startswith("step 10: ") for line in lines) == 1
+    assert_same_run(
+        tmp_path / "out", train_in(several, 2, dataset=world / "text", out_dir=tmp_path / "other")
+    )
+
+
+@slow
+def test_what_is_wrong_with_the_command_is_said_once(world, tmp_path):
+    given = words(**TINY | {"dataset": world / "text", "out_dir": tmp_path / "out"})
+    for wrong, message in (
+        ("--n_layers=2", "unknown setting 'n_layers'"),
+        ("--batch_size=1", "too few for 2 processes"),
+        ("--device=cpu:0", "several processes train on cuda or on cpu"),
+        ("--learning_rate=1e9", "the loss is"),
+    ):
+        done = finish(torchrun(*given, wrong))
+        assert done.returncode == 1
+        assert len(errors(done)) == 1, done.stderr
+        assert message in errors(done)[0]
+
+
+def wait_for_lines(out_dir: Path, count: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    file = out_dir / "log.jsonl"
+    while not (file.is_file() and file.read_bytes().count(b"\n") >= count):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_by_a_signal_to_torchrun_all_stop_at_one_step(world, several, tmp_path, signum):
+    common = {"dataset": world / "text", "max_iters": 200, "eval_interval": 100}
+    out = tmp_path / "out"
+    process = torchrun(*words(**TINY | common | {"out_dir": out}))
+    wait_for_lines(out, 10, process)
+    process.send_signal(signum)
+    done = finish(process)
+    step = saved(out)["progress"]["iter"]
+    assert 10 <= step < 200 and len(log(out)) == step
+    assert f"stopped at step {step} and saved; go on with\n  torchrun --standalone" in done.stdout
+    assert errors(done) == []
+    train_in(several, 2, out_dir=out, resume=True)
+    assert_same_run(train_in(several, 2, out_dir=tmp_path / "whole", **common), out)
+
+
+@slow
+def test_a_signal_to_one_process_stops_all(world, several, tmp_path):
+    common = {"dataset": world / "text", "max_iters": 100, "eval_interval": 100}
+    script = tmp_path / "interrupted.py"
+    script.write_text(
+        f"import os, signal, sys, threading\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "import train\n"
+        "step = train.train_step\n"
+        "def interrupted(run, *batch):\n"
+        "    if run.world.rank == 1 and run.progress.iter == 6:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return step(run, *batch)\n"
+        "train.train_step = interrupted\n"
+        "train.command(train.main)\n",
+        encoding="utf-8",
+    )
+    out = tmp_path / "out"
+    first, second = several(2, script=str(script), out_dir=out, **common)
+    assert (first.returncode, second.returncode) == (130, 143), first.stderr + second.stderr
+    assert saved(out)["progress"]["iter"] == 7
+
+
+@slow
+def test_two_machines_train_as_one(world, several, tmp_path):
+    given = words(**TINY | {"dataset": world / "text", "out_dir": tmp_path / "out"})
+    where = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    machines = [torchrun(*given, nodes=(*where, f"--node_rank={rank}")) for rank in (0, 1)]
+    done = [finish(machine) for machine in machines]
+    assert [machine.returncode for machine in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert "on cpu in 4 processes" in done[0].stdout
+    assert done[1].stdout == ""
+    one = train_here(dataset=world / "text", out_dir=tmp_path / "one")
+    assert_same_course(one, tmp_path / "out")
+
+
+@slow
+def test_processes_with_other_settings_are_refused(world, several, tmp_path):
+    done = several(2, {}, {"learning_rate": 1e-4}, dataset=world / "text", out_dir=tmp_path / "out")
+    assert [process.returncode for process in done] == [1, 1]
+    assert "the processes differ in their settings" in errors(done[0])[0]
+
+
+# --- gradients ---------------------------------------------------------------------------------
+
+ONE_STEP = """
+import json, sys
+sys.path.insert(0, {root!r})
+from torch.profiler import ProfilerActivity, profile
+from distributed import together
+from train import n_trained, start, step_batches, train_step
+
+with together() as world:
+    run = start(sys.argv[1:], world)
+    batches, counts, _ = next(step_batches(run))
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        train_step(run, batches, counts)
+    names = [event.name for event in profiler.events()]
+    held = [getattr(p, "to_local", lambda p=p: p)() for p in run.model.parameters()]
+    moments = [
+        getattr(m, "to_local", lambda m=m: m)()
+        for optimizer in run.optimizers
+        for state in optimizer.state.values()
+        for m in state.values()
+        if m.dim()
+    ]
+    found = dict(micro=len(batches), parameters=n_trained(run.model))
+    found |= dict(held=sum(p.numel() for p in held), moments=sum(m.numel() for m in moments))
+    found["sums"] = names.count("gloo:all_reduce")  # which reduce_scatter is made of, too
+    print(json.dumps(found))
+"""
+
+
+def one_step(several, world: Path, folder: Path, **settings: object) -> dict:
+    """What the first of two processes holds after a step, and which sums it took part in."""
+    script = folder / "one_step.py"
+    script.write_text(ONE_STEP.format(root=str(ROOT)), encoding="utf-8")
+    common = {"dataset": world / "text", "out_dir": folder / "out", "script": str(script)}
+    first, _ = several(2, **common, **settings)
+    assert first.returncode == 0, first.stderr
+    return json.loads(first.stdout)
+
+
+def test_gradients_are_summed_once_a_step_whatever_its_micro_batches(world, several, tmp_path):
+    one = one_step(several, world, tmp_path, gradient_accumulation_steps=2)
+    four = one_step(several, world, tmp_path, gradient_accumulation_steps=8)
+    assert (one["micro"], four["micro"]) == (1, 4)
+    assert one["sums"] == four["sums"] > 0
+
+
+# --- a model that is shared out ----------------------------------------------------------------
+
+SHARDED = {
+    "pretraining with Muon": {"dataset": "text", "gradient_accumulation_steps": 4},
+    "pretraining with AdamW": {"dataset": "text", "optimizer": "adamw", "bias": True},
+    "questions with a text": {"dataset": "questions", **BASE, **MIXED, "mix_batch_size": 2},
+    "adapters": {"dataset": "questions", **LORA},
+    "preferences": PAIRS | {"dpo_sft_weight": 0.5},
+    "preferences by adapters": PAIRS | LORA | {"init_from": "answers", "dataset": "pairs"},
+    "an untied head": {"dataset": "text", "tie_weights": False, "logit_soft_cap": 20},
+    "paths beside the stream": COURSES["paths beside the stream"],
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "questions with a text" else pytest.param(n, marks=slow) for n in SHARDED]
+)
+def test_a_model_that_is_shared_out_takes_the_course_of_a_whole_one(world, several, tmp_path, name):
+    settings = located(world, SHARDED[name])
+    one = train_here(out_dir=tmp_path / "one", **settings)
+    two = train_in(several, 2, out_dir=tmp_path / "two", shard=True, **settings)
+    assert_same_course(one, two)
+    moved = weights(one)
+    assert all((weights(two)[key] - moved[key]).abs().max() < 1e-3 for key in moved)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", pytest.param("adamw", marks=slow)])
+def test_each_process_holds_half_and_sums_gradients_once_a_step(
+    world, several, tmp_path, optimizer
+):
+    common = {"optimizer": optimizer, "gradient_accumulation_steps": 2}
+    replica = one_step(several, world, tmp_path, **common)
+    half = one_step(several, world, tmp_path, **common, shard=True)
+    more = one_step(
+        several, world, tmp_path, **common | {"gradient_accumulation_steps": 8}, shard=True
+    )
+    assert half["parameters"] == replica["parameters"] == replica["held"] == 2 * half["held"]
+    assert replica["moments"] == 2 * half["moments"] > half["held"]
+    assert (half["micro"], more["micro"]) == (1, 4)
+    assert half["sums"] == more["sums"] == 3 + 1  # two blocks and the rest; the gradients' norm
+
+
+def test_what_a_shared_out_model_cannot_do_is_refused():
+    two = World(0, 2)
+    for settings, message in (
+        ({"batch_size": 5}, "batch_size x gradient_accumulation_steps is 5"),
+        ({"mix_dataset": "text", "mix_batch_size": 3}, "change --mix_batch_size="),
+        ({"dtype": "float16"}, "does not go with float16"),
+        ({"dry_run": True}, "dry_run=True does not know shard=True"),
+    ):
+        config = Settings(shard=True, **settings)
+        check_shares(config, "cpu", ALONE)
+        with pytest.raises(UserError, match=message):
+            check_shares(config, "cpu", two)
+    with pytest.raises(UserError, match="shard=True is for model='gpt'"):
+        Settings(shard=True, model="lstm")
+
+
+# --- who takes part ----------------------------------------------------------------------------
+
+
+def test_the_place_of_a_process_is_what_torchrun_says():
+    environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert world_of(environment) == World(5, 8, 1, 4)
+    assert world_of({}) == world_of({"WORLD_SIZE": "8"}) == ALONE
+
+
+def test_devices_and_rows_that_do_not_go_round_are_refused():
+    with pytest.raises(UserError, match="device=mps: several processes train on cuda or on cpu"):
+        join(World(0, 2), "mps")
+    assert join(ALONE, "mps") == "mps"
+    check_shares(Settings(batch_size=5), "cpu", World(0, 4))
+    with pytest.raises(UserError, match="too few for 8 processes"):
+        check_shares(Settings(batch_size=7), "cpu", World(0, 8))
+
+
+def test_one_process_imports_nothing_for_others(world, tmp_path):
+    argv = words(**TINY | {"dataset": world / "text", "out_dir": tmp_path / "out", "max_iters": 1})
+    script = (
+        "import sys, torch; before = set(sys.modules); import train; "
+        f"train.main({argv}); "
+        "new = set(sys.modules) - before; "
+        "print([n for n in new if n.startswith(('torch.distributed', 'torch._dynamo'))])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
