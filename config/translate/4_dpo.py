@@ -11,5 +11,6 @@ batch_size = 32
 max_iters = 300
 learning_rate = 2e-4
 dpo_beta = 0.1
+dpo_sft_weight = 0.5
 warmup_iters = 30
 eval_interval = 50

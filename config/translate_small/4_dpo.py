@@ -6,8 +6,9 @@ dataset = "finance_dpo"
 lora_rank = 8
 
 batch_size = 16
-max_iters = 75
-learning_rate = 2e-4
+max_iters = 150
+learning_rate = 1e-3
 dpo_beta = 0.1
+dpo_sft_weight = 0.5  # without it answers grow unlikely, too, and no longer end
 warmup_iters = 10
-eval_interval = 15
+eval_interval = 25
