@@ -217,6 +217,14 @@ def known_pairs(dataset: str) -> dict[str, list[tuple[str, str]]]:
     }
 
 
+def dataset_of(checkpoint: Checkpoint, config: sample.Settings) -> str:
+    """The dataset that config names, else the one that the model was trained on."""
+    name = config.dataset or checkpoint.run["settings"].get("dataset")
+    if not name:
+        raise UserError(f"{show_path(checkpoint.path)} names no dataset; pass --dataset=")
+    return name
+
+
 def evaluate_file(checkpoint: Checkpoint, config: sample.Settings, records: list[dict]) -> None:
     """Scores the answers to a file's questions. References come from the file, else from the
     dataset; questions that have neither are counted and left out."""
@@ -224,11 +232,11 @@ def evaluate_file(checkpoint: Checkpoint, config: sample.Settings, records: list
         raise UserError("--eval_mode takes its questions from a file; pass --start=FILE:x.jsonl")
     if not checkpoint.answers:
         raise UserError(
-            f"{show_path(checkpoint.path.parent)} continues texts, it has learnt no answers; "
+            f"{show_path(checkpoint.out_dir)} continues texts, it has learnt no answers; "
             "pass a fine-tuned model's --out_dir="
         )
     try:
-        known = known_pairs(config.dataset or checkpoint.run["settings"]["dataset"])
+        known = known_pairs(dataset_of(checkpoint, config))
     except UserError:
         if config.dataset or not all(record["Answer"] for record in records):
             raise
@@ -269,7 +277,7 @@ def evaluate_file(checkpoint: Checkpoint, config: sample.Settings, records: list
 
 def write_reports(checkpoint: Checkpoint, report: dict, asked: list[dict], seen: list) -> None:
     """evaluation.json and its copy, answers as JSON lines, histograms; printed in short."""
-    out_dir = checkpoint.path.parent
+    out_dir = checkpoint.out_dir
     report = {"checkpoint": checkpoint.path.name} | report
     text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
     name = re.sub(r"[^\w.-]", "_", f"{report['dataset']}-{report['split']}")
@@ -299,7 +307,7 @@ def main(argv: list[str]) -> None:
     device = pick_device(config.device)
     checkpoint = sample.load_for_sampling(config.out_dir, device, config.quantize == "int8")
     sample.default_temperature(checkpoint, config)
-    data = open_dataset(config.dataset or checkpoint.run["settings"]["dataset"])
+    data = open_dataset(dataset_of(checkpoint, config))
     if data.kind == "dpo":
         raise UserError(
             f"{show_path(data.path)} holds preferences, which train.py's log scores; pass "
