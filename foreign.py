@@ -67,20 +67,20 @@ def read_config(path: Path, tokenizer: Tokenizer) -> ModelConfig:
     if path.is_file():
         return _named(path, lambda: _nanogpt_config(_load(path), tokenizer.n_vocab))
     config = _read_json(path / "config.json")
-    _check_rows(path, config.get("vocab_size", 0), tokenizer)
+    _named(path, lambda: _check_rows(config["vocab_size"], tokenizer))
     names = set()
     for file in weight_files(path):
         names |= _read_safetensors(file, _names_of)
     return _named(path, lambda: from_config(config, names, tokenizer.n_vocab))
 
 
-def _check_rows(path: Path, rows: int, tokenizer: Tokenizer) -> None:
+def _check_rows(rows: int, tokenizer: Tokenizer) -> None:
     """UserError where the tokenizer has ids that the model has not, but for those added here."""
     entries = [tokenizer.entry(id) for id in range(rows, tokenizer.n_vocab)]
     strange = [entry for entry in entries if entry not in SPECIAL_TOKENS]
     if strange:
         raise UserError(
-            f"{show_path(path)}: its tokenizer has {strange[0]} and {len(strange) - 1} more beyond "
+            f"its tokenizer has {strange[0]} and {len(strange) - 1} more beyond "
             f"vocab_size={rows}; they do not belong together"
         )
 
@@ -167,7 +167,7 @@ def _templates(path: Path) -> list[str]:
     """Chat templates, where transformers keeps them."""
     settings, file = path / "tokenizer_config.json", path / "chat_template.jinja"
     found = [_read_json(settings).get("chat_template")] if settings.is_file() else []
-    return found + ([file.read_text(encoding="utf-8")] if file.is_file() else [])
+    return found + ([file.read_text(encoding="utf-8", errors="replace")] if file.is_file() else [])
 
 
 def _read_json(file: Path) -> dict:

@@ -176,6 +176,7 @@ CHANGES = [
     ({"num_hidden_layers": 1}, "the weights model.layers.1."),
     ({"intermediate_size": 40}, "the weights for blocks.0.mlp.c_fc.weight are [96, 32]"),
     ({"hidden_size": None}, "cannot be read"),
+    ({"vocab_size": "many"}, "cannot be read"),
     ({"tie_word_embeddings": False}, "no weights for lm_head.weight"),
 ]
 
