@@ -11,6 +11,8 @@
 
 A checkpoint is written aside and renamed, then the pointers are replaced, then what no pointer
 names is deleted: killed at any moment, an out_dir still loads. Nothing is unpickled.
+
+What loads an out_dir loads models of other projects too, foreign.py's.
 """
 
 import dataclasses
@@ -31,6 +33,7 @@ from safetensors.torch import load_file, save_file
 
 from configurator import UserError, show_path, written_aside
 from distributed import ALONE, World, gather, is_sharded, part_of
+from foreign import find_foreign, foreign_run, is_foreign, load_foreign, weight_files
 from lora import adapter_weights, add_adapters, merge
 from lstm_model import LSTM
 from model import GPT, ModelConfig
@@ -46,6 +49,12 @@ class Checkpoint:
     tokenizer: Tokenizer
     run: dict  # run.json: architecture, settings, dataset, progress, losses, environment
     n_params: int = 0  # of the model, before anything is laid out for generation
+
+    @property
+    def out_dir(self) -> Path:
+        """Where reports go: beside the checkpoint, but into a directory of another project's."""
+        is_alone = is_foreign(self.path) and self.path.is_dir()
+        return self.path if is_alone else self.path.parent
 
     @property
     def answers(self) -> bool:
@@ -114,7 +123,7 @@ def load_checkpoint(
     """The checkpoint that the pointer `which` names, in eval mode. UserError if it is damaged.
 
     An adapter comes merged into its base; with merged=False it stays apart, and the base frozen.
-    changes: of the architecture that leave the weights' shapes alone, as dropout.
+    changes: of the architecture: dropout, or a lower block_size.
     """
     path = _checkpoint_path(out_dir, which)
     run = _read_run(path)
@@ -127,6 +136,8 @@ def load_checkpoint(
 
 def _load_model(path: Path, device: str, changes: dict) -> GPT | LSTM:
     """The model of a checkpoint; an adapter's is its base with the adapter on it."""
+    if is_foreign(path):
+        return load_foreign(path, device, changes)
     run = _read_run(path)
     if "adapter" in run:
         return _load_adapter(path, run, device, changes)
@@ -135,6 +146,8 @@ def _load_model(path: Path, device: str, changes: dict) -> GPT | LSTM:
 
     def load() -> None:
         weights = load_file(path / "model.safetensors", device=device)
+        if "wpe.weight" in weights:
+            weights["wpe.weight"] = weights["wpe.weight"][: config.block_size]
         missing, unexpected = model.load_state_dict(weights, strict=False)
         tied = {"lm_head.weight"} if model.config.tie_weights else set()
         if unexpected or set(missing) != tied:
@@ -147,8 +160,11 @@ def _load_model(path: Path, device: str, changes: dict) -> GPT | LSTM:
 def _load_adapter(path: Path, run: dict, device: str, changes: dict) -> GPT | LSTM:
     parts = ("base", "sha256", "rank", "alpha", "targets")
     where, sha256, *shape = _read(path / "run.json", lambda: [run["adapter"][p] for p in parts])
+    # it may have been trained on shorter rows than its base
+    block_size = _read(path / "run.json", lambda: run["architecture"]["block_size"])
+    changes = {"block_size": block_size} | changes
     base = Path(os.path.normpath(path.parent.resolve() / where))
-    if not base.is_dir():
+    if not base.exists():
         raise UserError(
             f"{show_path(path)} is an adapter of {show_path(base)}, which is not there; put it "
             'back, or write where it is as "base" into run.json'
@@ -199,19 +215,28 @@ def adapter_of(out_dir: Path, base: Path, rank: int, alpha: float, targets: list
 
 def weights_sha256(path: Path) -> str:
     """That of a checkpoint's weights; an adapter's are A and B, its run.json names the rest."""
-    files = [path / f"{name}.safetensors" for name in ("model", "adapter")]
-    file = files[1] if files[1].is_file() else files[0]
+    if is_foreign(path):
+        files = weight_files(path)
+    else:
+        adapter = path / "adapter.safetensors"
+        files = [adapter if adapter.is_file() else path / "model.safetensors"]
+    digest = hashlib.sha256()
+    for file in files:
+        _read(file, lambda file=file: _add_file(digest, file))
+    return digest.hexdigest()
 
-    def digest() -> str:
-        with file.open("rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
 
-    return _read(file, digest)
+def _add_file(digest, file: Path) -> None:
+    with file.open("rb") as handle:
+        while block := handle.read(2**20):
+            digest.update(block)
 
 
 def keep_base(base: Path, user: Path) -> None:
     """From now on a run that goes on beside this checkpoint does not delete it: the adapter in the
     out_dir `user` stands on it."""
+    if is_foreign(base):
+        return  # nothing here deletes it
     file = base.parent / "bases"
     line = f"{base.name} {show_path(user)}\n"
     try:
@@ -265,6 +290,11 @@ def files_alone(checkpoint: Checkpoint, run: dict) -> dict[str, Path | bytes]:
 
 def has_checkpoint(out_dir: Path) -> bool:
     return _pointer(out_dir, "latest") is not None
+
+
+def has_model(path: Path) -> bool:
+    """Whether there is something to start from: an out_dir's checkpoint, or another project's."""
+    return has_checkpoint(path) or find_foreign(path) is not None
 
 
 def rewind(out_dir: Path) -> None:
@@ -354,12 +384,16 @@ def _checkpoint_path(out_dir: Path, which: str) -> Path:
     # killed within its first save, an out_dir has no `best` yet
     if (name := _pointer(out_dir, which)) is None:
         name = _pointer(out_dir, "latest")
+    if name is None and (foreign := find_foreign(out_dir)):
+        return foreign
     if name is None:
         raise UserError(f"no checkpoint in {show_path(out_dir)}; train first, or pass --out_dir=")
     return out_dir / name
 
 
 def _read_run(path: Path) -> dict:
+    if is_foreign(path):
+        return foreign_run(path)
     file = path / "run.json"
 
     def load() -> dict:

@@ -258,6 +258,14 @@ def known_pairs(data: Dataset) -> dict[str, list[tuple[str, str]]]:
     }
 
 
+def dataset_of(checkpoint: Checkpoint, config: sample.Settings) -> str:
+    """The dataset that config names, else the one that the model was trained on."""
+    name = config.dataset or checkpoint.run["settings"].get("dataset")
+    if not name:
+        raise UserError(f"{show_path(checkpoint.path)} names no dataset; pass --dataset=")
+    return name
+
+
 def evaluate_file(checkpoint: Checkpoint, config: sample.Settings, records: list[dict]) -> None:
     """Scores the answers to a file's questions. References come from the file, else from the
     dataset; questions that have neither are counted and left out."""
@@ -265,11 +273,11 @@ def evaluate_file(checkpoint: Checkpoint, config: sample.Settings, records: list
         raise UserError("--eval_mode takes its questions from a file; pass --start=FILE:x.jsonl")
     if not checkpoint.answers:
         raise UserError(
-            f"{show_path(checkpoint.path.parent)} continues texts, it has learnt no answers; "
+            f"{show_path(checkpoint.out_dir)} continues texts, it has learnt no answers; "
             "pass a fine-tuned model's --out_dir="
         )
     try:
-        data = open_dataset(config.dataset or checkpoint.run["settings"]["dataset"])
+        data = open_dataset(dataset_of(checkpoint, config))
         known, languages = known_pairs(data), data.languages
     except UserError:
         if config.dataset or not all(record["Answer"] for record in records):
@@ -314,7 +322,7 @@ def write_reports(
     """evaluation.json and answers as JSON lines, each with a copy of its own name, and histograms;
     printed in short. asked: no answers where it is empty. seen: trained questions; None where
     there are no questions."""
-    out_dir = checkpoint.path.parent
+    out_dir = checkpoint.out_dir
     report = {"checkpoint": checkpoint.path.name} | report
     name = report_name(report["dataset"], report["split"])
     answers, own = json_lines(asked), json.dumps(report, ensure_ascii=False, indent=1) + "\n"
@@ -351,7 +359,7 @@ def main(argv: list[str]) -> None:
     device = pick_device(config.device)
     checkpoint = sample.load_for_sampling(config.out_dir, device, config.quantize == "int8")
     config.temperature = config.temperature or 0.0  # greedy, whatever sampling takes by default
-    data = open_dataset(config.dataset or checkpoint.run["settings"]["dataset"])
+    data = open_dataset(dataset_of(checkpoint, config))
     if data.kind == "dpo":
         raise UserError(
             f"{show_path(data.path)} holds preferences, which train.py's log scores; pass "

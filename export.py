@@ -1,49 +1,66 @@
-"""A checkpoint as a Hugging Face directory, for other tools.
+"""A checkpoint for other tools: a Hugging Face directory, or a GGUF file.
 
     python export.py --out_dir=out-sanguo-sft --to=sanguo-hf
+    python export.py --format=gguf --out_dir=out-sanguo-sft --to=sanguo.gguf
 
-transformers loads it as it loads any (AutoModelForCausalLM, AutoTokenizer, no code of ours).
-Weights are float32. The chat template writes what tokenizer.py's
-`render` writes: names of special tokens inside a message stay plain text. For that it sets HIDDEN
-between `<` and `|`, which the exported tokenizer takes away again once special tokens are found.
+transformers loads the directory as it loads any (AutoModelForCausalLM, AutoTokenizer, no code of
+ours), llama.cpp the file. Weights are float32. The chat template writes what tokenizer.py's
+`render` writes: names of special tokens inside a message stay plain text. In the directory it sets
+HIDDEN between `<` and `|` of a message, which the exported tokenizer takes away again once special
+tokens are found. llama.cpp takes nothing away, so in the file the special tokens themselves have
+HIDDEN in their names, which no message then holds.
 """
 
 import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import gguf
+import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from checkpoint import Checkpoint, load_checkpoint
-from configurator import UserError, command, configure, repo_path, show_path
-from hugging_face import family_of, to_hugging_face
-from tokenizer import END, END_OF_TEXT, ROLES
-
-HIDDEN = "\ue000"  # a private character, so that no text has it
-ROLE_NAMES = ", ".join(f"'{role}': '{token}'" for role, token in ROLES.items())
-CHAT_TEMPLATE = (
-    "{% set names = {" + ROLE_NAMES + "} %}"
-    "{% for message in messages %}"
-    "{% if message['role'] not in names %}{{ raise_exception('unknown role') }}{% endif %}"
-    "{{ names[message['role']] + message['content'] | replace('<|', '<" + HIDDEN + "|') + "
-    f"'{END}'" + " }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '" + ROLES["assistant"] + "' }}{% endif %}"
+from configurator import UserError, command, configure, repo_path, show_path, written_aside
+from hugging_face import CHAT_TEMPLATE, chat_template, family_of, to_hugging_face
+from model import ModelConfig
+from tokenizer import (
+    DIGITS_PATTERN,
+    END,
+    END_OF_TEXT,
+    GPT2_PATTERN,
+    HIDDEN,
+    LLAMA3_PATTERN,
+    NFC,
+    QWEN2_PATTERN,
+    ROLES,
+    UNHIDE,
 )
+
+# llama.cpp's names for ways of cutting text
+PRE_TOKENIZERS = {
+    QWEN2_PATTERN: "qwen2",
+    GPT2_PATTERN: "gpt-2",
+    LLAMA3_PATTERN: "llama-bpe",
+    DIGITS_PATTERN: "smollm",
+}
 
 
 @dataclass
 class Settings:
+    format: Literal["hf", "gguf"] = "hf"  # a directory for transformers; a file for llama.cpp
     out_dir: str = "out-sanguo-sft"  # the run whose best checkpoint leaves
-    to: str = ""  # directory to write
+    to: str = ""  # directory or file to write
 
 
 def tokenizer_text(checkpoint: Checkpoint) -> str:
     """tokenizer.json, which lets HIDDEN vanish behind the search for special tokens."""
     content = json.loads(checkpoint.tokenizer.text)
-    content["normalizer"] = {"type": "Replace", "pattern": {"String": HIDDEN}, "content": ""}
+    is_nfc = content["normalizer"] == NFC
+    content["normalizer"] = {"type": "Sequence", "normalizers": [UNHIDE, NFC]} if is_nfc else UNHIDE
     return json.dumps(content, ensure_ascii=False, indent=1)
 
 
@@ -92,16 +109,111 @@ def write_hugging_face(checkpoint: Checkpoint, to: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+# --- GGUF --------------------------------------------------------------------------------------
+
+
+def write_gguf(checkpoint: Checkpoint, to: Path) -> None:
+    """A file, written aside and renamed. UserError where the disk is full, or where llama.cpp has
+    no such architecture or way of cutting text."""
+    c = checkpoint.model.config
+    family = family_of(c)
+    if c.mlp == "gelu_erf":
+        raise UserError("mlp='gelu_erf': llama.cpp's GPT-2 has the tanh form, mlp='gelu', alone")
+    weights = to_hugging_face(checkpoint.model)[1]
+    vocabulary = gguf_vocabulary(checkpoint)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], c.n_layer)
+    try:
+        with written_aside(to) as aside:
+            writer = gguf.GGUFWriter(aside, family)
+            add_shape(writer, c, family)
+            for add, value in vocabulary.items():
+                getattr(writer, add)(value)
+            for name, weight in weights.items():
+                their = names.get_name(name, try_suffixes=(".weight", ".bias"))
+                writer.add_tensor(their, for_llama_cpp(name, weight, c, family))
+            try:
+                writer.write_header_to_file()
+                writer.write_kv_data_to_file()
+                writer.write_tensors_to_file()
+            finally:
+                writer.close()
+    except OSError as error:
+        reason = error.strerror or f"the disk is full ({error})"  # numpy tells of bytes alone
+        raise UserError(f"cannot write {show_path(to)}: {reason}") from None
+
+
+def add_shape(writer: gguf.GGUFWriter, c: ModelConfig, family: str) -> None:
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_block_count(c.n_layer)
+    writer.add_context_length(c.block_size)
+    writer.add_embedding_length(c.n_embd)
+    writer.add_feed_forward_length(c.n_hidden)
+    writer.add_head_count(c.n_head)
+    if family == "gpt2":
+        return writer.add_layer_norm_eps(c.norm_eps)
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+    writer.add_head_count_kv(c.n_kv_head)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_rope_freq_base(c.rope_theta)
+
+
+def for_llama_cpp(name: str, weight: torch.Tensor, c: ModelConfig, family: str) -> np.ndarray:
+    """A weight under Hugging Face's name as llama.cpp wants it: GPT-2's matrices as ours, and for
+    Llama the rows of queries and keys so that pairs which turn together are neighbours, (i, i +
+    head_dim / 2) -> (2 i, 2 i + 1)."""
+    if name.startswith("transformer.h.") and weight.dim() == 2:
+        weight = weight.t()
+    heads = {"q_proj": c.n_head, "k_proj": c.n_kv_head}.get(name.split(".")[-2])
+    if family == "llama" and heads:
+        pairs = weight.view(heads, 2, c.head_dim // 2, *weight.shape[1:])
+        weight = pairs.transpose(1, 2).reshape(weight.shape)
+    return weight.contiguous().numpy()
+
+
+def gguf_vocabulary(checkpoint: Checkpoint) -> dict:
+    """What the writer's methods take, by their names."""
+    tokenizer, kinds = checkpoint.tokenizer, gguf.TokenType
+    content = json.loads(tokenizer.text)
+    pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    if pattern not in PRE_TOKENIZERS:
+        raise UserError(f"its way of cutting text is none that llama.cpp has a name for: {pattern}")
+    special = {token["id"]: hidden(token["content"]) for token in content["added_tokens"]}
+    entries = {id: token for token, id in content["model"]["vocab"].items()} | special
+    ids = range(tokenizer.n_vocab)
+    roles = {role: hidden(name) for role, name in ROLES.items()}
+    plain = f"message['content'] | replace('{HIDDEN}', '')"
+    template = {"add_chat_template": chat_template(roles, hidden(END), plain)}
+    return {
+        "add_tokenizer_model": "gpt2",  # any byte-level BPE
+        "add_tokenizer_pre": PRE_TOKENIZERS[pattern],
+        "add_token_list": [entries[id] for id in ids],
+        "add_token_types": [kinds.CONTROL if id in special else kinds.NORMAL for id in ids],
+        "add_token_merges": [" ".join(pair) for pair in content["model"]["merges"]],
+        "add_bos_token_id": tokenizer.end_of_text,
+        "add_eos_token_id": tokenizer.end_of_text,
+        "add_eot_token_id": tokenizer.end,
+        "add_pad_token_id": tokenizer.end_of_text,
+        "add_add_bos_token": False,
+    } | (template if checkpoint.answers else {})
+
+
+def hidden(name: str) -> str:
+    """The name of a special token that no text holds."""
+    return name[0] + HIDDEN + name[1:]
+
+
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     if not config.to:
-        raise UserError("to='' names nothing; pass --to=, a directory")
+        raise UserError("to='' names nothing; pass --to=, a directory or for gguf a file")
     to = repo_path(config.to)
     if to.exists():
         raise UserError(f"{show_path(to)} is there; delete it, or name another --to=")
     checkpoint = load_checkpoint(repo_path(config.out_dir))
-    write_hugging_face(checkpoint, to)
-    size = sum(file.stat().st_size for file in to.iterdir())
+    {"hf": write_hugging_face, "gguf": write_gguf}[config.format](checkpoint, to)
+    size = sum(file.stat().st_size for file in ([to] if to.is_file() else to.iterdir()))
     print(f"{show_path(to)}: {family_of(checkpoint.model.config)}, {size / 1e6:.1f} MB, float32")
 
 

@@ -1,13 +1,21 @@
-"""Our weights and settings under Hugging Face's names: GPT-2, Llama, Qwen3.
+"""Our weights and settings under Hugging Face's names, both ways: GPT-2, Llama, Qwen3.
+
+    config, weights = to_hugging_face(model)                        for export.py
+    model_config = from_config(config, names, n_vocab)              for foreign.py
+    weights = from_weights(model_config, weights)
 
 c_attn stacks the queries', keys' and values' rows, SwiGLU's c_fc those of gate and up. GPT-2 keeps
 its matrices transposed, and biases that are off here are zeros there.
 """
 
+import re
+from collections.abc import Collection, Iterator
+
 import torch
 
 from configurator import UserError
 from model import GPT, ModelConfig
+from tokenizer import END, HIDDEN, ROLES
 
 Weights = dict[str, torch.Tensor]
 
@@ -19,6 +27,7 @@ FAMILIES = {
 }
 BEYOND = {"logit_soft_cap": 0.0, "value_residual": False, "embedding_skip": False}
 CLASSES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
+GELUS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_erf"}  # theirs -> ours
 
 LLAMA = {  # our module -> theirs, whose rows ours has one below the other
     "norm_1": ["input_layernorm"],
@@ -31,13 +40,33 @@ LLAMA = {  # our module -> theirs, whose rows ours has one below the other
     "mlp.c_proj": ["mlp.down_proj"],
 }
 GPT2 = {
-    "norm_1": "ln_1",
-    "attn.c_attn": "attn.c_attn",
-    "attn.c_proj": "attn.c_proj",
-    "norm_2": "ln_2",
-    "mlp.c_fc": "mlp.c_fc",
-    "mlp.c_proj": "mlp.c_proj",
+    "norm_1": ["ln_1"],
+    "attn.c_attn": ["attn.c_attn"],
+    "attn.c_proj": ["attn.c_proj"],
+    "norm_2": ["ln_2"],
+    "mlp.c_fc": ["mlp.c_fc"],
+    "mlp.c_proj": ["mlp.c_proj"],
 }
+# what old files keep beside the weights: masks and rotary tables
+CONSTANTS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
+
+
+def chat_template(names: dict[str, str], end: str, content: str) -> str:
+    """A Jinja template that writes what tokenizer.py's `render` writes. names, end: how roles and
+    the end of a message are written; content: an expression for a message's."""
+    written = ", ".join(f"'{role}': '{token}'" for role, token in names.items())
+    return (
+        "{% set names = {" + written + "} %}"
+        "{% for message in messages %}"
+        "{% if message['role'] not in names %}{{ raise_exception('unknown role') }}{% endif %}"
+        "{{ names[message['role']] + " + content + " + '" + end + "' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '" + names["assistant"] + "' }}{% endif %}"
+    )
+
+
+# HIDDEN stands in names that a message holds, so that they are none; it is taken away again later
+CHAT_TEMPLATE = chat_template(ROLES, END, f"message['content'] | replace('<|', '<{HIDDEN}|')")
 
 
 def family_of(config: ModelConfig) -> str:
@@ -49,6 +78,7 @@ def family_of(config: ModelConfig) -> str:
     wanted = FAMILIES[family] | BEYOND
     if family == "gpt2":
         wanted |= {"n_kv_head": config.n_head}
+        wanted |= {"mlp": config.mlp} if config.mlp in GELUS.values() else {}
     other = [f"{k}={getattr(config, k)!r}" for k, v in wanted.items() if getattr(config, k) != v]
     if other:
         raise UserError(
@@ -58,15 +88,67 @@ def family_of(config: ModelConfig) -> str:
     return family
 
 
+def parameters(c: ModelConfig) -> Iterator[tuple[str, list[str]]]:
+    """Each parameter of ours that may be there, and theirs that it has one below the other."""
+    family = family_of(c)
+    if family == "gpt2":
+        ends = {"wte": "transformer.wte", "wpe": "transformer.wpe", "norm": "transformer.ln_f"}
+        layers, modules = "transformer.h", GPT2
+    else:
+        ends = {"wte": "model.embed_tokens", "norm": "model.norm"}
+        layers, modules = "model.layers", LLAMA
+    pairs = [(our, [their]) for our, their in ends.items()]
+    if not c.tie_weights:
+        pairs.append(("lm_head", ["lm_head"]))
+    for layer in range(c.n_layer):
+        for our, names in modules.items():
+            pairs.append((f"blocks.{layer}.{our}", [f"{layers}.{layer}.{n}" for n in names]))
+    for our, names in pairs:
+        for kind in ("weight", "bias"):
+            yield f"{our}.{kind}", [f"{name}.{kind}" for name in names]
+
+
+# --- out ---------------------------------------------------------------------------------------
+
+
 def to_hugging_face(model: GPT) -> tuple[dict, Weights]:
     """config.json and the weights, float32; the padding of the vocabulary is left out."""
-    shape = shape_of(model.config)
+    c = model.config
+    shape = shape_of(c)
     ours = {name: weight.detach().float() for name, weight in model.named_parameters()}
     for name in ("wte.weight", "lm_head.weight"):
         if name in ours:
-            ours[name] = ours[name][: model.config.n_vocab]
-    rename = _to_gpt2 if shape["model_type"] == "gpt2" else _to_llama
-    return shape | {"dtype": "float32"}, rename(ours, model.config)
+            ours[name] = ours[name][: c.n_vocab]
+    fill = _without_biases if shape["model_type"] == "gpt2" else dict
+    return shape | {"dtype": "float32"}, _to_theirs(fill(ours), c)
+
+
+def _without_biases(ours: Weights) -> Weights:
+    """With zeros where GPT-2 has a bias and ours has none."""
+    modules = [name.removesuffix(".weight") for name in ours if name.endswith(".weight")]
+    biased = [m for m in modules if m == "norm" or m.startswith("blocks.")]
+    zeros = {f"{m}.bias": torch.zeros(len(ours[f"{m}.weight"])) for m in biased}
+    return zeros | ours
+
+
+def _to_theirs(ours: Weights, c: ModelConfig) -> Weights:
+    kv = c.n_kv_head * c.head_dim
+    rows = {"attn.c_attn": [c.n_embd, kv, kv], "mlp.c_fc": [c.n_hidden, c.n_hidden]}
+    theirs = {}
+    for our, names in parameters(c):
+        if our in ours:
+            module = ".".join(our.split(".")[2:-1])
+            parts = ours[our].split(rows[module] if len(names) > 1 else len(ours[our]))
+            theirs |= dict(zip(names, parts, strict=True))
+    return transposed(theirs)
+
+
+def transposed(theirs: Weights) -> Weights:
+    """GPT-2's matrices the other way round; all else as it is."""
+    return {
+        name: weight.t() if name.startswith("transformer.h.") and weight.dim() == 2 else weight
+        for name, weight in theirs.items()
+    }
 
 
 def shape_of(c: ModelConfig) -> dict:
@@ -107,7 +189,7 @@ def _gpt2_shape(c: ModelConfig) -> dict:
         "n_layer": c.n_layer,
         "n_head": c.n_head,
         "n_inner": c.n_hidden,
-        "activation_function": "gelu_new",
+        "activation_function": "gelu" if c.mlp == "gelu_erf" else "gelu_new",
         "layer_norm_epsilon": c.norm_eps,
         "resid_pdrop": c.dropout,
         "embd_pdrop": c.dropout,
@@ -115,36 +197,124 @@ def _gpt2_shape(c: ModelConfig) -> dict:
     }
 
 
-def _to_llama(ours: Weights, c: ModelConfig) -> Weights:
-    kv = c.n_kv_head * c.head_dim
-    rows = {"attn.c_attn": [c.n_embd, kv, kv], "mlp.c_fc": [c.n_hidden, c.n_hidden]}
-    theirs = {
-        "model.embed_tokens.weight": ours["wte.weight"],
-        "model.norm.weight": ours["norm.weight"],
+# --- in ----------------------------------------------------------------------------------------
+
+
+def from_config(config: dict, names: Collection[str], n_vocab: int) -> ModelConfig:
+    """The architecture that a config.json describes, with a vocabulary of n_vocab ids. names: those
+    of its weights. KeyError where a size is missing; UserError where ours does not express it."""
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise UserError(f"model_type={family!r} is none of {', '.join(FAMILIES)}")
+    if config.get("quantization_config"):
+        raise UserError("its weights are quantized; take those in float32, float16 or bfloat16")
+    shape = _of_gpt2(config) if family == "gpt2" else _of_llama(config, family)
+    tied = config.get("tie_word_embeddings")
+    rows = config["vocab_size"]
+    return ModelConfig(
+        **FAMILIES[family] | shape,
+        tie_weights="lm_head.weight" not in names if tied is None else tied,
+        n_vocab=n_vocab,
+        vocab_size=rows if rows >= n_vocab else None,
+    )
+
+
+def _of_llama(config: dict, family: str) -> dict:
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    bias = bool(config.get("attention_bias"))
+    layers = {*(config.get("layer_types") or [])} - {"full_attention"}
+    _refuse_others(
+        hidden_act=(config.get("hidden_act", "silu"), "silu"),
+        rope_type=(rope.get("rope_type", rope.get("type", "default")), "default"),
+        partial_rotary_factor=(rope.get("partial_rotary_factor", 1.0), 1.0),
+        head_dim=(config.get("head_dim") or width // heads, width // heads),
+        # Qwen3's has biases in attention alone, Llama's in both or in neither
+        attention_bias=(bias, bias and family == "llama"),
+        mlp_bias=(bool(config.get("mlp_bias")), bias),
+        use_sliding_window=(bool(config.get("use_sliding_window")), False),
+        layer_types=(sorted(layers), []),
+    )
+    return {
+        "block_size": config["max_position_embeddings"],
+        "n_layer": config["num_hidden_layers"],
+        "n_head": heads,
+        "n_kv_head": config.get("num_key_value_heads") or heads,
+        "n_embd": width,
+        "n_hidden": config["intermediate_size"],
+        "rope_theta": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "bias": bias,
+        "qk_norm": family == "qwen3",
     }
-    if not c.tie_weights:
-        theirs["lm_head.weight"] = ours["lm_head.weight"]
-    for layer in range(c.n_layer):
-        for our, names in LLAMA.items():
-            for kind in ("weight", "bias"):
-                whole = ours.get(f"blocks.{layer}.{our}.{kind}")
-                if whole is not None:
-                    parts = whole.split(rows.get(our, len(whole)))
-                    for name, part in zip(names, parts, strict=True):
-                        theirs[f"model.layers.{layer}.{name}.{kind}"] = part
-    return theirs
 
 
-def _to_gpt2(ours: Weights, c: ModelConfig) -> Weights:
-    theirs = {f"transformer.{name}.weight": ours[f"{name}.weight"] for name in ("wte", "wpe")}
-    if not c.tie_weights:
-        theirs["lm_head.weight"] = ours["lm_head.weight"]
-    names = {"norm": "ln_f"}
-    for layer in range(c.n_layer):
-        names |= {f"blocks.{layer}.{our}": f"h.{layer}.{their}" for our, their in GPT2.items()}
-    for our, their in names.items():
-        weight = ours[f"{our}.weight"]
-        theirs[f"transformer.{their}.weight"] = weight.t()  # of a norm: the same
-        bias = ours.get(f"{our}.bias", weight.new_zeros(len(weight)))
-        theirs[f"transformer.{their}.bias"] = bias
-    return theirs
+def _of_gpt2(config: dict) -> dict:
+    activation = config.get("activation_function", "gelu_new")
+    _refuse_others(
+        activation_function=(activation, activation if activation in GELUS else "gelu_new"),
+        scale_attn_weights=(config.get("scale_attn_weights", True), True),
+        scale_attn_by_inverse_layer_idx=(
+            bool(config.get("scale_attn_by_inverse_layer_idx")),
+            False,
+        ),
+        add_cross_attention=(bool(config.get("add_cross_attention")), False),
+    )
+    return {
+        "position": "learned",
+        "block_size": config["n_positions"],
+        "n_layer": config["n_layer"],
+        "n_head": config["n_head"],
+        "n_embd": config["n_embd"],
+        "n_hidden": config.get("n_inner") or 4 * config["n_embd"],
+        "mlp": GELUS[activation],
+        "norm_eps": config.get("layer_norm_epsilon", 1e-5),
+        "bias": True,
+        "dropout": config.get("resid_pdrop", 0.1),
+    }
+
+
+def _refuse_others(**values: tuple) -> None:
+    """name=(theirs, what is built here)."""
+    for name, (theirs, ours) in values.items():
+        if theirs != ours:
+            raise UserError(f"{name}={theirs!r} is not built here; {name}={ours!r} is")
+
+
+def from_weights(c: ModelConfig, theirs: Weights) -> Weights:
+    """Our weights, float32. UserError where some are missing, or there are others."""
+    if "wte.weight" in theirs:  # some GPT-2s were saved without the outer module
+        theirs = {_outer(name): weight for name, weight in theirs.items()}
+    theirs = transposed({n: w for n, w in theirs.items() if not CONSTANTS.search(n)})
+    if c.tie_weights:
+        theirs.pop("lm_head.weight", None)
+    ours = {}
+    for our, names in parameters(c):
+        if names[0] in theirs and (c.bias or our.endswith(".weight")):
+            absent = [name for name in names if name not in theirs]
+            _refuse_weights(absent, "are missing")
+            ours[our] = torch.cat([theirs.pop(name).float() for name in names])
+    _refuse_weights(sorted(theirs), "are not built here")
+    for name in ("wte.weight", "lm_head.weight"):
+        if name in ours:
+            ours[name] = _fit_rows(ours[name], c)
+    return ours
+
+
+def _outer(name: str) -> str:
+    return name if name.startswith("lm_head.") else f"transformer.{name}"
+
+
+def _refuse_weights(names: list[str], what: str) -> None:
+    if names:
+        more = " and more" if len(names) > 3 else ""
+        raise UserError(f"the weights {', '.join(names[:3])}{more} {what}")
+
+
+def _fit_rows(rows: torch.Tensor, c: ModelConfig) -> torch.Tensor:
+    """(theirs, n_embd) -> (vocab_size, n_embd): ids that the model has no row for get the mean of
+    all rows, whose logit is the mean of logits, so that nothing chooses them untrained."""
+    added = rows.mean(dim=0).expand(max(0, c.n_vocab - len(rows)), -1)
+    rows = torch.cat([rows, added])
+    padding = rows.new_zeros(c.vocab_size - len(rows), rows.shape[1])
+    return torch.cat([rows, padding])

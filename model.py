@@ -41,7 +41,7 @@ class Architecture:
     rope_theta: float = 10000.0  # base of the rotary wavelengths
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # before attention, MLP and head
     norm_eps: float = 1e-6  # added to the variance
-    mlp: Literal["swiglu", "gelu", "relu2"] = "swiglu"  # gelu is GPT-2's tanh form
+    mlp: Literal["swiglu", "gelu", "gelu_erf", "relu2"] = "swiglu"  # gelu is GPT-2's tanh form
     bias: bool = False  # biases in Linear and LayerNorm
     qk_norm: bool = True  # RMSNorm of each head's queries and keys, as in Qwen3
     tie_weights: bool = True  # the head is the embedding
@@ -360,20 +360,25 @@ class Attention(nn.Module):
         return self.drop(self.c_proj(y))
 
 
+ACTIVATIONS = {
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_erf": F.gelu,  # the exact one, which nanoGPT has
+    "relu2": lambda x: F.relu(x).square(),  # arXiv 2109.08668
+}
+
+
 class MLP(nn.Module):
-    """gelu (GPT-2), or the square of relu (arXiv 2109.08668)."""
+    """Two Linears around one of ACTIVATIONS."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.mlp = config.mlp
+        self.activation = config.mlp
         self.c_fc = nn.Linear(config.n_embd, config.n_hidden, bias=config.bias)
         self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        x = self.c_fc(x)
-        x = F.gelu(x, approximate="tanh") if self.mlp == "gelu" else F.relu(x).square()
-        return self.drop(self.c_proj(x))
+        return self.drop(self.c_proj(ACTIVATIONS[self.activation](self.c_fc(x))))
 
 
 class SwiGLU(nn.Module):

@@ -250,7 +250,7 @@ def _legend() -> str:
 
 
 def out_dir_of(server: Server) -> Path:
-    return server.checkpoint.path.parent
+    return server.checkpoint.out_dir
 
 
 def description(server: Server) -> str:

@@ -1,8 +1,8 @@
 """Text <-> token ids, and the one chat format. Files of ids are data_utils.py's.
 
-A vocabulary is Hugging Face's tokenizer.json: a byte-level BPE, either trained on a corpus or
-GPT-2's. tiktoken does the encoding. Special tokens follow the ordinary ones, and are there from
-pretraining on; their names inside a text are plain text. A conversation is rendered as
+A vocabulary is Hugging Face's tokenizer.json: a byte-level BPE, trained on a corpus, GPT-2's or
+another project's. tiktoken does the encoding. Special tokens follow the ordinary ones, and are
+there from pretraining on; their names inside a text are plain text. A conversation is rendered as
 
     <|user|>孔明是谁？<|end|><|assistant|>孔明是诸葛亮的字。<|end|>
                                         ----------------------- trained (mask 1)
@@ -19,6 +19,7 @@ import hashlib
 import heapq
 import itertools
 import json
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from configurator import (
     ROOT,
@@ -50,6 +51,17 @@ QWEN2_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|", 1)
+# GPT-2's between digits that each stand alone, as SmolLM has it
+DIGITS_PATTERN = (
+    r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+)
+NFC = {"type": "NFC"}  # Qwen's normalizer, the only one that is built here
+HIDDEN = "\ue000"  # a private character, so that no text has it
+# the normalizer of what export.py writes: its chat template sets HIDDEN into names in a message
+UNHIDE = {"type": "Replace", "pattern": {"String": HIDDEN}, "content": ""}
+# what ends a document in vocabularies without END_OF_TEXT, which then is this entry's name here
+OTHER_ENDS = ("<|end_of_text|>", "</s>")
 SAMPLE = 2_000_000  # characters of the passages that a vocabulary is trained on; bounds the memory
 PASSAGE = 4096  # characters
 RUN_LENGTH = 4  # characters; Chinese has no blanks, and the trainer is slow on long runs
@@ -77,7 +89,8 @@ class Tokenizer:
             }
             missing = [token for token in SPECIAL_TOKENS if token not in special]
             ids = sorted([*ranks.values(), *special.values()])
-            normalizer = content["normalizer"]
+            self._nfc = content["normalizer"] == NFC
+            normalizer = None if self._nfc else content["normalizer"]
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"not a byte-level BPE with a split pattern ({error!r})") from None
         if missing:
@@ -101,11 +114,14 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; names of special tokens inside it are plain text."""
-        return self._encoding.encode_ordinary(text)
+        return self._encoding.encode_ordinary(self._normalized(text))
 
     def encode_array(self, text: str) -> np.ndarray:
         """The same ids, uint32; a sixth quicker, since none becomes a Python object."""
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+        return self._encoding.encode_to_numpy(self._normalized(text), disallowed_special=())
+
+    def _normalized(self, text: str) -> str:
+        return unicodedata.normalize("NFC", text) if self._nfc else text
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; special tokens have none, bytes that are no character become U+FFFD."""
@@ -204,10 +220,11 @@ def sample(texts: Iterable[str], size: int = SAMPLE) -> list[str]:
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """The tokenizer named `gpt2`, or that of a directory or a tokenizer.json."""
-    if str(name) == "gpt2":
-        return _gpt2_tokenizer()
+    """The tokenizer named `gpt2`, or that of a directory or a tokenizer.json. Another project's is
+    adopted; nanoGPT's ckpt.pt, which holds none, has gpt2's."""
     path = repo_path(name)
+    if str(name) == "gpt2" or path.suffix == ".pt":
+        return _gpt2_tokenizer()
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file() and (path.parent / "prepare.py").is_file():
         script = show_path(path.parent / "prepare.py")
@@ -215,7 +232,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     if not path.is_file():
         raise UserError(f"no tokenizer {show_path(path)}; name gpt2, or a directory that holds one")
     try:
-        return Tokenizer(path.read_text(encoding="utf-8"))
+        return Tokenizer(adopt(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise UserError(f"{show_path(path)} cannot be used as a tokenizer: {error}") from None
 
@@ -231,6 +248,73 @@ def _gpt2_tokenizer() -> Tokenizer:
     bpe = _new_bpe(models.BPE(vocab, merges), GPT2_PATTERN)
     bpe.add_special_tokens(SPECIAL_TOKENS)
     return Tokenizer(bpe.to_str())
+
+
+def adopt(text: str) -> str:
+    """Another project's tokenizer.json as one of ours, every id the same: behind its entries come
+    those of SPECIAL_TOKENS that it lacks, and names of its added tokens become plain text too.
+    One of ours stays to the letter. ValueError where ours would give other ids."""
+    content = json.loads(text)
+    try:
+        added = sorted(content["added_tokens"], key=lambda token: token["id"])
+        names = [token["content"] for token in added]
+        if {*SPECIAL_TOKENS} <= {*names} and _is_ours(content):
+            return text
+        pattern, is_nfc = _pattern_of(content["pre_tokenizer"]), _is_nfc(content["normalizer"])
+        model = content["model"]
+        vocab = dict(model["vocab"])
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+        merges = [(left, right) for left, right in pairs]
+        made = list(dict.fromkeys(vocab[left + right] for left, right in merges))
+        if made != sorted(made):
+            raise ValueError("its merges are not in the order of its ids")
+        end = next((name for name in OTHER_ENDS if name in names), None)
+        if end and END_OF_TEXT not in names:
+            names[names.index(end)] = END_OF_TEXT
+            if end in vocab:
+                vocab[END_OF_TEXT] = vocab.pop(end)
+        whole_first = {"ignore_merges": bool(model.get("ignore_merges"))}
+        bpe = _new_bpe(models.BPE(vocab, merges, **whole_first), pattern)
+    except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
+        raise ValueError(f"not a byte-level BPE ({error!r})") from None
+    if is_nfc:
+        bpe.normalizer = normalizers.NFC()
+    bpe.add_special_tokens(names)
+    bpe.add_special_tokens(SPECIAL_TOKENS)
+    if [bpe.token_to_id(name) for name in names] != [token["id"] for token in added]:
+        raise ValueError("its added tokens do not follow its entries")
+    return bpe.to_str()
+
+
+def _is_ours(content: dict) -> bool:
+    parts = content["pre_tokenizer"].get("pretokenizers", [{}])
+    return content["normalizer"] in (None, NFC) and parts[0].get("type") == "Split"
+
+
+def _pattern_of(splitter: dict) -> str:
+    """The pattern that cuts a text as a tokenizer.json's pre_tokenizer does."""
+    parts = splitter.get("pretokenizers", [splitter])
+    cut = parts[0] if len(parts) == 2 else None
+    by_bytes = {"use_regex": True} | parts[-1]
+    is_bytes = by_bytes["type"] == "ByteLevel" and not by_bytes["add_prefix_space"]
+    if is_bytes and len(parts) == 1 and by_bytes["use_regex"]:
+        return GPT2_PATTERN
+    if is_bytes and cut and cut["type"] == "Digits" and cut["individual_digits"]:
+        return DIGITS_PATTERN
+    is_split = cut and cut["type"] == "Split" and cut["behavior"] == "Isolated"
+    if is_bytes and is_split and not cut["invert"] and not by_bytes["use_regex"]:
+        return cut["pattern"]["Regex"]
+    kinds = " and ".join(part["type"] for part in parts)
+    raise ValueError(f"its way of cutting text, {kinds}, is not built here")
+
+
+def _is_nfc(normalizer: dict | None) -> bool:
+    """Whether texts are brought to NFC. What export.py adds is left out."""
+    parts = (normalizer or {}).get("normalizers", [normalizer])
+    parts = [part for part in parts if part not in (None, UNHIDE)]
+    if parts not in ([], [NFC]):
+        raise ValueError(f"its normalizer {parts[0]['type']} is not built here")
+    return bool(parts)
 
 
 def _new_bpe(model: models.BPE, pattern: str) -> tokenizers.Tokenizer:

@@ -34,6 +34,7 @@ from checkpoint import (
     append_log,
     environment,
     has_checkpoint,
+    has_model,
     keep_base,
     load_checkpoint,
     load_optimizers,
@@ -84,7 +85,7 @@ from watch import Stopwatch, sample_prompts, write_samples
 class Settings(Architecture):
     out_dir: str = "out"  # checkpoints and log
     dataset: str = "sanguo"  # a name under data/, or a path; several texts: news:3,novels:1
-    init_from: str = "scratch"  # scratch, or the out_dir of a model to go on from
+    init_from: str = "scratch"  # or an out_dir, a Hugging Face directory, nanoGPT's ckpt.pt
     resume: bool = False  # go on from out_dir's latest checkpoint, if there is one
     dry_run: bool = False  # print parameters, memory and time expected, and stop
     seed: int = 1337  # of weights, order of rows and dropout
@@ -278,7 +279,7 @@ def start(argv: list[str], world: World = ALONE) -> Run:
         )
     source, which = (out_dir, "latest") if resumes else (repo_path(config.init_from), "best")
     saved = None
-    if not resumes and config.init_from != "scratch" and not has_checkpoint(source):
+    if not resumes and config.init_from != "scratch" and not has_model(source):
         raise UserError(
             f"no checkpoint in {show_path(source)}; train it first, or pass --init_from="
         )
@@ -315,9 +316,8 @@ def start(argv: list[str], world: World = ALONE) -> Run:
     # where the model is whole for the last time
     place = "cpu" if shares_out else device
     if saved:
-        checkpoint = load_checkpoint(
-            source, which, place, merged=not resumes, dropout=config.dropout
-        )
+        changes = {"dropout": config.dropout, "block_size": config.block_size}
+        checkpoint = load_checkpoint(source, which, place, merged=not resumes, **changes)
         data.check_tokenizer(checkpoint.tokenizer, checkpoint.path)
         model = checkpoint.model.train()
     else:
@@ -876,10 +876,12 @@ def architecture(config: Architecture | dict) -> dict:
 
 
 def check_shape(config: Settings, saved: dict, source: Path) -> None:
-    """A checkpoint's shape cannot be changed; its dropout can."""
+    """A checkpoint's shape cannot be changed; its dropout can, and its block_size be lowered."""
     for name, value in architecture(saved["architecture"]).items():
         wanted = getattr(config, name)
-        if wanted != value and name != "dropout":
+        resumes = source == repo_path(config.out_dir)  # then the optimizer's state has its shape
+        lowered = name == "block_size" and wanted < value and not resumes
+        if wanted != value and name != "dropout" and not lowered:
             raise UserError(
                 f"{name}={wanted}, but the model in {show_path(source)} has {name}={value}; "
                 "leave it out, or train another model from scratch"

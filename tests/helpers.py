@@ -31,7 +31,8 @@ ARCHITECTURES = {
     },
     "llama": {"qk_norm": False, "n_kv_head": 2, "rope_theta": 500.0, "tie_weights": False},
     "one_kv_head": {"n_kv_head": 1, "norm": "layernorm", "mlp": "gelu", "n_hidden": 40},
-    "learned_gqa": {"position": "learned", "n_kv_head": 2, "bias": True, "norm_eps": 1e-3},
+    "learned_gqa": {"position": "learned", "n_kv_head": 2, "bias": True, "norm_eps": 1e-3}
+    | {"mlp": "gelu_erf"},
     "beyond_qwen3": {
         "mlp": "relu2",
         "logit_soft_cap": 3.0,

@@ -1,14 +1,22 @@
-"""What leaves equals what is here, in transformers."""
+"""What leaves equals what is here: in transformers, and in the GGUF file that llama.cpp reads,
+which tests/test_llama_cpp.py runs."""
 
+import json
+import re
+
+import gguf
+import jinja2
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from checkpoint import load_checkpoint
 from configurator import UserError
 from export import main
 from sample import load_for_sampling
 from tests.helpers import TEXT, dialogue, save_run, tiny_model, tiny_tokenizer
-from tokenizer import SPECIAL_TOKENS
+from tests.runs import small_disk
+from tokenizer import GPT2_PATTERN, HIDDEN, SPECIAL_TOKENS, Tokenizer
 
 FAMILIES = {
     "qwen3": {"n_kv_head": 2},
@@ -19,6 +27,7 @@ FAMILIES = {
     | {"bias": True, "norm_eps": 1e-4},
     "gpt2_no_bias": {"position": "learned", "norm": "layernorm", "mlp": "gelu", "qk_norm": False}
     | {"tie_weights": False},
+    "gpt2_erf": {"position": "learned", "norm": "layernorm", "mlp": "gelu_erf", "qk_norm": False},
 }
 SPOKEN = [
     dialogue("汉朝自谁起义？"),
@@ -27,12 +36,12 @@ SPOKEN = [
 ]
 
 
-def leave(tmp_path, kind="sft", to="there", **options):
+def leave(tmp_path, kind="sft", to="there", form="hf", tokenizer=None, **options):
     """A run with a tiny model -> its out_dir, and where it was exported to."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = tokenizer or tiny_tokenizer()
     model = tiny_model(block_size=128, n_vocab=tokenizer.n_vocab, **options)
     out_dir = save_run(tmp_path / "out", model, tokenizer, tmp_path, kind)
-    main([f"--out_dir={out_dir}", f"--to={tmp_path / to}"])
+    main([f"--format={form}", f"--out_dir={out_dir}", f"--to={tmp_path / to}"])
     return out_dir, tmp_path / to
 
 
@@ -121,3 +130,104 @@ def test_what_is_there_is_not_overwritten(tmp_path):
         main([f"--out_dir={out_dir}", f"--to={there}"])
     with pytest.raises(UserError, match="--to="):
         main([f"--out_dir={out_dir}"])
+
+
+# --- GGUF --------------------------------------------------------------------------------------
+
+
+def read_gguf(file):
+    """Its values and its weights, by their names."""
+    reader = gguf.GGUFReader(file)
+    values = {name: field.contents() for name, field in reader.fields.items()}
+    return values, {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+
+
+@pytest.mark.parametrize("options", [o for o in FAMILIES.values() if o.get("mlp") != "gelu_erf"])
+def test_a_gguf_file_holds_all_weights_in_float32_and_the_shape(tmp_path, options):
+    out_dir, file = leave(tmp_path, to="x.gguf", form="gguf", **options)
+    model = load_checkpoint(out_dir).model
+    values, weights = read_gguf(file)
+    c, family = model.config, values["general.architecture"]
+    assert values[f"{family}.block_count"] == 2 and values[f"{family}.context_length"] == 128
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert torch.equal(weights["token_embd.weight"], model.wte.weight[: c.n_vocab])
+    assert ("output.weight" in weights) == (not c.tie_weights)
+    heads, their_heads = ("wte", "lm_head"), ("token_embd.weight", "output.weight")
+    ours = [w.flatten() for name, w in model.named_parameters() if not name.startswith(heads)]
+    theirs = [w.flatten() for name, w in weights.items() if name not in their_heads]
+    ours, theirs = torch.cat(ours).detach(), torch.cat(theirs)
+    zeros = torch.zeros(len(theirs) - len(ours))  # biases that GPT-2 has
+    assert torch.equal(torch.cat([ours, zeros]).sort().values, theirs.sort().values)
+
+
+def test_llamas_queries_and_keys_leave_in_pairs_that_turn_together(tmp_path):
+    """Heads of 8 rows, of which i and i + 4 turn together here, 2 i and 2 i + 1 there."""
+    out_dir, file = leave(tmp_path, to="x.gguf", form="gguf", qk_norm=False, n_kv_head=2)
+    weight = load_checkpoint(out_dir).model.blocks[1].attn.c_attn.weight
+    weights = read_gguf(file)[1]
+    order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+    assert torch.equal(weights["blk.1.attn_q.weight"][8:16], weight[8:16][order])
+    assert torch.equal(weights["blk.1.attn_k.weight"][8:16], weight[32 + 8 : 32 + 16][order])
+    assert torch.equal(weights["blk.1.attn_v.weight"], weight[48:])
+
+
+@pytest.mark.parametrize("messages", SPOKEN)
+def test_the_template_of_a_gguf_file_gives_the_same_ids(tmp_path, messages):
+    """Special tokens are found by their names, then the rest is plain text, as llama.cpp does."""
+    out_dir, file = leave(tmp_path, to="x.gguf", form="gguf")
+    tokenizer = load_for_sampling(out_dir, "cpu").tokenizer
+    values = read_gguf(file)[0]
+    kinds = zip(values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"], strict=True)
+    id_of = {name: id for id, (name, kind) in enumerate(kinds) if kind == gguf.TokenType.CONTROL}
+    assert [name.replace(HIDDEN, "") for name in id_of] == SPECIAL_TOKENS
+    template = jinja2.Template(values["tokenizer.chat_template"])
+    text = template.render(messages=messages, add_generation_prompt=True)
+    parts = re.split(f"({'|'.join(map(re.escape, id_of))})", text)
+    ids = []
+    for part in parts:
+        ids += [id_of[part]] if part in id_of else tokenizer.encode(part)
+    assert ids == tokenizer.render_prompt(messages)
+
+
+def test_a_gguf_file_names_both_ends_and_a_continuing_models_has_no_template(tmp_path):
+    out_dir, file = leave(tmp_path, to="x.gguf", form="gguf", kind="pretrain")
+    tokenizer, values = load_for_sampling(out_dir, "cpu").tokenizer, read_gguf(file)[0]
+    ends = values["tokenizer.ggml.eos_token_id"], values["tokenizer.ggml.eot_token_id"]
+    assert ends == tokenizer.stop_ids and values["tokenizer.ggml.add_bos_token"] is False
+    assert values["tokenizer.ggml.pre"] == "qwen2"
+    assert "tokenizer.chat_template" not in values
+
+
+def cut_otherwise(pattern: str) -> Tokenizer:
+    content = json.loads(tiny_tokenizer().text)
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+    return Tokenizer(json.dumps(content))
+
+
+def test_ways_of_cutting_text_have_llama_cpps_names(tmp_path):
+    tokenizer = cut_otherwise(GPT2_PATTERN)
+    _, file = leave(tmp_path, to="x.gguf", form="gguf", tokenizer=tokenizer)
+    assert read_gguf(file)[0]["tokenizer.ggml.pre"] == "gpt-2"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tokenizer": cut_otherwise(r".")}, "its way of cutting text is none"),
+        (FAMILIES["gpt2_erf"], "mlp='gelu_erf'"),
+        ({"model": "lstm"}, "model='lstm'"),
+    ],
+)
+def test_what_llama_cpp_does_not_express_is_named(tmp_path, options, words):
+    with pytest.raises(UserError, match=words):
+        leave(tmp_path, to="x.gguf", form="gguf", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_gguf_file(tmp_path):
+    out_dir, _ = leave(tmp_path)
+    with small_disk(tmp_path / "disk") as (disk, fill):
+        fill(40_000)
+        with pytest.raises(UserError, match=r"cannot write .*x\.gguf: the disk is full"):
+            main(["--format=gguf", f"--out_dir={out_dir}", f"--to={disk / 'x.gguf'}"])
+        assert [path.name for path in disk.iterdir()] == ["filler"]

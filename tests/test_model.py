@@ -503,6 +503,8 @@ def slow_loss(c, w, ids, targets):
             h = gate / (1 + (-gate).exp()) * up
         elif c.mlp == "relu2":
             h = h.clamp(min=0) ** 2
+        elif c.mlp == "gelu_erf":
+            h = h * (1 + torch.erf(h / 2**0.5)) / 2
         else:
             h = h / 2 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (h + 0.044715 * h**3)))
         x = x + slow_linear(c, w, f"{name}.mlp.c_proj", h)

@@ -13,6 +13,7 @@ import tiktoken
 import tokenizers
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
+from tokenizers import normalizers, pre_tokenizers
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from configurator import ROOT, UserError
@@ -20,6 +21,8 @@ from data.sanguo.prepare import read_chapters, split_chapters
 from tests.helpers import TEXT, tiny_tokenizer, write_novel
 from tests.runs import contents
 from tokenizer import (
+    LLAMA3_PATTERN,
+    OTHER_ENDS,
     PASSAGE,
     SPECIAL_TOKENS,
     Tokenizer,
@@ -321,10 +324,6 @@ def word_piece(content: dict) -> dict:
     return json.loads(tokenizers.Tokenizer(model).to_str())
 
 
-def without_special_tokens(content: dict) -> dict:
-    return content | {"added_tokens": []}
-
-
 def without_a_byte(content: dict) -> dict:
     vocab = {token: id for token, id in content["model"]["vocab"].items() if token != "9"}
     return content | {"model": content["model"] | {"vocab": vocab}}
@@ -349,9 +348,27 @@ def with_a_normalizer(content: dict) -> dict:
     return content | {"normalizer": {"type": "Lowercase"}}  # other ids than the file says
 
 
-def without_a_pattern(content: dict) -> dict:
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+def with_a_prefix_blank(content: dict) -> dict:
+    byte_level = {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}
     return content | {"pre_tokenizer": byte_level | {"trim_offsets": True}}
+
+
+def cut_at_blanks(content: dict) -> dict:
+    return content | {"pre_tokenizer": {"type": "Whitespace"}}
+
+
+def with_merges_in_another_order(content: dict) -> dict:
+    model = content["model"]
+    return content | {"added_tokens": [], "model": model | {"merges": model["merges"][::-1]}}
+
+
+def with_a_merge_of_nothing(content: dict) -> dict:
+    model = content["model"]
+    return content | {"added_tokens": [], "model": model | {"merges": [["a", "zzz"]]}}
+
+
+def with_an_added_token_far_away(content: dict) -> dict:
+    return content | {"added_tokens": [content["added_tokens"][0] | {"id": 9999}]}
 
 
 @pytest.mark.parametrize(
@@ -359,22 +376,120 @@ def without_a_pattern(content: dict) -> dict:
     [
         unigram,
         word_piece,
-        without_special_tokens,
         without_a_byte,
         with_one_id_twice,
         with_an_id_as_text,
         with_sentencepiece_blanks,
         with_a_normalizer,
-        without_a_pattern,
+        with_a_prefix_blank,
+        cut_at_blanks,
+        with_merges_in_another_order,
+        with_a_merge_of_nothing,
+        with_an_added_token_far_away,
     ],
 )
-def test_a_foreign_tokenizer_is_refused_in_one_line(damage, tmp_path):
+def test_a_tokenizer_of_which_ids_would_differ_is_refused_in_one_line(damage, tmp_path):
     content = json.loads(train_tokenizer(["却说孔明"], 270).text)
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(damage(content)), encoding="utf-8")
     with pytest.raises(UserError, match=r"tokenizer\.json cannot be used") as caught:
         load_tokenizer(path)
     assert len(str(caught.value).splitlines()) == 1
+
+
+# --- other projects' tokenizers ------------------------------------------------------------------
+
+SPLIT, BYTES = pre_tokenizers.Split, pre_tokenizers.ByteLevel(False, use_regex=False)
+FOREIGN = {  # how a text is cut, normalized, and which entries are added: first, or last
+    "gpt2": (pre_tokenizers.ByteLevel(False), None, [], ["<|endoftext|>"]),
+    "llama3": (
+        pre_tokenizers.Sequence([SPLIT(tokenizers.Regex(LLAMA3_PATTERN), "isolated"), BYTES]),
+        None,
+        [],
+        ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"],
+    ),
+    "qwen3": (
+        pre_tokenizers.Sequence([SPLIT(tokenizers.Regex(PRETOKENIZE_REGEX), "isolated"), BYTES]),
+        normalizers.NFC(),
+        [],
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>"],
+    ),
+    "smollm": (
+        pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+        ),
+        None,
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        [],
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=FOREIGN)
+def foreign(request, splits):
+    """A tokenizer of the library, of another project's form."""
+    cut, normalizer, first, last = FOREIGN[request.param]
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer, library.normalizer = cut, normalizer
+    library.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=first,
+        show_progress=False,
+    )
+    library.train_from_iterator([splits["train"][0], "it's 1234, don't  1 "], trainer)
+    library.add_special_tokens([name for name in last if name != "<think>"])
+    library.add_tokens([name for name in last if name == "<think>"])
+    return library
+
+
+def test_another_projects_tokenizer_gives_the_ids_that_it_gives_there(foreign, tmp_path, splits):
+    foreign.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path)
+    foreign.encode_special_tokens = True
+    for text in splits["val"][:2] + NASTY + random_texts(2000):
+        if "<think>" not in text:
+            assert ours.encode(text) == foreign.encode(text).ids, repr(text[:80])
+    for id in range(foreign.get_vocab_size()):
+        name = foreign.id_to_token(id)
+        if name in OTHER_ENDS:
+            assert ours.end_of_text == id
+        elif name in foreign.get_added_tokens_decoder():
+            assert ours.entry(id) == name
+
+
+def test_what_another_projects_tokenizer_lacks_comes_behind_its_entries(foreign, tmp_path):
+    foreign.save(str(tmp_path / "tokenizer.json"))
+    ours, there = load_tokenizer(tmp_path), foreign.get_vocab()
+    lacking = {*SPECIAL_TOKENS} - {*there}
+    if {*OTHER_ENDS} & {*there}:
+        lacking -= {"<|endoftext|>"}
+    behind = range(len(there), ours.n_vocab)
+    assert {ours.entry(id) for id in behind} == lacking and len(behind) == len(lacking)
+    messages = [{"role": "user", "content": "<|im_end|> 谁？"}]
+    assert ours.parse(ours.render(messages)[0]) == messages
+
+
+def test_an_adopted_tokenizer_is_saved_and_loaded_as_the_same(foreign, tmp_path):
+    foreign.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path)
+    ours.save(tmp_path / "again.json")
+    assert load_tokenizer(tmp_path / "again.json").sha256 == ours.sha256
+
+
+def test_gpt2_in_hugging_faces_own_file_is_gpt2(gpt2, tmp_path):
+    files = {"vocab": str(GPT2 / "encoder.json"), "merges": str(GPT2 / "vocab.bpe")}
+    model = tokenizers.models.BPE.from_file(
+        **files, continuing_subword_prefix="", end_of_word_suffix=""
+    )
+    library = tokenizers.Tokenizer(model)
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    library.add_special_tokens(["<|endoftext|>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).sha256 == gpt2.sha256
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"null", b"{}", b'{"model": {"voc'])
