@@ -1,5 +1,6 @@
 # Second phase: English is asked, its Chinese is the answer; general sentences only.
 #   bash run.sh translate
+# Two CPU cores, 20 minutes: general test BLEU 21.4, chrF++ 26.6; finance 7.2 and 8.8.
 out_dir = "out-translate-sft"
 init_from = "out-translate-pretrain"
 dataset = "translation_sft"
