@@ -4,6 +4,7 @@
     python bench.py                          step, then generate
     python bench.py step --n_layer=6 --n_embd=512 --n_head=8
     python bench.py start --out_dir=out-sanguo-sft      from the command to the first character
+    python bench.py llama --llama_cpp=PYTHON --out_dir=out-sanguo-sft    beside llama.cpp
     python bench.py quality                  ours, MiniMind's, the reference's: some three hours
     python bench.py data --size_mb=100       a large text prepared, beside other ways
     python bench.py loader                   batches of 10^11 tokens
@@ -37,7 +38,7 @@ import torch
 
 import train as training
 from bench_data import bench_data
-from bench_generate import bench_generate, bench_start
+from bench_generate import bench_generate, bench_llama, bench_start
 from bench_loader import bench_loader
 from bench_peers import hugging_face_model, import_transformers
 from bench_profile import numbers, print_profile, profile_step, whole_step
@@ -100,7 +101,7 @@ SHORT_MINUTES = 3  # up to there the novel is read less than three times: embedd
 class Settings:
     names: list[str] = field(
         default_factory=list
-    )  # step, generate, start, quality, data, loader; none: two
+    )  # step, generate, start, llama, quality, data, loader; none: two
     n_layer: int = 4  # blocks
     n_head: int = 4  # heads
     n_kv_head: int | None = None  # key and value heads, in generate; None is n_head
@@ -111,7 +112,8 @@ class Settings:
     prompt_tokens: int = 16  # that generation starts from
     new_tokens: int = 512  # that generation adds to one prompt; to each of many, a quarter
     prompts: int = 32  # in generate, how many
-    out_dir: str = "out-sanguo-sft"  # of the model that start loads
+    out_dir: str = "out-sanguo-sft"  # of the model that start and llama load
+    llama_cpp: str = ""  # python of an environment with llama-cpp-python, see bench_llama.py
     rounds: int = 7  # turns of each contender, after one to warm up
     clock: Literal["wall", "cpu"] = "wall"  # cpu: the time of this process, on all its threads
     ours_minutes: list[float] = field(default_factory=lambda: [2, 3, 4, 6.67])  # a run each
@@ -526,6 +528,7 @@ PARTS = {
     "step": bench_step,
     "generate": bench_generate,
     "start": bench_start,
+    "llama": bench_llama,
     "quality": bench_quality,
     "data": bench_data,
     "loader": bench_loader,

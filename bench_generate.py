@@ -1,10 +1,12 @@
-"""The speed of generation: beside Hugging Face's, beside recomputing, beside memory's own rate."""
+"""The speed of generation: beside Hugging Face's and llama.cpp's, beside recomputing, beside
+memory's own rate."""
 
 import copy
 import json
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +15,16 @@ from statistics import median
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench_llama import LlamaCpp
 from bench_peers import with_our_weights
 from bench_timing import measure, report, speed_ratio
-from configurator import ROOT, UserError
+from checkpoint import load_checkpoint
+from configurator import ROOT, UserError, repo_path
 from decoding import Int8Linear, PackedLinear, pack, quantize
+from export import write_gguf
 from generation import Sampling, generate
 from model import GPT, ModelConfig
+from sample import load_for_sampling, stream
 
 MEMORY = 2**29  # bytes whose reading is timed
 KINDS = {
@@ -228,6 +234,49 @@ def processor_cache() -> int:
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     texts = [path.read_text(encoding="utf-8").strip() for path in sizes]
     return max((int(text[:-1]) * units[text[-1]] for text in texts), default=0)
+
+
+# --- llama.cpp ---------------------------------------------------------------------------------
+
+
+def bench_llama(config) -> dict:
+    """Greedy ids of one prompt by sample.py and by llama.cpp, on the same weights of an out_dir in
+    float32, with as many threads as torch has; ids are compared first."""
+    if not config.llama_cpp or config.clock == "cpu":
+        raise UserError(
+            "llama takes --llama_cpp=, the python of an environment with llama-cpp-python "
+            "(bench_llama.py says how to build one), and --clock=wall"
+        )
+    checkpoint = load_for_sampling(config.out_dir, "cpu")
+    plain, c = load_checkpoint(repo_path(config.out_dir)).model, checkpoint.model.config
+    n = min(config.new_tokens, c.block_size - config.prompt_tokens)
+    if n < 1:
+        raise UserError(f"prompt_tokens={config.prompt_tokens} must be below {c.block_size}")
+    checkpoint.tokenizer.stop_ids = ()  # n tokens, whatever they are
+    torch.manual_seed(config.seed)
+    prompt = torch.randint(c.n_vocab, (config.prompt_tokens,)).tolist()
+    sampling = Sampling(max_new_tokens=n, temperature=0.0)
+    print(
+        f"llama: {config.out_dir}, {c.n_layer} layers x {c.n_embd}, {plain.n_params() / 1e6:.2f}M "
+        f"parameters, one prompt of {len(prompt)} tokens, {n} more, {torch.get_num_threads()} "
+        f"threads, {config.rounds} turns each"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.gguf"
+        write_gguf(load_checkpoint(repo_path(config.out_dir)), file)
+        with LlamaCpp(config.llama_cpp, file, c.block_size, torch.get_num_threads()) as llama:
+            ways = {
+                "sample.py": lambda: list(stream(checkpoint, prompt, sampling)),
+                "llama.cpp": lambda: llama.ask("greedy", ids=prompt, n=n),
+            }
+            ids = {
+                "sample.py": ours(checkpoint.model, [prompt], n),
+                "llama.cpp": lambda: [llama.ask("greedy", ids=prompt, n=n)],
+            }
+            compare(plain, [prompt], ids)
+            seconds = measure(ways, config.rounds, config.clock, "cpu")
+    ratios = {"sample.py / llama.cpp": speed_ratio(seconds, "sample.py", "llama.cpp")}
+    return report(seconds, list(ways), n, ratios) | {"threads": torch.get_num_threads()}
 
 
 # --- start -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -64,6 +65,23 @@ def test_start_is_the_sum_of_its_parts(tmp_path, capsys):
     assert min(results["parts"].values()) > 0
     with pytest.raises(UserError, match="no checkpoint in"):
         bench.main(["start", "--rounds=1", f"--out_dir={tmp_path / 'none'}", f"--out={tmp_path}"])
+
+
+def test_llama_says_in_a_line_what_it_needs(tmp_path):
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(n_vocab=tokenizer.n_vocab)
+    out = save_run(tmp_path / "out", model, tokenizer, tmp_path, "pretrain")
+    given = ["llama", f"--out_dir={out}", f"--out={tmp_path}", "--prompt_tokens=4", "--rounds=1"]
+    cases = {
+        "": "llama takes --llama_cpp=",
+        str(tmp_path / "none"): "does not start: No such file",
+        sys.executable: "llama.cpp failed: ModuleNotFoundError: No module named 'llama_cpp'",
+    }
+    for python, words in cases.items():
+        with pytest.raises(UserError, match=re.escape(words)):
+            bench.main([*given, f"--llama_cpp={python}"])
+    with pytest.raises(UserError, match="prompt_tokens=24 must be below 24"):
+        bench.main([*given, f"--llama_cpp={sys.executable}", "--prompt_tokens=24"])
 
 
 @pytest.mark.slow
