@@ -466,7 +466,7 @@ def test_what_a_ranking_needs_is_said_before_anything_is_sampled(answers, tmp_pa
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     for words, message in (
-        (["--rank=comet"], "the comet package is missing; .* pip install -r requirements-comet"),
+        (["--rank=comet"], r"COMET is not in this environment .* -r requirements-comet\.txt"),
         (["--rank=endpoint"], "no model named; pass --model="),
         (["--rank=endpoint", "--model=m"], "no key; set OPENAI_API_KEY"),
     ):
@@ -603,7 +603,10 @@ def test_files_need_no_torch(answers, tmp_path):
         (["--input=x", "--margin=3"], "--margin= means nothing beside --input="),
         (["--out_dir=x", "--val=0.3"], "--val= means nothing beside --out_dir="),
         (["--out_dir=x", "--model=m"], "--model= means nothing beside --rank=chrf"),
-        (["--out_dir=x", "--comet_model=m"], "--comet_model= means nothing beside --rank=chrf"),
+        (
+            ["--out_dir=x", "--rank=comet", "--model=m", "--retries=1"],
+            "--retries= means nothing beside --rank=comet",
+        ),
         (["--out_dir=x", "--num_samples=1"], "num_samples=1 must be 2 or more"),
         (["--out_dir=x", "--n_sources=0"], "n_sources=0 must be 1 or more"),
         (["--out_dir=x", "--temperature=0"], "temperature=0 makes all samples"),
