@@ -39,7 +39,9 @@ from tokenizer import Tokenizer
 if TYPE_CHECKING:
     from checkpoint import Checkpoint
 
-MARGIN = 10.0  # points of 100
+# points of 100. By a margin of 10 chrF++ 8 % of 511 sources gave a pair, by 5 25 %, by 3 53 %, of a
+# translator of 4 million parameters. At temperature 0.7 its samples had 7.4 on average, at 1.0 5.4
+MARGIN = 5.0
 ROUND = 16  # batches of samples that are begun together; at their end rows stay empty
 CHUNK = 64  # sources whose samples COMET scores before they are written down
 TASK = """\
@@ -67,7 +69,7 @@ class Settings(preferences.Settings, endpoint.Settings):
     n_sources: int = 2000  # of the training split, for training pairs
     n_val: int = 200  # of the validation split, for held-out pairs
     num_samples: int = 4  # answers to each source
-    temperature: float = 1.0  # of the samples, as in sample.py
+    temperature: float = 0.7  # of the samples, as in sample.py
     top_p: float = 1.0  # the same
     max_new_tokens: int = 256  # longest sample, tokens
     seed: int = 1337  # of the samples, and of the choice of sources
@@ -75,7 +77,7 @@ class Settings(preferences.Settings, endpoint.Settings):
     device: str = "auto"  # cuda, mps, cpu; auto is the first of them that is there
     model: str = ""  # the judge: its name at the endpoint; of COMET a name or a checkpoint
     rank: Literal["chrf", "comet", "endpoint"] = "chrf"  # by what; endpoint is a judge, --model=
-    margin: float | None = None  # points of score, of 100, at least; None is 10, of a file 0
+    margin: float | None = None  # points of score, of 100, at least; None is 5, of a file 0
 
     def __post_init__(self):
         preferences.Settings.__post_init__(self)

@@ -53,16 +53,9 @@ def answers(toys) -> Path:
 
 
 def argv(folder: Path, out: Path, *words: str) -> list[str]:
-    common = [f"--out_dir={folder / 'answers'}", f"--out={out}", "--max_tokens=32"]
-    return [
-        *common,
-        "--n_sources=60",
-        "--n_val=20",
-        "--max_new_tokens=20",
-        "--batch_size=4",
-        "--device=cpu",
-        *words,
-    ]
+    common = [f"--out_dir={folder / 'answers'}", f"--out={out}", "--device=cpu", "--max_tokens=32"]
+    common += ["--n_sources=60", "--n_val=20", "--max_new_tokens=20", "--temperature=1"]
+    return [*common, "--batch_size=4", *words]
 
 
 def prepared(folder: Path, out: Path, *words: str) -> Dataset:
@@ -154,7 +147,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_others(answers, whol
 # --- interrupted ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kept", [0, 1, 100, 0.3, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("kept", [1, 100, 0.3, 0.99, 1.0])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(answers, whole, tmp_path, kept, monkeypatch):
     complete, calls = sample.complete, []
 
@@ -338,7 +331,7 @@ def test_meta_says_of_which_model_and_how(answers, whole):
         )["weights_sha256"]
     )
     assert (meta["samples"]["seed"], meta["samples"]["temperature"]) == (1337, 1.0)
-    assert (meta["rank"], meta["margin"], meta["kind"]) == ("chrF++", 10.0, "dpo")
+    assert (meta["rank"], meta["margin"], meta["kind"]) == ("chrF++", 5.0, "dpo")
     assert meta["pairs_from"]["train"]["pairs"] == meta["splits"]["train"]["pairs"]
 
 
@@ -493,7 +486,7 @@ def from_files(folder: Path, out: Path, *words: str) -> Dataset:
 def test_samples_that_were_scored_elsewhere_give_the_same_pairs(answers, whole, tmp_path, capsys):
     lines = [line | {"scores": line["chrf"]} for line in lines_of(whole)]
     file = write_lines(tmp_path / "scored.jsonl", lines)
-    data = from_files(answers, tmp_path / "out", f"--ranked={file}", "--margin=10")
+    data = from_files(answers, tmp_path / "out", f"--ranked={file}", "--margin=5")
     for name, content in contents(whole).items():
         if name.endswith(".bin"):
             assert (tmp_path / "out" / name).read_bytes() == content, name
