@@ -53,16 +53,9 @@ def answers(toys) -> Path:
 
 
 def argv(folder: Path, out: Path, *words: str) -> list[str]:
-    common = [f"--out_dir={folder / 'answers'}", f"--out={out}", "--max_tokens=32"]
-    return [
-        *common,
-        "--n_sources=60",
-        "--n_val=20",
-        "--max_new_tokens=20",
-        "--batch_size=4",
-        "--device=cpu",
-        *words,
-    ]
+    common = [f"--out_dir={folder / 'answers'}", f"--out={out}", "--device=cpu", "--max_tokens=32"]
+    common += ["--n_sources=60", "--n_val=20", "--max_new_tokens=20", "--temperature=1"]
+    return [*common, "--batch_size=4", *words]
 
 
 def prepared(folder: Path, out: Path, *words: str) -> Dataset:
@@ -154,7 +147,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_others(answers, whol
 # --- interrupted ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kept", [0, 1, 100, 0.3, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("kept", [1, 100, 0.3, 0.99, 1.0])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(answers, whole, tmp_path, kept, monkeypatch):
     complete, calls = sample.complete, []
 
@@ -338,7 +331,7 @@ def test_meta_says_of_which_model_and_how(answers, whole):
         )["weights_sha256"]
     )
     assert (meta["samples"]["seed"], meta["samples"]["temperature"]) == (1337, 1.0)
-    assert (meta["rank"], meta["margin"], meta["kind"]) == ("chrF++", 10.0, "dpo")
+    assert (meta["rank"], meta["margin"], meta["kind"]) == ("chrF++", 5.0, "dpo")
     assert meta["pairs_from"]["train"]["pairs"] == meta["splits"]["train"]["pairs"]
 
 
@@ -466,7 +459,7 @@ def test_what_a_ranking_needs_is_said_before_anything_is_sampled(answers, tmp_pa
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     for words, message in (
-        (["--rank=comet"], "the comet package is missing; .* pip install -r requirements-comet"),
+        (["--rank=comet"], r"COMET is not in this environment .* -r requirements-comet\.txt"),
         (["--rank=endpoint"], "no model named; pass --model="),
         (["--rank=endpoint", "--model=m"], "no key; set OPENAI_API_KEY"),
     ):
@@ -493,7 +486,7 @@ def from_files(folder: Path, out: Path, *words: str) -> Dataset:
 def test_samples_that_were_scored_elsewhere_give_the_same_pairs(answers, whole, tmp_path, capsys):
     lines = [line | {"scores": line["chrf"]} for line in lines_of(whole)]
     file = write_lines(tmp_path / "scored.jsonl", lines)
-    data = from_files(answers, tmp_path / "out", f"--ranked={file}", "--margin=10")
+    data = from_files(answers, tmp_path / "out", f"--ranked={file}", "--margin=5")
     for name, content in contents(whole).items():
         if name.endswith(".bin"):
             assert (tmp_path / "out" / name).read_bytes() == content, name
@@ -603,7 +596,10 @@ def test_files_need_no_torch(answers, tmp_path):
         (["--input=x", "--margin=3"], "--margin= means nothing beside --input="),
         (["--out_dir=x", "--val=0.3"], "--val= means nothing beside --out_dir="),
         (["--out_dir=x", "--model=m"], "--model= means nothing beside --rank=chrf"),
-        (["--out_dir=x", "--comet_model=m"], "--comet_model= means nothing beside --rank=chrf"),
+        (
+            ["--out_dir=x", "--rank=comet", "--model=m", "--retries=1"],
+            "--retries= means nothing beside --rank=comet",
+        ),
         (["--out_dir=x", "--num_samples=1"], "num_samples=1 must be 2 or more"),
         (["--out_dir=x", "--n_sources=0"], "n_sources=0 must be 1 or more"),
         (["--out_dir=x", "--temperature=0"], "temperature=0 makes all samples"),
