@@ -97,10 +97,11 @@ curriculum() {
 }
 
 translate() {
-  [ -z "$1" ] || [ "$1" = --yes ] || fail "bash run.sh translate takes --yes or nothing, not $1"
+  [ $# -le 1 ] || fail "bash run.sh translate takes --yes or nothing, not $2"
+  [ -z "${1-}" ] || [ "$1" = --yes ] || fail "bash run.sh translate takes --yes or nothing, not $1"
   setup requirements.txt
   local times=() began=$SECONDS phase domain runs=()
-  stage fetch "$python" data/fetch_data.py hongkong ${1:+--yes}
+  stage fetch "$python" data/fetch_data.py hongkong ${1+--yes}
   [ -f data/translation/meta.json ] || stage "prepare general" "$python" data/translation/prepare.py
   [ -f data/finance/meta.json ] ||
     stage "prepare finance" "$python" data/finance/prepare.py --tokenizer=data/translation
@@ -146,7 +147,7 @@ run_tests() {
 case ${1-} in
   "") demo ;;
   curriculum) curriculum ;;
-  translate) translate "${2-}" ;;
+  translate) translate "${@:2}" ;;
   test) run_tests "${2-}" ;;
   *) fail "unknown command $1; write bash run.sh, or behind it curriculum, translate, or test" ;;
 esac

@@ -213,6 +213,8 @@ def read_phase(run: str, dataset: str, split: str) -> Phase:
     path = folder / f"evaluation-{name}.json"
     old = f"prepare {dataset} again if it is older than these scores, then {remedy}"
     report = read_report(path, REPORTED, old)
+    if not all(isinstance(report[key], int | float) for key in REPORTED):
+        raise UserError(f"{show_path(path)} is damaged; {remedy}")
     texts = [[record[key] for record in records] for key in ("answer", "reference")]
     counts = {key: statistics(metric, *texts) for key, metric in METRICS.items()}
     for key, metric in METRICS.items():
@@ -248,6 +250,8 @@ def compare(config: "Settings", words: list[str]) -> None:
     """Prints the phases of --runs beside each other, and writes comparison.md and .json."""
     if words:
         raise UserError(f"compare takes no {words[0]}; pass --runs= and --datasets=")
+    if not config.datasets:
+        raise UserError("of which datasets? pass --datasets=, or leave it out")
     if not config.runs:
         raise UserError("which phases? pass --runs=, their out_dirs from the first to the last")
     read = [

@@ -169,6 +169,10 @@ def ranked(value: object) -> Ranked:
             raise BadRecord("wrong type", f"{name} are not one for each answer")
         if not all(isinstance(v, kind) and isinstance(v, bool) == (kind is bool) for v in values):
             raise BadRecord("wrong type", f"{name} are {values}")
+    try:
+        scores = [float(score) for score in scores]
+    except OverflowError:
+        raise BadRecord("wrong type", "a score is too large") from None
     if any(score != score for score in scores):
         raise BadRecord("wrong type", "a score is no number")
     if record.get("split", "train") not in ("train", "val"):

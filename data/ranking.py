@@ -108,7 +108,9 @@ class Settings(preferences.Settings, endpoint.Settings):
     @property
     def by(self) -> str:
         """What the scores are of."""
-        names = {"chrf": "chrF++", "comet": f"COMET {self.model or COMET}"}
+        comet = Path(self.model or COMET)  # of a file its name alone: meta.json may be uploaded
+        comet = comet.name if comet.exists() else self.model or COMET
+        names = {"chrf": "chrF++", "comet": f"COMET {comet}"}
         return names.get(self.rank, f"endpoint {self.model}")
 
 
@@ -124,7 +126,9 @@ def prepare(config: Settings) -> None:
         lines = sample_all(config, checkpoint, data, sources)
         results = rank_all(config, judge, checkpoint.tokenizer, lines)
     counts = {split: tell(split, results) for split in ("train", "val")}
-    about = {"sources": [show_path(data.path)], "model": show_path(checkpoint.path)}
+    # the sources are the texts' own: their terms hold for what is made of them, too
+    about = {name: data.meta[name] for name in ("sources", "languages") if name in data.meta}
+    about |= {"dataset": show_path(data.path), "model": show_path(checkpoint.path)}
     about |= {"samples": what_of(config, checkpoint, data), "rank": config.by}
     about |= {"margin": margin_of(config), "pairs_from": counts}
     pairs = ((one.line["split"], (prompt_of(one.line), *one.pair)) for one in results if one.pair)

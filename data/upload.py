@@ -151,7 +151,7 @@ def of_run(path: Path, about: About) -> Upload:
     files |= {file.name: file for file in [*pictures, path / "log.jsonl"] if file.is_file()}
     record = next((r for r in read_log(path) if r["iter"] == run["progress"]["iter"]), {})
     # evaluation.json is a copy of one of the others
-    evaluations = {(r.get("dataset"), r.get("split")): r for r in reports.values()}
+    evaluations = {(str(r.get("dataset")), str(r.get("split"))): r for r in reports.values()}
     rank = {"lora_rank": run["merged"]["rank"]} if "merged" in run else {}
     trained_by = train_command(run["settings"] | rank)
     about = speaking(about, languages_of(checkpoint.run["settings"]["dataset"]))

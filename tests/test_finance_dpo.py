@@ -109,6 +109,9 @@ def test_training_pairs_are_of_trained_sources_and_held_out_ones_of_the_validati
     assert sources["val"] > {*pairs_of(data, "val")}
     assert not {line["source"] for line in lines_of(whole)} & sources["test"]
     assert "val_questions_in_train" not in data.meta
+    # their own sources, by which data/upload.py knows the terms of the texts
+    assert data.meta["sources"] == asked.meta["sources"]
+    assert data.meta["dataset"].endswith("asked")
 
 
 def test_a_validation_source_that_is_trained_too_is_no_held_out_source(answers, tmp_path):
