@@ -123,7 +123,7 @@ def test_an_answer_grows_and_is_that_of_sample_py(page, out_dirs):
     lengths = []
     while not page.locator(".marks").count():
         lengths.append(len(growing.first.text_content()) if growing.count() else 0)
-    assert len(set(lengths)) > 5  # it came piece by piece
+    assert len(set(lengths)) > 2  # it came piece by piece
     assert lengths == sorted(lengths)
     assert finished(page) == [answer(out_dirs["answers"], "谁弄权？", max_new_tokens=400)]
     assert page.locator(".bubble").text_content() == "谁弄权？"  # completed as in training
