@@ -10,6 +10,7 @@ process imports nothing for this, and takes none of these paths.
 
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
@@ -131,6 +132,7 @@ def together() -> Iterator[World]:
             lost = _is_lost_connection(error)
             if lost or not world.is_first:
                 time.sleep(PATIENCE)  # it ends here, where the first or the one lost has failed
+                print(file=sys.stderr)  # on from the first one's progress bar
             if lost:
                 raise UserError(
                     f"process {world.rank} has lost the others ({_line(error)}); see what they say"

@@ -421,16 +421,18 @@ def lines_of_log(out_dir: Path) -> int:
 
 
 @posix
-def test_a_run_stopped_twice_by_ctrl_c_ends_in_the_bits_of_one_never_stopped(toys, tmp_path):
+def test_a_run_stopped_by_ctrl_c_and_by_sigterm_ends_in_the_bits_of_one_never_stopped(
+    toys, tmp_path
+):
     # a directory with a blank, as the printed command must quote it
     out = tmp_path / "out 三国"
     common = {"max_iters": 120, "eval_interval": 40}
     process = start("train.py", *flags(toys, "text", out_dir=out, **common))
-    for stop in (10, 40):
+    for stop, signum in ((10, signal.SIGINT), (40, signal.SIGTERM)):
         wait_for(lambda stop=stop: lines_of_log(out) >= stop, process)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signum)
         stdout, stderr = (part.decode() for part in process.communicate(timeout=120))
-        assert process.returncode == 130
+        assert process.returncode == 128 + signum
         assert "Traceback" not in stderr
         step = read_run(out, "latest")["progress"]["iter"]
         assert stop <= step < 120

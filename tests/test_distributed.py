@@ -82,14 +82,14 @@ def train_in(several, size: int, **settings: object) -> Path:
     return Path(settings["out_dir"])
 
 
-def torchrun(*argv: object, nodes: tuple[object, ...] = ("--standalone",)) -> subprocess.Popen:
+def torchrun(
+    *argv: object, script: object = "train.py", nodes: tuple[str, ...] = ("--standalone",)
+) -> subprocess.Popen:
     """What a person types: torchrun --nproc_per_node=2 train.py ARGV."""
     command = [sys.executable, "-m", "torch.distributed.run", *nodes, "--nproc_per_node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(
-        [*map(str, command), "train.py", *argv], cwd=ROOT, env=environment, **pipes
-    )
+    return subprocess.Popen([*command, str(script), *argv], cwd=ROOT, env=environment, **pipes)
 
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
@@ -322,26 +322,54 @@ def test_stopped_by_a_signal_to_torchrun_all_stop_at_one_step(world, several, tm
     assert_same_run(train_in(several, 2, out_dir=tmp_path / "whole", **common), out)
 
 
+# train.py, of which the second process does something of its own before its seventh step
+AT_STEP_6 = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train
+
+step = train.train_step
+
+def step_with_a_fault(run, *batch):
+    if (run.world.rank, run.progress.iter) == (1, 6):
+        {action}
+    return step(run, *batch)
+
+train.train_step = step_with_a_fault
+train.command(train.main)
+"""
+
+
+def at_step_6(folder: Path, action: str) -> Path:
+    script = folder / "script.py"
+    script.write_text(AT_STEP_6.format(root=str(ROOT), action=action), encoding="utf-8")
+    return script
+
+
 @slow
 def test_a_signal_to_one_process_stops_all(world, several, tmp_path):
-    common = {"dataset": world / "text", "max_iters": 100, "eval_interval": 100}
-    script = tmp_path / "interrupted.py"
-    script.write_text(
-        f"import os, signal, sys, threading\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "import train\n"
-        "step = train.train_step\n"
-        "def interrupted(run, *batch):\n"
-        "    if run.world.rank == 1 and run.progress.iter == 6:\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return step(run, *batch)\n"
-        "train.train_step = interrupted\n"
-        "train.command(train.main)\n",
-        encoding="utf-8",
-    )
+    script = at_step_6(tmp_path, "os.kill(os.getpid(), signal.SIGTERM)")
     out = tmp_path / "out"
-    first, second = several(2, script=str(script), out_dir=out, **common)
+    first, second = several(2, script=str(script), dataset=world / "text", out_dir=out)
     assert (first.returncode, second.returncode) == (130, 143), first.stderr + second.stderr
     assert saved(out)["progress"]["iter"] == 7
+
+
+@slow
+@pytest.mark.parametrize(
+    ("action", "said"),
+    [
+        ("raise train.UserError('a fault of the second one')", ["a fault of the second one"]),
+        ("os.kill(os.getpid(), signal.SIGKILL)", []),
+    ],
+)
+def test_one_process_that_fails_ends_all_and_is_heard_alone(world, tmp_path, action, said):
+    script = at_step_6(tmp_path, action)
+    given = words(**TINY | {"dataset": world / "text", "out_dir": tmp_path / "out"})
+    done = finish(torchrun(*given, script=script))
+    assert done.returncode == 1
+    assert errors(done) == [f"error: {line}" for line in said], done.stderr
+    assert len(log(tmp_path / "out")) == 6
 
 
 @slow
