@@ -111,7 +111,8 @@ translate() {
   done
   for phase in pretrain sft lora dpo; do
     if [ $phase = dpo ]; then
-      [ -f data/finance_dpo/meta.json ] || stage "prepare preferences" \
+      # of the adapter's own translations: anew where it was trained anew
+      [ data/finance_dpo/meta.json -nt out-translate-lora/latest ] || stage "prepare preferences" \
         "$python" data/finance/prepare_dpo.py --out_dir=out-translate-lora --temperature=0.7 \
         --margin=4 --n_val=400
     fi

@@ -34,8 +34,8 @@ from configurator import (
     UserError,
     command,
     configure,
-    nearest,
     repo_path,
+    run_part,
     show_path,
     written_aside,
 )
@@ -411,12 +411,7 @@ def show(config: Settings, words: list[str]) -> None:
 
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
-    parts = {"train": train, "show": show}
-    part, *words = config.names or [""]
-    if part not in parts:
-        near = nearest(part, parts) or "; write train FILES, or show"
-        raise UserError(f"unknown part {part!r}{near}")
-    parts[part](config, words)
+    run_part(config, {"train": train, "show": show}, "train FILES, or show")
 
 
 if __name__ == "__main__":

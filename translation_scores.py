@@ -35,8 +35,8 @@ from configurator import (
     UserError,
     command,
     configure,
-    nearest,
     repo_path,
+    run_part,
     show_path,
     user_path,
     written_aside,
@@ -443,12 +443,7 @@ class Settings:
 
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
-    parts = {"compare": compare, "comet": comet}
-    part, *words = config.names or [""]
-    if part not in parts:
-        near = nearest(part, parts) or "; write compare --runs=, or comet --answers="
-        raise UserError(f"unknown part {part!r}{near}")
-    parts[part](config, words)
+    run_part(config, {"compare": compare, "comet": comet}, "compare --runs=, or comet --answers=")
 
 
 if __name__ == "__main__":

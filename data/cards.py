@@ -19,6 +19,10 @@ KINDS = {
     "dpo": "preferences, questions with a chosen and a rejected answer",
 }
 CODE = "MiniGLM, scripts that train small Chinese language models"
+LIMITS = """\
+- It knows a part of what its training data say, and nothing else. Nothing checks what it writes: it
+  is fluent where it is wrong.
+- Nothing was done to keep from its output what is harmful, private or unfair in those data."""
 
 
 @dataclass
@@ -81,9 +85,7 @@ With a checkout of that code:
 
 ## Limits
 
-- It knows a part of what its training data say, and nothing else. Nothing checks what it writes: it
-  is fluent where it is wrong.
-- Nothing was done to keep from its output what is harmful, private or unfair in those data.
+{LIMITS}
 - It sees the last {architecture["block_size"]:,} tokens of a text.
 
 {license_section(about)}"""
@@ -238,9 +240,7 @@ A {config["model_type"]} of {n_params:,} parameters, trained and exported with {
 
 ## Limits
 
-- It knows a part of what its training data say, and nothing else. Nothing checks what it writes: it
-  is fluent where it is wrong.
-- Nothing was done to keep from its output what is harmful, private or unfair in those data.
+{LIMITS}
 
 {license_section(about)}"""
 

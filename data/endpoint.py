@@ -153,7 +153,8 @@ def whole_lines(path: Path, *names: str) -> list[dict]:
     for number, line in enumerate(whole.decode("utf-8", "replace").split("\n")[:-1], 1):
         try:
             lines.append(json.loads(line))
-            assert {*names} & {*lines[-1]}
-        except (ValueError, TypeError, AssertionError):
+            if not {*names} & {*lines[-1]}:
+                raise ValueError
+        except (ValueError, TypeError):
             raise UserError(f"{show_path(path)}, line {number} is damaged; delete it") from None
     return lines
