@@ -35,10 +35,7 @@ BATCH = 1000  # lines that datasets.map hands over at a time, its default
 
 def bench_data(config) -> dict:
     """The figures of each way on a file of config.size_mb, as a table and returned."""
-    if not (ROOT / VOCABULARY / "tokenizer.json").is_file():
-        raise UserError(
-            f"{VOCABULARY}/tokenizer.json is missing; run python data/sanguo/prepare.py"
-        )
+    load_tokenizer(VOCABULARY)  # before anything long, a UserError where it is missing
     folder = ROOT / "bench-data"
     file = folder / "text.txt"
     ways = commands(file, folder)

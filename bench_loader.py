@@ -18,13 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from bench_data import proportional_share
+from bench_data import VOCABULARY, proportional_share
 from configurator import ROOT, UserError
 from data_utils import Dataset
 from data_writer import shard_names, shard_sizes
 from tokenizer import load_tokenizer
 
-VOCABULARY = "data/sanguo"
 ROWS, BLOCK_SIZE = 512, 1024  # of a step: half a million tokens
 STEPS = 200  # that are timed
 SAMPLE = 2**20  # rows whose order is looked at
@@ -46,12 +45,9 @@ def write_sparse(folder: Path, tokens: int) -> None:
     """A dataset of as many tokens, all of them 0, whose files are holes."""
     if tokens < 2 * BLOCK_SIZE * BINS:
         raise UserError(f"tokens={tokens} must be {2 * BLOCK_SIZE * BINS} or more")
-    if not (ROOT / VOCABULARY / "tokenizer.json").is_file():
-        raise UserError(
-            f"{VOCABULARY}/tokenizer.json is missing; run python data/sanguo/prepare.py"
-        )
+    tokenizer = load_tokenizer(VOCABULARY)
     folder.mkdir(parents=True)
-    shutil.copy(ROOT / VOCABULARY / "tokenizer.json", folder)
+    tokenizer.save(folder / "tokenizer.json")
     splits = {}
     for split, total in (("train", tokens), ("val", 2 * BLOCK_SIZE)):
         shards = shard_sizes(total)
@@ -63,7 +59,7 @@ def write_sparse(folder: Path, tokens: int) -> None:
                     raise UserError(f"no sparse files in {folder.name}: {error}") from None
         splits[split] = {"tokens": total, "shards": shards, "fingerprint": f"{split} {total}"}
     meta = {"kind": "pretrain", "dtype": "uint16", "splits": splits}
-    meta["tokenizer_sha256"] = load_tokenizer(folder).sha256
+    meta["tokenizer_sha256"] = tokenizer.sha256
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 

@@ -221,15 +221,14 @@ def weights_sha256(path: Path) -> str:
         adapter = path / "adapter.safetensors"
         files = [adapter if adapter.is_file() else path / "model.safetensors"]
     digest = hashlib.sha256()
+
+    def add(file: Path) -> None:
+        with file.open("rb") as handle:
+            hashlib.file_digest(handle, lambda: digest)
+
     for file in files:
-        _read(file, lambda file=file: _add_file(digest, file))
+        _read(file, partial(add, file))
     return digest.hexdigest()
-
-
-def _add_file(digest, file: Path) -> None:
-    with file.open("rb") as handle:
-        while block := handle.read(2**20):
-            digest.update(block)
 
 
 def keep_base(base: Path, user: Path) -> None:

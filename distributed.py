@@ -120,6 +120,7 @@ def together() -> Iterator[World]:
     with nullcontext() if world.is_first else _silence():
         try:
             yield world
+            _leave(world)
         except KeyboardInterrupt:
             if world.is_first:
                 raise
@@ -138,7 +139,6 @@ def together() -> Iterator[World]:
                     f"process {world.rank} has lost the others ({_line(error)}); see what they say"
                 ) from None
             raise
-        _leave(world)
 
 
 def join(world: World, device: str) -> str:

@@ -235,14 +235,14 @@ def evaluate(checkpoint: Checkpoint, data: Dataset, config: Settings, device: st
     else:
         sums = split_sums(checkpoint.model, data, config.split, config.batch_size, device)
         report |= per_token(*sums)
-    if conversations and not data.languages:
-        trained = data.conversations("train")
-        count = min(len(conversations), len(trained))
-        chosen = np.random.default_rng(0).choice(len(trained), count, replace=False)
-        asked, _ = answer_all(checkpoint, conversations, config, config.split)
-        seen, _ = answer_all(checkpoint, [trained[row] for row in sorted(chosen)], config, "seen")
-        known = [(m[-2]["content"], m[-1]["content"]) for m in trained]
-        report |= score_answers(asked, seen, known)
+        if conversations:
+            trained = data.conversations("train")
+            count = min(len(conversations), len(trained))
+            chosen = sorted(np.random.default_rng(0).choice(len(trained), count, replace=False))
+            asked, _ = answer_all(checkpoint, conversations, config, config.split)
+            seen, _ = answer_all(checkpoint, [trained[row] for row in chosen], config, "seen")
+            known = [(m[-2]["content"], m[-1]["content"]) for m in trained]
+            report |= score_answers(asked, seen, known)
     report["seconds"] = round(time.perf_counter() - began, 1)
     write_reports(checkpoint, report, asked, seen)
 

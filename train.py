@@ -477,8 +477,9 @@ def train(run: Run, peak: Peak) -> None:
     if run.reference_key:
         run.reference = open_reference(run)
         run.startup.lap("reference")
+    track = config.track if world.is_first else []
     with (
-        open_trackers(config.track if world.is_first else [], tracked(run)) as trackers,
+        open_trackers(track, tracked(run, track)) as trackers,
         catch_interrupt(world) as interrupts,
         progress_bar(run) as bar,
     ):
@@ -520,9 +521,11 @@ def train(run: Run, peak: Peak) -> None:
             if evaluates:
                 record |= evaluate(run)
                 bar.write(evaluation_line(run, record), file=sys.stdout)
-                checkpoint.model = whole_model(run.model, run.adapter, world)
-                if world.is_first:
-                    samples = write_samples(checkpoint, prompts, config.seed, compiled)
+                if prompts:
+                    checkpoint.model = whole_model(run.model, run.adapter, world)
+                    if world.is_first:
+                        samples = write_samples(checkpoint, prompts, config.seed, compiled)
+                    checkpoint.model = run.model  # one that was put together goes
                 for sample in samples:
                     bar.write(sample, file=sys.stdout)
             progress.seconds = time.perf_counter() - began
@@ -607,10 +610,10 @@ def row_length(run: Run, tokens: int, rows: int) -> float:
     return tokens / (rows * (own + mixed / rows_per_step(config)))
 
 
-def tracked(run: Run) -> Tracked:
-    """What trackers know the run by."""
+def tracked(run: Run, track: list[str]) -> Tracked:
+    """What trackers know the run by; its id is for those that there are."""
     settings = dataclasses.asdict(run.config)
-    id = tracking_id(run.out_dir, new=run.progress.iter == 0) if run.config.track else ""
+    id = tracking_id(run.out_dir, new=run.progress.iter == 0) if track else ""
     return Tracked(id, run.out_dir.name, run.out_dir, run.progress.iter, settings)
 
 

@@ -177,7 +177,9 @@ def read_text(path: Path, remedy: str) -> str:
 def read_answers(path: Path, remedy: str) -> list[dict]:
     """The records of an answers file, at least one."""
     records = []
-    for number, line in enumerate(read_text(path, remedy).split("\n")[:-1], 1):
+    for number, line in enumerate(read_text(path, remedy).split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
             texts = [record[key] for key in ("question", "reference", "answer")]
@@ -230,6 +232,8 @@ def read_comet(folder: Path, name: str) -> dict:
         return {}
     remedy = f"delete it, or run python translation_scores.py comet --answers={show_path(answers)}"
     report = read_report(path, ("comet", "model", "answers_sha256"), remedy)
+    if not (isinstance(report["comet"], int | float) and isinstance(report["model"], str)):
+        raise UserError(f"{show_path(path)} is damaged; {remedy}")
     if report["answers_sha256"] != sha256(answers):
         raise UserError(f"{show_path(path)} is of other answers than there are now; {remedy}")
     return {"comet": report["comet"], "comet_model": report["model"]}

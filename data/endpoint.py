@@ -134,8 +134,14 @@ def reason_of(error: Exception) -> str:
 
 def append(path: Path, lines: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", newline="\n") as file:
-        file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    try:
+        with path.open("a", encoding="utf-8", newline="\n") as file:
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    except OSError as error:
+        raise UserError(
+            f"cannot write {show_path(path)}: {error.strerror}; make room, and run the same "
+            "command, which goes on"
+        ) from None
 
 
 def whole_lines(path: Path, *names: str) -> list[dict]:

@@ -372,6 +372,60 @@ def test_one_process_that_fails_ends_all_and_is_heard_alone(world, tmp_path, act
     assert len(log(tmp_path / "out")) == 6
 
 
+AT_LAST_SAVE = """
+import sys
+sys.path.insert(0, {root!r})
+import train
+
+save = train.save_checkpoint
+
+def full(*about):
+    if about[4]["progress"]["iter"] == {last} and about[-1].is_first:
+        raise train.UserError("the disk is full")
+    save(*about)
+
+train.save_checkpoint = full
+train.command(train.main)
+"""
+
+
+@slow
+def test_a_full_disk_at_the_last_save_is_one_line(world, tmp_path):
+    """The other process has nothing left to do then, and only hears that the first has gone."""
+    script, out = tmp_path / "script.py", tmp_path / "out"
+    last = TINY["max_iters"]
+    script.write_text(AT_LAST_SAVE.format(root=str(ROOT), last=last), encoding="utf-8")
+    given = words(**TINY | {"dataset": world / "text", "out_dir": out})
+    done = finish(torchrun(*given, script=script))
+    assert done.returncode == 1
+    assert errors(done) == ["error: the disk is full"], done.stderr
+    assert "[rank" not in done.stderr  # what torch puts before the lines of a traceback
+    assert saved(out)["progress"]["iter"] < last
+
+
+TRACKED = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train
+
+def fail(*about, **more):
+    raise train.UserError("a second id")
+
+if os.environ["RANK"] == "1":
+    train.tracking_id = fail
+train.command(train.main)
+"""
+
+
+@slow
+def test_only_the_first_process_makes_a_tracking_id(world, several, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(TRACKED.format(root=str(ROOT)), encoding="utf-8")
+    given = {"script": str(script), "dataset": world / "text", "track": "tensorboard"}
+    out = train_in(several, 2, out_dir=tmp_path / "out", **given)
+    assert (out / "tracking_id").is_file()
+
+
 @slow
 def test_two_machines_train_as_one(world, several, tmp_path):
     given = words(**TINY | {"dataset": world / "text", "out_dir": tmp_path / "out"})

@@ -283,9 +283,24 @@ def test_what_comet_said_stands_in_the_table_under_its_model(three, tmp_path):
     assert [row.get("comet") for row in rows] == [0.71234, None]
     text = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
     assert "| COMET by my/model |" in text and "| 0.7123 |" in text
+    for damage in ({"comet": "0.7"}, {"model": ["m"]}):
+        write_json(folder / "comet-toy_sft-test.json", said | damage)
+        with pytest.raises(UserError, match=r"comet-toy_sft-test\.json is damaged; delete it"):
+            compare(tmp_path, [folder])
+    write_json(folder / "comet-toy_sft-test.json", said)
     write_run(folder, worse(REFERENCES, 0.2), 2.0)
     with pytest.raises(UserError, match="is of other answers than there are now; delete it"):
         compare(tmp_path, [folder])
+
+
+def test_a_last_line_without_its_newline_is_read(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    lines = [json.dumps(record) for record in records(REFERENCES, REFERENCES)]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    assert len(translation_scores.read_answers(file, "")) == len(REFERENCES)
+    file.write_text("\n".join(lines)[:-5], encoding="utf-8")
+    with pytest.raises(UserError, match=f"line {len(REFERENCES)}: no question"):
+        translation_scores.read_answers(file, "")
 
 
 def test_what_cannot_be_compared_is_one_line_that_says_what_to_do(three, tmp_path):
@@ -316,6 +331,8 @@ def test_what_cannot_be_compared_is_one_line_that_says_what_to_do(three, tmp_pat
     for text in ("{", "[]"):
         report.write_text(text, encoding="utf-8")
         fails("is damaged; ", remedy)
+    write_run(bad, worse(REFERENCES, 0.2), 2.0, bleu="12")
+    fails("is damaged; ", remedy)
     answers.write_text('{"question": "x"}\n', encoding="utf-8")
     fails("line 1: no question, reference and answer; ", remedy)
     answers.write_text("", encoding="utf-8")
