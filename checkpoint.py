@@ -8,6 +8,7 @@
     out-x/bases                    checkpoints that adapters stand on, and whose: never deleted
     out-x/reference.safetensors    a DPO run's log-probabilities before its first step
     out-x/tracking_id              by which trackers know the run, where it has any
+    out-x/lock                     held by the run that trains; a killed one leaves it, and free
 
 A checkpoint is written aside and renamed, then the pointers are replaced, then what no pointer
 names is deleted: killed at any moment, an out_dir still loads. Nothing is unpickled.
@@ -22,7 +23,8 @@ import os
 import platform
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +33,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from configurator import UserError, show_path, written_aside
+from configurator import UserError, locked, show_path, written_aside
 from distributed import ALONE, World, gather, is_sharded, part_of
 from foreign import find_foreign, foreign_run, is_foreign, load_foreign, weight_files
 from lora import adapter_weights, add_adapters, merge
@@ -65,6 +67,33 @@ class Checkpoint:
     def question_end(self) -> str:
         """The mark that ended nearly all trained questions; "" where there was none."""
         return self.run["dataset"].get("question_end", "")
+
+
+@contextmanager
+def claimed(out_dir: Path) -> Iterator[None]:
+    """out_dir is there, and no other run's until the end. It can be read as ever. UserError where
+    another run holds it, or where nothing can be written."""
+    is_new = not out_dir.exists()
+    try:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(out_dir, out_dir / "lock"))
+            except OSError as error:
+                raise UserError(
+                    f"cannot write in {show_path(out_dir)}: {error.strerror}; make it writable, "
+                    "or pass another --out_dir="
+                ) from None
+            yield
+    finally:
+        if is_new:
+            with suppress(OSError):  # something was written
+                out_dir.rmdir()
+
+
+def what_stays(out_dir: Path) -> str:
+    """What messages say of the checkpoint that a run which fails leaves."""
+    kept = _pointer(out_dir, "latest")
+    return f"{kept} is whole, --resume goes on from it" if kept else "nothing was saved"
 
 
 def save_checkpoint(
@@ -110,10 +139,7 @@ def save_checkpoint(
         _point(out_dir, "best", best)
     except (OSError, SafetensorError) as error:
         _delete_unnamed(out_dir)
-        reason = getattr(error, "strerror", None) or str(error)
-        kept = _pointer(out_dir, "latest")
-        rest = f"{kept} is whole, --resume goes on from it" if kept else "nothing was saved"
-        raise UserError(f"cannot save in {show_path(out_dir)}: {reason}; {rest}") from None
+        raise _write_fault(out_dir, f"save in {show_path(out_dir)}", error) from None
     _delete_unnamed(out_dir)
 
 
@@ -315,7 +341,17 @@ def append_log(out_dir: Path, record: dict) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write {show_path(path)}: {error.strerror}") from None
+        raise _write_fault(out_dir, f"write {show_path(path)}", error) from None
+
+
+def _write_fault(out_dir: Path, what: str, error: Exception) -> UserError:
+    if not out_dir.is_dir():
+        return UserError(
+            f"{show_path(out_dir)} was removed or renamed while this run wrote to it; put it back "
+            "and pass --resume, or train again"
+        )
+    reason = getattr(error, "strerror", None) or str(error)
+    return UserError(f"cannot {what}: {reason}; {what_stays(out_dir)}")
 
 
 def read_log(out_dir: Path) -> list[dict]:

@@ -17,6 +17,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import os
 import re
@@ -66,10 +67,13 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(target: Path) -> Iterator[None]:
-    """UserError where another process, which still lives, holds target; the lock goes with it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = target.with_name(target.name + ".lock")
+def locked(target: Path, lock: Path | None = None) -> Iterator[None]:
+    """UserError where another process, which still lives, holds target; the lock goes with it.
+
+    lock: the file that is locked, by default one beside target. OSError where it cannot be made.
+    """
+    lock = lock or target.with_name(target.name + ".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a+b") as file:
         try:
             if os.name == "nt":
@@ -80,10 +84,15 @@ def locked(target: Path) -> Iterator[None]:
                 import fcntl
 
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"another run writes {show_path(target)}; wait for it, or name another"
-            ) from None
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                raise UserError(
+                    f"another run writes {show_path(target)}; wait for it, or name another"
+                ) from None
+            # as on some disks of clusters
+            print(
+                f"note: {show_path(lock)} cannot be locked ({error.strerror}); start one run only"
+            )
         try:
             yield
         finally:

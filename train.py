@@ -32,6 +32,7 @@ from checkpoint import (
     Checkpoint,
     adapter_of,
     append_log,
+    claimed,
     environment,
     has_checkpoint,
     has_model,
@@ -237,7 +238,7 @@ class Run:
 
 
 def main(argv: list[str]) -> None:
-    with together() as world:
+    with together() as world, alone_in_out_dir(argv, world):
         run = start(argv, world)
         peak = find_peak(run.device, pick_dtype(run.config, run.device))
         peak = dataclasses.replace(peak, rate=peak.rate * world.size)
@@ -249,6 +250,13 @@ def main(argv: list[str]) -> None:
             print(f"finished at step {run.progress.iter}, nothing to do")
         else:
             train(run, peak)
+
+
+def alone_in_out_dir(argv: list[str], world: World) -> AbstractContextManager:
+    """The first process holds the out_dir for all: it is the one that writes."""
+    config = configure(Settings, argv)
+    writes = world.is_first and not config.dry_run
+    return claimed(repo_path(config.out_dir)) if writes else nullcontext()
 
 
 def headline(run: Run, peak: Peak) -> str:
@@ -470,8 +478,6 @@ def train(run: Run, peak: Peak) -> None:
     about = {"dataset": {"kind": run.data.kind}}  # what sampling asks of a checkpoint's run.json
     checkpoint = Checkpoint(run.out_dir, run.model, run.tokenizer, about)
     prompts = sample_prompts(checkpoint, run.data, config.prompts)
-    if world.is_first:
-        run.out_dir.mkdir(parents=True, exist_ok=True)
     if world.is_first and progress.iter == 0:
         rewind(run.out_dir)
     if run.reference_key:
