@@ -150,6 +150,12 @@ class Dataset:
         window = tokens[(rows[:, None] + np.arange(block_size + 1)) % len(tokens)].astype(np.int64)
         return window[:, :-1], window[:, 1:]
 
+    def show_rows(self, rows: np.ndarray) -> str:
+        """Where training rows lie, as messages say it: all count from 0."""
+        kinds = {"pretrain": "the rows from tokens", "sft": "conversations", "dpo": "pairs"}
+        shown = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
+        return f"{kinds[self.kind]} {shown} of {show_path(self.path)}/train"
+
     def eval_batches(
         self, split: str, block_size: int, batch_size: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -334,6 +340,15 @@ class Mixture:
             here = owner == number
             out[:, here] = part.batch(rows[here] - (number << OWNER), block_size)
         return out[0], out[1]
+
+    def show_rows(self, rows: np.ndarray) -> str:
+        """As Dataset.show_rows."""
+        shown = (
+            part.show_rows(own - (number << OWNER))
+            for number, part in enumerate(self.parts)
+            if len(own := rows[rows >> OWNER == number])
+        )
+        return " and ".join(shown)
 
     def eval_batches(
         self, split: str, block_size: int, batch_size: int

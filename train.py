@@ -46,6 +46,7 @@ from checkpoint import (
     save_reference,
     tracking_id,
     weights_sha256,
+    what_stays,
     whole_model,
 )
 from configurator import UserError, command, configure, repo_path, show_path
@@ -490,13 +491,14 @@ def train(run: Run, peak: Peak) -> None:
         progress_bar(run) as bar,
     ):
         began = time.perf_counter() - progress.seconds
-        losses, last = [], mark(progress)
+        losses, norms, last = [], [], mark(progress)
         if trackers:
             run.startup.lap("trackers")
         first = progress.iter + 1
         for batches, counts, tokens in one_ahead(step_batches(run)):
             step_losses, grad_norm = train_step(run, batches, counts)
             losses.append(step_losses)
+            norms.append(grad_norm)
             progress.iter += 1
             progress.rows += rows_per_step(config)
             progress.tokens += tokens
@@ -510,6 +512,7 @@ def train(run: Run, peak: Peak) -> None:
             if not (evaluates or stops or progress.iter % config.log_interval == 0):
                 continue
             means = mean_losses(run, losses)
+            check_steps(run, losses, norms, means)
             train_loss = means["train_loss"]
             speed = speed_since(last, run, peak)
             record = {
@@ -544,7 +547,7 @@ def train(run: Run, peak: Peak) -> None:
                 tracker.log(record, "\n".join(samples))
             if stops or progress.is_finished(config):
                 break
-            losses, last = [], mark(progress)
+            losses, norms, last = [], [], mark(progress)
     if stops and not progress.is_finished(config):
         print(
             f"stopped at step {progress.iter} and saved; go on with\n"
@@ -562,11 +565,60 @@ def mean_losses(run: Run, losses: list[dict[str, torch.Tensor]]) -> dict[str, fl
     """The means of what some steps measured in all processes, as log.jsonl names them."""
     names = {"next_token": "train_loss", "dpo": "train_loss", "sft": "train_loss_sft"}
     names["mix"] = "train_loss_mix"
-    values = torch.stack([torch.stack(list(step.values())) for step in losses]).mean(dim=0)
-    return {
-        names.get(name, name): finite(run, value)
-        for name, value in zip(losses[0], run.world.sums(values.tolist()), strict=True)
-    }
+    values = torch.stack([torch.stack(list(step.values())) for step in losses])
+    means = run.world.sums(values.sum(dim=2).mean(dim=0).tolist())  # of (steps, terms, micro)
+    return {names.get(name, name): mean for name, mean in zip(losses[0], means, strict=True)}
+
+
+def check_steps(
+    run: Run,
+    losses: list[dict[str, torch.Tensor]],
+    norms: list[torch.Tensor],
+    means: dict[str, float],
+) -> None:
+    """UserError where one of the latest steps had a loss or a gradient that is no number: which
+    step, and what it read. Only a line of the log asks, since a GPU would be waited for."""
+    usable = torch.stack(norms).isfinite().cpu()
+    usable |= run.scaler.is_enabled()  # which leaves such a step out
+    if usable.all() and all(map(math.isfinite, means.values())):
+        return
+    world, progress = run.world, run.progress
+    # of each step and process: 1 + the place of its first loss that is no number, or 0
+    faults = torch.zeros(len(losses), world.size, dtype=torch.int64)
+    for number, step in enumerate(losses):
+        finite_losses = torch.stack(list(step.values()), dim=1).isfinite().flatten().tolist()
+        if not all(finite_losses):
+            faults[number, world.rank] = 1 + finite_losses.index(False)
+    faults = world.add(faults)
+    number = int((faults.any(dim=1) | ~usable).nonzero()[0])
+    steps_ago = len(losses) - 1 - number
+    rank = int(faults[number].ne(0).byte().argmax())
+    place = int(faults[number, rank]) - 1
+    if place < 0:
+        what, where = "norm of the gradient", "of all its micro-batches"
+    else:
+        micro, term = divmod(place, len(losses[0]))
+        name = list(losses[0])[term]
+        what = "loss"
+        where = f"of micro-batch {micro + 1}" + (f" of process {rank}" if world.size > 1 else "")
+        where += f", which has {shown_rows(run, name, steps_ago, rank, micro)}"
+    raise UserError(
+        f"the {what} is nan or infinite at step {progress.iter - steps_ago}, {where}; lower "
+        f"--learning_rate={run.config.learning_rate:g}, or mend the rows; {what_stays(run.out_dir)}"
+    )
+
+
+def shown_rows(run: Run, term: str, steps_ago: int, rank: int, micro: int) -> str:
+    """Where the rows lie that a micro-batch of a process had, in one of the latest steps."""
+    data, config = (run.mix if term == "mix" else run.data), run.config
+    if term == "mix":
+        start = (run.progress.iter - 1 - steps_ago) * mix_rows_per_step(config)
+        batch_size = config.mix_batch_size
+    else:
+        start = run.progress.rows - (1 + steps_ago) * rows_per_step(config)
+        batch_size = config.batch_size
+    world = dataclasses.replace(run.world, rank=rank)
+    return data.show_rows(step_parts(config, data, start, batch_size, world)[1][micro])
 
 
 def evaluation_line(run: Run, record: dict) -> str:
@@ -624,11 +676,11 @@ def tracked(run: Run, track: list[str]) -> Tracked:
 
 
 def finite(run: Run, loss: float) -> float:
-    """The loss. UserError where it is no number: nothing is saved then."""
+    """The validation loss. UserError where it is no number: nothing is saved then."""
     if not math.isfinite(loss):
         raise UserError(
-            f"the loss is {loss} at step {run.progress.iter}; lower --learning_rate="
-            f"{run.config.learning_rate:g}; what {show_path(run.out_dir)} holds is as it was"
+            f"the validation loss is {loss} after step {run.progress.iter}; lower "
+            f"--learning_rate={run.config.learning_rate:g}; {what_stays(run.out_dir)}"
         )
     return loss
 
@@ -637,8 +689,8 @@ def train_step(
     run: Run, batches: list, counts: dict[str, int]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """One step of the optimizer over its micro-batches, as step_batches makes them -> the mean
-    loss of each term, and what else preferences tell, by name, as far as this process's share of
-    rows makes it up; the norm of the whole gradient. All scalars."""
+    loss of each term, and what else preferences tell, by name, as the sum of what each of this
+    process's micro-batches adds to it; the norm of the whole gradient, a scalar."""
     config = run.config
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -646,7 +698,7 @@ def train_step(
     weights = {"next_token": 1.0, "mix": config.mix_weight, "dpo": 1.0}
     if config.dpo_sft_weight:
         weights["sft"] = config.dpo_sft_weight
-    losses = {name: torch.zeros((), device=run.device) for name in counts}
+    losses = {name: torch.zeros(len(batches), device=run.device) for name in counts}
     for micro, terms in enumerate(batches):
         seed_dropout(config.seed, run.progress.iter, micro, run.world.rank)
         for name, batch in terms.items():
@@ -659,7 +711,7 @@ def train_step(
                 # the processes' gradients are averaged, and counts are already those of all
                 run.scaler.scale(loss * run.world.size).backward()
             for key, mean in means.items():
-                losses[key] += mean.detach()
+                losses[key][micro] += mean.detach()
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     limit = config.grad_clip or math.inf
@@ -735,15 +787,23 @@ def micro_batches(run: Run, data: Dataset, start: int, batch_size: int) -> tuple
     rows, and the tokens of the whole step."""
     config = run.config
     multiple = 64 if run.device.startswith("cuda") else 1  # few shapes, so compiled code is reused
-    count = batch_size * config.gradient_accumulation_steps
-    rows = data.step_rows(config.seed, start, count, config.block_size)
-    mine = run.world.share(rows)
-    parts = np.array_split(mine, -(-len(mine) // batch_size)) if len(mine) else []
+    rows, parts = step_parts(config, data, start, batch_size, run.world)
     batches = [data.batch(part, config.block_size, multiple) for part in parts]
     if data is run.data and run.reference:
         given = [run.reference["train"][part].numpy() for part in parts]
         batches = [(*batch, log_p) for batch, log_p in zip(batches, given, strict=True)]
     return batches, data.input_tokens(rows, config.block_size)
+
+
+def step_parts(
+    config: Settings, data: Dataset, start: int, batch_size: int, world: World
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The rows of the step that begins after `start` rows, and those of each micro-batch of this
+    process."""
+    count = batch_size * config.gradient_accumulation_steps
+    rows = data.step_rows(config.seed, start, count, config.block_size)
+    mine = world.share(rows)
+    return rows, np.array_split(mine, -(-len(mine) // batch_size)) if len(mine) else []
 
 
 def one_ahead(steps: Iterator) -> Iterator:

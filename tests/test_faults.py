@@ -1,18 +1,27 @@
 """A run that cannot go on says why in one line and loses nothing."""
 
+import math
 import os
+import re
 import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
+from configurator import UserError
+from data_utils import Dataset
 from tests.runs import (
     TINY,
+    checkpoint_file,
     contents,
     error_line,
     log,
+    pointer,
     ready_python,
     small_disk,
     start,
@@ -101,3 +110,68 @@ def test_an_out_dir_that_vanishes_is_said_at_the_next_line_of_the_log(toys, tmp_
         (tmp_path / "away").rename(out)
         train_here(out_dir=out, resume=True, max_iters=110)
         assert log(out)[-1]["iter"] == 110
+
+
+# --- numbers that are none ---------------------------------------------------------------------
+
+
+def plant_nan(out_dir: Path, data: Dataset) -> int:
+    """Makes the embedding of the rarest trained id NaN: the rows that hold it have no loss."""
+    ids, counts = np.unique(data.tokens["train"], return_counts=True)
+    rarest = int(ids[counts.argmin()])
+    file = checkpoint_file(out_dir, "model.safetensors", "best")
+    planted = load_file(file)
+    planted["wte.weight"][rarest] = math.nan
+    save_file(planted, file)
+    return rarest
+
+
+def ids_of_row(data: Dataset, row: int) -> list[int]:
+    """What the model reads of a row, taken from the file itself."""
+    tokens = data.tokens["train"].tolist()
+    if data.kind == "pretrain":
+        return (2 * tokens)[row : row + TINY["block_size"]]
+    return tokens[data.bounds["train"][row] : int(data.bounds["train"][row + 1]) - 1]
+
+
+@pytest.mark.parametrize("kind", ["text", "questions"])
+@pytest.mark.parametrize("log_interval", [1, 7])
+def test_the_step_and_the_rows_of_a_loss_that_is_nan_are_named(toys, tmp_path, kind, log_interval):
+    data = Dataset(toys / kind)
+    untied = {"dataset": data.path, "tie_weights": False}
+    base = train_here(out_dir=tmp_path / "base", max_iters=1, **untied)
+    bad = plant_nan(base, data)
+    rows = {"batch_size": 2, "gradient_accumulation_steps": 3}
+    common = untied | rows | {"init_from": base, "log_interval": log_interval, "max_iters": 60}
+    with pytest.raises(UserError) as caught:
+        train_here(out_dir=tmp_path / "out", eval_interval=60, **common)
+    said = re.search(
+        r"loss is nan or infinite at step (\d+), of micro-batch (\d+), which has (.*) of "
+        rf"{re.escape(str(data.path))}/train; .*; nothing was saved$",
+        str(caught.value),
+    )
+    step, micro = int(said[1]), int(said[2])
+    kind_of_rows, numbers = re.fullmatch(r"([a-z ]+) (.*)", said[3]).groups()
+    assert kind_of_rows == {"text": "the rows from tokens", "questions": "conversations"}[kind]
+    stream = [
+        int(row) for n in range(step) for row in data.step_rows(1337, 6 * n, 6, TINY["block_size"])
+    ]
+    first = next(n for n, row in enumerate(stream) if bad in ids_of_row(data, row))
+    assert (step, micro) == (first // 6 + 1, first % 6 // 2 + 1)
+    assert numbers == ", ".join(map(str, stream[first // 2 * 2 :][:2]))
+    assert len(log(tmp_path / "out")) == (step - 1) // log_interval
+    assert not [*tmp_path.glob("out/step-*")]
+
+
+def test_a_run_that_diverges_leaves_the_checkpoint_before_as_it_was(toys, tmp_path):
+    out = train_here(dataset=toys / "text", out_dir=tmp_path / "out", max_iters=10)
+    before = contents(out / "step-000010")
+    more = {"max_iters": 30, "learning_rate": 1e30, "warmup_iters": 0, "log_interval": 5}
+    with pytest.raises(
+        UserError, match=r"step 1\d, .*lower --learning_rate=1e\+30.*step-000010 is"
+    ):
+        train_here(out_dir=out, resume=True, **more)
+    assert contents(out / "step-000010") == before
+    assert pointer(out, "latest") == "step-000010"
+    train_here(out_dir=out, resume=True, max_iters=12)
+    assert log(out)[-1]["iter"] == 12
