@@ -177,12 +177,20 @@ def command(main: Callable[[list[str]], None]) -> None:
         name = f" ({show_path(error.filename)})" if error.filename else ""
         sys.exit(f"error: {error.strerror or error}{name}")
     except (MemoryError, RuntimeError) as error:
-        if not re.search("out of memory|allocate memory", str(error)):
+        if not (said := no_memory(error)):
             raise
-        sys.exit(f"error: out of memory ({str(error).splitlines()[0]}); lower --batch_size=")
+        sys.exit(f"error: out of memory ({said}); lower --batch_size=, or take a smaller model")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def no_memory(error: Exception) -> str:
+    """What an error says, in a line, where it says that there is no memory left; else nothing."""
+    told = "out of memory|not enough memory|allocate memory"  # CUDA's and MPS's; CPUs'
+    if not isinstance(error, MemoryError) and not re.search(told, str(error)):
+        return ""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _defaults(Defaults: type) -> dict:

@@ -21,6 +21,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
 import numpy as np
@@ -49,7 +50,7 @@ from checkpoint import (
     what_stays,
     whole_model,
 )
-from configurator import UserError, command, configure, repo_path, show_path
+from configurator import UserError, command, configure, no_memory, repo_path, show_path
 from data_utils import Dataset, Mixture, open_dataset
 from devices import Peak, find_peak, show_rate
 from distributed import (
@@ -119,6 +120,7 @@ class Settings(Architecture):
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # norm that gradients are clipped to; 0 is off
+    skip_spikes: float = 0.0  # leave out updates of this many times the usual norm; 0 is off
     eval_interval: int = 250  # steps between evaluations, each with a checkpoint
     best_by: Literal["val_loss", "last"] = "val_loss"  # what sampling and init_from take
     patience: int | None = None  # evaluations without a lower validation loss before it stops
@@ -159,6 +161,8 @@ class Settings(Architecture):
             )
         if self.short_iters is not None and self.short_iters < 0:
             raise UserError(f"short_iters={self.short_iters} must not be negative")
+        if self.skip_spikes and not self.skip_spikes > 1:
+            raise UserError(f"skip_spikes={self.skip_spikes:g} must be above 1, or 0, which is off")
         if self.seed < 0:
             raise UserError(f"seed={self.seed} must not be negative")
         for name in ("beta1", "beta2"):
@@ -205,6 +209,9 @@ class Progress:
     seconds: float = 0.0  # of training and evaluation
     best_val_loss: float | None = None  # nats per target
     worse: int = 0  # evaluations since the best one
+    norms: list[float] = field(default_factory=list)  # of the latest updates, with skip_spikes
+    skipped: int = 0  # updates that skip_spikes left out
+    skipped_in_a_row: int = 0
 
     def is_finished(self, config: Settings) -> bool:
         out_of_patience = config.patience is not None and self.worse >= config.patience
@@ -250,7 +257,8 @@ def main(argv: list[str]) -> None:
         elif run.progress.is_finished(run.config):
             print(f"finished at step {run.progress.iter}, nothing to do")
         else:
-            train(run, peak)
+            with told_of_memory(run):
+                train(run, peak)
 
 
 def alone_in_out_dir(argv: list[str], world: World) -> AbstractContextManager:
@@ -258,6 +266,27 @@ def alone_in_out_dir(argv: list[str], world: World) -> AbstractContextManager:
     config = configure(Settings, argv)
     writes = world.is_first and not config.dry_run
     return claimed(repo_path(config.out_dir)) if writes else nullcontext()
+
+
+@contextmanager
+def told_of_memory(run: Run) -> Iterator[None]:
+    """Says which settings to lower where there is no memory left."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not (said := no_memory(error)):
+            raise
+        config = run.config
+        lower = (
+            f"lower --batch_size={config.batch_size} and raise --gradient_accumulation_steps="
+            f"{config.gradient_accumulation_steps} as much, for steps of as many rows"
+        )
+        if config.model == "gpt" and not config.checkpoint_activations:
+            lower += ", or pass --checkpoint_activations"
+        raise UserError(
+            f"out of memory after step {run.progress.iter} ({said}); {lower}, or lower "
+            f"--block_size={config.block_size}; {what_stays(run.out_dir)}"
+        ) from None
 
 
 def headline(run: Run, peak: Peak) -> str:
@@ -497,12 +526,15 @@ def train(run: Run, peak: Peak) -> None:
         first = progress.iter + 1
         for batches, counts, tokens in one_ahead(step_batches(run)):
             step_losses, grad_norm = train_step(run, batches, counts)
-            losses.append(step_losses)
-            norms.append(grad_norm)
             progress.iter += 1
             progress.rows += rows_per_step(config)
             progress.tokens += tokens
             bar.update()
+            if progress.skipped_in_a_row:
+                bar.write(skip_line(run, grad_norm.item()), file=sys.stdout)
+            if not progress.skipped_in_a_row or grad_norm.isfinite():
+                losses.append(step_losses)
+                norms.append(grad_norm)
             if progress.iter == first:
                 grad_norm.item()  # waits for a GPU
                 run.startup.lap("first step")
@@ -511,8 +543,11 @@ def train(run: Run, peak: Peak) -> None:
             evaluates = progress.iter % config.eval_interval == 0 or progress.is_finished(config)
             if not (evaluates or stops or progress.iter % config.log_interval == 0):
                 continue
-            means = mean_losses(run, losses)
-            check_steps(run, losses, norms, means)
+            if losses:
+                means = mean_losses(run, losses)
+                check_steps(run, losses, norms, means)
+            else:  # all had gradients that are no number, and were left out
+                means = mean_losses(run, [{n: v * math.nan for n, v in step_losses.items()}])
             train_loss = means["train_loss"]
             speed = speed_since(last, run, peak)
             record = {
@@ -522,6 +557,7 @@ def train(run: Run, peak: Peak) -> None:
                 **means,
                 "lr": learning_rate(progress.iter - 1, config),
                 "grad_norm": grad_norm.item(),
+                **({"skipped": progress.skipped} if config.skip_spikes else {}),
                 **speed,
             }
             rate, share = show_rate(speed["tflops"] * 1e12), f"{speed['mfu']:.0%} of peak"
@@ -716,14 +752,50 @@ def train_step(
         run.scaler.unscale_(optimizer)
     limit = config.grad_clip or math.inf
     grad_norm = whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit))
-    # the scaler looks at each optimizer's gradients alone; clipping has spread what is not finite
-    usable = not run.scaler.is_enabled() or grad_norm.isfinite()
+    applied = is_applied(run, grad_norm)
     for optimizer in run.optimizers:
-        if usable:
+        if applied:
             run.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
     return losses, grad_norm
+
+
+RECENT = 32  # updates whose median norm is the usual one
+FEWEST = 8  # updates before there is a usual norm
+SKIPS = 10  # updates left out one after another that are no spike but the end of a run
+
+
+def is_applied(run: Run, grad_norm: torch.Tensor) -> bool:
+    """Whether an update is made; keeps count of those that skip_spikes leaves out. All processes
+    agree on it."""
+    if run.scaler.is_enabled() and not grad_norm.isfinite():
+        return False  # the scaler looks at each optimizer's gradients alone; clipping has spread it
+    if not run.config.skip_spikes:
+        return True
+    progress, norm = run.progress, grad_norm.item()
+    usual = median(progress.norms) if len(progress.norms) >= FEWEST else math.inf
+    is_usable = math.isfinite(norm) and norm <= run.config.skip_spikes * usual
+    if run.world.any(not is_usable):
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        return False
+    progress.norms = [*progress.norms, norm][-RECENT:]
+    progress.skipped_in_a_row = 0
+    return True
+
+
+def skip_line(run: Run, norm: float) -> str:
+    """What is printed of an update that was left out. UserError where none has been made lately."""
+    progress, usual = run.progress, median(run.progress.norms or [math.nan])
+    if progress.skipped_in_a_row >= SKIPS:
+        raise UserError(
+            f"{SKIPS} updates in a row were left out, up to step {progress.iter}, whose gradient "
+            f"has a norm of {norm:.3g}, usual are {usual:.3g}; lower --learning_rate="
+            f"{run.config.learning_rate:g}, or raise --skip_spikes={run.config.skip_spikes:g}; "
+            + what_stays(run.out_dir)
+        )
+    return f"step {progress.iter}: left out, its gradient has a norm of {norm:.3g}, not {usual:.3g}"
 
 
 def term_sums(run: Run, name: str, batch: tuple) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pytest
@@ -17,15 +18,20 @@ from configurator import UserError
 from data_utils import Dataset
 from tests.runs import (
     TINY,
+    assert_same_run,
     checkpoint_file,
     contents,
+    course,
     error_line,
     log,
     pointer,
     ready_python,
+    run,
+    saved,
     small_disk,
     start,
     train_here,
+    weights,
     words,
 )
 
@@ -175,3 +181,119 @@ def test_a_run_that_diverges_leaves_the_checkpoint_before_as_it_was(toys, tmp_pa
     assert pointer(out, "latest") == "step-000010"
     train_here(out_dir=out, resume=True, max_iters=12)
     assert log(out)[-1]["iter"] == 12
+
+
+# --- updates that are left out -----------------------------------------------------------------
+
+
+def test_a_limit_that_no_gradient_reaches_changes_no_bit(toys, tmp_path):
+    off = train_here(dataset=toys / "text", out_dir=tmp_path / "off")
+    on = train_here(dataset=toys / "text", out_dir=tmp_path / "on", skip_spikes=1e9)
+    assert weights_bytes(off) == weights_bytes(on)
+    assert [{**record, "skipped": 0} for record in course(off)] == course(on)
+
+
+def spiky(toys: Path) -> dict:
+    """Steps of one question each, whose gradients differ much."""
+    common = {"dataset": toys / "questions", "init_from": toys / "base", "lr_decay_iters": 60}
+    return common | {"batch_size": 1, "skip_spikes": 1.1}
+
+
+def weights_bytes(out_dir: Path) -> list[bytes]:
+    names = ("model.safetensors", "optimizer.safetensors")
+    return [checkpoint_file(out_dir, name).read_bytes() for name in names]
+
+
+def spikes(norms: list[float], limit: float) -> list[int]:
+    """The steps that are left out, from 1, slowly: above limit x the median of those before."""
+    kept, out = [], []
+    for step, norm in enumerate(norms, 1):
+        if len(kept) >= 8 and norm > limit * median(kept[-32:]):
+            out.append(step)
+        else:
+            kept.append(norm)
+    return out
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_an_update_of_a_gradient_far_above_the_usual_is_not_made(toys, tmp_path, capsys, optimizer):
+    common = spiky(toys) | {"optimizer": optimizer, "eval_interval": 100}
+    out = train_here(out_dir=tmp_path / "out", max_iters=60, **common)
+    printed = capsys.readouterr().out
+    left_out = spikes([record["grad_norm"] for record in log(out)], 1.1)
+    assert 2 < len(left_out) < 30
+    assert [r["skipped"] for r in log(out)] == [sum(s <= n for s in left_out) for n in range(1, 61)]
+    assert [int(n) for n in re.findall(r"step (\d+): left out", printed)] == left_out
+    progress = saved(out)["progress"]
+    assert (progress["skipped"], progress["rows"]) == (len(left_out), 60)
+    # weights and moments stay
+    step = left_out[0]
+    before = train_here(out_dir=tmp_path / "before", max_iters=step - 1, **common)
+    after = train_here(out_dir=tmp_path / "after", max_iters=step, **common)
+    assert weights_bytes(before) == weights_bytes(after)
+
+
+def test_with_spikes_left_out_a_run_in_two_parts_equals_one_in_one(toys, tmp_path):
+    whole = train_here(out_dir=tmp_path / "whole", max_iters=60, **spiky(toys))
+    parts = train_here(out_dir=tmp_path / "parts", max_iters=30, **spiky(toys))
+    skipped = [saved(out)["progress"]["skipped"] for out in (parts, whole)]
+    assert skipped[0] < skipped[1]
+    train_here(out_dir=parts, resume=True, max_iters=60)
+    assert_same_run(whole, parts)
+
+
+def test_rows_whose_gradient_is_no_number_are_left_out_and_the_others_train(toys, tmp_path):
+    data = Dataset(toys / "text")
+    untied = {"dataset": data.path, "tie_weights": False, "prompts": "[]"}
+    base = train_here(out_dir=tmp_path / "base", max_iters=1, **untied)
+    bad = plant_nan(base, data)
+    assert bad not in data.tokens["val"]  # an evaluation would have no number either
+    more = {"init_from": base, "max_iters": 60, "skip_spikes": 1e9, "eval_interval": 60}
+    out = train_here(out_dir=tmp_path / "out", **untied | more)
+    rows = [data.step_rows(1337, 4 * n, 4, TINY["block_size"]) for n in range(60)]
+    has_bad = [any(bad in ids_of_row(data, row) for row in step) for step in rows]
+    assert 0 < sum(has_bad) < 60
+    assert [math.isnan(record["train_loss"]) for record in log(out)] == has_bad
+    assert log(out)[-1]["skipped"] == sum(has_bad)
+    left = [value.isfinite().all(dim=-1) for value in weights(out).values()]
+    assert sum(int((~rows).sum()) for rows in left) == 1  # the planted one, which nothing spread
+
+
+def test_ten_updates_left_out_in_a_row_stop_the_run(toys, tmp_path):
+    out = train_here(dataset=toys / "text", out_dir=tmp_path / "out", max_iters=10)
+    plant_nan(out, Dataset(toys / "text"))  # a head that is tied makes all losses NaN
+    said = r"^10 updates in a row were left out, up to step 20, .*; step-000010 is whole"
+    with pytest.raises(UserError, match=said):
+        train_here(out_dir=out, resume=True, max_iters=40, skip_spikes=10)
+    assert pointer(out, "latest") == "step-000010"
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+def test_an_absurd_batch_size_is_out_of_memory_and_says_what_to_lower(toys, tmp_path, run_ready):
+    given = TINY | {"dataset": toys / "text", "out_dir": tmp_path / "out", "batch_size": 10**13}
+    said = error_line(run_ready("train.py", *words(**given)))
+    assert said.startswith("out of memory after step 0 (")
+    assert "lower --batch_size=10000000000000 and raise --gradient_accumulation_steps=1" in said
+    assert said.endswith("; nothing was saved")
+
+
+@posix
+def test_a_step_that_the_system_refuses_memory_leaves_the_checkpoint(toys, tmp_path):
+    import resource  # of POSIX alone
+
+    out = train_here(dataset=toys / "text", out_dir=tmp_path / "out", max_iters=2)
+    before = contents(out)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))  # bytes of addresses
+
+    # a block's activations alone are 40 numbers of 4 bytes for each of these tokens and channels
+    more = {"resume": True, "max_iters": 4, "batch_size": 40_000}
+    said = error_line(run("train.py", *words(out_dir=out, **more), preexec_fn=limit))
+    assert said.startswith("out of memory after step 2 (")
+    assert "allocate memory" in said
+    assert "or pass --checkpoint_activations" in said
+    assert said.endswith("; step-000002 is whole, --resume goes on from it")
+    assert contents(out) == before
