@@ -8,6 +8,7 @@
     python bench.py quality                  ours, MiniMind's, the reference's: some three hours
     python bench.py data --size_mb=100       a large text prepared, beside other ways
     python bench.py loader                   batches of 10^11 tokens
+    python bench.py save                     what log and checkpoints take of a run's time
     python bench.py quality --only=ours-2    one run of these; Ctrl-C and the same command go on
 
 Figures are ratios within one run, since machines differ and are shared: the contenders take turns
@@ -54,6 +55,7 @@ from bench_quality import (
     read_trial,
     train_trial,
 )
+from bench_save import bench_save
 from bench_timing import Seconds, measure, report, speed_ratio
 from checkpoint import environment
 from configurator import (
@@ -101,7 +103,7 @@ SHORT_MINUTES = 3  # up to there the novel is read less than three times: embedd
 class Settings:
     names: list[str] = field(
         default_factory=list
-    )  # step, generate, start, llama, quality, data, loader; none: two
+    )  # step, generate, start, llama, quality, data, loader, save; none: two
     n_layer: int = 4  # blocks
     n_head: int = 4  # heads
     n_kv_head: int | None = None  # key and value heads, in generate; None is n_head
@@ -532,6 +534,7 @@ PARTS = {
     "quality": bench_quality,
     "data": bench_data,
     "loader": bench_loader,
+    "save": bench_save,
 }
 
 

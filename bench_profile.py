@@ -88,8 +88,21 @@ def print_profile(profiles: dict[str, dict[str, float]]) -> None:
 
 def whole_step(model: GPT, data: Dataset, config: training.Settings) -> Callable[[], None]:
     """train.py's step on the dataset's next batch, which is made too."""
+    run = whole_run(model, data, config)
+    batches = training.step_batches(run)
+
+    def step() -> None:
+        with record_function("data"):
+            micro, counts, _ = next(batches)
+        training.train_step(run, micro, counts)
+
+    return step
+
+
+def whole_run(model: GPT, data: Dataset, config: training.Settings) -> training.Run:
+    """A run of train.py at its first step."""
     device = config.device
-    run = training.Run(
+    return training.Run(
         config=config,
         out_dir=Path(config.out_dir),
         data=data,
@@ -101,14 +114,6 @@ def whole_step(model: GPT, data: Dataset, config: training.Settings) -> Callable
         scaler=training.make_scaler(config, device),
         startup=training.Stopwatch(),
     )
-    batches = training.step_batches(run)
-
-    def step() -> None:
-        with record_function("data"):
-            micro, counts, _ = next(batches)
-        training.train_step(run, micro, counts)
-
-    return step
 
 
 @contextmanager

@@ -550,16 +550,7 @@ def train(run: Run, peak: Peak) -> None:
                 means = mean_losses(run, [{n: v * math.nan for n, v in step_losses.items()}])
             train_loss = means["train_loss"]
             speed = speed_since(last, run, peak)
-            record = {
-                "iter": progress.iter,
-                "tokens": progress.tokens,
-                "seconds": round(time.perf_counter() - began, 3),
-                **means,
-                "lr": learning_rate(progress.iter - 1, config),
-                "grad_norm": grad_norm.item(),
-                **({"skipped": progress.skipped} if config.skip_spikes else {}),
-                **speed,
-            }
+            record = log_record(run, time.perf_counter() - began, means, grad_norm, speed)
             rate, share = show_rate(speed["tflops"] * 1e12), f"{speed['mfu']:.0%} of peak"
             bar.set_postfix_str(f"loss {train_loss:.3f}, {rate}, {share}", refresh=False)
             samples = []
@@ -595,6 +586,27 @@ def train(run: Run, peak: Peak) -> None:
         f"finished at step {progress.iter}{why} in {progress.seconds:.0f} s; "
         f"best validation loss {progress.best_val_loss:.3f}; {show_path(run.out_dir)} is ready"
     )
+
+
+def log_record(
+    run: Run,
+    seconds: float,
+    means: dict[str, float],
+    grad_norm: torch.Tensor,
+    speed: dict[str, float],
+) -> dict[str, float]:
+    """A line of log.jsonl, without what an evaluation adds."""
+    progress, config = run.progress, run.config
+    return {
+        "iter": progress.iter,
+        "tokens": progress.tokens,
+        "seconds": round(seconds, 3),
+        **means,
+        "lr": learning_rate(progress.iter - 1, config),
+        "grad_norm": grad_norm.item(),
+        **({"skipped": progress.skipped} if config.skip_spikes else {}),
+        **speed,
+    }
 
 
 def mean_losses(run: Run, losses: list[dict[str, torch.Tensor]]) -> dict[str, float]:

@@ -28,7 +28,7 @@ from tests.runs import TINY, assert_same_run, log, pointer, words, write_pairs
 from tests.runs import write_toys as write_texts
 
 LORA = {"lora_rank": 4, "learning_rate": 3e-3}
-ALL = {"max_iters": 160, "eval_interval": 4, "dropout": 0.1, "prompts": "[]"}
+ALL = {"max_iters": 100, "eval_interval": 4, "dropout": 0.1, "prompts": "[]"}
 KINDS = {
     "pretraining, Muon": {"dataset": "text"},
     "pretraining, AdamW": {"dataset": "text", "optimizer": "adamw"},
@@ -77,7 +77,9 @@ def main(argv: list[str]) -> None:
         for number, kind in enumerate(KINDS):
             began = time.perf_counter()
             count = config.kills // len(KINDS) + (number < config.kills % len(KINDS))
-            done = outlive(Path(folder), kind, count, random.Random(f"{config.seed} {kind}"))
+            done = outlive(
+                Path(folder), Path(folder), kind, count, random.Random(f"{config.seed} {kind}")
+            )
             outcomes.append(done)
             print(
                 f"{kind:<38}{done.kills:>5}{done.in_a_save:>11}{'yes' if done.same else 'NO':>11}"
@@ -103,13 +105,13 @@ def write_world(folder: Path) -> None:
         wait(launch(words(**TINY | given | {"out_dir": folder / name}), folder / f"{name}.txt"))
 
 
-def outlive(world: Path, kind: str, kills: int, draw: random.Random) -> Outcome:
-    """Kills a run of this kind so many times, every second time within a save."""
+def outlive(world: Path, folder: Path, kind: str, kills: int, draw: random.Random) -> Outcome:
+    """Kills a run of this kind in folder so many times, every second time within a save."""
     places = ("dataset", "init_from", "mix_dataset")
     given = TINY | ALL | {k: world / v if k in places else v for k, v in KINDS[kind].items()}
     size = 2 if kind.startswith("two processes") else 1
-    name = kind.replace(",", "").replace(" ", "-")
-    whole, out, said = (world / f"{name}-{part}" for part in ("whole", "killed", "said.txt"))
+    whole, out, said = (folder / kind / part for part in ("whole", "killed", "said.txt"))
+    said.parent.mkdir(parents=True)
     wait(launch(words(**given | {"out_dir": whole}), said, size))
     seconds = log(whole)[-1]["seconds"] / max(1, kills)  # no kill comes after the run's end
     argv = [*words(**given | {"out_dir": out}), "--resume"]

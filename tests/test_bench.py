@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -121,6 +122,19 @@ def test_a_step_moves_as_many_parameters_as_the_peers(architecture):
         assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
         sizes.append(sum(p.numel() for p in after))
     assert sizes[0] == sizes[1]
+
+
+def test_what_log_and_save_take_are_shares_of_the_time(tmp_path, capsys):
+    bench.main(["save", *TINY, f"--out={tmp_path}"])
+    results = read_json(tmp_path / "save.json")["results"]
+    took = {name: median(turns) for name, turns in results["seconds"].items()}
+    share = took["log"] / (took["log"] + took["steps"])  # a line each 10 steps
+    assert results["log"]["share"] == pytest.approx(share)
+    share = took["save"] / (took["save"] + 17 * took["steps"])  # a checkpoint each 170
+    assert results["save"]["share"] == pytest.approx(share)
+    # three numbers of four bytes a parameter at most: itself and AdamW's moments
+    assert 2 * 4 < results["save"]["bytes"] / 15_000 < 4 * 4
+    assert "% of the time" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

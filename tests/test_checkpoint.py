@@ -29,19 +29,17 @@ from checkpoint import (
 )
 from configurator import UserError
 from model import GPT, ModelConfig
+from tests.kills import KINDS, outlive, write_world
 from tests.runs import (
     ROOT,
     TINY,
     assert_same_run,
     checkpoint_file,
     contents,
-    course,
     log,
-    pointer,
     small_disk,
     start,
     toy_tokenizer,
-    train_here,
     words,
     write_toys,
 )
@@ -474,43 +472,26 @@ def read_until(process: subprocess.Popen, text: bytes) -> None:
         read += piece
 
 
-@pytest.mark.slow
+QUICK = "accumulation, short rows first"
+
+
+@pytest.fixture(scope="module")
+def killed_world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("killed")
+    write_world(folder)
+    return folder
+
+
 @posix
-@pytest.mark.parametrize("kind", ["text", "questions"])
-def test_a_run_killed_ten_times_ends_in_the_bits_of_one_never_killed(toys, tmp_path, kind):
-    if kind == "questions" and not (toys / "base").exists():
-        train_here(dataset=toys / "text", out_dir=toys / "base")
-    common = {"max_iters": 400, "eval_interval": 4}
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    reference = start("train.py", *flags(toys, kind, out_dir=whole, **common))
-    draw = random.Random(kind)
-    for _ in range(10):
-        process = start("train.py", *flags(toys, kind, out_dir=out, **common), "--resume")
-        kill_at_random(process, out, draw)
-        if has_checkpoint(out):
-            for which in ("latest", "best"):
-                load_checkpoint(out, which)
-    process = start("train.py", *flags(toys, kind, out_dir=out, **common), "--resume")
-    for last in (process, reference):
-        last.communicate(timeout=300)
-        assert last.returncode == 0
-    assert_same_run(whole, out)
-    assert [record["iter"] for record in course(out)] == list(range(1, 401))
-
-
-def kill_at_random(process: subprocess.Popen, out_dir: Path, draw: random.Random) -> None:
-    """While it starts, while it saves, or at some moment after a checkpoint of its own."""
-    before = (out_dir / "latest").read_bytes() if has_checkpoint(out_dir) else None
-    when = draw.choice(["starting", "saving", "saving", "later"])
-    if when == "starting":
-        time.sleep(draw.uniform(0, 3))
-    elif when == "saving":
-        wait_for(lambda: any(out_dir.glob(".step-*.tmp")), process)
-        time.sleep(draw.uniform(0, 0.005))
-    else:
-        wait_for(lambda: has_checkpoint(out_dir) and pointer(out_dir, "latest"), process)
-        wait_for(lambda: (out_dir / "latest").read_bytes() != before, process)
-        time.sleep(draw.uniform(0, 0.2))
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [(QUICK, 4), *(pytest.param(kind, 6, marks=pytest.mark.slow) for kind in KINDS)],
+)
+def test_a_run_killed_at_random_ends_in_the_bits_of_one_never_killed(
+    killed_world, tmp_path, kind, count
+):
+    done = outlive(killed_world, tmp_path, kind, count, random.Random(kind))
+    assert done.same
+    # on a busy machine a run may end before the last ones
+    assert done.kills > count // 2
+    assert done.in_a_save > 0
