@@ -638,7 +638,7 @@ def check_steps(
         if not all(finite_losses):
             faults[number, world.rank] = 1 + finite_losses.index(False)
     faults = world.add(faults)
-    number = int((faults.any(dim=1) | ~usable).nonzero()[0])
+    number = int((faults.any(dim=1) | ~usable).byte().argmax())
     steps_ago = len(losses) - 1 - number
     rank = int(faults[number].ne(0).byte().argmax())
     place = int(faults[number, rank]) - 1

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import re
@@ -10,11 +11,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
+from data_utils import Dataset
 from data_writer import Pair, write_dpo, write_pretrain, write_sft
 from tokenizer import Tokenizer, train_tokenizer
 
@@ -209,6 +212,25 @@ def weights(out_dir: Path, which: str = "latest") -> dict[str, torch.Tensor]:
 
 def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def plant_nan(out_dir: Path, data: Dataset) -> int:
+    """Makes the embedding of the rarest trained id NaN: the rows that hold it have no loss."""
+    ids, counts = np.unique(data.tokens["train"], return_counts=True)
+    rarest = int(ids[counts.argmin()])
+    file = checkpoint_file(out_dir, "model.safetensors", "best")
+    planted = load_file(file)
+    planted["wte.weight"][rarest] = math.nan
+    save_file(planted, file)
+    return rarest
+
+
+def ids_of_row(data: Dataset, row: int) -> list[int]:
+    """What the model reads of a row, taken from the file itself."""
+    tokens = data.tokens["train"].tolist()
+    if data.kind == "pretrain":
+        return (2 * tokens)[row : row + TINY["block_size"]]
+    return tokens[data.bounds["train"][row] : int(data.bounds["train"][row + 1]) - 1]
 
 
 def saved(out_dir: Path, which: str = "latest") -> dict:

@@ -17,13 +17,17 @@ import pytest
 import torch
 
 from configurator import UserError
+from data_utils import Dataset
 from distributed import ALONE, World, join, world_of
 from tests.runs import (
     ROOT,
     TINY,
     assert_same_run,
     contents,
+    error_line,
+    ids_of_row,
     log,
+    plant_nan,
     ready_python,
     saved,
     train_here,
@@ -217,6 +221,36 @@ def test_evaluation_is_that_of_one_process(world, several, tmp_path):
         scores = [name for name in a if name.startswith("val_")]
         assert len(scores) > 1
         assert [a[name] for name in scores] == pytest.approx([b[name] for name in scores], rel=1e-9)
+
+
+@slow
+@pytest.mark.parametrize("shard", [False, True])
+def test_processes_agree_on_the_updates_that_are_left_out(world, several, tmp_path, shard):
+    # steps of two questions each, whose gradients differ much
+    common = {"dataset": world / "questions", "init_from": world / "base", "batch_size": 2}
+    common |= {"skip_spikes": 1.05, "max_iters": 60, "lr_decay_iters": 60, "eval_interval": 30}
+    one = train_here(out_dir=tmp_path / "one", **common)
+    two = train_in(several, 2, out_dir=tmp_path / "two", shard=shard, **common)
+    assert log(one)[-1]["skipped"] > 0
+    assert_same_course(one, two)
+
+
+@slow
+def test_the_process_that_had_a_row_whose_loss_is_nan_is_named(world, several, tmp_path):
+    data = Dataset(world / "text")
+    given = {"dataset": data.path, "tie_weights": False}
+    base = train_here(out_dir=tmp_path / "base", max_iters=1, **given)
+    bad = plant_nan(base, data)
+    rows = np.concatenate([data.step_rows(1337, 4 * n, 4, TINY["block_size"]) for n in range(60)])
+    place = next(n for n, row in enumerate(rows) if bad in ids_of_row(data, row))
+    step, rank = place // 4 + 1, place % 4 // 2
+    more = {"init_from": base, "max_iters": 60, "eval_interval": 60, "log_interval": 60}
+    first, _ = several(2, out_dir=tmp_path / "out", **given, **more)
+    said = ", ".join(map(str, rows[place // 2 * 2 :][:2]))
+    assert (
+        f"at step {step}, of micro-batch 1 of process {rank}, which has the rows from tokens "
+        f"{said} of " in error_line(first)
+    )
 
 
 # --- the same bits -----------------------------------------------------------------------------

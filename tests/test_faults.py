@@ -10,9 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
 
 from configurator import UserError
 from data_utils import Dataset
@@ -23,7 +21,9 @@ from tests.runs import (
     contents,
     course,
     error_line,
+    ids_of_row,
     log,
+    plant_nan,
     pointer,
     ready_python,
     run,
@@ -119,25 +119,6 @@ def test_an_out_dir_that_vanishes_is_said_at_the_next_line_of_the_log(toys, tmp_
 
 
 # --- numbers that are none ---------------------------------------------------------------------
-
-
-def plant_nan(out_dir: Path, data: Dataset) -> int:
-    """Makes the embedding of the rarest trained id NaN: the rows that hold it have no loss."""
-    ids, counts = np.unique(data.tokens["train"], return_counts=True)
-    rarest = int(ids[counts.argmin()])
-    file = checkpoint_file(out_dir, "model.safetensors", "best")
-    planted = load_file(file)
-    planted["wte.weight"][rarest] = math.nan
-    save_file(planted, file)
-    return rarest
-
-
-def ids_of_row(data: Dataset, row: int) -> list[int]:
-    """What the model reads of a row, taken from the file itself."""
-    tokens = data.tokens["train"].tolist()
-    if data.kind == "pretrain":
-        return (2 * tokens)[row : row + TINY["block_size"]]
-    return tokens[data.bounds["train"][row] : int(data.bounds["train"][row + 1]) - 1]
 
 
 @pytest.mark.parametrize("kind", ["text", "questions"])
