@@ -7,7 +7,8 @@ The rows of these files are shuffled, so no document can be held out whole. The 
 (test, val or train) is that of its English, by the hash of its letters and digits alone. So a
 sentence has one role, whatever its case, blanks and punctuation, and in whichever file it stands:
 what is tested in one domain is trained in no other. Of sentences that are nearly the same the first
-stays, and those for tests and validation, of both domains, come first, whatever is prepared.
+stays, and those for tests and validation, of both domains, come first, whatever is prepared. A
+Chinese sentence of the tests is not trained as the answer to another English one, either.
 """
 
 import functools
@@ -107,9 +108,11 @@ def pairs_of(source: Source, tally: Tally, fields: dict[str, str]) -> Iterator[t
 
 def find_repeated(
     own: list[Source], others: list[Source], fields: dict[str, str], share: float
-) -> dict[int, tuple[float, str, str]]:
+) -> tuple[dict[int, tuple[float, str, str]], frozenset[int]]:
     """The pairs of all sources whose English repeats that of an earlier one, or nearly: as
-    near_duplicates. Of the others the tests and validation count."""
+    near_duplicates. Of the others the tests and validation count. And answer_key of each Chinese
+    sentence of the tests."""
+    tested = set()
 
     def in_order() -> Iterator[tuple[str, tuple[str, str]]]:
         for roles in (["test", "val"], ["train"]):
@@ -117,10 +120,17 @@ def find_repeated(
             for source in sources:
                 names = fields if source in own else {}
                 for pair in pairs_of(source, Tally(show=0), names):
-                    if role_of(letters_of(pair[0]), share) in roles:
+                    role = role_of(letters_of(pair[0]), share)
+                    if role == "test":
+                        tested.add(answer_key(traditional(pair[1])))
+                    if role in roles:
                         yield pair[0], pair
 
-    return near_duplicates(in_order(), NGRAM, ALIKE)
+    return near_duplicates(in_order(), NGRAM, ALIKE), frozenset(tested)
+
+
+def answer_key(chinese: str) -> int:
+    return key_of(letters_of(chinese))
 
 
 def read(
@@ -129,18 +139,21 @@ def read(
     fields: dict[str, str],
     share: float,
     repeated: dict[int, float],
+    tested: frozenset[int],
     record_of: Callable[[str, str], Record | None],
 ) -> Iterator[tuple[str, Record]]:
     """The pairs that are not repeated, with their roles. record_of: None where it is too long."""
     for english, chinese in pairs_of(source, tally, fields):
-        likeness = repeated.get(key_of((english, chinese)))
-        record = record_of(english, traditional(chinese)) if not likeness else None
-        if likeness:
+        if likeness := repeated.get(key_of((english, chinese))):
             tally.aside["English the same" if likeness == 1 else "English nearly the same"] += 1
-        elif record is None:
-            tally.aside["longer than --max_tokens"] += 1
+            continue
+        role, chinese = role_of(letters_of(english), share), traditional(chinese)
+        if role != "test" and answer_key(chinese) in tested:
+            tally.aside["Chinese of a test"] += 1
+        elif record := record_of(english, chinese):
+            yield role, record
         else:
-            yield role_of(letters_of(english), share), record
+            tally.aside["longer than --max_tokens"] += 1
 
 
 def as_text(english: str, chinese: str) -> str:
@@ -165,7 +178,7 @@ def prepare(config: Settings, kind: str, others: list[str]) -> dict:
     own = find_sources(config.input, config.encoding, config.target)
     there = [name for name in others if (ROOT / name).is_file()]
     unseen = find_sources(there) if there else []
-    found = find_repeated(own, unseen, fields, config.val)
+    found, tested = find_repeated(own, unseen, fields, config.val)
     near = [one for one in found.values() if one[0] < 1 and one[1]]
     for share, later, earlier in near[:: max(1, len(near) // 3)][:3]:
         print(f"left out: {later}\n    which has {share:.2f} in common with: {earlier}")
@@ -174,7 +187,12 @@ def prepare(config: Settings, kind: str, others: list[str]) -> dict:
         record_of = functools.partial(as_conversation, config.tokenizer, config.max_tokens)
     likeness = {key: share for key, (share, *_) in found.items()}
     chosen = functools.partial(
-        read, fields=fields, share=config.val, repeated=likeness, record_of=record_of
+        read,
+        fields=fields,
+        share=config.val,
+        repeated=likeness,
+        tested=tested,
+        record_of=record_of,
     )
     meta = pipeline.prepare(config, own, chosen, kind, SPLITS, {"languages": LANGUAGES})
     show_examples(own[0], chosen)

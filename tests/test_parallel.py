@@ -41,7 +41,8 @@ def many(count: int, seed: int = 0) -> list[tuple[str, str]]:
             f"The {SUBJECTS[a]} {DEEDS[b]} {THINGS[c]} {TIMES[d]} to the {SUBJECTS[e]} {THINGS[f]}."
         )
         chinese = (
-            f"{CHINESE[a]}{CHINESE_TIMES[d]}{CHINESE_DEEDS[b]}{CHINESE_THINGS[c]}予{CHINESE[e]}。"
+            f"{CHINESE[a]}{CHINESE_TIMES[d]}{CHINESE_DEEDS[b]}{CHINESE_THINGS[c]}"
+            f"予{CHINESE[e]}及{CHINESE_THINGS[f]}。"
         )
         found.setdefault(english, chinese)
     return [*found.items()]
@@ -219,6 +220,19 @@ def test_a_sentence_like_one_of_the_test_is_not_trained(folder):
     assert sorted(text.split("\n")[0] for text in texts) == sorted(english for english, _ in pairs)
 
 
+def test_the_chinese_of_a_test_answers_no_other_english(folder):
+    pairs = many(160)
+    tested = [pair for pair in pairs if role_of(letters_of(pair[0]), 0.1) == "test"]
+    others = [pair for pair in many(400, seed=3) if pair not in pairs]
+    others = [a for a, _ in others if role_of(letters_of(a), 0.1) != "test"]
+    same = [(others.pop(), chinese) for _, chinese in tested]
+    file = write_pairs(folder / "a.tsv", same + pairs)
+    data = prepared(translation, folder, f"--input={file}")
+    texts = all_documents(data) + documents(data, "test")
+    assert sorted(text.split("\n")[0] for text in texts) == sorted(english for english, _ in pairs)
+    assert data.meta["not_taken"]["Chinese of a test"] == len(same) > 4
+
+
 def test_the_tests_of_either_domain_are_unseen_by_the_other(folder, monkeypatch):
     """Files where each domain has what the other tests, word for word and nearly so."""
     law, money = many(150, seed=1), many(150, seed=2)
@@ -300,6 +314,8 @@ def test_no_test_sentence_of_hong_kong_is_trained_in_either_domain(hongkong):
     assert len(trained) > 55000
     assert len(tested) > 2000
     assert not trained & tested
+    answers = {letters_of(b) for one in hongkong.values() for _, b in one["train"] + one["val"]}
+    assert not answers & {letters_of(b) for one in hongkong.values() for _, b in one["test"]}
 
 
 @pytest.mark.slow
