@@ -80,7 +80,7 @@ def calls(run: training.Run, log_interval: int) -> dict[str, Callable[[], None]]
         record = training.log_record(run, time.perf_counter(), means, norms[-1], speed)
         append_log(run.out_dir, record)
 
-    return {"steps": steps, "log": log, "save": lambda: training.save(run, is_best=False)}
+    return {"steps": steps, "log": log, "save": lambda: training.save(run, is_best=True)}
 
 
 def share(seconds: Seconds, name: str, interval: int, times: float) -> dict[str, float]:
