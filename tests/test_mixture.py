@@ -66,6 +66,19 @@ def test_the_rows_do_not_depend_on_the_size_of_a_step(count, sets):
     assert (data.step_rows(4, 0, 4000, BLOCK) != whole).any()
 
 
+def test_rows_are_shown_by_the_dataset_that_they_lie_in(sets):
+    data = mixture(sets, "text:1", "small:1")
+    rows = data.step_rows(1, 0, 9, BLOCK)
+    parts = [
+        (name, [str(row - (number << 48)) for row in rows.tolist() if row >> 48 == number])
+        for number, name in enumerate(("text", "small"))
+    ]
+    assert data.show_rows(rows) == " and ".join(
+        f"the rows from tokens {', '.join(numbers)} of {sets}/{name}/train"
+        for name, numbers in parts
+    )
+
+
 def test_each_dataset_is_read_as_if_alone(sets):
     data = mixture(sets, "text:2", "small:1")
     rows = data.step_rows(3, 0, 900, BLOCK)
