@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from configurator import UserError, show_path
-from hugging_face import CHAT_TEMPLATE, Weights, from_config, from_weights, transposed
+from hugging_face import Weights, from_config, from_weights, is_our_template, transposed
 from model import GPT, ModelConfig
 from tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
 
@@ -38,7 +38,8 @@ def is_foreign(path: Path) -> bool:
 
 def foreign_run(path: Path) -> dict:
     """What run.json says of a model of ours: architecture, and what it was trained on."""
-    kind = "sft" if path.is_dir() and CHAT_TEMPLATE in _templates(path) else "pretrain"
+    answers = path.is_dir() and any(map(is_our_template, _templates(path)))
+    kind = "sft" if answers else "pretrain"
     architecture = dataclasses.asdict(read_config(path, load_tokenizer(path)))
     return {"architecture": architecture, "settings": {}, "dataset": {"kind": kind}}
 
@@ -163,7 +164,7 @@ def _compiled_off(weights: Weights) -> Weights:
 # --- files -------------------------------------------------------------------------------------
 
 
-def _templates(path: Path) -> list[str]:
+def _templates(path: Path) -> list:
     """Chat templates, where transformers keeps them."""
     settings, file = path / "tokenizer_config.json", path / "chat_template.jinja"
     found = [_read_json(settings).get("chat_template")] if settings.is_file() else []

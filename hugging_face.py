@@ -8,6 +8,7 @@ c_attn stacks the queries', keys' and values' rows, SwiGLU's c_fc those of gate 
 its matrices transposed, and biases that are off here are zeros there.
 """
 
+import json
 import re
 from collections.abc import Collection, Iterator
 
@@ -54,10 +55,8 @@ CONSTANTS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
 def chat_template(names: dict[str, str], end: str, content: str) -> str:
     """A Jinja template that writes what tokenizer.py's `render` writes. names, end: how roles and
     the end of a message are written; content: an expression for a message's."""
-    written = ", ".join(f"'{role}': '{token}'" for role, token in names.items())
     return (
-        "{% set names = {" + written + "} %}"
-        "{% for message in messages %}"
+        template_start(names) + "{% for message in messages %}"
         "{% if message['role'] not in names %}{{ raise_exception('unknown role') }}{% endif %}"
         "{{ names[message['role']] + " + content + " + '" + end + "' }}"
         "{% endfor %}"
@@ -65,8 +64,30 @@ def chat_template(names: dict[str, str], end: str, content: str) -> str:
     )
 
 
-# HIDDEN stands in names that a message holds, so that they are none; it is taken away again later
-CHAT_TEMPLATE = chat_template(ROLES, END, f"message['content'] | replace('<|', '<{HIDDEN}|')")
+def template_start(names: dict[str, str]) -> str:
+    """What our templates begin with, and no other project's."""
+    written = ", ".join(f"'{role}': '{token}'" for role, token in names.items())
+    return "{% set names = {" + written + "} %}"
+
+
+def hiding_template(added: Collection[str]) -> str:
+    """The template where the names of tokens in `added` are plain text inside a message: HIDDEN
+    stands behind each character that one begins with, so that none is found, and is taken away
+    again later. UserError where a name has no place for it."""
+    content = "message['content']"
+    for first in sorted({name[:1] for name in added}):
+        if first in added:
+            raise UserError(
+                f"the added token {first!r} is a single character: transformers takes it for the "
+                "token in a message, too; export a GGUF file, --format=gguf"
+            )
+        old, new = (json.dumps(text, ensure_ascii=False) for text in (first, first + HIDDEN))
+        content += f" | replace({old}, {new})"
+    return chat_template(ROLES, END, content)
+
+
+def is_our_template(text: object) -> bool:
+    return isinstance(text, str) and text.startswith(template_start(ROLES))
 
 
 def family_of(config: ModelConfig) -> str:

@@ -127,6 +127,11 @@ class Tokenizer:
         """Text of ids; special tokens have none, bytes that are no character become U+FFFD."""
         return b"".join(self._bytes[id] for id in ids).decode("utf-8", errors="replace")
 
+    @property
+    def special_names(self) -> list[str]:
+        """Those of all tokens that no text has, in the order of their ids."""
+        return [name for _, name in sorted(self._special.items())]
+
     def entry(self, id: int) -> str:
         """An entry as one reads it: quoted text, bytes that are no text, or a special name."""
         if id in self._special:
