@@ -273,12 +273,14 @@ def adopt(text: str) -> str:
         made = list(dict.fromkeys(vocab[left + right] for left, right in merges))
         if made != sorted(made):
             raise ValueError("its merges are not in the order of its ids")
+        whole_first = {"ignore_merges": bool(model.get("ignore_merges"))}
+        if not whole_first["ignore_merges"]:
+            _refuse_unmade(vocab.keys() - {*names}, merges)
         end = next((name for name in OTHER_ENDS if name in names), None)
         if end and END_OF_TEXT not in names:
             names[names.index(end)] = END_OF_TEXT
             if end in vocab:
                 vocab[END_OF_TEXT] = vocab.pop(end)
-        whole_first = {"ignore_merges": bool(model.get("ignore_merges"))}
         bpe = _new_bpe(models.BPE(vocab, merges, **whole_first), pattern)
     except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise ValueError(f"not a byte-level BPE ({error!r})") from None
@@ -289,6 +291,14 @@ def adopt(text: str) -> str:
     if [bpe.token_to_id(name) for name in names] != [token["id"] for token in added]:
         raise ValueError("its added tokens do not follow its entries")
     return bpe.to_str()
+
+
+def _refuse_unmade(entries: Iterable[str], merges: list[tuple[str, str]]) -> None:
+    """ValueError where merges do not make an entry, which tiktoken would give for a whole piece."""
+    made = {left + right for left, right in merges}
+    unmade = sorted(entry for entry in entries if len(entry) > 1 and entry not in made)
+    if unmade:
+        raise ValueError(f"no merge makes its entry {unmade[0]!r} ({len(unmade)} such)")
 
 
 def _is_ours(content: dict) -> bool:

@@ -26,6 +26,7 @@ from tokenizer import (
     PASSAGE,
     SPECIAL_TOKENS,
     Tokenizer,
+    adopt,
     load_tokenizer,
     main,
     sample,
@@ -367,6 +368,12 @@ def with_a_merge_of_nothing(content: dict) -> dict:
     return content | {"added_tokens": [], "model": model | {"merges": [["a", "zzz"]]}}
 
 
+def with_an_entry_that_no_merge_makes(content: dict) -> dict:
+    model = content["model"]
+    vocab = model["vocab"] | {"xyz": len(model["vocab"])}
+    return content | {"added_tokens": [], "model": model | {"vocab": vocab}}
+
+
 def with_an_added_token_far_away(content: dict) -> dict:
     return content | {"added_tokens": [content["added_tokens"][0] | {"id": 9999}]}
 
@@ -385,6 +392,7 @@ def with_an_added_token_far_away(content: dict) -> dict:
         cut_at_blanks,
         with_merges_in_another_order,
         with_a_merge_of_nothing,
+        with_an_entry_that_no_merge_makes,
         with_an_added_token_far_away,
     ],
 )
@@ -476,6 +484,15 @@ def test_an_adopted_tokenizer_is_saved_and_loaded_as_the_same(foreign, tmp_path)
     ours = load_tokenizer(tmp_path)
     ours.save(tmp_path / "again.json")
     assert load_tokenizer(tmp_path / "again.json").sha256 == ours.sha256
+
+
+def test_an_entry_that_no_merge_makes_is_taken_where_whole_pieces_come_first(tmp_path):
+    """As Llama 3's: the library gives it for a piece that equals it, and so does tiktoken."""
+    content = with_an_entry_that_no_merge_makes(json.loads(train_tokenizer(["却说"], 262).text))
+    content["model"]["ignore_merges"] = True
+    ours, theirs = Tokenizer(adopt(json.dumps(content))), json.dumps(content)
+    assert ours.encode("xyz xyz") == tokenizers.Tokenizer.from_str(theirs).encode("xyz xyz").ids
+    assert len(ours.encode("xyz")) == 1
 
 
 def test_gpt2_in_hugging_faces_own_file_is_gpt2(gpt2, tmp_path):
