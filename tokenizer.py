@@ -314,7 +314,8 @@ def _pattern_of(splitter: dict) -> str:
     is_bytes = by_bytes["type"] == "ByteLevel" and not by_bytes["add_prefix_space"]
     if is_bytes and len(parts) == 1 and by_bytes["use_regex"]:
         return GPT2_PATTERN
-    if is_bytes and cut and cut["type"] == "Digits" and cut["individual_digits"]:
+    is_digits = cut and cut["type"] == "Digits" and cut["individual_digits"]
+    if is_bytes and is_digits and by_bytes["use_regex"]:
         return DIGITS_PATTERN
     is_split = cut and cut["type"] == "Split" and cut["behavior"] == "Isolated"
     if is_bytes and is_split and not cut["invert"] and not by_bytes["use_regex"]:

@@ -358,6 +358,14 @@ def cut_at_blanks(content: dict) -> dict:
     return content | {"pre_tokenizer": {"type": "Whitespace"}}
 
 
+def cut_at_digits_alone(content: dict) -> dict:
+    """Without GPT-2's pattern between the digits."""
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = pre_tokenizers.Sequence([digits, BYTES])
+    return content | {"pre_tokenizer": json.loads(library.to_str())["pre_tokenizer"]}
+
+
 def with_merges_in_another_order(content: dict) -> dict:
     model = content["model"]
     return content | {"added_tokens": [], "model": model | {"merges": model["merges"][::-1]}}
@@ -390,6 +398,7 @@ def with_an_added_token_far_away(content: dict) -> dict:
         with_a_normalizer,
         with_a_prefix_blank,
         cut_at_blanks,
+        cut_at_digits_alone,
         with_merges_in_another_order,
         with_a_merge_of_nothing,
         with_an_entry_that_no_merge_makes,
