@@ -228,7 +228,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     """The tokenizer named `gpt2`, or that of a directory or a tokenizer.json. Another project's is
     adopted; nanoGPT's ckpt.pt, which holds none, has gpt2's."""
     path = repo_path(name)
-    if str(name) == "gpt2" or path.suffix == ".pt":
+    if str(name) == "gpt2" or (path.suffix == ".pt" and path.is_file()):
         return _gpt2_tokenizer()
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file() and (path.parent / "prepare.py").is_file():

@@ -315,6 +315,15 @@ def test_a_tokenizer_that_is_not_there_is_named(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_only_a_file_that_ends_in_pt_has_gpt2s_tokenizer(trained, tmp_path):
+    folder = tmp_path / "mine.pt"
+    with pytest.raises(UserError, match=r"no tokenizer .*mine\.pt"):
+        load_tokenizer(folder)
+    folder.mkdir()
+    trained.save(folder / "tokenizer.json")
+    assert load_tokenizer(folder).sha256 == trained.sha256
+
+
 def unigram(content: dict) -> dict:
     model = tokenizers.models.Unigram([("<unk>", 0.0), ("孔明", -1.0)], 0, False)
     return content | {"model": json.loads(tokenizers.Tokenizer(model).to_str())["model"]}
