@@ -423,6 +423,15 @@ def test_a_tokenizer_of_which_ids_would_differ_is_refused_in_one_line(damage, tm
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_the_normalizer_that_is_not_built_here_is_named(tmp_path):
+    content = json.loads(tiny_tokenizer().text)
+    parts = [{"type": "NFC"}, {"type": "Lowercase"}]
+    content["normalizer"] = {"type": "Sequence", "normalizers": parts}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match="its normalizer Lowercase is not built here"):
+        load_tokenizer(tmp_path)
+
+
 # --- other projects' tokenizers ------------------------------------------------------------------
 
 SPLIT, BYTES = pre_tokenizers.Split, pre_tokenizers.ByteLevel(False, use_regex=False)
