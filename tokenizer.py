@@ -91,17 +91,17 @@ class Tokenizer:
             ids = sorted([*ranks.values(), *special.values()])
             self._nfc = content["normalizer"] == NFC
             normalizer = None if self._nfc else content["normalizer"]
+            if missing:
+                raise ValueError(f"special tokens are missing: {' '.join(missing)}")
+            if ids != list(range(len(ids))) or not all(bytes([b]) in ranks for b in range(256)):
+                raise ValueError("an id or a byte is missing or there twice")
+            if normalizer:
+                raise ValueError("it has a normalizer")
+            self._encoding = tiktoken.Encoding(
+                "miniglm", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+            )
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"not a byte-level BPE with a split pattern ({error!r})") from None
-        if missing:
-            raise ValueError(f"special tokens are missing: {' '.join(missing)}")
-        if ids != list(range(len(ids))) or not all(bytes([b]) in ranks for b in range(256)):
-            raise ValueError("an id or a byte is missing or there twice")
-        if normalizer:
-            raise ValueError("it has a normalizer")
-        self._encoding = tiktoken.Encoding(
-            "miniglm", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
-        )
         self.n_vocab = max(max(ranks.values()), max(special.values())) + 1
         self._special = {id: name for name, id in special.items()}
         self._bytes = [b""] * self.n_vocab
@@ -239,7 +239,8 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     try:
         return Tokenizer(adopt(path.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise UserError(f"{show_path(path)} cannot be used as a tokenizer: {error}") from None
+        reason = " ".join(str(error).split())  # of a bad pattern, it is shown in several lines
+        raise UserError(f"{show_path(path)} cannot be used as a tokenizer: {reason}") from None
 
 
 def _gpt2_tokenizer() -> Tokenizer:
@@ -282,15 +283,17 @@ def adopt(text: str) -> str:
             if end in vocab:
                 vocab[END_OF_TEXT] = vocab.pop(end)
         bpe = _new_bpe(models.BPE(vocab, merges, **whole_first), pattern)
-    except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
+        if is_nfc:
+            bpe.normalizer = normalizers.NFC()
+        bpe.add_special_tokens(names)
+        bpe.add_special_tokens(SPECIAL_TOKENS)
+        if [bpe.token_to_id(name) for name in names] != [token["id"] for token in added]:
+            raise ValueError("its added tokens do not follow its entries")
+        return bpe.to_str()
+    except ValueError:
+        raise
+    except Exception as error:  # the tokenizers library raises nothing narrower
         raise ValueError(f"not a byte-level BPE ({error!r})") from None
-    if is_nfc:
-        bpe.normalizer = normalizers.NFC()
-    bpe.add_special_tokens(names)
-    bpe.add_special_tokens(SPECIAL_TOKENS)
-    if [bpe.token_to_id(name) for name in names] != [token["id"] for token in added]:
-        raise ValueError("its added tokens do not follow its entries")
-    return bpe.to_str()
 
 
 def _refuse_unmade(entries: Iterable[str], merges: list[tuple[str, str]]) -> None:

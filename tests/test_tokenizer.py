@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -385,6 +386,27 @@ def with_a_merge_of_nothing(content: dict) -> dict:
     return content | {"added_tokens": [], "model": model | {"merges": [["a", "zzz"]]}}
 
 
+def with_merges_of_what_is_no_entry(content: dict) -> dict:
+    """What they make is one, which the library asks for last."""
+    model = content["model"]
+    vocab = model["vocab"] | {"abc": len(model["vocab"])}
+    changed = {"vocab": vocab, "merges": [*model["merges"], ["ab", "c"]]}
+    return content | {"added_tokens": [], "model": model | changed}
+
+
+def with_a_pattern(pattern: object, change: dict) -> Callable[[dict], dict]:
+    def damage(content: dict) -> dict:
+        changed = json.loads(json.dumps(content)) | change
+        changed["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+        return changed
+
+    return damage
+
+
+def with_a_number_as_added_token(content: dict) -> dict:
+    return content | {"added_tokens": [content["added_tokens"][0] | {"content": 5}]}
+
+
 def with_an_entry_that_no_merge_makes(content: dict) -> dict:
     model = content["model"]
     vocab = model["vocab"] | {"xyz": len(model["vocab"])}
@@ -411,6 +433,12 @@ def with_an_added_token_far_away(content: dict) -> dict:
         with_merges_in_another_order,
         with_a_merge_of_nothing,
         with_an_entry_that_no_merge_makes,
+        with_merges_of_what_is_no_entry,
+        with_a_pattern("(", {"added_tokens": []}),
+        with_a_pattern(5, {"added_tokens": []}),
+        with_a_pattern("(", {}),
+        with_a_pattern(5, {}),
+        with_a_number_as_added_token,
         with_an_added_token_far_away,
     ],
 )
