@@ -92,7 +92,7 @@ def weight_files(path: Path) -> list[Path]:
         return [path]
     names = ["model.safetensors"]
     index = path / "model.safetensors.index.json"
-    if index.is_file():
+    if index.is_file() and not (path / names[0]).is_file():  # transformers, too, looks there first
         names = _named(index, lambda: sorted({*_read_json(index)["weight_map"].values()}))
     for name in names:
         if not (path / name).is_file():

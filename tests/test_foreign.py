@@ -136,6 +136,14 @@ def test_parts_and_half_precision_are_read(tmp_path):
     assert_same_logits(tmp_path / "parts", peer)
 
 
+def test_an_index_that_was_left_beside_the_whole_file_is_not_read(qwen3, tmp_path):
+    """As transformers does it: the parts that it names are gone."""
+    there = shutil.copytree(qwen3, tmp_path / "there")
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (there / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    assert_same_logits(there, AutoModelForCausalLM.from_pretrained(there).eval())
+
+
 def test_rows_beyond_the_tokenizer_serve_the_ids_that_are_added(tmp_path):
     """As in Qwen's, whose embedding is larger than its vocabulary."""
     options = {**SIZES, "vocab_size": N_VOCAB + 20}
