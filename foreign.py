@@ -53,6 +53,9 @@ def load_foreign(path: Path, device: str, changes: dict) -> GPT:
         weights["wpe.weight"] = weights["wpe.weight"][: changes.get("block_size")]
     model = GPT(config)
     wanted = model.state_dict()
+    extra = sorted(weights.keys() - wanted.keys())
+    if extra:
+        raise UserError(f"{show_path(path)}: the weights for {', '.join(extra)} are not built here")
     for name, weight in wanted.items():
         if name not in weights and not (config.tie_weights and name == "lm_head.weight"):
             raise UserError(f"{show_path(path)}: no weights for {name}; is it whole?")

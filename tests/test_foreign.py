@@ -222,7 +222,23 @@ def test_a_directory_that_is_not_whole_is_said_in_one_line(qwen3, tmp_path):
             weights[f"model.layers.0.self_attn.{name}_proj.bias"] = torch.ones(rows)
         save_file(weights, there / "model.safetensors")
 
+    def with_a_bias_in_a_norm(there: Path) -> None:
+        """Where Llama's options turn the biases of matrices on."""
+        file = there / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        changed = {"model_type": "llama", "attention_bias": True, "mlp_bias": True}
+        file.write_text(json.dumps(config | changed), encoding="utf-8")
+        weights = load_file(there / "model.safetensors")
+        weights = {name: w for name, w in weights.items() if "q_norm" not in name}
+        weights = {name: w for name, w in weights.items() if "k_norm" not in name}
+        for name in [name for name in weights if "_proj" in name]:
+            bias = torch.zeros(len(weights[name]))
+            weights[name.replace("weight", "bias")] = bias
+        weights["model.norm.bias"] = torch.ones(32)
+        save_file(weights, there / "model.safetensors")
+
     cases = {
+        "norm": (with_a_bias_in_a_norm, "the weights for norm.bias are not built here"),
         "no_weights": (lambda t: (t / "model.safetensors").unlink(), "safetensors only"),
         "no_tokenizer": (lambda t: (t / "tokenizer.json").unlink(), "no tokenizer"),
         "cut": (cut, "model.safetensors is damaged"),
