@@ -22,7 +22,8 @@ from model import GPT, ModelConfig
 from tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
 
 GPT2_ENTRIES = 50257  # ids of GPT-2's vocabulary, which nanoGPT pads to 50,304
-FAULTS = (LookupError, TypeError, AttributeError, ValueError, RuntimeError)  # of odd content
+# of odd content
+FAULTS = (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError)
 
 
 def find_foreign(path: Path) -> Path | None:
@@ -69,13 +70,22 @@ def load_foreign(path: Path, device: str, changes: dict) -> GPT:
 def read_config(path: Path, tokenizer: Tokenizer) -> ModelConfig:
     """Its architecture, with rows for all ids of the tokenizer."""
     if path.is_file():
-        return _named(path, lambda: _nanogpt_config(_load(path), tokenizer.n_vocab))
+        return _named(path, lambda: _whole(_nanogpt_config(_load(path), tokenizer.n_vocab)))
     config = _read_json(path / "config.json")
     _named(path, lambda: _check_rows(config["vocab_size"], tokenizer))
     names = set()
     for file in weight_files(path):
         names |= _read_safetensors(file, _names_of)
-    return _named(path, lambda: from_config(config, names, tokenizer.n_vocab))
+    return _named(path, lambda: _whole(from_config(config, names, tokenizer.n_vocab)))
+
+
+def _whole(config: ModelConfig) -> ModelConfig:
+    """The same. UserError where a size is not a whole number."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type in (int, int | None) and type(value) is not int:
+            raise UserError(f"{field.name}={value!r} must be a whole number")
+    return config
 
 
 def _check_rows(rows: int, tokenizer: Tokenizer) -> None:
@@ -98,6 +108,8 @@ def weight_files(path: Path) -> list[Path]:
     if index.is_file() and not (path / names[0]).is_file():  # transformers, too, looks there first
         names = _named(index, lambda: sorted({*_read_json(index)["weight_map"].values()}))
     for name in names:
+        if not isinstance(name, str):
+            raise UserError(f"{show_path(index)} names {name!r} as a file")
         if not (path / name).is_file():
             raise UserError(
                 f"{show_path(path / name)} is missing; weights are read from safetensors only"

@@ -185,6 +185,9 @@ CHANGES = [
     ({"intermediate_size": 40}, "the weights for blocks.0.mlp.c_fc.weight are [96, 32]"),
     ({"hidden_size": None}, "cannot be read"),
     ({"vocab_size": "many"}, "cannot be read"),
+    ({"num_attention_heads": 0}, "cannot be read (integer"),
+    ({"num_hidden_layers": 2.0}, "n_layer=2.0 must be a whole number"),
+    ({"intermediate_size": 48.5}, "n_hidden=48.5 must be a whole number"),
     ({"tie_word_embeddings": False}, "no weights for lm_head.weight"),
 ]
 
@@ -216,6 +219,11 @@ def test_a_directory_that_is_not_whole_is_said_in_one_line(qwen3, tmp_path):
         del weights["model.layers.1.self_attn.v_proj.weight"]
         save_file(weights, there / "model.safetensors")
 
+    def with_a_number_for_a_file(there: Path) -> None:
+        (there / "model.safetensors").unlink()
+        index = json.dumps({"weight_map": {"model.norm.weight": 5}})
+        (there / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+
     def with_another(there: Path) -> None:
         weights = load_file(there / "model.safetensors")
         for name, rows in (("q", 32), ("k", 16), ("v", 16)):
@@ -239,6 +247,7 @@ def test_a_directory_that_is_not_whole_is_said_in_one_line(qwen3, tmp_path):
 
     cases = {
         "norm": (with_a_bias_in_a_norm, "the weights for norm.bias are not built here"),
+        "number": (with_a_number_for_a_file, "index.json names 5 as a file"),
         "no_weights": (lambda t: (t / "model.safetensors").unlink(), "safetensors only"),
         "no_tokenizer": (lambda t: (t / "tokenizer.json").unlink(), "no tokenizer"),
         "cut": (cut, "model.safetensors is damaged"),
