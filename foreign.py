@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from configurator import UserError, show_path
 from hugging_face import Weights, from_config, from_weights, is_our_template, transposed
 from model import GPT, ModelConfig
-from tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from tokenizer import SPECIAL_TOKENS, Tokenizer
 
 GPT2_ENTRIES = 50257  # ids of GPT-2's vocabulary, which nanoGPT pads to 50,304
 # of odd content
@@ -37,17 +37,18 @@ def is_foreign(path: Path) -> bool:
     return (path / "config.json").is_file() or (path.suffix == ".pt" and path.is_file())
 
 
-def foreign_run(path: Path) -> dict:
+def foreign_run(path: Path, tokenizer: Tokenizer) -> dict:
     """What run.json says of a model of ours: architecture, and what it was trained on."""
     answers = path.is_dir() and any(map(is_our_template, _templates(path)))
     kind = "sft" if answers else "pretrain"
-    architecture = dataclasses.asdict(read_config(path, load_tokenizer(path)))
+    architecture = dataclasses.asdict(read_config(path, tokenizer))
     return {"architecture": architecture, "settings": {}, "dataset": {"kind": kind}}
 
 
-def load_foreign(path: Path, device: str, changes: dict) -> GPT:
-    """The model, float32. changes: of the architecture, as dropout or a lower block_size."""
-    config = read_config(path, load_tokenizer(path))
+def load_foreign(path: Path, architecture: dict, device: str, changes: dict) -> GPT:
+    """The model, float32. architecture: foreign_run's; changes: of it, as dropout or a lower
+    block_size."""
+    config = ModelConfig(**architecture)
     weights = _named(path, lambda: from_weights(config, _read_weights(path)))
     config = dataclasses.replace(config, **changes)
     if "wpe.weight" in weights:

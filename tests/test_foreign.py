@@ -15,6 +15,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 import evaluations
+import foreign
+import tokenizer
 import train
 from checkpoint import load_checkpoint, weights_sha256
 from configurator import UserError
@@ -166,6 +168,15 @@ def test_what_left_comes_back(tmp_path):
         assert torch.equal(logits(again.model, idx), logits(model, idx))
         assert again.tokenizer.sha256 == tokenizer.sha256
         assert again.answers == (kind == "sft")
+
+
+def test_a_directory_is_read_once(qwen3, monkeypatch):
+    read = []
+    adopt, read_config = tokenizer.adopt, foreign.read_config
+    monkeypatch.setattr(tokenizer, "adopt", lambda *s: read.append("tokenizer") or adopt(*s))
+    monkeypatch.setattr(foreign, "read_config", lambda *s: read.append("shape") or read_config(*s))
+    load_checkpoint(qwen3)
+    assert read == ["tokenizer", "shape"]
 
 
 CHANGES = [
