@@ -53,19 +53,25 @@ def load_foreign(path: Path, architecture: dict, device: str, changes: dict) -> 
     config = dataclasses.replace(config, **changes)
     if "wpe.weight" in weights:
         weights["wpe.weight"] = weights["wpe.weight"][: changes.get("block_size")]
-    model = GPT(config)
-    wanted = model.state_dict()
-    extra = sorted(weights.keys() - wanted.keys())
-    if extra:
-        raise UserError(f"{show_path(path)}: the weights for {', '.join(extra)} are not built here")
-    for name, weight in wanted.items():
-        if name not in weights and not (config.tie_weights and name == "lm_head.weight"):
-            raise UserError(f"{show_path(path)}: no weights for {name}; is it whole?")
-        if name in weights and weights[name].shape != weight.shape:
-            shapes = f"{list(weights[name].shape)}, not {list(weight.shape)}"
-            raise UserError(f"{show_path(path)}: the weights for {name} are {shapes}")
+    _named(path, lambda: _check_weights(weights, config))
+    model = _named(path, lambda: GPT(config))
     model.load_state_dict(weights, strict=False)
     return model.to(device)
+
+
+def _check_weights(weights: Weights, config: ModelConfig) -> None:
+    """UserError where they are not the model's."""
+    with torch.device("meta"):  # shapes alone, so that a damaged size asks for no memory
+        wanted = GPT(config).state_dict()
+    extra = sorted(weights.keys() - wanted.keys())
+    if extra:
+        raise UserError(f"the weights for {', '.join(extra)} are not built here")
+    for name, weight in wanted.items():
+        if name not in weights and not (config.tie_weights and name == "lm_head.weight"):
+            raise UserError(f"no weights for {name}; is it whole?")
+        if name in weights and weights[name].shape != weight.shape:
+            shapes = f"{list(weights[name].shape)}, not {list(weight.shape)}"
+            raise UserError(f"the weights for {name} are {shapes}")
 
 
 def read_config(path: Path, tokenizer: Tokenizer) -> ModelConfig:

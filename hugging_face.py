@@ -309,6 +309,8 @@ def from_weights(c: ModelConfig, theirs: Weights) -> Weights:
     theirs = transposed({n: w for n, w in theirs.items() if not CONSTANTS.search(n)})
     if c.tie_weights:
         theirs.pop("lm_head.weight", None)
+    if c.n_layer > len(theirs):
+        raise UserError(f"n_layer={c.n_layer}, but there are {len(theirs)} weights; is it whole?")
     ours = {}
     for our, names in parameters(c):
         if names[0] in theirs and (c.bias or our.endswith(".weight")):
@@ -334,7 +336,10 @@ def _refuse_weights(names: list[str], what: str) -> None:
 
 def _fit_rows(rows: torch.Tensor, c: ModelConfig) -> torch.Tensor:
     """(theirs, n_embd) -> (vocab_size, n_embd): ids that the model has no row for get the mean of
-    all rows, whose logit is the mean of logits, so that nothing chooses them untrained."""
+    all rows, whose logit is the mean of logits, so that nothing chooses them untrained. Rows that
+    are not those of vocab_size stay as they are: their shape tells."""
+    if len(rows) >= c.n_vocab or c.vocab_size - c.n_vocab >= 64:
+        return rows
     added = rows.mean(dim=0).expand(max(0, c.n_vocab - len(rows)), -1)
     rows = torch.cat([rows, added])
     padding = rows.new_zeros(c.vocab_size - len(rows), rows.shape[1])

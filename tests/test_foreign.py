@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 import re
 import shutil
 from pathlib import Path
@@ -22,6 +23,7 @@ from checkpoint import load_checkpoint, weights_sha256
 from configurator import UserError
 from export import main as export
 from tests.helpers import (
+    ARCHITECTURES,
     TEXT,
     random_ids,
     randomize,
@@ -269,6 +271,59 @@ def test_a_directory_that_is_not_whole_is_said_in_one_line(qwen3, tmp_path):
     for name, (change, words) in cases.items():
         with pytest.raises(UserError, match=re.escape(words)):
             load_checkpoint(damaged(name, change))
+
+
+ODD = [None, True, 0, -1, 2.0, 1.5, 7, 10**18, 1e400, "", "x", "(", "gpt2", [], [1], {}, {"a": 1}]
+
+
+def put_something_odd(value: dict | list, rng: random.Random) -> None:
+    """In one place of a JSON value."""
+    key = rng.choice([*value] if isinstance(value, dict) else range(len(value)))
+    if isinstance(value[key], dict | list) and value[key] and rng.random() < 0.7:
+        put_something_odd(value[key], rng)
+    else:
+        value[key] = rng.choice(ODD)
+
+
+def damage(file: Path, rng: random.Random) -> None:
+    """A JSON file, or the header of a safetensors file: another value somewhere, or other bytes."""
+    content = file.read_bytes()
+    start, end = 0, len(content)
+    if file.suffix == ".safetensors":
+        start, end = 8, 8 + int.from_bytes(content[:8], "little")
+    text = content[start:end]
+    if rng.random() < 0.2:
+        at = rng.randrange(len(text))
+        text = text[:at] + rng.randbytes(3) + text[at + rng.randrange(6) :]
+    else:
+        value = json.loads(text)
+        put_something_odd(value, rng)
+        text = json.dumps(value).encode()
+    length = len(text).to_bytes(8, "little") if start else b""
+    file.write_bytes(length + text + content[end:])
+
+
+def test_every_damage_ends_in_a_model_or_in_one_line(qwen3, tmp_path):
+    bases = [qwen3]
+    tokenizer = tiny_tokenizer()
+    for name in ("gpt2", "llama"):
+        model = tiny_model(n_vocab=tokenizer.n_vocab, **ARCHITECTURES[name])
+        save_run(tmp_path / f"{name}-out", model, tokenizer, tmp_path, "sft")
+        export([f"--out_dir={tmp_path / f'{name}-out'}", f"--to={tmp_path / name}"])
+        bases.append(tmp_path / name)
+    loaded, lines = 0, []
+    for seed in range(200):
+        rng = random.Random(seed)
+        there = shutil.copytree(rng.choice(bases), tmp_path / str(seed))
+        name = rng.choice(["config.json", "tokenizer.json", "model.safetensors"])
+        damage(there / name, rng)
+        try:
+            loaded += load_checkpoint(there).tokenizer.n_vocab > 0
+        except UserError as error:
+            lines.append(str(error))
+        shutil.rmtree(there)
+    assert loaded > 20 and len(lines) > 60
+    assert all(len(line.splitlines()) == 1 for line in lines)
 
 
 def test_the_scripts_take_a_directory_as_they_take_an_out_dir(qwen3, tmp_path, capsys):
