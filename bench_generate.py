@@ -248,7 +248,8 @@ def bench_llama(config) -> dict:
             "(bench_llama.py says how to build one), and --clock=wall"
         )
     checkpoint = load_for_sampling(config.out_dir, "cpu")
-    plain, c = load_checkpoint(repo_path(config.out_dir)).model, checkpoint.model.config
+    unpacked = load_checkpoint(repo_path(config.out_dir))
+    plain, c = unpacked.model, checkpoint.model.config
     n = min(config.new_tokens, c.block_size - config.prompt_tokens)
     if n < 1:
         raise UserError(f"prompt_tokens={config.prompt_tokens} must be below {c.block_size}")
@@ -263,8 +264,8 @@ def bench_llama(config) -> dict:
     )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.gguf"
-        write_gguf(load_checkpoint(repo_path(config.out_dir)), file)
-        with LlamaCpp(config.llama_cpp, file, c.block_size, torch.get_num_threads()) as llama:
+        write_gguf(unpacked, file)
+        with LlamaCpp(config.llama_cpp, file, len(prompt) + n, torch.get_num_threads()) as llama:
             ways = {
                 "sample.py": lambda: list(stream(checkpoint, prompt, sampling)),
                 "llama.cpp": lambda: llama.ask("greedy", ids=prompt, n=n),

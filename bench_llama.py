@@ -18,7 +18,8 @@ from configurator import UserError
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp, in a process of python's. UserError where that fails."""
+    """A GGUF file in llama.cpp, in a process of python's. n_ctx: tokens of the longest text, for
+    which memory is taken. UserError where that fails."""
 
     def __init__(self, python: str | Path, file: Path, n_ctx: int, threads: int):
         words = [str(python), __file__, str(file), str(n_ctx), str(threads)]
@@ -103,6 +104,7 @@ def serve(file: str, n_ctx: str, threads: str) -> None:
     llm = Llama(
         file,
         n_ctx=int(n_ctx),
+        n_batch=int(n_ctx),  # a prompt goes in at once
         n_threads=int(threads),
         n_threads_batch=int(threads),
         type_k=GGML_TYPE_F32,

@@ -152,19 +152,25 @@ def load_checkpoint(
     changes: of the architecture: dropout, or a lower block_size.
     """
     path = _checkpoint_path(out_dir, which)
-    run = _read_run(path)
-    tokenizer = load_tokenizer(path)
-    model = _load_model(path, device, changes)
+    run, tokenizer = _run_and_tokenizer(path)
+    model = _load_model(path, run, device, changes)
     if merged:
         merge(model)
     return Checkpoint(path, model.eval(), tokenizer, run, model.n_params())
 
 
-def _load_model(path: Path, device: str, changes: dict) -> GPT | LSTM:
-    """The model of a checkpoint; an adapter's is its base with the adapter on it."""
+def _run_and_tokenizer(path: Path) -> tuple[dict, Tokenizer]:
     if is_foreign(path):
-        return load_foreign(path, device, changes)
-    run = _read_run(path)
+        tokenizer = load_tokenizer(path)
+        return foreign_run(path, tokenizer), tokenizer
+    return _read_run(path), load_tokenizer(path)
+
+
+def _load_model(path: Path, run: dict, device: str, changes: dict) -> GPT | LSTM:
+    """The model of a checkpoint, of which run.json says `run`; an adapter's is its base with the
+    adapter on it."""
+    if is_foreign(path):
+        return load_foreign(path, run["architecture"], device, changes)
     if "adapter" in run:
         return _load_adapter(path, run, device, changes)
     config = _read(path / "run.json", lambda: ModelConfig(**run["architecture"] | changes))
@@ -200,7 +206,7 @@ def _load_adapter(path: Path, run: dict, device: str, changes: dict) -> GPT | LS
             f"{show_path(path)} is an adapter of {show_path(base)}, which has changed since; "
             "restore it, or train the adapter again in another --out_dir="
         )
-    model = _load_model(base, device, changes)
+    model = _load_model(base, _read_run(base), device, changes)
     merge(model)  # an adapter's base may be an adapter's, too
     add_adapters(model, *shape)
 
@@ -428,7 +434,7 @@ def _checkpoint_path(out_dir: Path, which: str) -> Path:
 
 def _read_run(path: Path) -> dict:
     if is_foreign(path):
-        return foreign_run(path)
+        return foreign_run(path, load_tokenizer(path))
     file = path / "run.json"
 
     def load() -> dict:

@@ -6,9 +6,10 @@
 transformers loads the directory as it loads any (AutoModelForCausalLM, AutoTokenizer, no code of
 ours), llama.cpp the file. Weights are float32. The chat template writes what tokenizer.py's
 `render` writes: names of special tokens inside a message stay plain text. In the directory it sets
-HIDDEN between `<` and `|` of a message, which the exported tokenizer takes away again once special
-tokens are found. llama.cpp takes nothing away, so in the file the special tokens themselves have
-HIDDEN in their names, which no message then holds.
+HIDDEN behind each `<` of a message (and what else an adopted tokenizer's added tokens begin with),
+which the exported tokenizer takes away again once special tokens are found. llama.cpp takes nothing
+away, so in the file the special tokens themselves have HIDDEN in their names, which no message then
+holds.
 """
 
 import json
@@ -25,7 +26,7 @@ from safetensors.torch import save_file
 
 from checkpoint import Checkpoint, load_checkpoint
 from configurator import UserError, command, configure, repo_path, show_path, written_aside
-from hugging_face import CHAT_TEMPLATE, chat_template, family_of, to_hugging_face
+from hugging_face import chat_template, family_of, hiding_template, to_hugging_face
 from model import ModelConfig
 from tokenizer import (
     DIGITS_PATTERN,
@@ -74,7 +75,9 @@ def tokenizer_config(checkpoint: Checkpoint) -> dict:
         # a model that only continues has no template: all of its text is plain
         "split_special_tokens": not checkpoint.answers,
     }
-    return config | ({"chat_template": CHAT_TEMPLATE} if checkpoint.answers else {})
+    if checkpoint.answers:
+        config["chat_template"] = hiding_template(checkpoint.tokenizer.special_names)
+    return config
 
 
 def write_hugging_face(checkpoint: Checkpoint, to: Path) -> None:

@@ -17,12 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from configurator import UserError, show_path
-from hugging_face import CHAT_TEMPLATE, Weights, from_config, from_weights, transposed
+from hugging_face import Weights, from_config, from_weights, is_our_template, transposed
 from model import GPT, ModelConfig
-from tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from tokenizer import SPECIAL_TOKENS, Tokenizer
 
 GPT2_ENTRIES = 50257  # ids of GPT-2's vocabulary, which nanoGPT pads to 50,304
-FAULTS = (LookupError, TypeError, AttributeError, ValueError, RuntimeError)  # of odd content
+# of odd content
+FAULTS = (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError)
 
 
 def find_foreign(path: Path) -> Path | None:
@@ -36,42 +37,62 @@ def is_foreign(path: Path) -> bool:
     return (path / "config.json").is_file() or (path.suffix == ".pt" and path.is_file())
 
 
-def foreign_run(path: Path) -> dict:
+def foreign_run(path: Path, tokenizer: Tokenizer) -> dict:
     """What run.json says of a model of ours: architecture, and what it was trained on."""
-    kind = "sft" if path.is_dir() and CHAT_TEMPLATE in _templates(path) else "pretrain"
-    architecture = dataclasses.asdict(read_config(path, load_tokenizer(path)))
+    answers = path.is_dir() and any(map(is_our_template, _templates(path)))
+    kind = "sft" if answers else "pretrain"
+    architecture = dataclasses.asdict(read_config(path, tokenizer))
     return {"architecture": architecture, "settings": {}, "dataset": {"kind": kind}}
 
 
-def load_foreign(path: Path, device: str, changes: dict) -> GPT:
-    """The model, float32. changes: of the architecture, as dropout or a lower block_size."""
-    config = read_config(path, load_tokenizer(path))
+def load_foreign(path: Path, architecture: dict, device: str, changes: dict) -> GPT:
+    """The model, float32. architecture: foreign_run's; changes: of it, as dropout or a lower
+    block_size."""
+    config = ModelConfig(**architecture)
     weights = _named(path, lambda: from_weights(config, _read_weights(path)))
     config = dataclasses.replace(config, **changes)
     if "wpe.weight" in weights:
         weights["wpe.weight"] = weights["wpe.weight"][: changes.get("block_size")]
-    model = GPT(config)
-    wanted = model.state_dict()
-    for name, weight in wanted.items():
-        if name not in weights and not (config.tie_weights and name == "lm_head.weight"):
-            raise UserError(f"{show_path(path)}: no weights for {name}; is it whole?")
-        if name in weights and weights[name].shape != weight.shape:
-            shapes = f"{list(weights[name].shape)}, not {list(weight.shape)}"
-            raise UserError(f"{show_path(path)}: the weights for {name} are {shapes}")
+    _named(path, lambda: _check_weights(weights, config))
+    model = _named(path, lambda: GPT(config))
     model.load_state_dict(weights, strict=False)
     return model.to(device)
+
+
+def _check_weights(weights: Weights, config: ModelConfig) -> None:
+    """UserError where they are not the model's."""
+    with torch.device("meta"):  # shapes alone, so that a damaged size asks for no memory
+        wanted = GPT(config).state_dict()
+    extra = sorted(weights.keys() - wanted.keys())
+    if extra:
+        raise UserError(f"the weights for {', '.join(extra)} are not built here")
+    for name, weight in wanted.items():
+        if name not in weights and not (config.tie_weights and name == "lm_head.weight"):
+            raise UserError(f"no weights for {name}; is it whole?")
+        if name in weights and weights[name].shape != weight.shape:
+            shapes = f"{list(weights[name].shape)}, not {list(weight.shape)}"
+            raise UserError(f"the weights for {name} are {shapes}")
 
 
 def read_config(path: Path, tokenizer: Tokenizer) -> ModelConfig:
     """Its architecture, with rows for all ids of the tokenizer."""
     if path.is_file():
-        return _named(path, lambda: _nanogpt_config(_load(path), tokenizer.n_vocab))
+        return _named(path, lambda: _whole(_nanogpt_config(_load(path), tokenizer.n_vocab)))
     config = _read_json(path / "config.json")
     _named(path, lambda: _check_rows(config["vocab_size"], tokenizer))
     names = set()
     for file in weight_files(path):
         names |= _read_safetensors(file, _names_of)
-    return _named(path, lambda: from_config(config, names, tokenizer.n_vocab))
+    return _named(path, lambda: _whole(from_config(config, names, tokenizer.n_vocab)))
+
+
+def _whole(config: ModelConfig) -> ModelConfig:
+    """The same. UserError where a size is not a whole number."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type in (int, int | None) and type(value) is not int:
+            raise UserError(f"{field.name}={value!r} must be a whole number")
+    return config
 
 
 def _check_rows(rows: int, tokenizer: Tokenizer) -> None:
@@ -91,9 +112,11 @@ def weight_files(path: Path) -> list[Path]:
         return [path]
     names = ["model.safetensors"]
     index = path / "model.safetensors.index.json"
-    if index.is_file():
+    if index.is_file() and not (path / names[0]).is_file():  # transformers, too, looks there first
         names = _named(index, lambda: sorted({*_read_json(index)["weight_map"].values()}))
     for name in names:
+        if not isinstance(name, str):
+            raise UserError(f"{show_path(index)} names {name!r} as a file")
         if not (path / name).is_file():
             raise UserError(
                 f"{show_path(path / name)} is missing; weights are read from safetensors only"
@@ -163,7 +186,7 @@ def _compiled_off(weights: Weights) -> Weights:
 # --- files -------------------------------------------------------------------------------------
 
 
-def _templates(path: Path) -> list[str]:
+def _templates(path: Path) -> list:
     """Chat templates, where transformers keeps them."""
     settings, file = path / "tokenizer_config.json", path / "chat_template.jinja"
     found = [_read_json(settings).get("chat_template")] if settings.is_file() else []

@@ -8,6 +8,7 @@ c_attn stacks the queries', keys' and values' rows, SwiGLU's c_fc those of gate 
 its matrices transposed, and biases that are off here are zeros there.
 """
 
+import json
 import re
 from collections.abc import Collection, Iterator
 
@@ -54,10 +55,8 @@ CONSTANTS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
 def chat_template(names: dict[str, str], end: str, content: str) -> str:
     """A Jinja template that writes what tokenizer.py's `render` writes. names, end: how roles and
     the end of a message are written; content: an expression for a message's."""
-    written = ", ".join(f"'{role}': '{token}'" for role, token in names.items())
     return (
-        "{% set names = {" + written + "} %}"
-        "{% for message in messages %}"
+        template_start(names) + "{% for message in messages %}"
         "{% if message['role'] not in names %}{{ raise_exception('unknown role') }}{% endif %}"
         "{{ names[message['role']] + " + content + " + '" + end + "' }}"
         "{% endfor %}"
@@ -65,8 +64,30 @@ def chat_template(names: dict[str, str], end: str, content: str) -> str:
     )
 
 
-# HIDDEN stands in names that a message holds, so that they are none; it is taken away again later
-CHAT_TEMPLATE = chat_template(ROLES, END, f"message['content'] | replace('<|', '<{HIDDEN}|')")
+def template_start(names: dict[str, str]) -> str:
+    """What our templates begin with, and no other project's."""
+    written = ", ".join(f"'{role}': '{token}'" for role, token in names.items())
+    return "{% set names = {" + written + "} %}"
+
+
+def hiding_template(added: Collection[str]) -> str:
+    """The template where the names of tokens in `added` are plain text inside a message: HIDDEN
+    stands behind each character that one begins with, so that none is found, and is taken away
+    again later. UserError where a name has no place for it."""
+    content = "message['content']"
+    for first in sorted({name[:1] for name in added}):
+        if first in added:
+            raise UserError(
+                f"the added token {first!r} is a single character: transformers takes it for the "
+                "token in a message, too; export a GGUF file, --format=gguf"
+            )
+        old, new = (json.dumps(text, ensure_ascii=False) for text in (first, first + HIDDEN))
+        content += f" | replace({old}, {new})"
+    return chat_template(ROLES, END, content)
+
+
+def is_our_template(text: object) -> bool:
+    return isinstance(text, str) and text.startswith(template_start(ROLES))
 
 
 def family_of(config: ModelConfig) -> str:
@@ -288,6 +309,8 @@ def from_weights(c: ModelConfig, theirs: Weights) -> Weights:
     theirs = transposed({n: w for n, w in theirs.items() if not CONSTANTS.search(n)})
     if c.tie_weights:
         theirs.pop("lm_head.weight", None)
+    if c.n_layer > len(theirs):
+        raise UserError(f"n_layer={c.n_layer}, but there are {len(theirs)} weights; is it whole?")
     ours = {}
     for our, names in parameters(c):
         if names[0] in theirs and (c.bias or our.endswith(".weight")):
@@ -313,7 +336,10 @@ def _refuse_weights(names: list[str], what: str) -> None:
 
 def _fit_rows(rows: torch.Tensor, c: ModelConfig) -> torch.Tensor:
     """(theirs, n_embd) -> (vocab_size, n_embd): ids that the model has no row for get the mean of
-    all rows, whose logit is the mean of logits, so that nothing chooses them untrained."""
+    all rows, whose logit is the mean of logits, so that nothing chooses them untrained. Rows that
+    are not those of vocab_size stay as they are: their shape tells."""
+    if len(rows) >= c.n_vocab or c.vocab_size - c.n_vocab >= 64:
+        return rows
     added = rows.mean(dim=0).expand(max(0, c.n_vocab - len(rows)), -1)
     rows = torch.cat([rows, added])
     padding = rows.new_zeros(c.vocab_size - len(rows), rows.shape[1])

@@ -91,17 +91,17 @@ class Tokenizer:
             ids = sorted([*ranks.values(), *special.values()])
             self._nfc = content["normalizer"] == NFC
             normalizer = None if self._nfc else content["normalizer"]
+            if missing:
+                raise ValueError(f"special tokens are missing: {' '.join(missing)}")
+            if ids != list(range(len(ids))) or not all(bytes([b]) in ranks for b in range(256)):
+                raise ValueError("an id or a byte is missing or there twice")
+            if normalizer:
+                raise ValueError("it has a normalizer")
+            self._encoding = tiktoken.Encoding(
+                "miniglm", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+            )
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"not a byte-level BPE with a split pattern ({error!r})") from None
-        if missing:
-            raise ValueError(f"special tokens are missing: {' '.join(missing)}")
-        if ids != list(range(len(ids))) or not all(bytes([b]) in ranks for b in range(256)):
-            raise ValueError("an id or a byte is missing or there twice")
-        if normalizer:
-            raise ValueError("it has a normalizer")
-        self._encoding = tiktoken.Encoding(
-            "miniglm", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
-        )
         self.n_vocab = max(max(ranks.values()), max(special.values())) + 1
         self._special = {id: name for name, id in special.items()}
         self._bytes = [b""] * self.n_vocab
@@ -126,6 +126,11 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; special tokens have none, bytes that are no character become U+FFFD."""
         return b"".join(self._bytes[id] for id in ids).decode("utf-8", errors="replace")
+
+    @property
+    def special_names(self) -> list[str]:
+        """Those of all tokens that no text has, in the order of their ids."""
+        return [name for _, name in sorted(self._special.items())]
 
     def entry(self, id: int) -> str:
         """An entry as one reads it: quoted text, bytes that are no text, or a special name."""
@@ -223,7 +228,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     """The tokenizer named `gpt2`, or that of a directory or a tokenizer.json. Another project's is
     adopted; nanoGPT's ckpt.pt, which holds none, has gpt2's."""
     path = repo_path(name)
-    if str(name) == "gpt2" or path.suffix == ".pt":
+    if str(name) == "gpt2" or (path.suffix == ".pt" and path.is_file()):
         return _gpt2_tokenizer()
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file() and (path.parent / "prepare.py").is_file():
@@ -234,7 +239,8 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     try:
         return Tokenizer(adopt(path.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise UserError(f"{show_path(path)} cannot be used as a tokenizer: {error}") from None
+        reason = " ".join(str(error).split())  # of a bad pattern, it is shown in several lines
+        raise UserError(f"{show_path(path)} cannot be used as a tokenizer: {reason}") from None
 
 
 def _gpt2_tokenizer() -> Tokenizer:
@@ -268,22 +274,34 @@ def adopt(text: str) -> str:
         made = list(dict.fromkeys(vocab[left + right] for left, right in merges))
         if made != sorted(made):
             raise ValueError("its merges are not in the order of its ids")
+        whole_first = {"ignore_merges": bool(model.get("ignore_merges"))}
+        if not whole_first["ignore_merges"]:
+            _refuse_unmade(vocab.keys() - {*names}, merges)
         end = next((name for name in OTHER_ENDS if name in names), None)
         if end and END_OF_TEXT not in names:
             names[names.index(end)] = END_OF_TEXT
             if end in vocab:
                 vocab[END_OF_TEXT] = vocab.pop(end)
-        whole_first = {"ignore_merges": bool(model.get("ignore_merges"))}
         bpe = _new_bpe(models.BPE(vocab, merges, **whole_first), pattern)
-    except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
+        if is_nfc:
+            bpe.normalizer = normalizers.NFC()
+        bpe.add_special_tokens(names)
+        bpe.add_special_tokens(SPECIAL_TOKENS)
+        if [bpe.token_to_id(name) for name in names] != [token["id"] for token in added]:
+            raise ValueError("its added tokens do not follow its entries")
+        return bpe.to_str()
+    except ValueError:
+        raise
+    except Exception as error:  # the tokenizers library raises nothing narrower
         raise ValueError(f"not a byte-level BPE ({error!r})") from None
-    if is_nfc:
-        bpe.normalizer = normalizers.NFC()
-    bpe.add_special_tokens(names)
-    bpe.add_special_tokens(SPECIAL_TOKENS)
-    if [bpe.token_to_id(name) for name in names] != [token["id"] for token in added]:
-        raise ValueError("its added tokens do not follow its entries")
-    return bpe.to_str()
+
+
+def _refuse_unmade(entries: Iterable[str], merges: list[tuple[str, str]]) -> None:
+    """ValueError where merges do not make an entry, which tiktoken would give for a whole piece."""
+    made = {left + right for left, right in merges}
+    unmade = sorted(entry for entry in entries if len(entry) > 1 and entry not in made)
+    if unmade:
+        raise ValueError(f"no merge makes its entry {unmade[0]!r} ({len(unmade)} such)")
 
 
 def _is_ours(content: dict) -> bool:
@@ -299,7 +317,8 @@ def _pattern_of(splitter: dict) -> str:
     is_bytes = by_bytes["type"] == "ByteLevel" and not by_bytes["add_prefix_space"]
     if is_bytes and len(parts) == 1 and by_bytes["use_regex"]:
         return GPT2_PATTERN
-    if is_bytes and cut and cut["type"] == "Digits" and cut["individual_digits"]:
+    is_digits = cut and cut["type"] == "Digits" and cut["individual_digits"]
+    if is_bytes and is_digits and by_bytes["use_regex"]:
         return DIGITS_PATTERN
     is_split = cut and cut["type"] == "Split" and cut["behavior"] == "Isolated"
     if is_bytes and is_split and not cut["invert"] and not by_bytes["use_regex"]:
@@ -312,8 +331,9 @@ def _is_nfc(normalizer: dict | None) -> bool:
     """Whether texts are brought to NFC. What export.py adds is left out."""
     parts = (normalizer or {}).get("normalizers", [normalizer])
     parts = [part for part in parts if part not in (None, UNHIDE)]
-    if parts not in ([], [NFC]):
-        raise ValueError(f"its normalizer {parts[0]['type']} is not built here")
+    others = [part["type"] for part in parts if part != NFC]
+    if others:
+        raise ValueError(f"its normalizer {others[0]} is not built here")
     return bool(parts)
 
 

@@ -14,7 +14,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -82,8 +82,6 @@ from objectives import (
 from tokenizer import Tokenizer
 from trackers import Tracked, check_trackers, open_trackers
 from watch import Stopwatch, sample_prompts, write_samples
-
-TRIM = 100  # steps of rows of many lengths after which freed memory goes back to the system
 
 
 @dataclass
@@ -531,8 +529,6 @@ def train(run: Run, peak: Peak) -> None:
             progress.iter += 1
             progress.rows += rows_per_step(config)
             progress.tokens += tokens
-            if run.device == "cpu" and run.data.kind != "pretrain" and progress.iter % TRIM == 0:
-                give_back_memory()
             bar.update()
             if progress.skipped_in_a_row:
                 bar.write(skip_line(run, grad_norm.item()), file=sys.stdout)
@@ -1161,23 +1157,11 @@ def compiles(config: Settings, device: str) -> bool:
 def keep_freed_memory() -> None:
     """Lets glibc keep what a step frees for the next one; by default it gives large blocks back to
     the system, which then clears each page anew: an eighth of a step's time on a CPU."""
-    mallopt = c_function("mallopt")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     # M_MMAP_THRESHOLD, bytes: smaller blocks stay in the heap; older versions allow 32 MB, other C
     # libraries have no mallopt
     if mallopt and (mallopt(-3, 2**30) or mallopt(-3, 2**25)):
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes free at the heap's end
-
-
-def give_back_memory() -> None:
-    """Gives the system what glibc keeps: blocks for rows of many lengths fit badly into each other,
-    and the process would grow to three times of what a step needs."""
-    if malloc_trim := c_function("malloc_trim"):
-        malloc_trim(0)
-
-
-def c_function(name: str) -> Callable | None:
-    """A function of the C library on Linux, if it has it."""
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def autocast(run: Run) -> AbstractContextManager:

@@ -16,7 +16,8 @@ from export import main
 from sample import load_for_sampling
 from tests.helpers import TEXT, dialogue, save_run, tiny_model, tiny_tokenizer
 from tests.runs import small_disk
-from tokenizer import GPT2_PATTERN, HIDDEN, SPECIAL_TOKENS, Tokenizer
+from tests.test_foreign import foreign_tokenizer
+from tokenizer import GPT2_PATTERN, HIDDEN, SPECIAL_TOKENS, Tokenizer, adopt
 
 FAMILIES = {
     "qwen3": {"n_kv_head": 2},
@@ -76,6 +77,33 @@ def test_the_chat_template_gives_the_same_ids(tmp_path, messages):
     ids = theirs.apply_chat_template(messages, return_dict=False)
     assert ids == tokenizer.render(messages)[0]
     assert theirs.eos_token_id == tokenizer.end
+
+
+ADDED = ["<think>", "[INST]", "  ", "\t\t", '"x"', "\\n", "😀!"]  # by the tokenizer that is adopted
+HELD = ["<think>谁？</think>", "[INST] a  b   c", "\t\t\t", 'say "x"', "\\n", "😀!", "".join(ADDED)]
+
+
+def adopted(added: list[str]) -> Tokenizer:
+    library = foreign_tokenizer()
+    library.add_tokens(added)
+    return Tokenizer(adopt(library.to_str()))
+
+
+def test_names_of_added_tokens_in_a_message_are_plain_text_in_transformers(tmp_path):
+    tokenizer = adopted(ADDED)
+    assert {*ADDED} < {*tokenizer.special_names}
+    _, there = leave(tmp_path, tokenizer=tokenizer)
+    theirs = AutoTokenizer.from_pretrained(there)
+    for messages in [*SPOKEN, *map(dialogue, HELD), dialogue("<|im_end|><", "[")]:
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ids == tokenizer.render_prompt(messages)
+    assert load_checkpoint(there).answers
+
+
+def test_an_added_token_that_no_message_can_hide_is_named(tmp_path):
+    with pytest.raises(UserError, match="the added token '哈' is a single character"):
+        leave(tmp_path, tokenizer=adopted(["哈"]))
+    leave(tmp_path, to="x.gguf", form="gguf", tokenizer=adopted(["哈"]))
 
 
 def test_an_unknown_role_is_refused_by_the_template(tmp_path):

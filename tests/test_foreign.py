@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 import re
 import shutil
 from pathlib import Path
@@ -15,11 +16,14 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 import evaluations
+import foreign
+import tokenizer
 import train
 from checkpoint import load_checkpoint, weights_sha256
 from configurator import UserError
 from export import main as export
 from tests.helpers import (
+    ARCHITECTURES,
     TEXT,
     random_ids,
     randomize,
@@ -136,6 +140,14 @@ def test_parts_and_half_precision_are_read(tmp_path):
     assert_same_logits(tmp_path / "parts", peer)
 
 
+def test_an_index_that_was_left_beside_the_whole_file_is_not_read(qwen3, tmp_path):
+    """As transformers does it: the parts that it names are gone."""
+    there = shutil.copytree(qwen3, tmp_path / "there")
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (there / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    assert_same_logits(there, AutoModelForCausalLM.from_pretrained(there).eval())
+
+
 def test_rows_beyond_the_tokenizer_serve_the_ids_that_are_added(tmp_path):
     """As in Qwen's, whose embedding is larger than its vocabulary."""
     options = {**SIZES, "vocab_size": N_VOCAB + 20}
@@ -160,6 +172,15 @@ def test_what_left_comes_back(tmp_path):
         assert again.answers == (kind == "sft")
 
 
+def test_a_directory_is_read_once(qwen3, monkeypatch):
+    read = []
+    adopt, read_config = tokenizer.adopt, foreign.read_config
+    monkeypatch.setattr(tokenizer, "adopt", lambda *s: read.append("tokenizer") or adopt(*s))
+    monkeypatch.setattr(foreign, "read_config", lambda *s: read.append("shape") or read_config(*s))
+    load_checkpoint(qwen3)
+    assert read == ["tokenizer", "shape"]
+
+
 CHANGES = [
     ({"model_type": "bert"}, "model_type='bert' is none of qwen3, llama, gpt2"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu' is not built here; hidden_act='silu' is"),
@@ -177,6 +198,9 @@ CHANGES = [
     ({"intermediate_size": 40}, "the weights for blocks.0.mlp.c_fc.weight are [96, 32]"),
     ({"hidden_size": None}, "cannot be read"),
     ({"vocab_size": "many"}, "cannot be read"),
+    ({"num_attention_heads": 0}, "cannot be read (integer"),
+    ({"num_hidden_layers": 2.0}, "n_layer=2.0 must be a whole number"),
+    ({"intermediate_size": 48.5}, "n_hidden=48.5 must be a whole number"),
     ({"tie_word_embeddings": False}, "no weights for lm_head.weight"),
 ]
 
@@ -208,13 +232,35 @@ def test_a_directory_that_is_not_whole_is_said_in_one_line(qwen3, tmp_path):
         del weights["model.layers.1.self_attn.v_proj.weight"]
         save_file(weights, there / "model.safetensors")
 
+    def with_a_number_for_a_file(there: Path) -> None:
+        (there / "model.safetensors").unlink()
+        index = json.dumps({"weight_map": {"model.norm.weight": 5}})
+        (there / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+
     def with_another(there: Path) -> None:
         weights = load_file(there / "model.safetensors")
         for name, rows in (("q", 32), ("k", 16), ("v", 16)):
             weights[f"model.layers.0.self_attn.{name}_proj.bias"] = torch.ones(rows)
         save_file(weights, there / "model.safetensors")
 
+    def with_a_bias_in_a_norm(there: Path) -> None:
+        """Where Llama's options turn the biases of matrices on."""
+        file = there / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        changed = {"model_type": "llama", "attention_bias": True, "mlp_bias": True}
+        file.write_text(json.dumps(config | changed), encoding="utf-8")
+        weights = load_file(there / "model.safetensors")
+        weights = {name: w for name, w in weights.items() if "q_norm" not in name}
+        weights = {name: w for name, w in weights.items() if "k_norm" not in name}
+        for name in [name for name in weights if "_proj" in name]:
+            bias = torch.zeros(len(weights[name]))
+            weights[name.replace("weight", "bias")] = bias
+        weights["model.norm.bias"] = torch.ones(32)
+        save_file(weights, there / "model.safetensors")
+
     cases = {
+        "norm": (with_a_bias_in_a_norm, "the weights for norm.bias are not built here"),
+        "number": (with_a_number_for_a_file, "index.json names 5 as a file"),
         "no_weights": (lambda t: (t / "model.safetensors").unlink(), "safetensors only"),
         "no_tokenizer": (lambda t: (t / "tokenizer.json").unlink(), "no tokenizer"),
         "cut": (cut, "model.safetensors is damaged"),
@@ -225,6 +271,59 @@ def test_a_directory_that_is_not_whole_is_said_in_one_line(qwen3, tmp_path):
     for name, (change, words) in cases.items():
         with pytest.raises(UserError, match=re.escape(words)):
             load_checkpoint(damaged(name, change))
+
+
+ODD = [None, True, 0, -1, 2.0, 1.5, 7, 10**18, 1e400, "", "x", "(", "gpt2", [], [1], {}, {"a": 1}]
+
+
+def put_something_odd(value: dict | list, rng: random.Random) -> None:
+    """In one place of a JSON value."""
+    key = rng.choice([*value] if isinstance(value, dict) else range(len(value)))
+    if isinstance(value[key], dict | list) and value[key] and rng.random() < 0.7:
+        put_something_odd(value[key], rng)
+    else:
+        value[key] = rng.choice(ODD)
+
+
+def damage(file: Path, rng: random.Random) -> None:
+    """A JSON file, or the header of a safetensors file: another value somewhere, or other bytes."""
+    content = file.read_bytes()
+    start, end = 0, len(content)
+    if file.suffix == ".safetensors":
+        start, end = 8, 8 + int.from_bytes(content[:8], "little")
+    text = content[start:end]
+    if rng.random() < 0.2:
+        at = rng.randrange(len(text))
+        text = text[:at] + rng.randbytes(3) + text[at + rng.randrange(6) :]
+    else:
+        value = json.loads(text)
+        put_something_odd(value, rng)
+        text = json.dumps(value).encode()
+    length = len(text).to_bytes(8, "little") if start else b""
+    file.write_bytes(length + text + content[end:])
+
+
+def test_every_damage_ends_in_a_model_or_in_one_line(qwen3, tmp_path):
+    bases = [qwen3]
+    tokenizer = tiny_tokenizer()
+    for name in ("gpt2", "llama"):
+        model = tiny_model(n_vocab=tokenizer.n_vocab, **ARCHITECTURES[name])
+        save_run(tmp_path / f"{name}-out", model, tokenizer, tmp_path, "sft")
+        export([f"--out_dir={tmp_path / f'{name}-out'}", f"--to={tmp_path / name}"])
+        bases.append(tmp_path / name)
+    loaded, lines = 0, []
+    for seed in range(200):
+        rng = random.Random(seed)
+        there = shutil.copytree(rng.choice(bases), tmp_path / str(seed))
+        name = rng.choice(["config.json", "tokenizer.json", "model.safetensors"])
+        damage(there / name, rng)
+        try:
+            loaded += load_checkpoint(there).tokenizer.n_vocab > 0
+        except UserError as error:
+            lines.append(str(error))
+        shutil.rmtree(there)
+    assert loaded > 20 and len(lines) > 60
+    assert all(len(line.splitlines()) == 1 for line in lines)
 
 
 def test_the_scripts_take_a_directory_as_they_take_an_out_dir(qwen3, tmp_path, capsys):

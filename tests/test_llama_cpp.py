@@ -18,7 +18,7 @@ from checkpoint import Checkpoint, load_checkpoint
 from export import main
 from generation import Sampling
 from sample import chat
-from tests.helpers import TEXT, dialogue, save_run, tiny_model
+from tests.helpers import TEXT, dialogue, random_ids, save_run, tiny_model
 from tests.runs import novel, questions, read_json, toy_tokenizer, train_here, write_toys
 from tests.test_export import FAMILIES, SPOKEN
 from tests.test_tokenizer import NASTY, random_texts
@@ -126,6 +126,17 @@ def test_logits_of_every_family_are_the_same(tmp_path, options):
     tolerance = 3e-2 if options.get("mlp") == "gelu" else 1e-4
     torch.testing.assert_close(theirs, ours, rtol=0, atol=tolerance)
     assert checkpoint.model.config == model.config
+
+
+def test_a_prompt_goes_in_at_once_however_long_it_is(tmp_path):
+    """llama.cpp's own batch is 512 tokens."""
+    tokenizer = toy_tokenizer()
+    model = tiny_model(block_size=600, n_vocab=tokenizer.n_vocab)
+    out_dir = save_run(tmp_path / "out", model, tokenizer, tmp_path, "pretrain")
+    _, process = start(out_dir, tmp_path / "x.gguf")
+    with process as llama:
+        ids = random_ids(520, n_vocab=tokenizer.n_vocab).tolist()
+        assert len(llama.ask("greedy", ids=ids, n=3)) == 3
 
 
 def test_the_bench_has_both_speeds(stages, tmp_path):

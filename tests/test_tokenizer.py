@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from tokenizer import (
     PASSAGE,
     SPECIAL_TOKENS,
     Tokenizer,
+    adopt,
     load_tokenizer,
     main,
     sample,
@@ -314,6 +316,15 @@ def test_a_tokenizer_that_is_not_there_is_named(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_only_a_file_that_ends_in_pt_has_gpt2s_tokenizer(trained, tmp_path):
+    folder = tmp_path / "mine.pt"
+    with pytest.raises(UserError, match=r"no tokenizer .*mine\.pt"):
+        load_tokenizer(folder)
+    folder.mkdir()
+    trained.save(folder / "tokenizer.json")
+    assert load_tokenizer(folder).sha256 == trained.sha256
+
+
 def unigram(content: dict) -> dict:
     model = tokenizers.models.Unigram([("<unk>", 0.0), ("孔明", -1.0)], 0, False)
     return content | {"model": json.loads(tokenizers.Tokenizer(model).to_str())["model"]}
@@ -357,6 +368,14 @@ def cut_at_blanks(content: dict) -> dict:
     return content | {"pre_tokenizer": {"type": "Whitespace"}}
 
 
+def cut_at_digits_alone(content: dict) -> dict:
+    """Without GPT-2's pattern between the digits."""
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = pre_tokenizers.Sequence([digits, BYTES])
+    return content | {"pre_tokenizer": json.loads(library.to_str())["pre_tokenizer"]}
+
+
 def with_merges_in_another_order(content: dict) -> dict:
     model = content["model"]
     return content | {"added_tokens": [], "model": model | {"merges": model["merges"][::-1]}}
@@ -365,6 +384,33 @@ def with_merges_in_another_order(content: dict) -> dict:
 def with_a_merge_of_nothing(content: dict) -> dict:
     model = content["model"]
     return content | {"added_tokens": [], "model": model | {"merges": [["a", "zzz"]]}}
+
+
+def with_merges_of_what_is_no_entry(content: dict) -> dict:
+    """What they make is one, which the library asks for last."""
+    model = content["model"]
+    vocab = model["vocab"] | {"abc": len(model["vocab"])}
+    changed = {"vocab": vocab, "merges": [*model["merges"], ["ab", "c"]]}
+    return content | {"added_tokens": [], "model": model | changed}
+
+
+def with_a_pattern(pattern: object, change: dict) -> Callable[[dict], dict]:
+    def damage(content: dict) -> dict:
+        changed = json.loads(json.dumps(content)) | change
+        changed["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+        return changed
+
+    return damage
+
+
+def with_a_number_as_added_token(content: dict) -> dict:
+    return content | {"added_tokens": [content["added_tokens"][0] | {"content": 5}]}
+
+
+def with_an_entry_that_no_merge_makes(content: dict) -> dict:
+    model = content["model"]
+    vocab = model["vocab"] | {"xyz": len(model["vocab"])}
+    return content | {"added_tokens": [], "model": model | {"vocab": vocab}}
 
 
 def with_an_added_token_far_away(content: dict) -> dict:
@@ -383,8 +429,16 @@ def with_an_added_token_far_away(content: dict) -> dict:
         with_a_normalizer,
         with_a_prefix_blank,
         cut_at_blanks,
+        cut_at_digits_alone,
         with_merges_in_another_order,
         with_a_merge_of_nothing,
+        with_an_entry_that_no_merge_makes,
+        with_merges_of_what_is_no_entry,
+        with_a_pattern("(", {"added_tokens": []}),
+        with_a_pattern(5, {"added_tokens": []}),
+        with_a_pattern("(", {}),
+        with_a_pattern(5, {}),
+        with_a_number_as_added_token,
         with_an_added_token_far_away,
     ],
 )
@@ -395,6 +449,15 @@ def test_a_tokenizer_of_which_ids_would_differ_is_refused_in_one_line(damage, tm
     with pytest.raises(UserError, match=r"tokenizer\.json cannot be used") as caught:
         load_tokenizer(path)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_normalizer_that_is_not_built_here_is_named(tmp_path):
+    content = json.loads(tiny_tokenizer().text)
+    parts = [{"type": "NFC"}, {"type": "Lowercase"}]
+    content["normalizer"] = {"type": "Sequence", "normalizers": parts}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match="its normalizer Lowercase is not built here"):
+        load_tokenizer(tmp_path)
 
 
 # --- other projects' tokenizers ------------------------------------------------------------------
@@ -476,6 +539,15 @@ def test_an_adopted_tokenizer_is_saved_and_loaded_as_the_same(foreign, tmp_path)
     ours = load_tokenizer(tmp_path)
     ours.save(tmp_path / "again.json")
     assert load_tokenizer(tmp_path / "again.json").sha256 == ours.sha256
+
+
+def test_an_entry_that_no_merge_makes_is_taken_where_whole_pieces_come_first(tmp_path):
+    """As Llama 3's: the library gives it for a piece that equals it, and so does tiktoken."""
+    content = with_an_entry_that_no_merge_makes(json.loads(train_tokenizer(["却说"], 262).text))
+    content["model"]["ignore_merges"] = True
+    ours, theirs = Tokenizer(adopt(json.dumps(content))), json.dumps(content)
+    assert ours.encode("xyz xyz") == tokenizers.Tokenizer.from_str(theirs).encode("xyz xyz").ids
+    assert len(ours.encode("xyz")) == 1
 
 
 def test_gpt2_in_hugging_faces_own_file_is_gpt2(gpt2, tmp_path):
