@@ -183,6 +183,8 @@ def parse(command: str) -> None:
     first, *argv = shlex.split(command)
     if first == "python" and argv[0] == "-m":
         need(importlib.util.find_spec(argv[1]), f"no module {argv[1]}")
+        if (ROOT / (script := argv[1].replace(".", "/") + ".py")).is_file():
+            configure(settings(script), argv[2:])
     elif first == "python":
         need((ROOT / argv[0]).is_file(), f"no script {argv[0]}")
         config = configure(settings(argv[0]), [word for word in argv[1:] if word != "--help"])
