@@ -70,20 +70,26 @@ class Checkpoint:
 
 
 @contextmanager
-def claimed(out_dir: Path) -> Iterator[None]:
+def claimed(out_dir: Path) -> Iterator[Callable[[], None]]:
     """out_dir is there, and no other run's until the end. It can be read as ever. UserError where
-    another run holds it, or where nothing can be written."""
+    another run holds it, or where nothing can be written. Yields what raises a UserError where the
+    directory has been removed or another one put in its place."""
     is_new = not out_dir.exists()
     try:
         with ExitStack() as stack:
             try:
-                stack.enter_context(locked(out_dir, out_dir / "lock"))
+                is_held = stack.enter_context(locked(out_dir, out_dir / "lock"))
             except OSError as error:
                 raise UserError(
                     f"cannot write in {show_path(out_dir)}: {error.strerror}; make it writable, "
                     "or pass another --out_dir="
                 ) from None
-            yield
+
+            def check() -> None:
+                if not is_held():
+                    raise _gone(out_dir)
+
+            yield check
     finally:
         if is_new:
             with suppress(OSError):  # something was written
@@ -138,9 +144,9 @@ def save_checkpoint(
         _point(out_dir, "latest", name)
         _point(out_dir, "best", best)
     except (OSError, SafetensorError) as error:
-        _delete_unnamed(out_dir)
         raise _write_fault(out_dir, f"save in {show_path(out_dir)}", error) from None
-    _delete_unnamed(out_dir)
+    finally:
+        _delete_old(out_dir, _keep_last(run))
 
 
 def load_checkpoint(
@@ -330,12 +336,12 @@ def has_model(path: Path) -> bool:
 
 def rewind(out_dir: Path) -> None:
     """Brings an out_dir back to what it was at `latest`: the pointer `best`, and log.jsonl."""
-    step = 0
+    step, keep_last = 0, 1
     if has_checkpoint(out_dir):
         run = read_run(out_dir, "latest")
         _point(out_dir, "best", run["best"])
-        step = run["progress"]["iter"]
-    _delete_unnamed(out_dir)
+        step, keep_last = run["progress"]["iter"], _keep_last(run)
+    _delete_old(out_dir, keep_last)
     kept = [r for r in read_log(out_dir) if r["iter"] <= step]
     with written_aside(out_dir / "log.jsonl") as path:
         path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
@@ -350,12 +356,16 @@ def append_log(out_dir: Path, record: dict) -> None:
         raise _write_fault(out_dir, f"write {show_path(path)}", error) from None
 
 
+def _gone(out_dir: Path) -> UserError:
+    return UserError(
+        f"{show_path(out_dir)} was removed or renamed while this run wrote to it; put it back "
+        "and pass --resume, or train again"
+    )
+
+
 def _write_fault(out_dir: Path, what: str, error: Exception) -> UserError:
     if not out_dir.is_dir():
-        return UserError(
-            f"{show_path(out_dir)} was removed or renamed while this run wrote to it; put it back "
-            "and pass --resume, or train again"
-        )
+        return _gone(out_dir)
     reason = getattr(error, "strerror", None) or str(error)
     return UserError(f"cannot {what}: {reason}; {what_stays(out_dir)}")
 
@@ -494,8 +504,19 @@ def _point(out_dir: Path, which: str, name: str) -> None:
         path.write_text(name + "\n", encoding="utf-8")
 
 
-def _delete_unnamed(out_dir: Path) -> None:
-    named = {_pointer(out_dir, "latest"), _pointer(out_dir, "best")}
+def _keep_last(run: dict) -> int:
+    return run["settings"].get("keep_last", 1)
+
+
+def _delete_old(out_dir: Path, keep_last: int) -> None:
+    """Deletes the checkpoints that no pointer names and no adapter stands on, except the newest,
+    keep_last with the latest. What a killed save left goes, too."""
+    latest = _pointer(out_dir, "latest")
+    named = {latest, _pointer(out_dir, "best")}
+    names = [path.name for path in out_dir.glob("step-*")]
+    names.sort(key=lambda name: (len(name), name))
+    if latest in names:
+        named |= {*names[: names.index(latest) + 1][-keep_last:]}
     bases = out_dir / "bases"
     if bases.is_file():
         named |= {line.split(" ")[0] for line in bases.read_text(encoding="utf-8").splitlines()}

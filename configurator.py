@@ -67,14 +67,31 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(target: Path, lock: Path | None = None) -> Iterator[None]:
+def locked(target: Path, lock: Path | None = None) -> Iterator[Callable[[], bool]]:
     """UserError where another process, which still lives, holds target; the lock goes with it.
+    Yields what tells whether the lock is still there, since it may be deleted and made anew.
 
     lock: the file that is locked, by default one beside target. OSError where it cannot be made.
     """
     lock = lock or target.with_name(target.name + ".lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a+b") as file:
+    file = _open_locked(target, lock)
+
+    def is_held() -> bool:
+        return _is_open_as(file, lock)
+
+    try:
+        yield is_held
+    finally:
+        if is_held():
+            with contextlib.suppress(OSError):  # Windows keeps what is open
+                lock.unlink()
+        file.close()
+
+
+def _open_locked(target: Path, lock: Path) -> typing.BinaryIO:
+    while True:
+        file = lock.open("a+b")
         try:
             if os.name == "nt":
                 import msvcrt
@@ -86,6 +103,7 @@ def locked(target: Path, lock: Path | None = None) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                file.close()
                 raise UserError(
                     f"another run writes {show_path(target)}; wait for it, or name another"
                 ) from None
@@ -93,11 +111,16 @@ def locked(target: Path, lock: Path | None = None) -> Iterator[None]:
             print(
                 f"note: {show_path(lock)} cannot be locked ({error.strerror}); start one run only"
             )
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # Windows keeps what is open
-                lock.unlink()
+        if _is_open_as(file, lock):
+            return file
+        file.close()  # who held it has deleted it in between
+
+
+def _is_open_as(file: typing.BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
 
 
 def configure(Defaults: type[T], argv: list[str], base: dict | None = None) -> T:

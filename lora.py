@@ -133,7 +133,7 @@ class Settings:
 
 def main(argv: list[str]) -> None:
     # here, since checkpoint.py imports this file
-    from checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
+    from checkpoint import claimed, has_checkpoint, load_checkpoint, save_checkpoint
 
     config = configure(Settings, argv)
     if config.names != ["merge"]:
@@ -149,7 +149,8 @@ def main(argv: list[str]) -> None:
     run = {key: value for key, value in checkpoint.run.items() if key != "adapter"}
     run["settings"] = run["settings"] | {"lora_rank": 0}
     run["merged"] = {part: checkpoint.run["adapter"][part] for part in ("rank", "alpha", "targets")}
-    save_checkpoint(to, checkpoint.model, [], checkpoint.tokenizer, run, is_best=True)
+    with claimed(to):
+        save_checkpoint(to, checkpoint.model, [], checkpoint.tokenizer, run, is_best=True)
     print(f"{show_path(to)}: {show_path(checkpoint.path)} merged into its base")
 
 

@@ -14,7 +14,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -122,6 +122,7 @@ class Settings(Architecture):
     grad_clip: float = 1.0  # norm that gradients are clipped to; 0 is off
     skip_spikes: float = 0.0  # leave out updates of this many times the usual norm; 0 is off
     eval_interval: int = 250  # steps between evaluations, each with a checkpoint
+    keep_last: int = 1  # newest checkpoints that stay, besides the best one
     best_by: Literal["val_loss", "last"] = "val_loss"  # what sampling and init_from take
     patience: int | None = None  # evaluations without a lower validation loss before it stops
     log_interval: int = 10  # steps between lines of log.jsonl
@@ -168,6 +169,8 @@ class Settings(Architecture):
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name):g} must be at least 0 and below 1")
+        if self.keep_last < 1:
+            raise UserError(f"keep_last={self.keep_last} must be 1 or more")
         if self.log_interval < 1 or (self.patience is not None and self.patience < 1):
             raise UserError("log_interval and patience must be 1 or more")
         for name in ("checkpoint_activations", "shard"):
@@ -246,7 +249,7 @@ class Run:
 
 
 def main(argv: list[str]) -> None:
-    with together() as world, alone_in_out_dir(argv, world):
+    with together() as world, alone_in_out_dir(argv, world) as check_out_dir:
         run = start(argv, world)
         peak = find_peak(run.device, pick_dtype(run.config, run.device))
         peak = dataclasses.replace(peak, rate=peak.rate * world.size)
@@ -258,14 +261,14 @@ def main(argv: list[str]) -> None:
             print(f"finished at step {run.progress.iter}, nothing to do")
         else:
             with told_of_memory(run):
-                train(run, peak)
+                train(run, peak, check_out_dir)
 
 
-def alone_in_out_dir(argv: list[str], world: World) -> AbstractContextManager:
+def alone_in_out_dir(argv: list[str], world: World) -> AbstractContextManager[Callable[[], None]]:
     """The first process holds the out_dir for all: it is the one that writes."""
     config = configure(Settings, argv)
     writes = world.is_first and not config.dry_run
-    return claimed(repo_path(config.out_dir)) if writes else nullcontext()
+    return claimed(repo_path(config.out_dir)) if writes else nullcontext(lambda: None)
 
 
 @contextmanager
@@ -326,7 +329,8 @@ def start(argv: list[str], world: World = ALONE) -> Run:
         # what the checkpoint has stands, unless argv says otherwise
         # a run that is older than the setting `optimizer` had AdamW
         saved["settings"] = {"optimizer": "adamw"} | saved["settings"]
-        base = saved["settings"] if resumes else architecture(saved["architecture"])
+        base = saved["settings"] | {"out_dir": config.out_dir}  # it may have been renamed
+        base = base if resumes else architecture(saved["architecture"])
         if not resumes and open_dataset(config.dataset).kind == "dpo":
             base["dropout"] = 0.0  # noise in both log-probabilities, unless it is asked for
         config = configure(Settings, argv, base)
@@ -499,8 +503,10 @@ def open_mix(config: Settings, data: Dataset) -> Dataset | None:
     return mix
 
 
-def train(run: Run, peak: Peak) -> None:
-    """The loop: step, log, evaluate, save; until max_iters, out of patience or Ctrl-C."""
+def train(run: Run, peak: Peak, check_out_dir: Callable[[], None]) -> None:
+    """The loop: step, log, evaluate, save; until max_iters, out of patience or Ctrl-C.
+
+    check_out_dir: raises a UserError where out_dir is no longer this run's."""
     config, progress, world = run.config, run.progress, run.world
     compiled = compiles(config, run.device)
     if compiled:
@@ -566,6 +572,7 @@ def train(run: Run, peak: Peak) -> None:
                     bar.write(sample, file=sys.stdout)
             progress.seconds = time.perf_counter() - began
             if world.is_first:
+                check_out_dir()
                 append_log(run.out_dir, record)
             if evaluates or stops:
                 lowest = evaluates and progress.worse == 0
@@ -781,19 +788,20 @@ SKIPS = 10  # updates left out one after another that are no spike but the end o
 def is_applied(run: Run, grad_norm: torch.Tensor) -> bool:
     """Whether an update is made; keeps count of those that skip_spikes leaves out. All processes
     agree on it."""
+    progress = run.progress
+    in_a_row, progress.skipped_in_a_row = progress.skipped_in_a_row, 0
     if run.scaler.is_enabled() and not grad_norm.isfinite():
         return False  # the scaler looks at each optimizer's gradients alone; clipping has spread it
     if not run.config.skip_spikes:
         return True
-    progress, norm = run.progress, grad_norm.item()
+    norm = grad_norm.item()
     usual = median(progress.norms) if len(progress.norms) >= FEWEST else math.inf
     is_usable = math.isfinite(norm) and norm <= run.config.skip_spikes * usual
     if run.world.any(not is_usable):
         progress.skipped += 1
-        progress.skipped_in_a_row += 1
+        progress.skipped_in_a_row = in_a_row + 1
         return False
     progress.norms = [*progress.norms, norm][-RECENT:]
-    progress.skipped_in_a_row = 0
     return True
 
 
@@ -1041,7 +1049,8 @@ def check_shape(config: Settings, saved: dict, source: Path) -> None:
             )
 
 
-FREE = ("resume", "dry_run", "out_dir", "best_by", "track", "prompts")  # they change no bits
+# they change no bits
+FREE = ("resume", "dry_run", "out_dir", "keep_last", "best_by", "track", "prompts")
 
 
 def warn_of_changes(

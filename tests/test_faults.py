@@ -1,5 +1,6 @@
 """A run that cannot go on says why in one line and loses nothing."""
 
+import json
 import math
 import os
 import re
@@ -12,7 +13,9 @@ from statistics import median
 
 import pytest
 
-from configurator import UserError
+import lora
+from checkpoint import claimed
+from configurator import UserError, locked
 from data_utils import Dataset
 from tests.runs import (
     TINY,
@@ -97,6 +100,48 @@ def test_where_the_out_dir_should_be_lies_a_file(tmp_path, run_ready):
         said = error_line(run_ready("train.py", *words(out_dir=out, dataset=tmp_path / "nothing")))
         assert said.startswith(f"cannot write in {out}: ")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def make_anew(out: Path) -> None:
+    """What another person does who takes the directory for an old one."""
+    out.rename(out.with_name("theirs"))
+    out.mkdir()
+    (out / "lock").touch()
+
+
+@posix
+def test_an_out_dir_that_is_made_anew_is_not_written_to(toys, tmp_path):
+    out = tmp_path / "out"
+    endless = TINY | {"dataset": toys / "text", "out_dir": out, "max_iters": 10**6}
+    process = start("train.py", *words(**endless))
+    wait_for(lambda: (out / "latest").is_file(), process)
+    make_anew(out)
+    stdout, stderr = (part.decode() for part in process.communicate(timeout=120))
+    done = subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+    assert error_line(done).startswith(f"{out} was removed or renamed while this run wrote to it")
+    assert {path.name for path in out.iterdir()} <= {"lock", ".step-000020.tmp"}
+
+
+def test_a_merge_into_the_directory_of_a_run_is_refused(toys, tmp_path):
+    adapter = {"init_from": toys / "base", "dataset": toys / "questions", "lora_rank": 2}
+    train_here(**adapter, out_dir=tmp_path / "adapter", max_iters=2)
+    argv = ["merge", f"--out_dir={tmp_path / 'adapter'}", f"--to={tmp_path / 'run'}"]
+    with claimed(tmp_path / "run"), pytest.raises(UserError, match="another run writes"):
+        lora.main(argv)
+    lora.main(argv)
+    assert (tmp_path / "run" / "latest").is_file()
+
+
+def test_who_waits_at_a_lock_that_goes_does_not_hold_it(tmp_path):
+    lock = tmp_path / "lock"
+    with locked(tmp_path, lock) as is_held:
+        assert is_held()
+        lock.unlink()
+        assert not is_held()
+        with locked(tmp_path, lock) as another:  # it is a new file
+            assert another()
+            assert not is_held()
+        assert not lock.exists()
 
 
 @posix
@@ -278,3 +323,28 @@ def test_a_step_that_the_system_refuses_memory_leaves_the_checkpoint(toys, tmp_p
     assert "or pass --checkpoint_activations" in said
     assert said.endswith("; step-000002 is whole, --resume goes on from it")
     assert contents(out) == before
+
+
+def test_a_run_that_goes_on_without_skipping_forgets_what_was_left_out(toys, tmp_path, capsys):
+    out = train_here(dataset=toys / "text", out_dir=tmp_path / "out", max_iters=10)
+    file = checkpoint_file(out, "run.json")
+    state = json.loads(file.read_text(encoding="utf-8"))
+    state["progress"] |= {"skipped": 1, "skipped_in_a_row": 1, "norms": [1.0] * 8}
+    file.write_text(json.dumps(state), encoding="utf-8")
+    capsys.readouterr()
+    train_here(out_dir=out, resume=True, max_iters=12)
+    assert "left out" not in capsys.readouterr().out
+    assert saved(out)["progress"]["skipped_in_a_row"] == 0
+
+
+@pytest.mark.parametrize("keep_last", [1, 3])
+def test_the_newest_checkpoints_stay(toys, tmp_path, keep_last):
+    given = {"dataset": toys / "text", "out_dir": tmp_path / "out", "keep_last": keep_last}
+    out = train_here(**given, max_iters=50, best_by="last")
+    steps = [f"step-{step:06}" for step in (10, 20, 30, 40, 50)]
+    assert sorted(path.name for path in out.glob("step-*")) == steps[-keep_last:]
+    train_here(out_dir=out, resume=True, max_iters=60)
+    steps = [*steps, "step-000060"]
+    assert sorted(path.name for path in out.glob("step-*")) == steps[-keep_last:]
+    with pytest.raises(UserError, match="keep_last=0 must be 1 or more"):
+        train_here(**given | {"keep_last": 0})
