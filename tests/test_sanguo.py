@@ -171,6 +171,18 @@ def test_a_tokenizer_that_lies_somewhere_is_used(novel, tmp_path):
     assert Dataset(str(tmp_path)).tokenizer.sha256 == novel[0].tokenizer.sha256
 
 
+def test_a_part_of_the_chapters_is_trained_and_validation_stays_whole(novel, tmp_path):
+    source = json_file(tmp_path, twelve_chapters())
+    argv = [f"--input={source}", f"--out={tmp_path}", f"--tokenizer={novel[0].path}"]
+    prepare.main([*argv, "--every=4"])
+    data = Dataset(str(tmp_path))
+    text = {split: data.tokenizer.decode(data.tokens[split]) for split in data.tokens}
+    found = {split: re.findall(r"正文(\d+)", text[split]) for split in text}
+    assert found == {"train": ["1", "5", "9"], "val": ["10"]}
+    with pytest.raises(UserError, match="every=0 must be 1 or more"):
+        prepare.main([*argv, "--every=0"])
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -3,6 +3,7 @@
 python data/fetch_data.py sanguo
 python data/sanguo/prepare.py
 python data/sanguo/prepare.py --tokenizer=gpt2 --out=data/sanguo_gpt2
+python data/sanguo/prepare.py --every=2 --tokenizer=data/sanguo --out=data/sanguo_half
 """
 
 import json
@@ -40,6 +41,11 @@ class Settings:
     out: str = "data/sanguo"  # directory to write
     tokenizer: str = "train"  # train: on the training chapters; gpt2; or where one lies
     vocab_size: int = 4096  # entries of a trained tokenizer
+    every: int = 1  # 2 keeps half of the training chapters, each second one; 4 a quarter
+
+    def __post_init__(self):
+        if self.every < 1:
+            raise UserError(f"every={self.every} must be 1 or more")
 
 
 def clean(chapter: str) -> str:
@@ -78,6 +84,7 @@ def split_chapters(chapters: list[str]) -> dict[str, list[str]]:
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     splits = split_chapters(read_chapters(user_path(config.input)))
+    splits["train"] = splits["train"][:: config.every]
     if config.tokenizer == "train":
         tokenizer = train_tokenizer(splits["train"], config.vocab_size)
     else:
