@@ -12,6 +12,7 @@ import random
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from tqdm import tqdm
 
 import train
 from checkpoint import has_checkpoint, load_checkpoint
@@ -168,6 +170,8 @@ def launch(argv: list[str], said: Path, size: int = 1) -> list[int]:
             target = said if rank == 0 else os.devnull
             code = 1
             try:
+                # tqdm's own is shared with the parent, who would wait for ever for a killed holder
+                tqdm.set_lock(threading.RLock())
                 sys.stdout = sys.stderr = open(target, "w", 1, encoding="utf-8")  # noqa: PTH123, SIM115
                 train.main(argv)
                 code = 0
