@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 import errno
 import inspect
+import itertools
 import os
 import re
 import runpy
@@ -76,9 +77,10 @@ def locked(target: Path, lock: Path | None = None) -> Iterator[Callable[[], bool
     lock = lock or target.with_name(target.name + ".lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     file = _open_locked(target, lock)
+    can_tell = _is_open_as(file, lock)  # not on every network's disk
 
     def is_held() -> bool:
-        return _is_open_as(file, lock)
+        return not can_tell or _is_open_as(file, lock)
 
     try:
         yield is_held
@@ -90,7 +92,7 @@ def locked(target: Path, lock: Path | None = None) -> Iterator[Callable[[], bool
 
 
 def _open_locked(target: Path, lock: Path) -> typing.BinaryIO:
-    while True:
+    for attempt in itertools.count():
         file = lock.open("a+b")
         try:
             if os.name == "nt":
@@ -111,7 +113,7 @@ def _open_locked(target: Path, lock: Path) -> typing.BinaryIO:
             print(
                 f"note: {show_path(lock)} cannot be locked ({error.strerror}); start one run only"
             )
-        if _is_open_as(file, lock):
+        if _is_open_as(file, lock) or attempt == 9:
             return file
         file.close()  # who held it has deleted it in between
 

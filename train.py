@@ -329,8 +329,10 @@ def start(argv: list[str], world: World = ALONE) -> Run:
         # what the checkpoint has stands, unless argv says otherwise
         # a run that is older than the setting `optimizer` had AdamW
         saved["settings"] = {"optimizer": "adamw"} | saved["settings"]
-        base = saved["settings"] | {"out_dir": config.out_dir}  # it may have been renamed
-        base = base if resumes else architecture(saved["architecture"])
+        if resumes:
+            base = saved["settings"] | {"out_dir": config.out_dir}  # it may have been renamed
+        else:
+            base = architecture(saved["architecture"])
         if not resumes and open_dataset(config.dataset).kind == "dpo":
             base["dropout"] = 0.0  # noise in both log-probabilities, unless it is asked for
         config = configure(Settings, argv, base)

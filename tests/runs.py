@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -168,6 +169,14 @@ def ready_python(folder: Path) -> Iterator[Callable[..., subprocess.CompletedPro
 
     with ready:
         yield run_ready
+
+
+def wait_for(happens: Callable[[], bool], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not happens():
+        assert process.poll() is None, "it ended before"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def decoded(output: bytes | None) -> str:

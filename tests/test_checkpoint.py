@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +39,7 @@ from tests.runs import (
     small_disk,
     start,
     toy_tokenizer,
+    wait_for,
     words,
     write_toys,
 )
@@ -403,14 +403,6 @@ def flags(toys: Path, kind: str, **settings: object) -> list[str]:
     if kind == "questions":
         given |= {"init_from": toys / "base"}
     return words(**given | settings)
-
-
-def wait_for(happens: Callable[[], bool], process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while not happens():
-        assert process.poll() is None, "it ended before it could be stopped"
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
 
 
 def lines_of_log(out_dir: Path) -> int:

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -31,6 +30,7 @@ from tests.runs import (
     ready_python,
     saved,
     train_here,
+    wait_for,
     weights,
     without_bars,
     words,
@@ -332,11 +332,8 @@ def test_what_is_wrong_with_the_command_is_said_once(world, tmp_path):
 
 
 def wait_for_lines(out_dir: Path, count: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
     file = out_dir / "log.jsonl"
-    while not (file.is_file() and file.read_bytes().count(b"\n") >= count):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_for(lambda: file.is_file() and file.read_bytes().count(b"\n") >= count, process)
 
 
 @slow

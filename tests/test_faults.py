@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -34,6 +32,7 @@ from tests.runs import (
     small_disk,
     start,
     train_here,
+    wait_for,
     weights,
     words,
 )
@@ -45,14 +44,6 @@ posix = pytest.mark.skipif(os.name != "posix", reason="Windows keeps the directo
 def run_ready(tmp_path_factory):
     with ready_python(tmp_path_factory.mktemp("outputs")) as run_ready:
         yield run_ready
-
-
-def wait_for(happens: Callable[[], bool], process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while not happens():
-        assert process.poll() is None, "it ended before"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 # --- the directory of a run --------------------------------------------------------------------
@@ -144,8 +135,17 @@ def test_who_waits_at_a_lock_that_goes_does_not_hold_it(tmp_path):
         assert not lock.exists()
 
 
+def put_away(out: Path) -> None:
+    out.rename(out.with_name("away"))
+
+
+def remove(out: Path) -> None:
+    """At once, since the run may be writing while its files go one by one."""
+    shutil.rmtree(out.rename(out.with_name("bin")))
+
+
 @posix
-@pytest.mark.parametrize("vanish", [shutil.rmtree, lambda out: out.rename(out.with_name("away"))])
+@pytest.mark.parametrize("vanish", [remove, put_away])
 def test_an_out_dir_that_vanishes_is_said_at_the_next_line_of_the_log(toys, tmp_path, vanish):
     out = tmp_path / "out"
     # saves are rare, so that none is under way
