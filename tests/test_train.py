@@ -625,7 +625,8 @@ def pages_taken():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 train.keep_freed_memory()
 pages_taken()
-print(pages_taken())
+# an aligned block fits into its own place only where there is some room beside it
+print(min(pages_taken() for _ in range(3)))
 """
     done = subprocess.run(  # another process: here, earlier tests have cut the heap to pieces
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
