@@ -188,8 +188,9 @@ def bench_step(config: Settings) -> dict:
         row["memory"] = memory[row["name"]]
     print_steps(config, results)
     with own_process() as pool:
-        own, profiles = pool.submit(whole_steps, config, dtypes).result()
-    return results | {"whole_steps": report_whole_steps(config, own, profiles)}
+        own, profiles, work = pool.submit(whole_steps, config, dtypes).result()
+    shares = muon_shares(own, work, results["flops_per_second"])
+    return results | {"whole_steps": report_whole_steps(config, own, profiles, shares)}
 
 
 def build(config: Settings, who: str, architecture: str) -> torch.nn.Module:
@@ -319,9 +320,9 @@ def label(*words: str) -> str:
 # --- whole step --------------------------------------------------------------------------------
 
 
-def whole_steps(config: Settings, dtypes: list[str]) -> tuple[Seconds, dict[str, dict]]:
-    """train.py's own steps, batch included: seconds with Muon and with AdamW alone, in turns; and
-    on a CPU the milliseconds by kind of those with Muon, in each dtype."""
+def whole_steps(config: Settings, dtypes: list[str]) -> tuple[Seconds, dict[str, dict], int]:
+    """train.py's own steps, batch included: seconds with Muon and with AdamW alone, in turns; on a
+    CPU the milliseconds by kind of those with Muon, in each dtype; and the flops of a step."""
     training.keep_freed_memory()  # as train.py does; it holds for the whole process
     steps = {}
     with numbers() as data:
@@ -334,20 +335,40 @@ def whole_steps(config: Settings, dtypes: list[str]) -> tuple[Seconds, dict[str,
             steps[label(optimizer, dtype)] = whole_step(build(config, "ours", "Qwen3"), data, own)
         seconds = measure(steps, config.rounds, config.clock, config.device)
         profiled = dtypes if config.device == "cpu" else []
-        return seconds, {dtype: profile_step(steps[label("muon", dtype)]) for dtype in profiled}
+        profiles = {dtype: profile_step(steps[label("muon", dtype)]) for dtype in profiled}
+    shapes = build(dataclasses.replace(config, device="meta"), "ours", "Qwen3")
+    return seconds, profiles, n_flops(matrix_products(shapes, config.batch_size))
 
 
-def report_whole_steps(config: Settings, seconds: Seconds, profiles: dict[str, dict]) -> dict:
-    """Prints and returns the speeds, and where the time goes."""
+def muon_shares(seconds: Seconds, flops: int, rates: dict[str, float]) -> dict[str, dict]:
+    """By dtype, what the steps with Muon have of the rates that rate_steps measured. Muon's own
+    products are none of their flops."""
+    shares = {}
+    for dtype in (name.removeprefix("muon, ") for name in seconds if name.startswith("muon, ")):
+        rate = flops / median(seconds[label("muon", dtype)])
+        shares[dtype] = {
+            "share_of_product": rate / rates[label("product", dtype)],
+            "share_of_own_products": rate / rates[label("products", "Llama", dtype)],
+        }
+    return shares
+
+
+def report_whole_steps(
+    config: Settings, seconds: Seconds, profiles: dict[str, dict], shares: dict[str, dict]
+) -> dict:
+    """Prints and returns the speeds, their shares of the products', and where the time goes."""
     print("train.py's own step: ours, Qwen3, batch included, with Muon and with AdamW alone")
-    dtypes = [name.removeprefix("muon, ") for name in seconds if name.startswith("muon, ")]
-    pairs = [(label("muon", dtype), label("adamw", dtype)) for dtype in dtypes]
+    pairs = [(label("muon", dtype), label("adamw", dtype)) for dtype in shares]
     ratios = {" / ".join(pair): speed_ratio(seconds, *pair) for pair in pairs}
     results = report(seconds, list(seconds), config.batch_size * config.block_size, ratios)
+    for dtype, of in shares.items():
+        cubed, own = of["share_of_product"], of["share_of_own_products"]
+        name = label("muon", dtype)
+        print(f"  {name:<50} {cubed:.2f} of {SIDE} cubed, {own:.2f} of its products")
     if profiles:
         print("where its time goes, with Muon, under the profiler")
         print_profile(profiles)
-    return results | {"milliseconds": profiles}
+    return results | {"shares": shares, "milliseconds": profiles}
 
 
 # --- memory ------------------------------------------------------------------------------------

@@ -102,6 +102,14 @@ def test_step_has_speeds_shares_and_memory_of_every_contender(tmp_path, capsys):
     assert_positive(results["ratios"])
     whole = results["whole_steps"]
     assert_positive(whole["ratios"])
+    linear = 4 * 32 * 32 + 3 * 32 * 64 + 32 * 261  # attention, mlp, head: the numbers have 261 ids
+    flops = 2 * 16 * (6 * linear + 12 * 32 * 16 / 2)
+    for dtype, shares in whole["shares"].items():
+        rate = flops / median(whole["seconds"][f"muon, {dtype}"])
+        for key, of in (("product", "product"), ("own_products", "products, Llama")):
+            share = rate / results["flops_per_second"][f"{of}, {dtype}"]
+            assert shares[f"share_of_{key}"] == pytest.approx(share)
+        assert f"{shares['share_of_product']:.2f} of 2048 cubed, " in printed
     for times in whole["milliseconds"].values():
         assert all(milliseconds > 0 for milliseconds in times.values())
         assert all(f"  {kind} " in printed for kind in times)
@@ -297,6 +305,14 @@ def test_products_of_a_step_counted_by_hand():
     matrices = 4 * 12 + 4 * 4 + 2 * 4 * 16 + 4 * 64  # q k v, output, mlp, head
     attention = 12 * 1 * 4 * 8 / 2
     assert bench.n_flops(products) == 5 * 8 * (6 * matrices + attention)
+
+
+def test_shares_of_the_step_with_muon_by_hand():
+    seconds = {"muon, float32": [2.0, 1.0, 4.0], "adamw, float32": [1.0, 1.0, 1.0]}
+    rates = {"product, float32": 100.0, "products, Llama, float32": 80.0}
+    assert bench.muon_shares(seconds, 80, rates) == {
+        "float32": {"share_of_product": 0.4, "share_of_own_products": 0.5}
+    }
 
 
 def test_products_are_computed_anew_in_each_turn():
