@@ -1,5 +1,6 @@
 """bench.py at tiny sizes: every part runs, its ratios are positive numbers, and its counts hold."""
 
+import json
 import math
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
@@ -21,8 +23,8 @@ import bench_data
 import bench_loader
 import train
 from bench_quality import first_time, grid, judge, level_at
-from checkpoint import read_log, read_run
-from configurator import UserError
+from checkpoint import environment, read_log, read_run
+from configurator import UserError, configure
 from model import GPT, ModelConfig
 from tests.helpers import save_run, tiny_model, tiny_tokenizer, write_novel
 from tests.runs import read_json
@@ -237,10 +239,68 @@ def test_ctrl_c_is_left_to_the_script_that_trains(tmp_path):
 
 def test_a_plan_of_other_settings_is_not_used(toy_quality, tmp_path):
     config, words = toy_quality(runs=str(tmp_path))
-    plan = '{"recipes": {"ours": {"n_embd": 33}}}'
+    plan = '{"recipes": {"ours": {"n_embd": 33}}, "costs": {}, "environment": {}}'
     (tmp_path / "plan.json").write_text(plan, encoding="utf-8")
     with pytest.raises(UserError, match=r"plan\.json is of another n_embd of ours"):
         bench.bench_quality(config, words)
+
+
+def test_a_plan_is_of_one_seed_and_those_from_before_seeds_were_given_are_of_train_pys(tmp_path):
+    config = bench.Settings(runs=str(tmp_path))
+    words = bench.recipe_words(config)
+    earlier = {name: [w for w in argv if "seed" not in w] for name, argv in words.items()}
+    recipes = {n: asdict(configure(train.Settings, argv)) for n, argv in earlier.items()}
+    plan = {"recipes": recipes, "costs": {"ours": 1}, "environment": environment("cpu")}
+    (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    assert bench.plan(config, words) == {"ours": 1}
+    config.seed = 2
+    with pytest.raises(UserError, match=r"plan\.json is of another seed of ours"):
+        bench.plan(config, bench.recipe_words(config))
+
+
+@pytest.mark.parametrize("content", [b"", b'{"recipes": {"ours"', b"\xff\xfe", b"[]", b"{}"])
+def test_a_damaged_plan_is_told_in_a_line_that_says_what_to_do(toy_quality, tmp_path, content):
+    config, words = toy_quality(runs=str(tmp_path))
+    (tmp_path / "plan.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"plan\.json is damaged; delete it") as caught:
+        bench.bench_quality(config, words)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "--ours_minutes=[]",
+        "--ours_minutes=-1",
+        "--ours_minutes=[2, 0]",
+        "--ours_minutes=[2, 2.0]",
+        "--ours_minutes=[2, 2.0000001]",  # both ours-2
+        "--ours_minutes=[2, 1e400]",
+        "--ours_minutes=nan",
+        "--minimind_minutes=0",
+        "--minimind_minutes=inf",
+        "--minimind_rates=[]",
+        "--minimind_rates=1e-3,1e-3",
+        "--minimind_rates=-1e-3",
+        "--reference_minutes=-1",
+        "--clock=cpu",
+    ],
+)
+def test_quality_refuses_before_anything_is_measured(tmp_path, word):
+    runs = tmp_path / "runs"
+    with pytest.raises(UserError, match=word[2:].partition("=")[0]) as caught:
+        bench.main(["quality", f"--runs={runs}", word])
+    assert len(str(caught.value).splitlines()) == 1
+    assert not runs.exists()
+
+
+def test_quality_has_a_run_for_each_number():
+    argv = ["quality", "--ours_minutes=30", "--minimind_rates=1e-3,4e-3", "--seed=7"]
+    config = configure(bench.Settings, argv)
+    trials = bench.list_trials(config, bench.recipe_words(config))
+    names = ["ours-30", "minimind-20-0.001", "minimind-20-0.004", "reference-60"]
+    assert [trial.name for trial in trials] == names
+    assert {configure(train.Settings, trial.words).seed for trial in trials} == {7}
 
 
 def test_only_takes_a_run_or_a_recipe(toy_quality):
