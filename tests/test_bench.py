@@ -22,7 +22,7 @@ import bench
 import bench_data
 import bench_loader
 import train
-from bench_quality import first_time, grid, judge, level_at
+from bench_quality import first_time, grid, judge, level_at, print_minimind_best
 from checkpoint import environment, read_log, read_run
 from configurator import UserError, configure
 from model import GPT, ModelConfig
@@ -352,9 +352,34 @@ def test_ours_is_judged_by_whichever_run_is_first():
     }
     last = results["levels"][-1]
     assert (last["bits"], last["minimind"], last["ours"]) == (2.4, 20, pytest.approx(4.5))
-    assert results["minimind_level_in_a_third"]
+    assert results["ours_at_minimind_best"] == {
+        "share_of_its_minutes": pytest.approx(4.5 / 20),
+        "share_of_its_time_at_best": pytest.approx(4.5 / 20),
+    }
     assert results["reference_never_there"]
     assert results["reference_at"] == {"2": None, "20": None, "60": 3.0}
+
+
+def test_ours_is_told_beside_the_minutes_of_minimind_and_beside_its_own_time_at_best(capsys):
+    print_minimind_best(judge_two((1, 3.0), (3, 2.0)))
+    assert capsys.readouterr().out == (
+        "  what MiniMind's 20 min reach, 2.500, ours has after 2.00 min: 0.10 of those, "
+        "0.40 of the 5.00 min after which MiniMind has it\n"
+    )
+    print_minimind_best(judge_two((1, 3.0), (3, 2.6)))
+    assert capsys.readouterr().out == "  what MiniMind's 20 min reach, 2.500, ours never has\n"
+
+
+def judge_two(*ours: tuple[float, float]) -> dict:
+    """judge of a curve of ours and one of MiniMind's, which is best at minute 5 of 20."""
+    curves = {"ours": ours, "minimind": [(1, 3.0), (5, 2.5), (20, 2.8)], "reference": [(20, 4.0)]}
+    runs = {
+        name: {"recipe": name, "minutes": 20, "curve": curve}
+        | {"bits_best": min(bits for _, bits in curve)}
+        for name, curve in curves.items()
+    }
+    costs = {name: {"dtype": "float32", "step": {"float32": 1.0}} for name in curves}
+    return {"runs": runs} | judge(runs, costs)
 
 
 def test_products_of_a_step_counted_by_hand():
