@@ -117,7 +117,7 @@ class Settings:
     out_dir: str = "out-sanguo-sft"  # of the model that start and llama load
     llama_cpp: str = ""  # python of an environment with llama-cpp-python, see bench_llama.py
     rounds: int = 7  # turns of each contender, after one to warm up
-    clock: Literal["wall", "cpu"] = "wall"  # cpu: the time of this process, on all its threads
+    clock: Literal["wall", "cpu"] = "wall"  # cpu: of this process, on all threads; not in quality
     ours_minutes: list[float] = field(default_factory=lambda: [2, 3, 4, 6.67])  # a run each
     minimind_minutes: float = 20.0  # of each of its runs
     minimind_rates: list[float] = field(default_factory=lambda: [5e-4, 1e-3, 2e-3])  # a run each
@@ -127,7 +127,7 @@ class Settings:
     size_mb: int = 1000  # of the text that data prepares
     tokens: int = 10**11  # of the corpus that loader reads
     out: str = "bench-results"  # where figures are written, a .json a part
-    seed: int = 1337  # of weights and ids
+    seed: int = 1337  # of weights and ids, and of quality's runs
     device: str = "cpu"  # nothing is compiled; generate is in float32
 
     def __post_init__(self):
@@ -138,6 +138,16 @@ class Settings:
         for name in ("batch_size", "prompt_tokens", "new_tokens", "prompts", "rounds", "size_mb"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
+        for name in ("ours_minutes", "minimind_minutes", "minimind_rates", "reference_minutes"):
+            value = getattr(self, name)
+            numbers = value if isinstance(value, list) else [value]
+            different = {f"{number:g}" for number in numbers}  # as list_trials names them
+            if not 0 < len(numbers) == len(different):
+                raise UserError(f"{name}={value} must hold one number or more, none of them twice")
+            if min(numbers) <= 0:
+                raise UserError(f"{name}={value} must be above 0")
+        if "quality" in self.names and self.clock != "wall":
+            raise UserError(f"quality has the wall clock's minutes; leave out --clock={self.clock}")
 
 
 def main(argv: list[str]) -> None:
@@ -188,8 +198,9 @@ def bench_step(config: Settings) -> dict:
         row["memory"] = memory[row["name"]]
     print_steps(config, results)
     with own_process() as pool:
-        own, profiles = pool.submit(whole_steps, config, dtypes).result()
-    return results | {"whole_steps": report_whole_steps(config, own, profiles)}
+        own, profiles, work = pool.submit(whole_steps, config, dtypes).result()
+    shares = muon_shares(own, work, results["flops_per_second"])
+    return results | {"whole_steps": report_whole_steps(config, own, profiles, shares)}
 
 
 def build(config: Settings, who: str, architecture: str) -> torch.nn.Module:
@@ -319,9 +330,9 @@ def label(*words: str) -> str:
 # --- whole step --------------------------------------------------------------------------------
 
 
-def whole_steps(config: Settings, dtypes: list[str]) -> tuple[Seconds, dict[str, dict]]:
-    """train.py's own steps, batch included: seconds with Muon and with AdamW alone, in turns; and
-    on a CPU the milliseconds by kind of those with Muon, in each dtype."""
+def whole_steps(config: Settings, dtypes: list[str]) -> tuple[Seconds, dict[str, dict], int]:
+    """train.py's own steps, batch included: seconds with Muon and with AdamW alone, in turns; on a
+    CPU the milliseconds by kind of those with Muon, in each dtype; and the flops of a step."""
     training.keep_freed_memory()  # as train.py does; it holds for the whole process
     steps = {}
     with numbers() as data:
@@ -334,20 +345,40 @@ def whole_steps(config: Settings, dtypes: list[str]) -> tuple[Seconds, dict[str,
             steps[label(optimizer, dtype)] = whole_step(build(config, "ours", "Qwen3"), data, own)
         seconds = measure(steps, config.rounds, config.clock, config.device)
         profiled = dtypes if config.device == "cpu" else []
-        return seconds, {dtype: profile_step(steps[label("muon", dtype)]) for dtype in profiled}
+        profiles = {dtype: profile_step(steps[label("muon", dtype)]) for dtype in profiled}
+    shapes = build(dataclasses.replace(config, device="meta"), "ours", "Qwen3")
+    return seconds, profiles, n_flops(matrix_products(shapes, config.batch_size))
 
 
-def report_whole_steps(config: Settings, seconds: Seconds, profiles: dict[str, dict]) -> dict:
-    """Prints and returns the speeds, and where the time goes."""
+def muon_shares(seconds: Seconds, flops: int, rates: dict[str, float]) -> dict[str, dict]:
+    """By dtype, what the steps with Muon have of the rates that rate_steps measured. Muon's own
+    products are none of their flops."""
+    shares = {}
+    for dtype in (name.removeprefix("muon, ") for name in seconds if name.startswith("muon, ")):
+        rate = flops / median(seconds[label("muon", dtype)])
+        shares[dtype] = {
+            "share_of_product": rate / rates[label("product", dtype)],
+            "share_of_own_products": rate / rates[label("products", "Llama", dtype)],
+        }
+    return shares
+
+
+def report_whole_steps(
+    config: Settings, seconds: Seconds, profiles: dict[str, dict], shares: dict[str, dict]
+) -> dict:
+    """Prints and returns the speeds, their shares of the products', and where the time goes."""
     print("train.py's own step: ours, Qwen3, batch included, with Muon and with AdamW alone")
-    dtypes = [name.removeprefix("muon, ") for name in seconds if name.startswith("muon, ")]
-    pairs = [(label("muon", dtype), label("adamw", dtype)) for dtype in dtypes]
+    pairs = [(label("muon", dtype), label("adamw", dtype)) for dtype in shares]
     ratios = {" / ".join(pair): speed_ratio(seconds, *pair) for pair in pairs}
     results = report(seconds, list(seconds), config.batch_size * config.block_size, ratios)
+    for dtype, of in shares.items():
+        cubed, own = of["share_of_product"], of["share_of_own_products"]
+        name = label("muon", dtype)
+        print(f"  {name:<50} {cubed:.2f} of {SIDE} cubed, {own:.2f} of its products")
     if profiles:
         print("where its time goes, with Muon, under the profiler")
         print_profile(profiles)
-    return results | {"milliseconds": profiles}
+    return results | {"shares": shares, "milliseconds": profiles}
 
 
 # --- memory ------------------------------------------------------------------------------------
@@ -398,6 +429,7 @@ def recipe_words(config: Settings) -> dict[str, list[str]]:
     """train.py's words for each recipe, all of the same depth and width."""
     same = [f"--{name}={getattr(config, name)}" for name in ("n_layer", "n_head", "n_embd")]
     same += [f"--device={config.device}", "--compile=False", f"--patience={PATIENCE}"]
+    same += [f"--seed={config.seed}"]
     return {
         "ours": ["config/pretrain_sanguo.py", *same],
         "minimind": ["config/minimind.py", *same, f"--n_kv_head={max(1, config.n_head // 4)}"],
@@ -455,17 +487,23 @@ def plan(config: Settings, words: dict[str, list[str]]) -> dict[str, dict]:
     path = repo_path(config.runs) / "plan.json"
     recipes = {n: dataclasses.asdict(configure(training.Settings, words[n])) for n in words}
     if path.is_file():
-        plan = json.loads(path.read_text(encoding="utf-8"))
-        for name, before in plan["recipes"].items():
+        try:
+            plan = json.loads(path.read_text(encoding="utf-8"))
+            earlier, costs, where = (plan[key] for key in ("recipes", "costs", "environment"))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{show_path(path)} is damaged; delete it, and the costs are measured anew"
+            ) from None
+        for name, before in earlier.items():
             if changed := [key for key in before if before[key] != recipes[name].get(key)]:
                 raise UserError(
                     f"{show_path(path)} is of another {', '.join(changed)} of {name}; "
                     "pass another --runs="
                 )
         print(f"costs as in {show_path(path)}; without that file they are measured anew")
-        if plan["environment"] != environment(config.device):
+        if where != environment(config.device):
             print("note: they were measured on another machine, or with other threads")
-        return plan["costs"]
+        return costs
     calls, dtypes, n_parts, n_steps = {}, {}, {}, {}
     for name, argv in words.items():
         # a dry run may start where the out_dir holds a run

@@ -164,7 +164,8 @@ def earliest(curves: list[Curve], level: float) -> float | None:
 
 
 def judge(runs: dict[str, dict], costs: dict[str, dict]) -> dict:
-    """Best runs, the times at which ours and MiniMind's best have each level, and two verdicts."""
+    """Best runs, the times at which ours and MiniMind's best have each level, what the last of
+    them is of MiniMind's minutes and of its own time, and whether the reference is ever there."""
     of = {name: [r for r in runs.values() if r["recipe"] == name] for name in costs}
     best = {name: min(of[name], key=lambda run: run["bits_best"]) for name in of}
     peer, reference = best["minimind"], best["reference"]
@@ -185,7 +186,10 @@ def judge(runs: dict[str, dict], costs: dict[str, dict]) -> dict:
     return {
         "best": {name: next(k for k, r in runs.items() if r is run) for name, run in best.items()},
         "levels": rows,
-        "minimind_level_in_a_third": bool(last["ratio"] and last["ratio"] >= 3),
+        "ours_at_minimind_best": {
+            "share_of_its_minutes": last["ours"] and last["ours"] / peer["minutes"],
+            "share_of_its_time_at_best": last["ours"] and last["ours"] / last["minimind"],
+        },
         "shortest_ours": {"minutes": shortest["minutes"], "bits": shortest["bits_best"]},
         "reference_at": {f"{t:g}": level_at(reference["curve"], t) for t in times},
         "reference_never_there": reference["bits_best"] > shortest["bits_best"],
@@ -224,8 +228,8 @@ def print_quality(results: dict) -> None:
         "  The last row is MiniMind's best; above it, schedules of other lengths are under way. "
         "In float32 the steps are the same."
     )
+    print_minimind_best(results)
     yes = {True: "yes", False: "no"}
-    print(f"  MiniMind's level in a third of its time: {yes[results['minimind_level_in_a_third']]}")
     shortest = results["shortest_ours"]
     at = ", ".join(
         f"{bits:.3f} at {minutes} min" if bits else f"not yet evaluated at {minutes} min"
@@ -234,6 +238,20 @@ def print_quality(results: dict) -> None:
     print(
         f"  the reference never has what ours has after {shortest['minutes']:g} min "
         f"({shortest['bits']:.3f}): {yes[results['reference_never_there']]}; it has {at}"
+    )
+
+
+def print_minimind_best(results: dict) -> None:
+    last, shares = results["levels"][-1], results["ours_at_minimind_best"]
+    minutes = results["runs"][results["best"]["minimind"]]["minutes"]
+    what = f"what MiniMind's {minutes:g} min reach, {last['bits']:.3f}, ours"
+    if not last["ours"]:
+        print(f"  {what} never has")
+        return
+    of_minutes, of_time = shares["share_of_its_minutes"], shares["share_of_its_time_at_best"]
+    print(
+        f"  {what} has after {last['ours']:.2f} min: {of_minutes:.2f} of those, {of_time:.2f} of "
+        f"the {last['minimind']:.2f} min after which MiniMind has it"
     )
 
 

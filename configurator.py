@@ -285,6 +285,8 @@ def _parse(name: str, text: str, hint: type) -> object:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     except (ValueError, SyntaxError, TypeError):
         value = text
+    if typing.get_origin(hint) is list and isinstance(value, int | float):
+        value = [value]  # as --runs=a is a list of one
     return _convert(name, value, hint, "")
 
 

@@ -1,5 +1,6 @@
 """bench.py at tiny sizes: every part runs, its ratios are positive numbers, and its counts hold."""
 
+import json
 import math
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
@@ -20,9 +22,9 @@ import bench
 import bench_data
 import bench_loader
 import train
-from bench_quality import first_time, grid, judge, level_at
-from checkpoint import read_log, read_run
-from configurator import UserError
+from bench_quality import first_time, grid, judge, level_at, print_minimind_best
+from checkpoint import environment, read_log, read_run
+from configurator import UserError, configure
 from model import GPT, ModelConfig
 from tests.helpers import save_run, tiny_model, tiny_tokenizer, write_novel
 from tests.runs import read_json
@@ -102,6 +104,14 @@ def test_step_has_speeds_shares_and_memory_of_every_contender(tmp_path, capsys):
     assert_positive(results["ratios"])
     whole = results["whole_steps"]
     assert_positive(whole["ratios"])
+    linear = 4 * 32 * 32 + 3 * 32 * 64 + 32 * 261  # attention, mlp, head: the numbers have 261 ids
+    flops = 2 * 16 * (6 * linear + 12 * 32 * 16 / 2)
+    for dtype, shares in whole["shares"].items():
+        rate = flops / median(whole["seconds"][f"muon, {dtype}"])
+        for key, of in (("product", "product"), ("own_products", "products, Llama")):
+            share = rate / results["flops_per_second"][f"{of}, {dtype}"]
+            assert shares[f"share_of_{key}"] == pytest.approx(share)
+        assert f"{shares['share_of_product']:.2f} of 2048 cubed, " in printed
     for times in whole["milliseconds"].values():
         assert all(milliseconds > 0 for milliseconds in times.values())
         assert all(f"  {kind} " in printed for kind in times)
@@ -229,10 +239,68 @@ def test_ctrl_c_is_left_to_the_script_that_trains(tmp_path):
 
 def test_a_plan_of_other_settings_is_not_used(toy_quality, tmp_path):
     config, words = toy_quality(runs=str(tmp_path))
-    plan = '{"recipes": {"ours": {"n_embd": 33}}}'
+    plan = '{"recipes": {"ours": {"n_embd": 33}}, "costs": {}, "environment": {}}'
     (tmp_path / "plan.json").write_text(plan, encoding="utf-8")
     with pytest.raises(UserError, match=r"plan\.json is of another n_embd of ours"):
         bench.bench_quality(config, words)
+
+
+def test_a_plan_is_of_one_seed_and_those_from_before_seeds_were_given_are_of_train_pys(tmp_path):
+    config = bench.Settings(runs=str(tmp_path))
+    words = bench.recipe_words(config)
+    earlier = {name: [w for w in argv if "seed" not in w] for name, argv in words.items()}
+    recipes = {n: asdict(configure(train.Settings, argv)) for n, argv in earlier.items()}
+    plan = {"recipes": recipes, "costs": {"ours": 1}, "environment": environment("cpu")}
+    (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    assert bench.plan(config, words) == {"ours": 1}
+    config.seed = 2
+    with pytest.raises(UserError, match=r"plan\.json is of another seed of ours"):
+        bench.plan(config, bench.recipe_words(config))
+
+
+@pytest.mark.parametrize("content", [b"", b'{"recipes": {"ours"', b"\xff\xfe", b"[]", b"{}"])
+def test_a_damaged_plan_is_told_in_a_line_that_says_what_to_do(toy_quality, tmp_path, content):
+    config, words = toy_quality(runs=str(tmp_path))
+    (tmp_path / "plan.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"plan\.json is damaged; delete it") as caught:
+        bench.bench_quality(config, words)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "--ours_minutes=[]",
+        "--ours_minutes=-1",
+        "--ours_minutes=[2, 0]",
+        "--ours_minutes=[2, 2.0]",
+        "--ours_minutes=[2, 2.0000001]",  # both ours-2
+        "--ours_minutes=[2, 1e400]",
+        "--ours_minutes=nan",
+        "--minimind_minutes=0",
+        "--minimind_minutes=inf",
+        "--minimind_rates=[]",
+        "--minimind_rates=1e-3,1e-3",
+        "--minimind_rates=-1e-3",
+        "--reference_minutes=-1",
+        "--clock=cpu",
+    ],
+)
+def test_quality_refuses_before_anything_is_measured(tmp_path, word):
+    runs = tmp_path / "runs"
+    with pytest.raises(UserError, match=word[2:].partition("=")[0]) as caught:
+        bench.main(["quality", f"--runs={runs}", word])
+    assert len(str(caught.value).splitlines()) == 1
+    assert not runs.exists()
+
+
+def test_quality_has_a_run_for_each_number():
+    argv = ["quality", "--ours_minutes=30", "--minimind_rates=1e-3,4e-3", "--seed=7"]
+    config = configure(bench.Settings, argv)
+    trials = bench.list_trials(config, bench.recipe_words(config))
+    names = ["ours-30", "minimind-20-0.001", "minimind-20-0.004", "reference-60"]
+    assert [trial.name for trial in trials] == names
+    assert {configure(train.Settings, trial.words).seed for trial in trials} == {7}
 
 
 def test_only_takes_a_run_or_a_recipe(toy_quality):
@@ -284,9 +352,34 @@ def test_ours_is_judged_by_whichever_run_is_first():
     }
     last = results["levels"][-1]
     assert (last["bits"], last["minimind"], last["ours"]) == (2.4, 20, pytest.approx(4.5))
-    assert results["minimind_level_in_a_third"]
+    assert results["ours_at_minimind_best"] == {
+        "share_of_its_minutes": pytest.approx(4.5 / 20),
+        "share_of_its_time_at_best": pytest.approx(4.5 / 20),
+    }
     assert results["reference_never_there"]
     assert results["reference_at"] == {"2": None, "20": None, "60": 3.0}
+
+
+def test_ours_is_told_beside_the_minutes_of_minimind_and_beside_its_own_time_at_best(capsys):
+    print_minimind_best(judge_two((1, 3.0), (3, 2.0)))
+    assert capsys.readouterr().out == (
+        "  what MiniMind's 20 min reach, 2.500, ours has after 2.00 min: 0.10 of those, "
+        "0.40 of the 5.00 min after which MiniMind has it\n"
+    )
+    print_minimind_best(judge_two((1, 3.0), (3, 2.6)))
+    assert capsys.readouterr().out == "  what MiniMind's 20 min reach, 2.500, ours never has\n"
+
+
+def judge_two(*ours: tuple[float, float]) -> dict:
+    """judge of a curve of ours and one of MiniMind's, which is best at minute 5 of 20."""
+    curves = {"ours": ours, "minimind": [(1, 3.0), (5, 2.5), (20, 2.8)], "reference": [(20, 4.0)]}
+    runs = {
+        name: {"recipe": name, "minutes": 20, "curve": curve}
+        | {"bits_best": min(bits for _, bits in curve)}
+        for name, curve in curves.items()
+    }
+    costs = {name: {"dtype": "float32", "step": {"float32": 1.0}} for name in curves}
+    return {"runs": runs} | judge(runs, costs)
 
 
 def test_products_of_a_step_counted_by_hand():
@@ -297,6 +390,14 @@ def test_products_of_a_step_counted_by_hand():
     matrices = 4 * 12 + 4 * 4 + 2 * 4 * 16 + 4 * 64  # q k v, output, mlp, head
     attention = 12 * 1 * 4 * 8 / 2
     assert bench.n_flops(products) == 5 * 8 * (6 * matrices + attention)
+
+
+def test_shares_of_the_step_with_muon_by_hand():
+    seconds = {"muon, float32": [2.0, 1.0, 4.0], "adamw, float32": [1.0, 1.0, 1.0]}
+    rates = {"product, float32": 100.0, "products, Llama, float32": 80.0}
+    assert bench.muon_shares(seconds, 80, rates) == {
+        "float32": {"share_of_product": 0.4, "share_of_own_products": 0.5}
+    }
 
 
 def test_products_are_computed_anew_in_each_turn():

@@ -156,6 +156,10 @@ def test_words_without_dashes_are_names_where_there_is_such_a_setting():
         ("--prompts=None", None),
         ("--splits=7,3", [7, 3]),
         ("--splits=[1]", [1]),
+        ("--splits=3", [3]),
+        ("--splits=1e3", [1000]),
+        ("--runs=3", ["3"]),
+        ("--prompts=却说", ["却说"]),
     ],
 )
 def test_a_flag_becomes_its_settings_type(word, value):
@@ -190,7 +194,11 @@ def test_a_flag_becomes_its_settings_type(word, value):
         "--compile",
         "--runs=[1]",
         "--splits=1.5,2",
-        "--splits=3",
+        "--splits=1.5",
+        "--splits=True",
+        "--splits=ten",
+        "--splits=",
+        "--splits=None",
         "--out_dir",
     ],
 )
@@ -215,6 +223,7 @@ def test_a_flag_of_the_wrong_type_is_refused_by_its_name(word):
         "dtype = 'float64'",
         "runs = 'out'",
         "splits = [1, None]",
+        "splits = 3",
     ],
 )
 def test_a_file_with_a_value_of_the_wrong_type_is_refused_by_both_names(line, tmp_path):
