@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 import train as training
 from checkpoint import has_checkpoint, read_log, read_run
@@ -279,6 +280,7 @@ def quality_figure(results: dict) -> Figure:
         axes.set_xscale("log")
         ticks = sorted({run["minutes"] for run in results["runs"].values()})
         axes.set_xticks(ticks, [f"{minutes:g}" for minutes in ticks])
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(xlabel="minutes (steps x their measured cost)", ylabel="bits per byte, validation")
         figure.legend(loc="outside right upper", frameon=False)
     return figure
