@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 import train as training
 from checkpoint import has_checkpoint, read_log, read_run
@@ -278,9 +278,9 @@ def quality_figure(results: dict) -> Figure:
         what = f"MiniMind's best: {peer['bits']:.3f}"
         axes.axhline(peer["bits"], color="0.45", lw=1, ls="--", label=what)
         axes.set_xscale("log")
-        ticks = sorted({run["minutes"] for run in results["runs"].values()})
-        axes.set_xticks(ticks, [f"{minutes:g}" for minutes in ticks])
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="minutes (steps x their measured cost)", ylabel="bits per byte, validation")
         figure.legend(loc="outside right upper", frameon=False)
     return figure
