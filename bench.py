@@ -96,8 +96,6 @@ PREPARE = {
     "sanguo_gpt2": "data/sanguo/prepare.py --tokenizer=gpt2 --out=data/sanguo_gpt2",
 }
 
-SHORT_MINUTES = 3  # up to there the novel is read less than three times: embeddings decay less
-
 
 @dataclass
 class Settings:
@@ -440,8 +438,7 @@ def recipe_words(config: Settings) -> dict[str, list[str]]:
 def list_trials(config: Settings, words: dict[str, list[str]]) -> list[Trial]:
     trials = []
     for minutes in config.ours_minutes:
-        more = ["--embedding_decay=0.1"] if minutes < SHORT_MINUTES else []
-        trials.append(Trial(f"ours-{minutes:g}", "ours", minutes, [*words["ours"], *more]))
+        trials.append(Trial(f"ours-{minutes:g}", "ours", minutes, words["ours"]))
     minutes = config.minimind_minutes
     for rate in config.minimind_rates:
         more = [f"--learning_rate={rate:g}", f"--min_lr={rate / 10:g}"]
