@@ -7,8 +7,8 @@ init_from = "out-sanguo"
 
 batch_size = 16
 max_iters = 700
-learning_rate = 2e-3
-embedding_lr = 1e-2
+learning_rate = 1e-3
+embedding_lr = 5e-3
 warmup_iters = 50
 eval_interval = 175
 best_by = "last"  # the loss on unseen answers rises while the trained ones are learnt by heart
