@@ -487,12 +487,16 @@ def plan(config: Settings, words: dict[str, list[str]]) -> dict[str, dict]:
         try:
             plan = json.loads(path.read_text(encoding="utf-8"))
             earlier, costs, where = (plan[key] for key in ("recipes", "costs", "environment"))
-        except (ValueError, KeyError, TypeError):
+            changes = {
+                name: [key for key in before if before[key] != recipes[name].get(key)]
+                for name, before in earlier.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
                 f"{show_path(path)} is damaged; delete it, and the costs are measured anew"
             ) from None
-        for name, before in earlier.items():
-            if changed := [key for key in before if before[key] != recipes[name].get(key)]:
+        for name, changed in changes.items():
+            if changed:
                 raise UserError(
                     f"{show_path(path)} is of another {', '.join(changed)} of {name}; "
                     "pass another --runs="
