@@ -258,13 +258,13 @@ def test_a_plan_is_of_one_seed_and_those_from_before_seeds_were_given_are_of_tra
         bench.plan(config, bench.recipe_words(config))
 
 
-SHAPES = (
-    b'{"recipes": %s, "costs": {}, "environment": {}}' % r for r in (b"[]", b'{"x": {"n": 1}}')
-)
-
-
 @pytest.mark.parametrize(
-    "content", [b"", b'{"recipes": {"ours"', b"\xff\xfe", b"[]", b"{}", *SHAPES]
+    "content",
+    [
+        *(b"", b'{"recipes": {"ours"', b"\xff\xfe", b"[]", b"{}"),
+        b'{"recipes": [], "costs": {}, "environment": {}}',
+        b'{"recipes": {"another": {"n_embd": 32}}, "costs": {}, "environment": {}}',
+    ],
 )
 def test_a_damaged_plan_is_told_in_a_line_that_says_what_to_do(toy_quality, tmp_path, content):
     config, words = toy_quality(runs=str(tmp_path))
