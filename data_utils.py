@@ -10,7 +10,7 @@
     tokenizer.json         the vocabulary
 
 A split of more than data_writer.SHARD tokens lies in several files, train-00000.bin, ..., which
-meta.json lists as `shards`. What writes all this is data_writer.py.
+meta.json lists as `shards`. What writes all this is miniglm/prep/writer.py.
 """
 
 import functools
@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from configurator import ROOT, UserError, repo_path, show_path
-from data_writer import shard_names
-from tokenizer import Tokenizer, load_tokenizer
+from miniglm.prep.writer import shard_names
+from miniglm.tokenizer import Tokenizer, load_tokenizer
 
 IGNORE = -100  # a target that is not trained; torch's own default
 POOL = 16  # steps whose rows are sorted by length together

@@ -6,7 +6,7 @@
 
 Into the out_dir go evaluation.json and, of questions and translations, answers.jsonl, both with a
 copy named after dataset and split; of questions also answers-seen.jsonl and histograms. Scores of
-translations are translation_scores.py's, drawing is visualize.py's.
+translations are miniglm/translation_scores.py's, drawing is visualize.py's.
 """
 
 import json
@@ -22,14 +22,16 @@ from rouge import Rouge
 from tqdm import tqdm
 
 import sample
-from checkpoint import Checkpoint
 from configurator import UserError, command, configure, show_path, written_aside
 from data_utils import Dataset, collate, open_dataset
-from data_writer import fit
+from miniglm.checkpoint import Checkpoint
+from miniglm.generation import Sampling
+from miniglm.objectives import IGNORE, split_sums, target_losses, to_device
+from miniglm.prep.writer import fit
+from miniglm.text import complete, load_for_sampling
+from miniglm.tokenizer import Tokenizer
+from miniglm.translation_scores import corpus_scores, report_name
 from model import pick_device
-from objectives import IGNORE, split_sums, target_losses, to_device
-from tokenizer import Tokenizer
-from translation_scores import corpus_scores, report_name
 from visualize import draw_histogram
 
 ROUGE = Rouge(metrics=["rouge-l"], exclusive=False)  # its default counts unique characters only
@@ -38,7 +40,7 @@ FULL_STOP = "\ue000"  # the package would split sentences at "."
 
 
 @dataclass
-class Settings(sample.Sampling):
+class Settings(Sampling):
     out_dir: str = "out"  # of the model
     dataset: str | None = None  # a name under data/, or a path; None is what it was trained on
     split: str = "val"  # val, train, or what else the dataset has, as test
@@ -123,7 +125,7 @@ def in_chat(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list
 
 def in_text(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
     """The same for a model that only continues texts and so has not learnt the chat format: as
-    data/parallel.py writes them, the source in a line and its translation in the next."""
+    miniglm/prep/parallel.py writes them, the source in a line and its translation in the next."""
     source, target = (message["content"] for message in messages)
     prompt = [tokenizer.end_of_text, *tokenizer.encode(f"{source}\n")]
     return prompt, [*tokenizer.encode(target), tokenizer.end_of_text]
@@ -152,14 +154,14 @@ def reference_losses(
 def answer_all(
     checkpoint: Checkpoint,
     conversations: list[list[dict]],
-    config: sample.Sampling,
+    config: Sampling,
     name: str,
     ask: Ask = in_chat,
 ) -> tuple[list[dict], dict]:
     """A record for each conversation: question, reference, the model's answer, the reference's
     perplexity; and per_token of all the references."""
     prompts = [ask(checkpoint.tokenizer, messages)[0] for messages in conversations]
-    outputs = sample.complete(checkpoint, prompts, config, 1, config.batch_size)
+    outputs = complete(checkpoint, prompts, config, 1, config.batch_size)
     answers = [out for [out] in tqdm(outputs, name, total=len(prompts), unit="answer")]
     losses = reference_losses(checkpoint, conversations, config.batch_size, ask)
     records = [
@@ -357,7 +359,7 @@ def draw_histograms(out_dir: Path, report: dict, asked: list[dict], seen: list[d
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     device = pick_device(config.device)
-    checkpoint = sample.load_for_sampling(config.out_dir, device, config.quantize == "int8")
+    checkpoint = load_for_sampling(config.out_dir, device, config.quantize == "int8")
     config.temperature = config.temperature or 0.0  # greedy, whatever sampling takes by default
     data = open_dataset(dataset_of(checkpoint, config))
     if data.kind == "dpo":

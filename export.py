@@ -1,10 +1,11 @@
-"""A checkpoint for other tools: a Hugging Face directory, or a GGUF file.
+"""A checkpoint for other tools: a Hugging Face directory, a GGUF file, or one whole checkpoint.
 
     python export.py --out_dir=out-sanguo-sft --to=sanguo-hf
     python export.py --format=gguf --out_dir=out-sanguo-sft --to=sanguo.gguf
+    python export.py --format=merged --out_dir=out-lora --to=out-merged    # adapter and base as one
 
 transformers loads the directory as it loads any (AutoModelForCausalLM, AutoTokenizer, no code of
-ours), llama.cpp the file. Weights are float32. The chat template writes what tokenizer.py's
+ours), llama.cpp the file. Weights are float32. The chat template writes what miniglm/tokenizer.py's
 `render` writes: names of special tokens inside a message stay plain text. In the directory it sets
 HIDDEN behind each `<` of a message (and what else an adopted tokenizer's added tokens begin with),
 which the exported tokenizer takes away again once special tokens are found. llama.cpp takes nothing
@@ -24,11 +25,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from checkpoint import Checkpoint, load_checkpoint
 from configurator import UserError, command, configure, repo_path, show_path, written_aside
-from hugging_face import chat_template, family_of, hiding_template, to_hugging_face
-from model import ModelConfig
-from tokenizer import (
+from miniglm.checkpoint import Checkpoint, claimed, load_checkpoint, save_checkpoint
+from miniglm.interop.hugging_face import chat_template, family_of, hiding_template, to_hugging_face
+from miniglm.tokenizer import (
     DIGITS_PATTERN,
     END,
     END_OF_TEXT,
@@ -40,6 +40,7 @@ from tokenizer import (
     ROLES,
     UNHIDE,
 )
+from model import ModelConfig
 
 # llama.cpp's names for ways of cutting text
 PRE_TOKENIZERS = {
@@ -52,7 +53,7 @@ PRE_TOKENIZERS = {
 
 @dataclass
 class Settings:
-    format: Literal["hf", "gguf"] = "hf"  # a directory for transformers; a file for llama.cpp
+    format: Literal["hf", "gguf", "merged"] = "hf"  # for transformers; llama.cpp; our own scripts
     out_dir: str = "out-sanguo-sft"  # the run whose best checkpoint leaves
     to: str = ""  # directory or file to write
 
@@ -207,6 +208,17 @@ def hidden(name: str) -> str:
     return name[0] + HIDDEN + name[1:]
 
 
+def write_merged(checkpoint: Checkpoint, to: Path) -> None:
+    """An out_dir whose checkpoint is an adapter merged into its base."""
+    if "adapter" not in checkpoint.run:
+        raise UserError(f"{show_path(checkpoint.path)} holds a whole model, and no adapter")
+    run = {key: value for key, value in checkpoint.run.items() if key != "adapter"}
+    run["settings"] = run["settings"] | {"lora_rank": 0}
+    run["merged"] = {part: checkpoint.run["adapter"][part] for part in ("rank", "alpha", "targets")}
+    with claimed(to):
+        save_checkpoint(to, checkpoint.model, [], checkpoint.tokenizer, run, is_best=True)
+
+
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     if not config.to:
@@ -215,8 +227,9 @@ def main(argv: list[str]) -> None:
     if to.exists():
         raise UserError(f"{show_path(to)} is there; delete it, or name another --to=")
     checkpoint = load_checkpoint(repo_path(config.out_dir))
-    {"hf": write_hugging_face, "gguf": write_gguf}[config.format](checkpoint, to)
-    size = sum(file.stat().st_size for file in ([to] if to.is_file() else to.iterdir()))
+    write = {"hf": write_hugging_face, "gguf": write_gguf, "merged": write_merged}
+    write[config.format](checkpoint, to)
+    size = sum(file.stat().st_size for file in ([to] if to.is_file() else to.rglob("*.*")))
     print(f"{show_path(to)}: {family_of(checkpoint.model.config)}, {size / 1e6:.1f} MB, float32")
 
 

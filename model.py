@@ -18,8 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from attention import attend
 from configurator import UserError
+from miniglm.attention import attend
 
 # what lstm_model.py reads of an Architecture; the GPT reads all
 LSTM_READS = {"model", "block_size", "n_layer", "n_embd", "norm", "norm_eps", "bias"}

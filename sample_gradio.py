@@ -5,7 +5,7 @@
 
 Then open the address that it prints. Nothing is loaded from elsewhere, and nothing is sent. Marks
 (good, bad) go into marks.jsonl in the model's out_dir. The endpoint is api.py's, HTML is
-page_html.py's.
+miniglm/serve/page_html.py's.
 """
 
 import asyncio
@@ -28,14 +28,13 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
-import api
-import page_html
 from configurator import UserError, command, configure, show_path
-from gate import LOOPBACK, Gate
-from generation import Sampling
-from page_html import Answer, Chunk, Turn
-from sample import complete_question, load_for_sampling
-from serving import Piece, Server, Stream
+from miniglm.generation import Sampling
+from miniglm.serve import api, page_html
+from miniglm.serve.gate import LOOPBACK, Gate
+from miniglm.serve.page_html import Answer, Chunk, Turn
+from miniglm.serve.server import Piece, Server, Stream
+from miniglm.text import complete_question, load_for_sampling
 
 MOST_SAMPLES = 5  # side by side
 UPDATE = 0.03  # seconds between two updates of a page
@@ -432,7 +431,7 @@ STREAMED = {"show_progress": "hidden", "api_visibility": "undocumented"}
 
 
 def shown(html: str, **options) -> gr.HTML:
-    """HTML of page_html.py's making, in its own style."""
+    """HTML of miniglm/serve/page_html.py's making, in its own style."""
     return gr.HTML(html, apply_default_css=False, **options)
 
 

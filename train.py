@@ -28,7 +28,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import (
+from configurator import UserError, command, configure, no_memory, repo_path, show_path
+from data_utils import Dataset, Mixture, open_dataset
+from lstm_model import LSTM
+from miniglm.checkpoint import (
     MODELS,
     Checkpoint,
     adapter_of,
@@ -50,10 +53,8 @@ from checkpoint import (
     what_stays,
     whole_model,
 )
-from configurator import UserError, command, configure, no_memory, repo_path, show_path
-from data_utils import Dataset, Mixture, open_dataset
-from devices import Peak, find_peak, show_rate
-from distributed import (
+from miniglm.devices import Peak, find_peak, show_rate
+from miniglm.distributed import (
     ALONE,
     Objective,
     World,
@@ -64,11 +65,8 @@ from distributed import (
     together,
     whole,
 )
-from lora import PARTS, adapters, add_adapters
-from lstm_model import LSTM
-from model import GPT, Architecture, ModelConfig, pick_device
-from muon import Muon
-from objectives import (
+from miniglm.lora import PARTS, adapters, add_adapters
+from miniglm.objectives import (
     PREFERENCES,
     all_log_probs,
     count_pairs,
@@ -79,9 +77,11 @@ from objectives import (
     split_sums,
     to_device,
 )
-from tokenizer import Tokenizer
-from trackers import Tracked, check_trackers, open_trackers
-from watch import Stopwatch, sample_prompts, write_samples
+from miniglm.optim import Muon
+from miniglm.tokenizer import Tokenizer
+from miniglm.trackers import Tracked, check_trackers, open_trackers
+from miniglm.watch import Stopwatch, sample_prompts, write_samples
+from model import GPT, Architecture, ModelConfig, pick_device
 
 
 @dataclass
@@ -97,7 +97,9 @@ class Settings(Architecture):
     mix_dataset: str | None = None  # mixed in as a term of its own: pretraining text, say
     mix_batch_size: int = 4  # rows of it in each micro-batch, beside batch_size
     mix_weight: float = 1.0  # of its mean loss, beside the dataset's own at 1
-    lora_rank: int = 0  # of adapters on a frozen model of init_from, lora.py; 0: train all of it
+    lora_rank: int = (
+        0  # of adapters on a frozen model of init_from, miniglm/lora.py; 0: train all of it
+    )
     lora_alpha: float = 16.0  # what adapters add is scaled by lora_alpha / lora_rank
     lora_dropout: float = 0.0  # of what adapters read
     lora_targets: list[str] | None = None  # names of Linears; None: all those of the blocks

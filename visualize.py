@@ -25,8 +25,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogFormatter, PercentFormatter
 
-from checkpoint import has_checkpoint, read_log, read_run
 from configurator import UserError, command, configure, repo_path, show_path, written_aside
+from miniglm.checkpoint import has_checkpoint, read_log, read_run
 
 X = Literal["tokens", "seconds", "iter"]
 Y = Literal["loss", "bits_per_byte"]

@@ -2,7 +2,7 @@
 # architecture (no norm of queries and keys), torch's AdamW as it comes, no warm-up.
 #   python data/sanguo/prepare.py --vocab_size=6400 --out=data/sanguo_6400
 #   python train.py config/minimind.py
-# `python bench.py quality` trains it for a given time. As everywhere in this repository the decay
+# `python -m bench quality` trains it for a given time. As everywhere in this repository the decay
 # is linear (MiniMind's is a cosine) and norms are not decayed.
 out_dir = "out-minimind"
 dataset = "sanguo_6400"

@@ -31,12 +31,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configurator import UserError, command, configure, repo_path, show_path
-from data import endpoint
-from data.endpoint import append, ask_all, open_client, short_hash, whole_lines
-from data.forms import text_of
-from data.readers import Tally, find_sources, records
-from data.similar import QUESTIONS_ALIKE, NearDuplicates, letters_of
-from data_writer import SENTENCE_END
+from miniglm.prep import endpoint
+from miniglm.prep.endpoint import append, ask_all, open_client, short_hash, whole_lines
+from miniglm.prep.forms import text_of
+from miniglm.prep.readers import Tally, find_sources, records
+from miniglm.prep.similar import QUESTIONS_ALIKE, NearDuplicates, letters_of
+from miniglm.prep.writer import SENTENCE_END
 
 # share of an answer's pairs of characters that its passage or question must have: 88 % of the 1,186
 # answers of data/sanguo/qa.jsonl, which are in other words than the novel, have it in the 800

@@ -32,10 +32,10 @@ import huggingface_hub  # it reads HF_ENDPOINT where a name of it is first used
 from safetensors import SafetensorError, safe_open
 
 from configurator import ROOT, UserError, command, configure, repo_path, show_path, written_aside
-from data.cards import About, dataset_card, export_card, model_card, train_command
 from data.fetch_data import SOURCES, Source
 from data_utils import Dataset, open_dataset
-from data_writer import files_of
+from miniglm.interop.hub import About, dataset_card, export_card, model_card, train_command
+from miniglm.prep.writer import files_of
 
 LINK = "hub_url.txt"
 # a path that is absolute, or leads out of the repository; several stand one behind a comma, with
@@ -135,12 +135,12 @@ def origin_of(source: str) -> Source | None:
 
 def of_run(path: Path, about: About) -> Upload:
     # torch takes a second, which datasets need not
-    from checkpoint import files_alone, load_checkpoint, read_log, read_run
+    from miniglm.checkpoint import files_alone, load_checkpoint, read_log, read_run
 
     if "adapter" in read_run(path, "best"):
         raise UserError(
             f"{show_path(path)} holds an adapter, which is nothing without its base; run python "
-            f"lora.py merge --out_dir={show_path(path)} --to=ANOTHER, and upload that"
+            f"export.py --format=merged --out_dir={show_path(path)} --to=ANOTHER, and upload that"
         )
     checkpoint = load_checkpoint(path)  # UserError where it is damaged
     step, run = checkpoint.path.name, public(checkpoint.run)

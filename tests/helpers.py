@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import MODELS, save_checkpoint
-from data_writer import write_pretrain, write_sft
 from lstm_model import LSTM
+from miniglm.checkpoint import MODELS, save_checkpoint
+from miniglm.prep.writer import write_pretrain, write_sft
+from miniglm.tokenizer import Tokenizer, train_tokenizer
 from model import GPT, ModelConfig
-from tokenizer import Tokenizer, train_tokenizer
 
 TEXT = """\
 话说天下大势，分久必合，合久必分。周末七国分争，并入于秦。及秦灭之后，楚、汉分争，又并入于汉。

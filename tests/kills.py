@@ -24,8 +24,8 @@ import torch
 from tqdm import tqdm
 
 import train
-from checkpoint import has_checkpoint, load_checkpoint
 from configurator import UserError, command, configure
+from miniglm.checkpoint import has_checkpoint, load_checkpoint
 from tests.runs import TINY, assert_same_run, log, pointer, words, write_pairs
 from tests.runs import write_toys as write_texts
 

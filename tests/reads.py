@@ -1,4 +1,4 @@
-"""What the tests of data/pipeline.py run in other processes. No torch here: they start quicker."""
+"""What the tests of pipeline.py run in other processes. No torch here: they start quicker."""
 
 import os
 import signal
@@ -6,9 +6,9 @@ import sys
 import time
 from collections.abc import Iterator
 
-from data import pipeline
-from data.forms import Record
-from data.readers import Source, Tally, find_sources, records
+from miniglm.prep import pipeline
+from miniglm.prep.forms import Record
+from miniglm.prep.readers import Source, Tally, find_sources, records
 
 
 def in_named_files(source: Source, tally: Tally) -> Iterator[tuple[str, Record]]:

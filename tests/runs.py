@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 
 import train
 from data_utils import Dataset
-from data_writer import Pair, write_dpo, write_pretrain, write_sft
-from tokenizer import Tokenizer, train_tokenizer
+from miniglm.prep.writer import Pair, write_dpo, write_pretrain, write_sft
+from miniglm.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("*.py", "config/**/*.py", "miniglm/**/*.py", "data/**/*.py", "bench/*.py")
 PEOPLE = ["刘备", "关羽", "张飞", "曹操", "孙权", "诸葛亮", "周瑜", "吕布"]
 PLACES = ["荆州", "徐州", "洛阳", "许昌", "江东"]
 DEEDS = ["到", "攻打", "离开", "守住"]
@@ -107,8 +108,8 @@ def start(script: str, *argv: str, **options) -> subprocess.Popen:
     """A script of the repository in a process of its own."""
     where = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    path = where["cwd"] / script
-    return subprocess.Popen([sys.executable, str(path), *argv], env=environment, **where)
+    path = ["-m", script[:-3].replace("/", ".")] if script.startswith("miniglm") else [script]
+    return subprocess.Popen([sys.executable, *path, *argv], env=environment, **where)
 
 
 def run(script: str, *argv: str, **options) -> subprocess.CompletedProcess:

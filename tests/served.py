@@ -13,9 +13,8 @@ import torch
 import uvicorn
 
 import sample_gradio
-from generation import Sampling
-from model import GPT
-from sample import (
+from miniglm.generation import Sampling
+from miniglm.text import (
     chat_prompt,
     complete,
     complete_question,
@@ -23,9 +22,10 @@ from sample import (
     load_for_sampling,
     prompt_ids,
 )
+from miniglm.tokenizer import Tokenizer
+from model import GPT
 from tests.helpers import save_run, tiny_model, tiny_tokenizer
 from tests.runs import checkpoint_file, read_json
-from tokenizer import Tokenizer
 
 BLOCK = 96  # tokens
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 import sample
-from answer_file import alone
 from configurator import UserError
+from miniglm.answer_file import alone
+from miniglm.generation import Sampling
+from miniglm.text import chat, load_for_sampling, prompt_ids, stream
 from tests.helpers import TEXT, save_run, tiny_model, tiny_tokenizer, write_novel, write_questions
 from tests.runs import contents, error_line, run
 
@@ -71,11 +73,11 @@ def test_every_line_keeps_its_place_and_a_bad_one_says_why(outs, tmp_path, capsy
 
 
 def test_answers_are_those_that_each_question_has_by_itself(outs, tmp_path):
-    checkpoint = sample.load_for_sampling(str(outs["sft"]), "cpu")
+    checkpoint = load_for_sampling(str(outs["sft"]), "cpu")
     for record in ask(outs["sft"], tmp_path, "--batch_size=3"):
         if "answer" in record:
-            prompt = sample.prompt_ids(checkpoint, record["question"])
-            alone = sample.stream(checkpoint, prompt, sample.Sampling(20, temperature=0.0))
+            prompt = prompt_ids(checkpoint, record["question"])
+            alone = stream(checkpoint, prompt, Sampling(20, temperature=0.0))
             assert record["answer"] == "".join(alone)
 
 
@@ -95,7 +97,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(outs, tmp_path, kept, monk
     ask(outs["sft"], tmp_path, *flags)
     whole = (tmp_path / "answers.jsonl").read_bytes()
     (tmp_path / "answers.jsonl").unlink()
-    monkeypatch.setattr("answer_file.publish", lambda part, target: None)
+    monkeypatch.setattr("miniglm.answer_file.publish", lambda part, target: None)
     with pytest.raises(FileNotFoundError):
         ask(outs["sft"], tmp_path, *flags)  # ends with its .part
     monkeypatch.undo()
@@ -166,7 +168,7 @@ def test_one_of_the_two_files_alone_is_refused(outs):
 
 
 def test_a_conversation_remembers_until_an_empty_line(outs, monkeypatch, capsys):
-    checkpoint = sample.load_for_sampling(str(outs["sft"]), "cpu")
+    checkpoint = load_for_sampling(str(outs["sft"]), "cpu")
     checkpoint.run["dataset"]["question_end"] = "？"
     said = iter(["谁弄权", "何时？", TEXT.replace("\n", ""), "", "何时？"])
 
@@ -177,9 +179,8 @@ def test_a_conversation_remembers_until_an_empty_line(outs, monkeypatch, capsys)
 
     monkeypatch.setattr("builtins.input", type_in)
     asked = []
-    chat = sample.chat
     monkeypatch.setattr(sample, "chat", lambda c, m, *s: asked.append(list(m)) or chat(c, m, *s))
-    sample.converse(checkpoint, sample.Sampling(12, temperature=0.0))
+    sample.converse(checkpoint, Sampling(12, temperature=0.0))
     printed = capsys.readouterr().out
     assert [m["content"] for m in asked[0]] == ["谁弄权？"]
     assert [m["role"] for m in asked[1]] == ["user", "assistant", "user"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attention import CausalAttention, attend
+from miniglm.attention import CausalAttention, attend
 
 
 def inputs(*shape: int, heads: int = 4, seed: int = 0) -> list[torch.Tensor]:

@@ -19,9 +19,9 @@ from data_utils import (
     collate,
     permute,
 )
-from data_writer import fit, write_pretrain, write_sft
+from miniglm.prep.writer import fit, write_pretrain, write_sft
+from miniglm.tokenizer import Tokenizer, train_tokenizer
 from tests.helpers import TEXT, dialogue
-from tokenizer import Tokenizer, train_tokenizer
 
 SYSTEM = {"role": "system", "content": "你熟读三国。"}
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from devices import BUDGET, find_peak, listed_peak, measure_peak, show_rate
+from miniglm.devices import BUDGET, find_peak, listed_peak, measure_peak, show_rate
 
 # names as torch.cuda.get_device_name gives them, and TFLOP/s of the data sheets, dense
 NAMES = {
@@ -59,7 +59,7 @@ def test_what_a_gpu_only_emulates_or_does_without_tensor_cores_is_not_listed():
 
 def test_a_measured_peak_is_the_operations_of_the_largest_product_over_its_seconds(monkeypatch):
     ticks = itertools.count(step=0.02)  # a clock by which each product takes 0.02 s
-    monkeypatch.setattr("devices.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr("miniglm.devices.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     peak = measure_peak.__wrapped__("cpu", torch.float32)  # past the cache
     assert peak.rate == pytest.approx(2 * 2048**3 / 0.02)
     assert str(peak) == "peak 859 GFLOP/s, measured"
@@ -67,7 +67,7 @@ def test_a_measured_peak_is_the_operations_of_the_largest_product_over_its_secon
 
 def test_where_products_take_long_smaller_ones_are_measured(monkeypatch):
     ticks = itertools.count(step=0.1)
-    monkeypatch.setattr("devices.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr("miniglm.devices.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     peak = measure_peak.__wrapped__("cpu", torch.float32)
     assert peak.rate == pytest.approx(2 * 256**3 / 0.1)
 

@@ -17,7 +17,7 @@ import torch
 
 from configurator import UserError
 from data_utils import Dataset
-from distributed import ALONE, World, join, world_of
+from miniglm.distributed import ALONE, World, join, world_of
 from tests.runs import (
     ROOT,
     TINY,
@@ -483,7 +483,7 @@ ONE_STEP = """
 import json, sys
 sys.path.insert(0, {root!r})
 from torch.profiler import ProfilerActivity, profile
-from distributed import together
+from miniglm.distributed import together
 from train import n_trained, start, step_batches, train_step
 
 with together() as world:

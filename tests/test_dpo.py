@@ -13,15 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data_writer
-from checkpoint import load_checkpoint
 from configurator import UserError
 from data.custom import prepare_dpo
-from data.forms import BadRecord, preference
 from data_utils import IGNORE, Dataset
-from data_writer import Form, fit_pair, merge, working_folder, write_dpo, write_unit
-from lora import adapter_weights, add_adapters
-from objectives import (
+from miniglm.checkpoint import load_checkpoint
+from miniglm.lora import adapter_weights, add_adapters
+from miniglm.objectives import (
     PREFERENCES,
     count_pairs,
     dpo,
@@ -31,6 +28,9 @@ from objectives import (
     split_preferences,
     to_device,
 )
+from miniglm.prep import writer as data_writer
+from miniglm.prep.forms import BadRecord, preference
+from miniglm.prep.writer import Form, fit_pair, merge, working_folder, write_dpo, write_unit
 from tests.helpers import dialogue, tiny_model, tiny_tokenizer
 from tests.runs import (
     TINY,

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from checkpoint import load_checkpoint
-from data_writer import write_pretrain
+from miniglm.checkpoint import load_checkpoint
+from miniglm.prep.writer import write_pretrain
 from tests.runs import (
     PEOPLE,
     ROOT,
+    SOURCES,
     TINY,
     assert_same_run,
     checkpoint_file,
@@ -241,7 +242,7 @@ def test_what_a_person_did_wrong_is_one_line_and_changes_nothing(case, world, ru
 def checkout(tmp_path_factory):
     """The sources alone, as cloned: nothing fetched, prepared or trained."""
     folder = tmp_path_factory.mktemp("clone") / "repository"
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("config/*.py"), *ROOT.glob("data/**/*.py")]:
+    for path in [p for part in SOURCES for p in ROOT.glob(part)]:
         (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder / path.relative_to(ROOT))
     return folder

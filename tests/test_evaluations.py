@@ -11,9 +11,7 @@ from rouge import Rouge
 
 import evaluations
 import sample
-from checkpoint import load_checkpoint
 from configurator import UserError
-from data import parallel
 from data.translation import prepare_sft as translation_sft
 from data_utils import Dataset
 from evaluations import (
@@ -27,7 +25,11 @@ from evaluations import (
     repeated,
     rouge_l,
 )
-from objectives import count_terms, next_token, to_device
+from miniglm.checkpoint import load_checkpoint
+from miniglm.objectives import count_terms, next_token, to_device
+from miniglm.prep import parallel
+from miniglm.tokenizer import train_tokenizer
+from miniglm.translation_scores import corpus_scores
 from tests.helpers import (
     QUESTIONS,
     TEXT,
@@ -38,9 +40,7 @@ from tests.helpers import (
     write_novel,
     write_questions,
 )
-from tests.test_parallel import many, write_pairs
-from tokenizer import train_tokenizer
-from translation_scores import corpus_scores
+from tests.prep.test_parallel import many, write_pairs
 
 REPORT_KEYS = {
     *("dataset", "split", "tokens", "bytes", "perplexity", "bits_per_byte"),

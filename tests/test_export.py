@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoint import load_checkpoint
 from configurator import UserError
 from export import main
-from sample import load_for_sampling
+from miniglm.checkpoint import load_checkpoint
+from miniglm.text import load_for_sampling
+from miniglm.tokenizer import GPT2_PATTERN, HIDDEN, SPECIAL_TOKENS, Tokenizer, adopt
 from tests.helpers import TEXT, dialogue, save_run, tiny_model, tiny_tokenizer
+from tests.interop.test_foreign import foreign_tokenizer
 from tests.runs import small_disk
-from tests.test_foreign import foreign_tokenizer
-from tokenizer import GPT2_PATTERN, HIDDEN, SPECIAL_TOKENS, Tokenizer, adopt
 
 FAMILIES = {
     "qwen3": {"n_kv_head": 2},

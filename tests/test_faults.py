@@ -11,10 +11,10 @@ from statistics import median
 
 import pytest
 
-import lora
-from checkpoint import claimed
 from configurator import UserError, locked
 from data_utils import Dataset
+from miniglm import lora
+from miniglm.checkpoint import claimed
 from tests.runs import (
     TINY,
     assert_same_run,

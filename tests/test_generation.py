@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from configurator import UserError
-from decoding import Decoder, PackedLinear, pack, quantize
-from generation import Batch, Request, Sampling, choose, completions, generate, penalize
+from miniglm.decoding import Decoder, PackedLinear, pack, quantize
+from miniglm.generation import Batch, Request, Sampling, choose, completions, generate, penalize
 from tests.helpers import ALL_MODELS, ARCHITECTURES, random_ids, tiny_model
 
 BLOCK = 24  # tokens, the tiny model's block_size

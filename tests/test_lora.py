@@ -10,12 +10,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import lora
-from checkpoint import has_checkpoint, load_checkpoint, read_run
-from configurator import UserError
-from decoding import pack
-from lora import adapter_weights, adapters, adapters_off, add_adapters, find_targets, merge
-from objectives import next_token
+import export
+from configurator import UserError, show_path
+from miniglm.checkpoint import has_checkpoint, load_checkpoint, read_run
+from miniglm.decoding import pack
+from miniglm.lora import adapter_weights, adapters, adapters_off, add_adapters, find_targets, merge
+from miniglm.objectives import next_token
 from tests.helpers import ARCHITECTURES, random_ids, tiny_model
 from tests.runs import (
     assert_same_run,
@@ -307,8 +307,8 @@ def test_a_damaged_run_json_of_an_adapter_is_named(sft, tmp_path, adapter):
 def test_a_merged_checkpoint_is_whole_and_the_same_model(sft, tmp_path, capsys):
     _, adapter = sft
     to = tmp_path / "merged"
-    lora.main(["merge", f"--out_dir={adapter}", f"--to={to}"])
-    assert "merged into its base" in capsys.readouterr().out
+    export.main(["--format=merged", f"--out_dir={adapter}", f"--to={to}"])
+    assert capsys.readouterr().out.startswith(show_path(to))
     assert "adapter" not in read_run(to, "best")
     assert read_run(to, "best")["merged"]["rank"] == ADAPTER["lora_rank"]
     idx = random_ids(2, 20)
@@ -323,15 +323,13 @@ def test_a_merged_checkpoint_is_whole_and_the_same_model(sft, tmp_path, capsys):
 def test_errors_of_adapters_are_one_line(sft, tmp_path):
     base, adapter = sft
     data = base.parent / "questions"
-    cases = [
-        (lora.main, ["merge", f"--out_dir={adapter}"], "where to"),
-        (lora.main, ["merg", f"--out_dir={adapter}", "--to=x"], "write python lora.py merge"),
-        (lora.main, ["merge", f"--out_dir={adapter}", f"--to={base}"], "already holds a run"),
-        (lora.main, ["merge", f"--out_dir={base}", f"--to={tmp_path}"], "no adapter"),
-    ]
-    for main, argv, message in cases:
+    for argv, message in [
+        ([f"--out_dir={adapter}"], "names nothing"),
+        ([f"--out_dir={adapter}", f"--to={base}"], "is there"),
+        ([f"--out_dir={base}", f"--to={tmp_path / 'merged'}"], "no adapter"),
+    ]:
         with pytest.raises(UserError, match=message):
-            main(argv)
+            export.main(["--format=merged", *argv])
     with pytest.raises(UserError, match="lora_rank=2 adapts a trained model"):
         train_here(dataset=data, out_dir=tmp_path / "a", lora_rank=2)
     with pytest.raises(UserError, match=r"lora_rank=9, but .* has lora_rank=3"):

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 import evaluations
 import sample
-from checkpoint import load_checkpoint
 from configurator import ROOT, UserError, configure
 from lstm_model import LSTM
+from miniglm.checkpoint import load_checkpoint
 from model import GPT, ModelConfig
 from tests.helpers import random_ids, save_run, tiny_model, tiny_tokenizer, write_novel
 from tests.runs import (

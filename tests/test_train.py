@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint import load_checkpoint
 from configurator import ROOT, UserError
 from data_utils import Dataset
-from data_writer import write_pretrain
 from lstm_model import LSTM
+from miniglm.checkpoint import load_checkpoint
+from miniglm.objectives import split_sums
+from miniglm.prep.writer import write_pretrain
 from model import GPT, ModelConfig
-from objectives import split_sums
 from tests.runs import (
     TINY,
     assert_same_run,

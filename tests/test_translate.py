@@ -7,13 +7,13 @@ import pytest
 
 import evaluations
 import train
-import translation_scores
 from configurator import ROOT, configure
-from data import parallel
 from data.finance import prepare_dpo
 from data.finance import prepare_sft as finance_sft
 from data.translation import prepare as translation
 from data.translation import prepare_sft as translation_sft
+from miniglm import translation_scores
+from miniglm.prep import parallel
 from tests.runs import read_json, words
 
 PHASES = ("pretrain", "sft", "lora", "dpo")

@@ -13,12 +13,10 @@ import pytest
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 
-import translation_scores
 from configurator import ROOT, UserError
-from data.parallel import traditional
-from tests.runs import error_line, run
-from tests.test_parallel import PAIRS, many
-from translation_scores import (
+from miniglm import translation_scores
+from miniglm.prep.parallel import traditional
+from miniglm.translation_scores import (
     EXCHANGES,
     METRICS,
     RESAMPLES,
@@ -32,6 +30,8 @@ from translation_scores import (
     simplified,
     statistics,
 )
+from tests.prep.test_parallel import PAIRS, many
+from tests.runs import error_line, run
 
 REFERENCES = [traditional(chinese) for _, chinese in many(64)]
 FRESH = {"bleu": lambda: BLEU(tokenize="zh"), "chrf": lambda: CHRF(word_order=2)}
@@ -355,7 +355,7 @@ def test_what_cannot_be_compared_is_one_line_that_says_what_to_do(three, tmp_pat
 @pytest.mark.skipif(importlib.util.find_spec("comet") is not None, reason="COMET is here")
 def test_without_comet_one_line_says_how_to_get_it(three):
     answers = three[0][0] / "answers-toy_sft-test.jsonl"
-    line = error_line(run("translation_scores.py", "comet", f"--answers={answers}"))
+    line = error_line(run("miniglm/translation_scores.py", "comet", f"--answers={answers}"))
     assert "COMET is not in this environment" in line and "requirements-comet.txt" in line
     assert not answers.with_name("comet-toy_sft-test.json").exists()
 

@@ -12,8 +12,8 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager
 from matplotlib.patches import StepPatch
 from matplotlib.text import Text
 
-from checkpoint import append_log
 from configurator import UserError
+from miniglm.checkpoint import append_log
 from visualize import (
     PAIRED,
     curves_figure,

@@ -8,9 +8,18 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from checkpoint import load_checkpoint
 from data_utils import Dataset
-from sample import Sampling, complete
+from miniglm.checkpoint import load_checkpoint
+from miniglm.generation import Sampling
+from miniglm.text import complete
+from miniglm.watch import (
+    SAMPLE_TOKENS,
+    Stopwatch,
+    first_prompt,
+    process_seconds,
+    sample_prompts,
+    write_samples,
+)
 from tests.runs import (
     ROOT,
     TINY,
@@ -19,14 +28,6 @@ from tests.runs import (
     run,
     train_here,
     words,
-)
-from watch import (
-    SAMPLE_TOKENS,
-    Stopwatch,
-    first_prompt,
-    process_seconds,
-    sample_prompts,
-    write_samples,
 )
 
 # --- samples -----------------------------------------------------------------------------------

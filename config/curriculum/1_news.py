@@ -2,7 +2,7 @@
 #   python data/sohu_news/prepare.py --input=FILES --tokenizer=data/vocab
 #   python train.py config/curriculum/1_news.py
 # For one GPU; not yet run on one. All stages have one vocabulary, trained on their texts together:
-#   python tokenizer.py train --vocab_size=16384 --out=data/vocab/tokenizer.json FILES
+#   python data/train_tokenizer.py train --vocab_size=16384 --out=data/vocab/tokenizer.json FILES
 out_dir = "out-curriculum-1"
 dataset = "sohu_news"
 

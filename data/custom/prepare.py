@@ -4,7 +4,7 @@
     python data/custom/prepare.py --input=qa.jsonl --name=mine_sft --tokenizer=data/mine
     python data/custom/prepare.py --input=talk.en --target=talk.zh --name=mine_pairs
 
-The forms of files are told in data/readers.py, those of records in data/forms.py. The first good
+The forms of files are told in readers.py, those of records in forms.py. The first good
 record says whether all are texts or conversations. A .txt file is cut into documents of some 4,096
 characters at line ends. A document is validation by its hash, a conversation by that of its first
 question: so the split stays when other records are added, and equal questions lie on one side.
@@ -19,9 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import UserError, command, configure
-from data import pipeline
-from data.forms import Record, parse_fields
-from data.readers import Source, Tally, find_sources, is_text, records
+from miniglm.prep import pipeline
+from miniglm.prep.forms import Record, parse_fields
+from miniglm.prep.readers import Source, Tally, find_sources, is_text, records
 
 
 @dataclass

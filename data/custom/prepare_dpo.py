@@ -3,7 +3,7 @@
     python data/custom/prepare_dpo.py --input=pairs.jsonl --name=mine_dpo --tokenizer=data/mine_sft
     python data/custom/prepare_dpo.py --input=out-sanguo-sft/marks.jsonl --name=marks_dpo
 
-Which records it takes is told in data/preferences.py. Marks that stay alone are counted.
+Which records it takes is told in miniglm/prep/preferences.py. Marks that stay alone are counted.
 """
 
 import sys
@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import command, configure
-from data import preferences
+from miniglm.prep import preferences
 
 
 @dataclass

@@ -4,7 +4,7 @@
     python data/finance/prepare.py --tokenizer=data/translation
 
 A text is a sentence and, in the next line, its Chinese in Traditional characters. What is left out,
-and which sentences are validation and test, is told in data/parallel.py. --input= takes files of
+and which sentences are validation and test, is told in parallel.py. --input= takes files of
 your own: pairs a line, TMX, records {"translation": {"en", "zh"}}, or with --target= aligned lines.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import command, configure
-from data import parallel
+from miniglm.prep import parallel
 
 
 @dataclass

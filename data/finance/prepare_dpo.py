@@ -5,8 +5,8 @@
     python data/finance/prepare_dpo.py --input=out-translate-lora/marks.jsonl
 
 The first samples the model's own translations of some sentences, and ranks them against the
-reference: data/ranking.py. The others take answers that someone else has ranked, and pairs or marks
-of the chat page: data/preferences.py says which records they are.
+reference: ranking.py. The others take answers that someone else has ranked, and pairs or marks
+of the chat page: miniglm/prep/preferences.py says which records they are.
 """
 
 import functools
@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import command, configure
-from data import preferences, ranking
+from miniglm.prep import preferences, ranking
 
 
 @dataclass

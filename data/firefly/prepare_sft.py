@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import command, configure
-from data.similar import QuestionSettings, prepare_questions
+from miniglm.prep.similar import QuestionSettings, prepare_questions
 
 
 @dataclass

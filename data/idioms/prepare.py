@@ -17,10 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import command, configure
-from data import pipeline
-from data.forms import Record, is_validation
 from data.idioms.prepare_sft import RAW, find_table, groups_of, idiom_of
-from data.readers import Source, Tally, converted
+from miniglm.prep import pipeline
+from miniglm.prep.forms import Record, is_validation
+from miniglm.prep.readers import Source, Tally, converted
 
 
 @dataclass

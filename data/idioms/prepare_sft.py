@@ -20,10 +20,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import ROOT, UserError, command, configure
-from data import pipeline
-from data.forms import BadRecord, Record, is_validation
-from data.readers import Source, Tally, converted, find_sources
-from data.similar import QuestionSettings, key_of, prepare_questions
+from miniglm.prep import pipeline
+from miniglm.prep.forms import BadRecord, Record, is_validation
+from miniglm.prep.readers import Source, Tally, converted, find_sources
+from miniglm.prep.similar import QuestionSettings, key_of, prepare_questions
 
 NUMBER = "[一二三四五六七八九十百〇零]+"
 ORIGIN = re.compile(rf"([^《》“”]*(?:《[^《》“”]+》)+(?:第{NUMBER}[回章折出卷]|卷{NUMBER})?)(.+)")

@@ -16,9 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import ROOT, UserError, command, configure, nearest, show_path, user_path
-from data import pipeline
-from data.forms import parse_fields
-from data.readers import find_sources
+from miniglm.prep import pipeline
+from miniglm.prep.forms import parse_fields
+from miniglm.prep.readers import find_sources
 
 RAW = "data/raw/jinyong"
 NOVELS = {

@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import command, configure
-from data import pipeline
-from data.forms import BadRecord, Record, interpret, parse_fields
+from miniglm.prep import pipeline
+from miniglm.prep.forms import BadRecord, Record, interpret, parse_fields
 
 MARKS = re.compile(r"(?:\s*(?:<\|im_(?:start|end)\|>|</?s>)\s*)+")
 

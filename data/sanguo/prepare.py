@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import UserError, command, configure, repo_path, show_path, user_path
-from data_writer import write_pretrain
-from tokenizer import load_tokenizer, train_tokenizer
+from miniglm.prep.writer import write_pretrain
+from miniglm.tokenizer import load_tokenizer, train_tokenizer
 
 # one advertisement, glyphs that the source's makers described or lost, and ASCII punctuation
 REPAIRS = {

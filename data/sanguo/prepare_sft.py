@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import UserError, command, configure, repo_path, show_path, user_path
 from data.sanguo.prepare import read_chapters
-from data_writer import Mask, write_sft
-from tokenizer import load_tokenizer
+from miniglm.prep.writer import Mask, write_sft
+from miniglm.tokenizer import load_tokenizer
 
 SPEECH = re.compile(r"([\u4e00-\u9fff]{2,4})曰：“([^“”\n]{10,30}[。！？])”")
 

@@ -13,8 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import command, configure
-from data import pipeline
-from data.forms import BadRecord, Record, interpret
+from miniglm.prep import pipeline
+from miniglm.prep.forms import BadRecord, Record, interpret
 
 MARK = re.compile(r"`\d")
 

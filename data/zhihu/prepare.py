@@ -15,9 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import command, configure
-from data import pipeline
-from data.forms import Record, is_validation, parse_fields, text_of
-from data.readers import Source, Tally, find_sources, records
+from miniglm.prep import pipeline
+from miniglm.prep.forms import Record, is_validation, parse_fields, text_of
+from miniglm.prep.readers import Source, Tally, find_sources, records
 
 
 @dataclass

@@ -12,9 +12,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import command, configure
-from data.forms import parse_fields
-from data.similar import QuestionSettings, prepare_questions
 from data.zhihu.prepare import read_conversations
+from miniglm.prep.forms import parse_fields
+from miniglm.prep.similar import QuestionSettings, prepare_questions
 
 
 @dataclass

@@ -1,0 +1,122 @@
+"""llama.cpp in a process of its own, which bench and the tests ask.
+
+    python -m venv llama-venv                                # once, some 15 minutes on two cores
+    CMAKE_ARGS=-DGGML_NATIVE=ON llama-venv/bin/pip install llama-cpp-python==0.3.36
+    python -m bench llama --llama_cpp=llama-venv/bin/python --out_dir=out-sanguo-sft
+
+That environment's python runs this file: a request a line comes in, its answer goes out, as JSON.
+Keys, values and weights are float32 there, too.
+"""
+
+import ctypes
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from configurator import UserError
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp, in a process of python's. n_ctx: tokens of the longest text, for
+    which memory is taken. UserError where that fails."""
+
+    def __init__(self, python: str | Path, file: Path, n_ctx: int, threads: int):
+        words = [str(python), __file__, str(file), str(n_ctx), str(threads)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        try:
+            self.process = subprocess.Popen(words, **pipes, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"llama_cpp={str(python)!r} does not start: {error.strerror}") from None
+
+    def __enter__(self) -> "LlamaCpp":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.communicate()
+
+    def ask(self, what: str, **arguments: object) -> object:
+        """The answer of one of the functions below."""
+        try:
+            self.process.stdin.write(json.dumps([what, arguments]) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it ended: the line below is empty
+        line = self.process.stdout.readline()
+        if not line:
+            said = self.process.stderr.read().strip().splitlines() or ["it ended"]
+            raise UserError(f"llama.cpp failed: {said[-1]}")
+        return json.loads(line)
+
+
+# --- in the other process ----------------------------------------------------------------------
+
+
+def tokenize(llm, text: str) -> list[int]:
+    """Ids of a text in which names of special tokens are plain text."""
+    return llm.tokenize(text.encode(), add_bos=True, special=False)
+
+
+def chat(llm, messages: list[dict]) -> list[int]:
+    """Ids of a prompt, as create_chat_completion makes them: by the file's own template."""
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    write = Jinja2ChatFormatter(llm.metadata["tokenizer.chat_template"], eos_token="", bos_token="")
+    text = write(messages=messages).prompt
+    return llm.tokenize(text.encode(), add_bos=True, special=True)
+
+
+def answer(llm, messages: list[dict], n: int) -> str:
+    """The greedy answer's text, by what a user of llama-cpp-python calls."""
+    done = llm.create_chat_completion(messages, temperature=0.0, max_tokens=n, repeat_penalty=1.0)
+    return done["choices"][0]["message"]["content"]
+
+
+def greedy(llm, ids: list[int], n: int) -> list[int]:
+    """n ids that follow, without a stop: by the calls of llama.cpp's own programs."""
+    import llama_cpp as api
+
+    api.llama_memory_clear(api.llama_get_memory(llm.ctx), True)
+    sampler = api.llama_sampler_init_greedy()
+    new = []
+    while len(new) < n:
+        tokens = (api.llama_token * len(ids))(*ids)
+        if api.llama_decode(llm.ctx, api.llama_batch_get_one(tokens, len(ids))):
+            raise RuntimeError("llama_decode failed")
+        ids = [api.llama_sampler_sample(sampler, llm.ctx, -1)]
+        new += ids
+    api.llama_sampler_free(sampler)
+    return new
+
+
+def logits(llm, ids: list[int]) -> list[float]:
+    """Those of the id that follows."""
+    import llama_cpp as api
+
+    greedy(llm, ids, 1)
+    row = api.llama_get_logits_ith(llm.ctx, -1)
+    return list(ctypes.cast(row, ctypes.POINTER(ctypes.c_float * llm.n_vocab())).contents)
+
+
+def serve(file: str, n_ctx: str, threads: str) -> None:
+    from llama_cpp import GGML_TYPE_F32, Llama
+
+    llm = Llama(
+        file,
+        n_ctx=int(n_ctx),
+        n_batch=int(n_ctx),  # a prompt goes in at once
+        n_threads=int(threads),
+        n_threads_batch=int(threads),
+        type_k=GGML_TYPE_F32,
+        type_v=GGML_TYPE_F32,
+        flash_attn=False,
+        verbose=False,
+    )
+    functions = {f.__name__: f for f in (tokenize, chat, answer, greedy, logits)}
+    for line in sys.stdin:
+        what, arguments = json.loads(line)
+        print(json.dumps(functions[what](llm, **arguments)), flush=True)
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:])

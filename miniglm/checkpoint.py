@@ -1,0 +1,531 @@
+"""The only reader and writer of an out_dir.
+
+    out-x/latest, out-x/best       one line each: the name of a checkpoint
+    out-x/step-000500/             model.safetensors (a tied weight once), run.json, tokenizer.json,
+                                   optimizer.safetensors; a LoRA run's has adapter.safetensors in
+                                   the model's place, and run.json names its base, a checkpoint
+    out-x/log.jsonl                an object a line
+    out-x/bases                    checkpoints that adapters stand on, and whose: never deleted
+    out-x/reference.safetensors    a DPO run's log-probabilities before its first step
+    out-x/tracking_id              by which trackers know the run, where it has any
+    out-x/lock                     held by the run that trains; a killed one leaves it, and free
+
+A checkpoint is written aside and renamed, then the pointers are replaced, then what no pointer
+names is deleted: killed at any moment, an out_dir still loads. Nothing is unpickled.
+
+What loads an out_dir loads models of other projects too, miniglm/interop/foreign.py's.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from configurator import UserError, locked, show_path, written_aside
+from lstm_model import LSTM
+from miniglm.distributed import ALONE, World, gather, is_sharded, part_of
+from miniglm.interop.foreign import (
+    find_foreign,
+    foreign_run,
+    is_foreign,
+    load_foreign,
+    weight_files,
+)
+from miniglm.lora import adapter_weights, add_adapters, merge
+from miniglm.tokenizer import Tokenizer, load_tokenizer
+from model import GPT, ModelConfig
+
+MODELS = {"gpt": GPT, "lstm": LSTM}  # by an architecture's `model`
+
+
+@dataclass
+class Checkpoint:
+    path: Path
+    model: GPT | LSTM
+    tokenizer: Tokenizer
+    run: dict  # run.json: architecture, settings, dataset, progress, losses, environment
+    n_params: int = 0  # of the model, before anything is laid out for generation
+
+    @property
+    def out_dir(self) -> Path:
+        """Where reports go: beside the checkpoint, but into a directory of another project's."""
+        is_alone = is_foreign(self.path) and self.path.is_dir()
+        return self.path if is_alone else self.path.parent
+
+    @property
+    def answers(self) -> bool:
+        """Whether the model was fine-tuned on questions and answers."""
+        return self.run["dataset"]["kind"] in ("sft", "dpo")
+
+    @property
+    def question_end(self) -> str:
+        """The mark that ended nearly all trained questions; "" where there was none."""
+        return self.run["dataset"].get("question_end", "")
+
+
+@contextmanager
+def claimed(out_dir: Path) -> Iterator[Callable[[], None]]:
+    """out_dir is there, and no other run's until the end. It can be read as ever. UserError where
+    another run holds it, or where nothing can be written. Yields what raises a UserError where the
+    directory has been removed or another one put in its place."""
+    is_new = not out_dir.exists()
+    try:
+        with ExitStack() as stack:
+            try:
+                is_held = stack.enter_context(locked(out_dir, out_dir / "lock"))
+            except OSError as error:
+                raise UserError(
+                    f"cannot write in {show_path(out_dir)}: {error.strerror}; make it writable, "
+                    "or pass another --out_dir="
+                ) from None
+
+            def check() -> None:
+                if not is_held():
+                    raise _gone(out_dir)
+
+            yield check
+    finally:
+        if is_new:
+            with suppress(OSError):  # something was written
+                out_dir.rmdir()
+
+
+def what_stays(out_dir: Path) -> str:
+    """What messages say of the checkpoint that a run which fails leaves."""
+    kept = _pointer(out_dir, "latest")
+    return f"{kept} is whole, --resume goes on from it" if kept else "nothing was saved"
+
+
+def save_checkpoint(
+    out_dir: Path,
+    model: GPT | LSTM,
+    optimizers: list[torch.optim.Optimizer],
+    tokenizer: Tokenizer,
+    run: dict,
+    is_best: bool,
+    world: World = ALONE,
+) -> None:
+    """Saves step run["progress"]["iter"] as `latest`, and as `best` if it is; deletes the others,
+    but for the bases of adapters. run["adapter"], as `adapter_of` gives it: only A and B are saved.
+    All processes of the world call it, the first one writes.
+
+    Raises UserError where the disk is full; the checkpoint before stays whole.
+    """
+    weights = gather(model, partial(_weights, model, "adapter" in run), world)
+    moments = gather(model, partial(_optimizer_tensors, model, optimizers), world)
+    if not world.is_first:
+        return
+    name = f"step-{run['progress']['iter']:06d}"
+    best = name if is_best else _pointer(out_dir, "best") or name
+    run = run | {"architecture": dataclasses.asdict(model.config), "best": best}
+    aside = out_dir / f".{name}.tmp"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        kind = "adapter" if "adapter" in run else "model"
+        save_file(_contiguous(weights), aside / f"{kind}.safetensors")
+        if optimizers:  # what miniglm/lora.py merges has none
+            save_file(_contiguous(moments), aside / "optimizer.safetensors")
+        tokenizer.save(aside / "tokenizer.json")
+        text = json.dumps(run, ensure_ascii=False, indent=1)
+        (aside / "run.json").write_text(text, encoding="utf-8")
+        for file in aside.iterdir():
+            with file.open("rb+") as handle:
+                os.fsync(handle.fileno())
+        # a directory of that name is the rest of a killed save: no pointer names it
+        shutil.rmtree(out_dir / name, ignore_errors=True)
+        aside.rename(out_dir / name)
+        _point(out_dir, "latest", name)
+        _point(out_dir, "best", best)
+    except (OSError, SafetensorError) as error:
+        raise _write_fault(out_dir, f"save in {show_path(out_dir)}", error) from None
+    finally:
+        _delete_old(out_dir, _keep_last(run))
+
+
+def load_checkpoint(
+    out_dir: Path, which: str = "best", device: str = "cpu", merged: bool = True, **changes: float
+) -> Checkpoint:
+    """The checkpoint that the pointer `which` names, in eval mode. UserError if it is damaged.
+
+    An adapter comes merged into its base; with merged=False it stays apart, and the base frozen.
+    changes: of the architecture: dropout, or a lower block_size.
+    """
+    path = _checkpoint_path(out_dir, which)
+    run, tokenizer = _run_and_tokenizer(path)
+    model = _load_model(path, run, device, changes)
+    if merged:
+        merge(model)
+    return Checkpoint(path, model.eval(), tokenizer, run, model.n_params())
+
+
+def _run_and_tokenizer(path: Path) -> tuple[dict, Tokenizer]:
+    if is_foreign(path):
+        tokenizer = load_tokenizer(path)
+        return foreign_run(path, tokenizer), tokenizer
+    return _read_run(path), load_tokenizer(path)
+
+
+def _load_model(path: Path, run: dict, device: str, changes: dict) -> GPT | LSTM:
+    """The model of a checkpoint, of which run.json says `run`; an adapter's is its base with the
+    adapter on it."""
+    if is_foreign(path):
+        return load_foreign(path, run["architecture"], device, changes)
+    if "adapter" in run:
+        return _load_adapter(path, run, device, changes)
+    config = _read(path / "run.json", lambda: ModelConfig(**run["architecture"] | changes))
+    model = MODELS[config.model](config).to(device)
+
+    def load() -> None:
+        weights = load_file(path / "model.safetensors", device=device)
+        if "wpe.weight" in weights:
+            weights["wpe.weight"] = weights["wpe.weight"][: config.block_size]
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        tied = {"lm_head.weight"} if model.config.tie_weights else set()
+        if unexpected or set(missing) != tied:
+            raise RuntimeError(f"its weights are not the architecture's: {missing} {unexpected}")
+
+    _read(path / "model.safetensors", load)
+    return model
+
+
+def _load_adapter(path: Path, run: dict, device: str, changes: dict) -> GPT | LSTM:
+    parts = ("base", "sha256", "rank", "alpha", "targets")
+    where, sha256, *shape = _read(path / "run.json", lambda: [run["adapter"][p] for p in parts])
+    # it may have been trained on shorter rows than its base
+    block_size = _read(path / "run.json", lambda: run["architecture"]["block_size"])
+    changes = {"block_size": block_size} | changes
+    base = Path(os.path.normpath(path.parent.resolve() / where))
+    if not base.exists():
+        raise UserError(
+            f"{show_path(path)} is an adapter of {show_path(base)}, which is not there; put it "
+            'back, or write where it is as "base" into run.json'
+        )
+    if weights_sha256(base) != sha256:
+        raise UserError(
+            f"{show_path(path)} is an adapter of {show_path(base)}, which has changed since; "
+            "restore it, or train the adapter again in another --out_dir="
+        )
+    model = _load_model(base, _read_run(base), device, changes)
+    merge(model)  # an adapter's base may be an adapter's, too
+    add_adapters(model, *shape)
+
+    def load() -> None:
+        weights = load_file(path / "adapter.safetensors", device=device)
+        if weights.keys() != adapter_weights(model).keys():
+            raise RuntimeError("its adapters are not those of run.json")
+        model.load_state_dict(weights, strict=False)
+
+    _read(path / "adapter.safetensors", load)
+    return model
+
+
+def whole_model(model: GPT | LSTM, adapter: dict | None, world: World) -> GPT | LSTM:
+    """The model; for the first process one that is shared out is put together, on the CPU, with
+    the help of all. adapter: what run.json says of one on it."""
+    if not is_sharded(model):
+        return model
+    weights = gather(model, model.state_dict, world)
+    if not world.is_first:
+        return model
+    whole = MODELS[model.config.model](model.config)
+    if adapter:
+        add_adapters(whole, *(adapter[part] for part in ("rank", "alpha", "targets")))
+    whole.load_state_dict(weights)
+    return whole
+
+
+def adapter_of(out_dir: Path, base: Path, rank: int, alpha: float, targets: list[str]) -> dict:
+    """What run.json says of an adapter in out_dir: the checkpoint that it stands on, from there."""
+    try:
+        where = os.path.relpath(base.resolve(), out_dir.resolve())
+    except ValueError:  # another drive of Windows
+        where = base.resolve()
+    about = {"base": Path(where).as_posix(), "sha256": weights_sha256(base)}
+    return about | {"rank": rank, "alpha": alpha, "targets": targets}
+
+
+def weights_sha256(path: Path) -> str:
+    """That of a checkpoint's weights; an adapter's are A and B, its run.json names the rest."""
+    if is_foreign(path):
+        files = weight_files(path)
+    else:
+        adapter = path / "adapter.safetensors"
+        files = [adapter if adapter.is_file() else path / "model.safetensors"]
+    digest = hashlib.sha256()
+
+    def add(file: Path) -> None:
+        with file.open("rb") as handle:
+            hashlib.file_digest(handle, lambda: digest)
+
+    for file in files:
+        _read(file, partial(add, file))
+    return digest.hexdigest()
+
+
+def keep_base(base: Path, user: Path) -> None:
+    """From now on a run that goes on beside this checkpoint does not delete it: the adapter in the
+    out_dir `user` stands on it."""
+    if is_foreign(base):
+        return  # nothing here deletes it
+    file = base.parent / "bases"
+    line = f"{base.name} {show_path(user)}\n"
+    try:
+        if not (file.is_file() and line in file.read_text(encoding="utf-8")):
+            with file.open("a", encoding="utf-8") as handle:  # others may add theirs meanwhile
+                handle.write(line)
+    except OSError as error:
+        print(
+            f"note: {show_path(file)} cannot be written ({error.strerror}); see that nothing "
+            f"deletes {show_path(base)}, the adapter needs it"
+        )
+
+
+def load_optimizers(path: Path, model: GPT | LSTM, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Puts the optimizers' state in the checkpoint at path back, parameter by parameter."""
+    file = path / "optimizer.safetensors"
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    owners = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
+
+    def load() -> dict[str, torch.Tensor]:
+        tensors = load_file(file)
+        if {key.rpartition(":")[0] for key in tensors} != parameters.keys():
+            raise ValueError("its parameters are not the model's")
+        return tensors
+
+    for name, tensor in _read(file, load).items():
+        parameter_name, _, key = name.rpartition(":")
+        parameter = parameters[parameter_name]
+        optimizer = owners[id(parameter)]
+        fused = optimizer.defaults.get("fused")
+        # AdamW counts steps on the CPU, unless it is fused
+        device = "cpu" if key == "step" and not fused else parameter.device
+        # a copy, since the file is mapped into memory and will be deleted
+        optimizer.state[parameter][key] = part_of(tensor.to(device, copy=True), parameter)
+
+
+def read_run(out_dir: Path, which: str) -> dict:
+    """run.json of the checkpoint that the pointer names."""
+    return _read_run(_checkpoint_path(out_dir, which))
+
+
+def files_alone(checkpoint: Checkpoint, run: dict) -> dict[str, Path | bytes]:
+    """An out_dir of this checkpoint alone, without what resuming needs: by its name where each file
+    lies, or what it holds. run: what run.json says there."""
+    name = checkpoint.path.name
+    files = {which: f"{name}\n".encode() for which in ("latest", "best")}
+    for file in ("model.safetensors", "tokenizer.json"):
+        files[f"{name}/{file}"] = checkpoint.path / file
+    return files | {f"{name}/run.json": json.dumps(run, ensure_ascii=False, indent=1).encode()}
+
+
+def has_checkpoint(out_dir: Path) -> bool:
+    return _pointer(out_dir, "latest") is not None
+
+
+def has_model(path: Path) -> bool:
+    """Whether there is something to start from: an out_dir's checkpoint, or another project's."""
+    return has_checkpoint(path) or find_foreign(path) is not None
+
+
+def rewind(out_dir: Path) -> None:
+    """Brings an out_dir back to what it was at `latest`: the pointer `best`, and log.jsonl."""
+    step, keep_last = 0, 1
+    if has_checkpoint(out_dir):
+        run = read_run(out_dir, "latest")
+        _point(out_dir, "best", run["best"])
+        step, keep_last = run["progress"]["iter"], _keep_last(run)
+    _delete_old(out_dir, keep_last)
+    kept = [r for r in read_log(out_dir) if r["iter"] <= step]
+    with written_aside(out_dir / "log.jsonl") as path:
+        path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+
+
+def append_log(out_dir: Path, record: dict) -> None:
+    path = out_dir / "log.jsonl"
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise _write_fault(out_dir, f"write {show_path(path)}", error) from None
+
+
+def _gone(out_dir: Path) -> UserError:
+    return UserError(
+        f"{show_path(out_dir)} was removed or renamed while this run wrote to it; put it back "
+        "and pass --resume, or train again"
+    )
+
+
+def _write_fault(out_dir: Path, what: str, error: Exception) -> UserError:
+    if not out_dir.is_dir():
+        return _gone(out_dir)
+    reason = getattr(error, "strerror", None) or str(error)
+    return UserError(f"cannot {what}: {reason}; {what_stays(out_dir)}")
+
+
+def read_log(out_dir: Path) -> list[dict]:
+    """The records of log.jsonl; a line that a kill cut short is left out."""
+    path = out_dir / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]
+    records = [json.loads(line) for line in lines[:-2]]
+    try:
+        return records + [json.loads(line) for line in lines[-2:] if line]
+    except json.JSONDecodeError:
+        return records + [json.loads(line) for line in lines[-2:-1] if lines[-1]]
+
+
+def tracking_id(out_dir: Path, new: bool) -> str:
+    """The id by which trackers know the run: kept in the out_dir, another one for a new run."""
+    path = out_dir / "tracking_id"
+    if new or not path.is_file():
+        with written_aside(path) as aside:
+            aside.write_text(f"{uuid.uuid4().hex[:16]}\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def save_reference(out_dir: Path, tensors: dict[str, torch.Tensor], key: dict[str, str]) -> None:
+    """What a DPO run compares with, and of what it is: model and data."""
+    path = out_dir / "reference.safetensors"
+    try:
+        with written_aside(path) as aside:
+            save_file(tensors, aside, metadata=key)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot write {show_path(path)}: {reason}") from None
+
+
+def load_reference(out_dir: Path, key: dict[str, str]) -> dict[str, torch.Tensor] | None:
+    """What save_reference wrote with this key, or None."""
+    path = out_dir / "reference.safetensors"
+    if not path.is_file():
+        return None
+
+    def load() -> dict[str, torch.Tensor] | None:
+        with safe_open(path, "pt") as file:
+            if file.metadata() != key:
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    return _read(path, load)
+
+
+def environment(device: str) -> dict:
+    """What equal bits need: a resumed run says where one of these differs."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else _processor()
+    return {"torch": torch.__version__, "processor": name, "threads": torch.get_num_threads()}
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{platform.processor() or platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _checkpoint_path(out_dir: Path, which: str) -> Path:
+    # killed within its first save, an out_dir has no `best` yet
+    if (name := _pointer(out_dir, which)) is None:
+        name = _pointer(out_dir, "latest")
+    if name is None and (foreign := find_foreign(out_dir)):
+        return foreign
+    if name is None:
+        raise UserError(f"no checkpoint in {show_path(out_dir)}; train first, or pass --out_dir=")
+    return out_dir / name
+
+
+def _read_run(path: Path) -> dict:
+    if is_foreign(path):
+        return foreign_run(path, load_tokenizer(path))
+    file = path / "run.json"
+
+    def load() -> dict:
+        run = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(run, dict):
+            raise TypeError("it holds no object")
+        return run
+
+    return _read(file, load)
+
+
+def _read(file: Path, read: Callable) -> object:
+    """read(), with its faults as one line that names the file."""
+    try:
+        return read()
+    except FileNotFoundError:
+        raise UserError(f"{show_path(file)} is missing; {_REMEDY}") from None
+    except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{show_path(file)} is damaged ({reason}); {_REMEDY}") from None
+
+
+_REMEDY = "train again in another --out_dir="
+
+
+def _optimizer_tensors(
+    model: GPT | LSTM, optimizers: list[torch.optim.Optimizer]
+) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}:{key}": value
+        for name, parameter in model.named_parameters()
+        for optimizer in optimizers
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _weights(model: GPT | LSTM, is_adapter: bool) -> dict[str, torch.Tensor]:
+    if is_adapter:
+        return adapter_weights(model)
+    weights = model.state_dict()
+    if model.config.tie_weights:
+        del weights["lm_head.weight"]
+    return weights
+
+
+def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _pointer(out_dir: Path, which: str) -> str | None:
+    file = out_dir / which
+    return file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else None
+
+
+def _point(out_dir: Path, which: str, name: str) -> None:
+    with written_aside(out_dir / which) as path:
+        path.write_text(name + "\n", encoding="utf-8")
+
+
+def _keep_last(run: dict) -> int:
+    return run["settings"].get("keep_last", 1)
+
+
+def _delete_old(out_dir: Path, keep_last: int) -> None:
+    """Deletes the checkpoints that no pointer names and no adapter stands on, except the newest,
+    keep_last with the latest. What a killed save left goes, too."""
+    latest = _pointer(out_dir, "latest")
+    named = {latest, _pointer(out_dir, "best")}
+    names = [path.name for path in out_dir.glob("step-*")]
+    names.sort(key=lambda name: (len(name), name))
+    if latest in names:
+        named |= {*names[: names.index(latest) + 1][-keep_last:]}
+    bases = out_dir / "bases"
+    if bases.is_file():
+        named |= {line.split(" ")[0] for line in bases.read_text(encoding="utf-8").splitlines()}
+    for path in [*out_dir.glob("step-*"), *out_dir.glob(".step-*.tmp")]:
+        if path.name not in named:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,328 @@
+"""Model -> ids: many requests at once, each with its own sampling, its own random stream.
+
+    batch = Batch(model, stop_ids, size=16)
+    batch.add(Request(prompt, Sampling(temperature=0.8)))
+    while batch:
+        for request, token in batch.step():
+            ...
+
+A step gives each running row one token. A row that has ended leaves its place to the next request
+that waits, so a long queue keeps the batch full. Text is sample.py's.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from configurator import UserError
+from lstm_model import LSTM, StateCache
+from miniglm.decoding import Decoder
+from model import GPT, KVCache
+
+LEAST, MOST = 1e-6, 1e4  # of factors: float32 has room for what they make of logits
+
+
+@dataclass
+class Sampling:
+    """How the next token is chosen."""
+
+    max_new_tokens: int = 256  # longest output, tokens
+    temperature: float | None = None  # 0 is greedy; None is 0.8 for continuing, 0 for answering
+    top_k: int | None = None  # only the k likeliest tokens; None is all
+    top_p: float = 1.0  # only the likeliest tokens that together have this probability
+    min_p: float = 0.0  # only tokens with this share of the likeliest's probability, or more
+    repetition_penalty: float = 1.0  # above 1 lowers what the text already has (arXiv 1909.05858)
+    no_repeat_ngram: int = 0  # n: no n tokens come twice in prompt and output; 0 is off
+    stop: list[str] = field(default_factory=list)  # texts before which the output ends
+    seed: int = 1337  # same seed, same text
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={self.max_new_tokens} must be 1 or more")
+        warm = self.temperature
+        if warm is not None and warm != 0 and not LEAST <= warm <= MOST:
+            raise UserError(f"temperature={warm} must be 0 (greedy), or {LEAST:g} to {MOST:g}")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k={self.top_k} must be 1 or more, or None")
+        if not LEAST <= self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p} must be at least {LEAST:g} and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p={self.min_p} must be at least 0 and at most 1")
+        if not LEAST <= self.repetition_penalty <= MOST:
+            raise UserError(
+                f"repetition_penalty={self.repetition_penalty} must be {LEAST:g} to {MOST:g}"
+            )
+        if self.no_repeat_ngram < 0:
+            raise UserError(f"no_repeat_ngram={self.no_repeat_ngram} must be 0 (off) or above")
+        if not all(self.stop):
+            raise UserError("stop has an empty text; leave it out")
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed} must not be negative")
+
+
+class Request:
+    """One sample that is wanted. Its random stream depends on (seed, prompt_index, sample_index)
+    alone.
+
+    alternatives: how many of the likeliest tokens are reported with each token and its
+    probability; None reports neither. finish: None while it waits or runs, then "stop" (a stop id
+    came), "length" (max_new_tokens) or "cancelled".
+    """
+
+    def __init__(
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        prompt_index: int = 0,
+        sample_index: int = 0,
+        alternatives: int | None = None,
+    ):
+        self.prompt, self.sampling, self.alternatives = prompt, sampling, alternatives
+        self.text = list(prompt)  # and what has come, a stop id included
+        self.finish: str | None = None
+        self.random = np.random.default_rng([sampling.seed, prompt_index, sample_index])
+
+    @property
+    def n_new(self) -> int:
+        return len(self.text) - len(self.prompt)
+
+    @property
+    def ids(self) -> list[int]:
+        """What has come so far, without the stop id."""
+        end = -1 if self.finish == "stop" else None
+        return self.text[len(self.prompt) : end]
+
+
+class Token(NamedTuple):
+    """log_prob: in the model's own distribution, before temperature, penalties and filters;
+    alternatives: (id, prob), likeliest first."""
+
+    id: int
+    log_prob: float | None = None
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def prob(self) -> float | None:
+        return None if self.log_prob is None else math.exp(self.log_prob)
+
+
+class Batch:
+    """Requests that are generated together, at most `size` at once, in the order they came.
+
+    A row that fills block_size goes on from its last block_size / 2 tokens, which are read anew.
+    many: so many requests will come that a GPU should first compile the step. One thread may use
+    a Batch.
+    """
+
+    def __init__(
+        self,
+        model: GPT | LSTM,
+        stop_ids: tuple[int, ...] = (),
+        size: int = 16,
+        many: bool = False,
+    ):
+        self.model, self.stop_ids, self.size = model, stop_ids, size
+        self.block_size, self.device = model.config.block_size, model.wte.weight.device
+        static = many and self.device.type == "cuda"
+        first = self.block_size if static else min(64, self.block_size)  # tokens; it grows
+        self.cache: KVCache | StateCache = model.new_cache(size, first)
+        self.cache.keep_rows(0)
+        self.decode = Decoder(model, static) if isinstance(model, GPT) else model.decode
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # of each row of the cache
+
+    def __bool__(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        length = len(request.prompt)
+        if not 0 < length <= self.block_size:
+            raise UserError(
+                f"the prompt has {length} tokens; this model takes 1 to {self.block_size}"
+            )
+        self.waiting.append(request)
+
+    @torch.inference_mode()
+    def cancel(self, request: Request) -> None:
+        """Gives up a request; nothing happens where it has ended."""
+        if request in self.running:
+            self._drop(self.running.index(request))
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        request.finish = request.finish or "cancelled"
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Request, Token]]:
+        """Lets requests in where there is room; then one token of each that runs."""
+        logits = []
+        if self.running:
+            self._make_room()
+            self.cache.reserve(max(self.cache.lengths) + 1)
+            newest = torch.tensor([r.text[-1] for r in self.running], device=self.device)
+            logits.append(self.model.head(self.decode(newest, self.cache)))
+        if entering := [self.waiting.popleft() for _ in range(self._free())]:
+            logits.append(self._enter(entering))
+        if not self.running:
+            return []
+        logits = torch.cat(logits) if len(logits) > 1 else logits[0]
+        chosen = list(zip(self.running, self._choose(logits.float()), strict=True))
+        for place in reversed(range(len(chosen))):
+            request, token = chosen[place]
+            request.text.append(token.id)
+            if token.id in self.stop_ids:
+                request.finish = "stop"
+            elif request.n_new >= request.sampling.max_new_tokens:
+                request.finish = "length"
+            if request.finish:
+                self._drop(place)
+        return chosen
+
+    def _free(self) -> int:
+        return min(len(self.waiting), self.size - len(self.running))
+
+    def _enter(self, entering: list[Request]) -> torch.Tensor:
+        """Reads prompts, equal ones once, into new rows -> logits (rows, n_vocab)."""
+        place = {}
+        rows = [place.setdefault(tuple(r.prompt), len(place)) for r in entering]
+        logits, cache = self._prefill([list(prompt) for prompt in place])
+        self.cache.append(cache, rows)
+        self.running += entering
+        return logits[rows]
+
+    def _prefill(self, prompts: list[list[int]]) -> tuple[torch.Tensor, KVCache | StateCache]:
+        """Reads prompts of any lengths in one batch -> logits of what follows, cache."""
+        lengths = [len(prompt) for prompt in prompts]
+        idx = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):  # right padding: no token before it sees it
+            idx[row, : len(prompt)] = torch.tensor(prompt)
+        cache = self.model.new_cache(len(prompts), idx.shape[1])
+        hidden = self.model(idx.to(self.device), cache, lengths)
+        last = hidden[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
+        return self.model.head(last), cache
+
+    def _make_room(self) -> None:
+        """Rows that fill block_size keep their last half, all but the newest token, which is read
+        with the other rows'."""
+        full = [row for row, length in enumerate(self.cache.lengths) if length == self.block_size]
+        if full:
+            kept = [self.running[row].text[-max(2, self.block_size // 2) : -1] for row in full]
+            self.cache.copy_rows(self._prefill(kept)[1], list(range(len(full))), full)
+
+    def _drop(self, row: int) -> None:
+        self.cache.drop_row(row)
+        self.running[row] = self.running[-1]
+        self.running.pop()
+
+    def _choose(self, logits: torch.Tensor) -> list[Token]:
+        ids = choose(penalize(logits, self.running, self.stop_ids), self.running)
+        wanted = [r.alternatives for r in self.running if r.alternatives is not None]
+        if not wanted:
+            return [Token(id) for id in ids]
+        log_probs = torch.log_softmax(logits, dim=-1)
+        own = log_probs.gather(1, torch.tensor(ids, device=logits.device)[:, None])
+        best = log_probs.topk(min(max(wanted), logits.shape[-1]))
+        rows = zip(
+            self.running,
+            ids,
+            own.squeeze(1).tolist(),
+            best.indices.tolist(),
+            best.values.exp().tolist(),
+            strict=True,
+        )
+        return [
+            Token(id)
+            if request.alternatives is None
+            else Token(id, log_prob, tuple(zip(others, probs, strict=True))[: request.alternatives])
+            for request, id, log_prob, others, probs in rows
+        ]
+
+
+def generate(
+    model: GPT | LSTM,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    stop_ids: tuple[int, ...] = (),
+    num_samples: int = 1,
+    first_prompt: int = 0,
+) -> Iterator[list[tuple[int, int]]]:
+    """Yields for each step the (row, id) of all rows that still run; row = prompt x num_samples
+    + sample. A row ends with a stop id, which is yielded too, or after max_new_tokens."""
+    batch = Batch(model, stop_ids, size=len(prompts) * num_samples)
+    row_of = {}
+    for number, prompt in enumerate(prompts):
+        for sample in range(num_samples):
+            request = Request(prompt, sampling, first_prompt + number, sample)
+            batch.add(request)
+            row_of[request] = len(row_of)
+    while batch:
+        yield [(row_of[request], token.id) for request, token in batch.step()]
+
+
+def penalize(
+    logits: torch.Tensor, requests: list[Request], stop_ids: tuple[int, ...] = ()
+) -> torch.Tensor:
+    """(B, n_vocab) logits, each row lowered as its repetition_penalty and no_repeat_ngram say.
+    Stop ids are spared: a conversation has had them before, and must be able to end."""
+    changed = logits
+    for row, request in enumerate(requests):
+        penalty, n = request.sampling.repetition_penalty, request.sampling.no_repeat_ngram
+        if (penalty != 1 or n) and changed is logits:
+            changed = logits.clone()
+        if penalty != 1:
+            seen = sorted({*request.text}.difference(stop_ids))
+            seen = torch.tensor(seen, dtype=torch.int64, device=logits.device)
+            old = logits[row, seen]
+            changed[row, seen] = torch.where(old > 0, old / penalty, old * penalty)
+        banned = {*completions(request.text, n)}.difference(stop_ids) if n else ()
+        if 0 < len(banned) < logits.shape[-1]:  # where all are banned, none is
+            changed[row, torch.tensor(sorted(banned), device=logits.device)] = -torch.inf
+    return changed
+
+
+def completions(text: list[int], n: int) -> list[int]:
+    """The ids that would make the last n tokens a sequence that the text already has."""
+    start = text[len(text) - n + 1 :]
+    return [text[i + n - 1] for i in range(len(text) - n + 1) if text[i : i + n - 1] == start]
+
+
+def choose(logits: torch.Tensor, requests: list[Request]) -> list[int]:
+    """(B, n_vocab) logits -> an id a row: the likeliest, or where a uniform number of the row's
+    own stream falls among the probabilities that top_k, top_p and min_p leave."""
+    sampled = [row for row, request in enumerate(requests) if request.sampling.temperature]
+    ids = logits.argmax(dim=-1).tolist() if len(sampled) < len(requests) else [0] * len(requests)
+    if not sampled:
+        return ids
+    samplings = [requests[row].sampling for row in sampled]
+    if len(sampled) < len(requests):
+        logits = logits[sampled]
+    n_vocab, device = logits.shape[-1], logits.device
+
+    def column(*values: float) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+
+    most = [min(s.top_k or n_vocab, n_vocab) for s in samplings]
+    sorted_logits, sorted_ids = logits.topk(max(most), dim=-1)  # likeliest first
+    shifted = (sorted_logits - sorted_logits[:, :1]) / column(*(s.temperature for s in samplings))
+    if min(most) < max(most):
+        shifted.masked_fill_(torch.arange(max(most), device=device) >= column(*most), -torch.inf)
+    probs = torch.softmax(shifted, dim=-1)
+    cumulative = probs.cumsum(dim=-1)
+    if any(s.top_p < 1 for s in samplings):
+        before = cumulative - probs
+        probs = probs.masked_fill(before >= column(*(s.top_p for s in samplings)), 0.0)
+    if any(s.min_p for s in samplings):
+        least = column(*(s.min_p for s in samplings)) * probs[:, :1]
+        probs = probs.masked_fill(probs < least, 0.0)
+    cumulative = probs.cumsum(dim=-1)
+    u = column(*(requests[row].random.random() for row in sampled))
+    place = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
+    # u can round up to the whole sum: then the last token that is left
+    place = torch.minimum(place, (probs > 0).sum(dim=-1, keepdim=True) - 1)
+    for row, id in zip(sampled, sorted_ids.gather(1, place).squeeze(1).tolist(), strict=True):
+        ids[row] = id
+    return ids

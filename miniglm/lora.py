@@ -1,0 +1,119 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on Linears of a trained model, which stays as it is:
+
+    y = W x + alpha / rank x B A x        A (rank, in) and B (out, rank) are trained, W is not
+
+B starts at zero, so at first y is that of W alone. Training is train.py's (lora_rank and others),
+the files are checkpoint.py's: whatever loads a checkpoint gets W + alpha / rank B A in W's place.
+export.py --format=merged writes that as a checkpoint of its own.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from configurator import UserError, nearest
+
+PARTS = ("lora_A", "lora_B")  # names of the trained parameters, under their Linear's
+
+
+class LoRALinear(nn.Module):
+    """A Linear whose own weight is frozen, and its adapter. The names of its weights stay.
+
+    It is no nn.Linear, so that nothing packs or quantizes it without its adapter.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.scale, self.drop = alpha / rank, nn.Dropout(dropout)
+        out_features, in_features = linear.weight.shape
+        self.lora_A = nn.Parameter(linear.weight.new_empty(rank, in_features))
+        self.lora_B = nn.Parameter(linear.weight.new_zeros(out_features, rank))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as loralib and peft do
+        self.is_on = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if not self.is_on:
+            return y
+        return y + self.scale * F.linear(F.linear(self.drop(x), self.lora_A), self.lora_B)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The one Linear that does the same."""
+        out_features, in_features = self.weight.shape
+        linear = nn.Linear(in_features, out_features, bias=False, device="meta")
+        delta = self.scale * (self.lora_B @ self.lora_A)
+        linear.weight, linear.bias = nn.Parameter(self.weight + delta), self.bias
+        return linear
+
+
+def find_targets(model: nn.Module, targets: list[str]) -> list[str]:
+    """The names of the Linears that targets mean: c_attn and mlp.c_proj one of each block, blocks.0
+    all of the first block. UserError for a target without one, and for a head that is tied."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = []
+    for target in targets:
+        named = [name for name in linears if f".{target}." in f".{name}."]
+        if not named:
+            parts = dict.fromkeys(part for name in linears for part in name.split("."))
+            words = [part for part in parts if not part.isdigit()]
+            near = nearest(target, words) or f"; it has {', '.join(words)}"
+            raise UserError(f"lora_targets={target} is no Linear of this model{near}")
+        found += named
+    if "lm_head" in found and model.config.tie_weights:
+        raise UserError(
+            "lora_targets=lm_head: the head is the embedding (tie_weights=True), which an adapter "
+            "would change, too; leave it out"
+        )
+    return list(dict.fromkeys(found))
+
+
+def add_adapters(
+    model: nn.Module, rank: int, alpha: float, targets: list[str], dropout: float = 0.0
+) -> None:
+    """Freezes the model and wraps its targets; the adapters are all that is trained."""
+    names = find_targets(model, targets)
+    model.requires_grad_(False)
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        linear = model.get_submodule(name)
+        setattr(model.get_submodule(parent), last, LoRALinear(linear, rank, alpha, dropout))
+
+
+def adapters(model: nn.Module) -> dict[str, LoRALinear]:
+    return {n: module for n, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def adapter_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A and B of each adapter, by name; nothing where there is no adapter."""
+    return {
+        f"{name}.{part}": getattr(module, part)
+        for name, module in adapters(model).items()
+        for part in PARTS
+    }
+
+
+def merge(model: nn.Module) -> None:
+    """Puts W + alpha / rank B A in the place of each adapter: a plain model, trainable whole."""
+    for name, module in adapters(model).items():
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, module.merged())
+    model.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model as it was before its adapters were trained."""
+    modules = adapters(model).values()
+    for module in modules:
+        module.is_on = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.is_on = True

@@ -1,0 +1,87 @@
+"""The Muon step for CPUs, where torch.optim.Muon works in bfloat16 whatever the hardware, matrix by
+matrix; on a GPU train.py takes torch's. What is no matrix of a block is AdamW's.
+
+Each matrix moves by its momentum made nearly orthogonal, so that all directions move alike (Jordan
+et al., Muon: an optimizer for hidden layers in neural networks, 2024). The step has the size of
+AdamW's, so that its rates serve (arXiv 2502.16982):
+
+    M <- 0.95 M + 0.05 gradient;    U S V' = 0.95 M + 0.05 gradient
+    W <- W - lr x (weight_decay W + 0.2 sqrt(max(W.shape)) U V')
+"""
+
+import torch
+
+from miniglm.distributed import part_of, whole
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c of the polynomial that lifts small values most
+STEPS = 5
+EPS = 1e-7
+
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon with adjust_lr_fn="match_rms_adamw"; dtype is that of its products."""
+
+    # without their wrappers for torch.compile, which would import the compiler
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
+    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__
+
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95, dtype=torch.float32):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            of_shape = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    # what is shared out is put together one by one: all would be the whole model
+                    alone = id(parameter) if hasattr(parameter, "full_tensor") else None
+                    of_shape.setdefault((parameter.shape, alone), []).append(parameter)
+            for parameters in of_shape.values():
+                self._step_together(parameters, group)
+
+    def _step_together(self, parameters: list[torch.Tensor], group: dict) -> None:
+        """Matrices of one shape in one batch: fewer and larger products."""
+        updates = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+            look_ahead = parameter.grad.lerp(buffer, group["momentum"])  # Nesterov's
+            updates.append(whole(look_ahead))
+        directions = orthogonalize(torch.stack(updates), self.dtype)
+        size = 0.2 * max(parameters[0].shape) ** 0.5
+        for parameter, direction in zip(parameters, directions, strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(part_of(direction, parameter), alpha=-group["lr"] * size)
+
+
+def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """(N, rows, columns) -> the same with singular values near 1, 0.7 to 1.2, by five steps of
+    X <- a X + b (XX')X + c (XX')^2 X.
+
+    All steps are polynomials in XX': for long matrices they are gathered in Q on the short side,
+    which meets X once, at the end: half of the operations. bfloat16 is too coarse for that, since
+    XX' squares the singular values.
+    """
+    a, b, c = COEFFICIENTS
+    tall = matrices.shape[1] > matrices.shape[2]
+    X = matrices.mT if tall else matrices  # (N, short, long)
+    X = (X / X.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)).to(dtype)
+    short, long = X.shape[1:]
+    if long < 2 * short or dtype != torch.float32:
+        for _ in range(STEPS):
+            A = X @ X.mT
+            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    else:
+        A, Q = X @ X.mT, None
+        for step in range(STEPS):
+            P = torch.baddbmm(A, A, A, beta=b, alpha=c)
+            P.diagonal(dim1=1, dim2=2).add_(a)
+            Q = P if Q is None else P @ Q
+            if step < STEPS - 1:
+                A = P @ (P @ A)
+        X = Q @ X
+    return (X.mT if tall else X).to(matrices.dtype)

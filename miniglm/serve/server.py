@@ -1,0 +1,238 @@
+"""Many users, one model: a Server steps one generation.Batch in a thread of its own.
+
+    server = Server("out-sanguo-sft", checkpoint)
+    with Stream() as stream:
+        server.submit(stream, prompt, Sampling(temperature=0.3))
+        async for piece in stream:
+            print(piece.text, end="")
+
+A Stream may take several requests, of several servers: their pieces come mixed, each with the
+number of its request. Leaving the `with` gives up what still runs. The page is sample_gradio.py's,
+HTTP is miniglm/serve/api.py's.
+"""
+
+import asyncio
+import queue
+import sys
+import threading
+import traceback
+from dataclasses import dataclass, field
+
+from configurator import UserError
+from miniglm.checkpoint import Checkpoint
+from miniglm.generation import Batch, Request, Sampling, Token
+from miniglm.text import TextStream, chat_prompt, complete_question, default_temperature, prompt_ids
+
+CHARACTERS_PER_TOKEN = 16  # more than any text has; what is beyond is not even encoded
+
+
+class Busy(UserError):
+    """So many requests wait that another would wait too long."""
+
+
+@dataclass
+class Piece:
+    """What a step gave to one request: whole characters (maybe none yet), and the tokens that made
+    them. finish: None, or in the last piece "stop", "length" or "cancelled"."""
+
+    number: int  # of the request in its stream
+    text: str
+    tokens: list[Token]
+    finish: str | None = None
+
+
+class Stream:
+    """The pieces of some requests, to be read in the event loop that made it."""
+
+    def __init__(self):
+        self.loop = asyncio.get_running_loop()
+        self.pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        self.jobs: list[Job] = []
+        self.unfinished = 0
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def __aiter__(self) -> "Stream":
+        return self
+
+    async def __anext__(self) -> Piece:
+        """Raises what a request failed with: UserError, or the model's own error."""
+        if not self.unfinished:
+            raise StopAsyncIteration
+        piece = await self.pieces.get()
+        if isinstance(piece, Exception):
+            raise piece
+        if piece.finish:
+            self.unfinished -= 1
+        return piece
+
+    def stop(self) -> None:
+        """Ends what runs; the last pieces still come."""
+        for job in self.jobs:
+            job.server.cancel(job)
+
+    def send(self, piece: Piece | Exception) -> None:
+        """From any thread."""
+        try:
+            self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
+        except RuntimeError:  # the loop has closed: nobody reads any more
+            self.stop()
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way through a server."""
+
+    server: "Server"
+    stream: Stream
+    number: int
+    request: Request
+    text: TextStream
+    pending: list[Token] = field(default_factory=list)  # not yet whole characters
+    added: bool = False  # to the batch
+
+    def send(self, text: str, finish: str | None) -> None:
+        if finish:
+            text += self.text.flush()
+        if text or finish:
+            self.stream.send(Piece(self.number, text, self.pending, finish))
+            self.pending = []
+
+
+class Server:
+    """One checkpoint. At most batch_size requests run at once and max_waiting wait."""
+
+    def __init__(
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        batch_size: int = 16,
+        max_waiting: int = 64,
+        max_new_tokens: int = 512,
+    ):
+        self.name, self.checkpoint = name, checkpoint
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        self.most_jobs = batch_size + max_waiting
+        self.jobs: dict[Request, Job] = {}  # all that have not ended
+        self.lock = threading.Lock()  # of jobs
+        self.inbox: queue.SimpleQueue[tuple[str, Job]] = queue.SimpleQueue()
+        self.batch = self._new_batch()
+        threading.Thread(target=self._work, name=f"serving {name}", daemon=True).start()
+
+    def prompt(self, messages: list[dict]) -> list[int]:
+        """The ids that sample.py would give to the model: the conversation with its last question
+        completed, or for a pretrained model the last message to be continued. UserError where
+        the question is too long."""
+        checkpoint, before = self.checkpoint, messages[:-1]
+        text, block_size = messages[-1]["content"], checkpoint.model.config.block_size
+        room = CHARACTERS_PER_TOKEN * block_size
+        try:
+            "".join(message["content"] for message in messages).encode()
+        except UnicodeEncodeError:
+            raise UserError("the text holds half of a surrogate pair, which is no text") from None
+        if not checkpoint.answers:
+            return prompt_ids(checkpoint, text[-room:])
+        if len(text) > room:
+            raise UserError(
+                f"the question has {len(text):,} characters; this model reads {block_size} tokens"
+            )
+        before = [message for message in before if len(message["content"]) <= room]
+        question = {"role": "user", "content": complete_question(checkpoint, text)}
+        return chat_prompt(checkpoint, [*before, question])
+
+    def submit(
+        self,
+        stream: Stream,
+        prompt: list[int],
+        sampling: Sampling,
+        sample_index: int = 0,
+        alternatives: int | None = None,
+    ) -> None:
+        """Adds a request to the stream. UserError where it asks too much, Busy where too many
+        wait."""
+        if sampling.max_new_tokens > self.max_new_tokens:
+            raise UserError(
+                f"{sampling.max_new_tokens} new tokens are more than this server's limit of "
+                f"{self.max_new_tokens}"
+            )
+        default_temperature(self.checkpoint, sampling)
+        request = Request(prompt, sampling, 0, sample_index, alternatives)
+        text = TextStream(self.checkpoint.tokenizer, sampling.stop)
+        job = Job(self, stream, len(stream.jobs), request, text)
+        with self.lock:
+            if len(self.jobs) >= self.most_jobs:
+                raise Busy(f"{len(self.jobs)} requests run or wait for {self.name}; try again soon")
+            self.jobs[request] = job
+        stream.jobs.append(job)
+        stream.unfinished += 1
+        self.inbox.put(("add", job))
+
+    def cancel(self, job: Job) -> None:
+        """From any thread; nothing happens where it has ended."""
+        self.inbox.put(("cancel", job))
+
+    # --- in the worker's thread ---------------------------------------------------------------
+
+    def _work(self) -> None:
+        while True:
+            try:
+                self._read_inbox()
+                for request, token in self.batch.step():
+                    self._pass_on(self.jobs[request], token)
+            except Exception as error:
+                self._fail(error)
+
+    def _read_inbox(self) -> None:
+        """All that lies there; where nothing runs, waits for the first."""
+        while not self.batch or not self.inbox.empty():
+            what, job = self.inbox.get()
+            if job.request not in self.jobs:  # it has ended meanwhile
+                continue
+            if what == "add":
+                self.batch.add(job.request)
+                job.added = True
+            else:
+                self.batch.cancel(job.request)
+                self._end(job, "", "cancelled")
+
+    def _pass_on(self, job: Job, token: Token) -> None:
+        job.pending.append(token)
+        ended = token.id in self.checkpoint.tokenizer.stop_ids
+        text = "" if ended else job.text.push(token.id)
+        if job.text.stopped:
+            self.batch.cancel(job.request)
+            self._end(job, text, "stop")
+        elif job.request.finish:
+            self._end(job, text, job.request.finish)
+        else:
+            job.send(text, None)
+
+    def _end(self, job: Job, text: str, finish: str) -> None:
+        with self.lock:
+            del self.jobs[job.request]
+        job.send(text, finish)
+
+    def _fail(self, error: Exception) -> None:
+        """The model's own error, as no memory left: all that it was working on get it, what waits
+        goes into a new batch."""
+        traceback.print_exception(error, file=sys.stderr)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        waiting = list(self.batch.waiting)
+        with self.lock:
+            failed = [j for r, j in self.jobs.items() if j.added and r not in waiting]
+            for job in failed:
+                del self.jobs[job.request]
+        for job in failed:
+            job.stream.send(RuntimeError(f"the model failed: {reason}"))
+        self.batch = None  # its memory, before more is taken
+        self.batch = self._new_batch()
+        for request in waiting:
+            self.batch.add(request)
+
+    def _new_batch(self) -> Batch:
+        stop_ids = self.checkpoint.tokenizer.stop_ids
+        return Batch(self.checkpoint.model, stop_ids, self.batch_size, many=True)

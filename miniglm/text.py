@@ -1,0 +1,209 @@
+"""Prompts -> text: completions, answers and conversations of a checkpoint.
+
+A fine-tuned model is asked in the chat format and answers; a pretrained one continues the text.
+Token ids are generation.py's, the command line is sample.py's.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from configurator import UserError, repo_path
+from miniglm.checkpoint import Checkpoint, load_checkpoint
+from miniglm.decoding import pack, quantize
+from miniglm.generation import Batch, Request, Sampling, Token
+from miniglm.tokenizer import Tokenizer
+from model import pick_device
+
+AHEAD = 64  # times batch_size: prompts begun before the first that has not ended
+
+
+@dataclass
+class Output:
+    """One sample: its ids without the end token, its text, whether it ended by itself (an end
+    token or a stop text came), and -log p of its tokens where they were asked for."""
+
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    ended: bool = False
+    nats: list[float] = field(default_factory=list)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean -log p, the end token's included."""
+        return math.exp(sum(self.nats) / len(self.nats))
+
+
+def load_for_sampling(out_dir: str, device: str = "auto", int8: bool = False) -> Checkpoint:
+    """The best checkpoint of an out_dir, laid out for generation."""
+    checkpoint = load_checkpoint(repo_path(out_dir), "best", pick_device(device))
+    (quantize if int8 else pack)(checkpoint.model)
+    return checkpoint
+
+
+# --- prompts -----------------------------------------------------------------------------------
+
+
+def default_temperature(checkpoint: Checkpoint, sampling: Sampling) -> Sampling:
+    """The sampling with its temperature filled in."""
+    if sampling.temperature is None:
+        sampling.temperature = 0.0 if checkpoint.answers else 0.8
+    return sampling
+
+
+def prompt_ids(checkpoint: Checkpoint, text: str) -> list[int]:
+    """A question in the chat format for a fine-tuned model, else the text to be continued, of which
+    no more than the last block_size tokens are read. UserError for a question that is longer."""
+    if checkpoint.answers:
+        question = complete_question(checkpoint, text)
+        return chat_prompt(checkpoint, [{"role": "user", "content": question}])
+    ids = checkpoint.tokenizer.encode(text) or [checkpoint.tokenizer.end_of_text]
+    return ids[-checkpoint.model.config.block_size :]
+
+
+def chat_prompt(checkpoint: Checkpoint, messages: list[dict]) -> list[int]:
+    """Ids that ask for the answer to the last message. The oldest turns are left out until a
+    quarter of block_size is free for the answer. UserError where the last alone is too long."""
+    block_size, render = checkpoint.model.config.block_size, checkpoint.tokenizer.render_prompt
+    system = [m for m in messages[:1] if m["role"] == "system"]
+    turns = messages[len(system) :]
+    if not turns or turns[-1]["role"] != "user":
+        raise UserError("a conversation must end with a question of the user's")
+    for first in [i for i, message in enumerate(turns) if message["role"] == "user"]:
+        ids = render([*system, *turns[first:]])
+        if len(ids) <= block_size - block_size // 4:
+            return ids
+    if len(ids) > block_size:
+        longest = max(turns[-1]["content"], *(m["content"] for m in system), key=len)
+        raise UserError(
+            f"the prompt {longest[:20]!r}... has {len(ids)} tokens, longer than "
+            f"block_size={block_size}; shorten it"
+        )
+    return ids
+
+
+def complete_question(checkpoint: Checkpoint, text: str) -> str:
+    """The question with the mark that ended the trained ones, where it ends in none."""
+    bare = text.strip()
+    return bare + checkpoint.question_end if bare and bare[-1].isalnum() else text
+
+
+# --- outputs -----------------------------------------------------------------------------------
+
+
+class TextStream:
+    """Ids of one sample -> text as it comes: whole characters, up to the first stop text."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: list[str]):
+        self.decoder, self.stop = tokenizer.stream_decoder(), stop
+        self.held, self.stopped = "", False
+
+    def push(self, id: int) -> str:
+        return self._release(self.decoder.push(id), keep=True)
+
+    def flush(self) -> str:
+        """What is left when no more ids come."""
+        return self._release(self.decoder.flush(), keep=False)
+
+    def _release(self, new: str, keep: bool) -> str:
+        if self.stopped:
+            return ""
+        self.held += new
+        found = [place for stop in self.stop if (place := self.held.find(stop)) >= 0]
+        if found:
+            end, self.stopped = min(found), True
+        else:
+            end = len(self.held) - (self._beginning() if keep else 0)
+        text, self.held = self.held[:end], self.held[end:]
+        return text
+
+    def _beginning(self) -> int:
+        """Characters at the end of what is held with which a stop text may begin."""
+        longest = max(map(len, self.stop), default=0)
+        sizes = range(min(longest, len(self.held)), 0, -1)
+        return next((n for n in sizes if any(s.startswith(self.held[-n:]) for s in self.stop)), 0)
+
+
+def complete(
+    checkpoint: Checkpoint,
+    prompts: Iterable[list[int]],
+    sampling: Sampling,
+    num_samples: int = 1,
+    batch_size: int = 16,
+    first_prompt: int = 0,
+    with_nats: bool = False,
+) -> Iterator[list[Output]]:
+    """The outputs of each prompt, in the prompts' order; batch_size samples are made at once, and
+    prompts are taken as there is room. first_prompt: the index of the first, for its random
+    stream."""
+    tokenizer, prompts = checkpoint.tokenizer, enumerate(prompts)
+    batch = Batch(checkpoint.model, tokenizer.stop_ids, batch_size, many=True)
+    begun: dict[int, list[Output]] = {}  # by prompt, until it is yielded
+    missing: dict[int, int] = {}  # samples of each that have not ended
+    of: dict[Request, tuple[int, Output, TextStream]] = {}
+    following = 0
+    while True:
+        # finished outputs wait for the slowest one; beyond AHEAD of them, all wait for it
+        while len(batch.waiting) < batch_size and len(begun) < AHEAD * batch_size:
+            if (following_prompt := next(prompts, None)) is None:
+                break
+            number, prompt = following_prompt
+            begun[number], missing[number] = [Output() for _ in range(num_samples)], num_samples
+            for sample, output in enumerate(begun[number]):
+                request = Request(
+                    prompt, sampling, first_prompt + number, sample, 0 if with_nats else None
+                )
+                of[request] = number, output, TextStream(tokenizer, sampling.stop)
+                batch.add(request)
+        if not begun:
+            return
+        for request, token in batch.step():
+            number, output, stream = of[request]
+            _add(output, token, stream, tokenizer)
+            if stream.stopped:
+                batch.cancel(request)
+            if request.finish:
+                output.text += stream.flush()
+                missing[number] -= 1
+                del of[request]
+        while missing.get(following) == 0:
+            del missing[following]
+            yield begun.pop(following)
+            following += 1
+
+
+def _add(output: Output, token: Token, stream: TextStream, tokenizer: Tokenizer) -> None:
+    if token.log_prob is not None:
+        output.nats.append(-token.log_prob)
+    if token.id in tokenizer.stop_ids:
+        output.ended = True
+    else:
+        output.ids.append(token.id)
+        output.text += stream.push(token.id)
+        output.ended = stream.stopped
+
+
+def stream(
+    checkpoint: Checkpoint, prompt: list[int], sampling: Sampling, sample_index: int = 0
+) -> Iterator[str]:
+    """The text of one sample as it comes, in whole characters."""
+    text = TextStream(checkpoint.tokenizer, sampling.stop)
+    batch = Batch(checkpoint.model, checkpoint.tokenizer.stop_ids, size=1)
+    batch.add(Request(prompt, sampling, 0, sample_index))
+    while batch and not text.stopped:
+        for _, token in batch.step():
+            if token.id not in batch.stop_ids:
+                yield text.push(token.id)
+    yield text.flush()
+
+
+def chat(
+    checkpoint: Checkpoint, messages: list[dict], sampling: Sampling, sample_index: int = 0
+) -> Iterator[str]:
+    """The answer to the last of the messages {"role", "content"}, as it comes."""
+    return stream(checkpoint, chat_prompt(checkpoint, messages), sampling, sample_index)
+
+
+def show(checkpoint: Checkpoint, prompt: str, text: str) -> str:
+    """A sample among several: question and answer, or the text with its continuation."""
+    return f"问：{prompt}\n答：{text}\n" if checkpoint.answers else f"{prompt}{text}\n{'-' * 20}"

@@ -1,0 +1,349 @@
+"""Text <-> token ids, and the one chat format. Files of ids are data_utils.py's.
+
+A vocabulary is Hugging Face's tokenizer.json: a byte-level BPE, trained on a corpus, GPT-2's or
+another project's. tiktoken does the encoding. Special tokens follow the ordinary ones, and are
+there from pretraining on; their names inside a text are plain text. A conversation is rendered as
+
+    <|user|>孔明是谁？<|end|><|assistant|>孔明是诸葛亮的字。<|end|>
+                                        ----------------------- trained (mask 1)
+
+Training looks at SAMPLE characters at most, passages picked by their hashes. The command is
+data/train_tokenizer.py.
+"""
+
+import codecs
+import hashlib
+import heapq
+import itertools
+import json
+import unicodedata
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from configurator import (
+    ROOT,
+    UserError,
+    repo_path,
+    show_path,
+)
+
+END_OF_TEXT = "<|endoftext|>"  # ends a document
+END = "<|end|>"  # ends a message
+ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
+SPECIAL_TOKENS = [END_OF_TEXT, *ROLES.values(), END]
+
+# Qwen2's split pattern, which llama.cpp and Hugging Face know
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|", 1)
+# GPT-2's between digits that each stand alone, as SmolLM has it
+DIGITS_PATTERN = (
+    r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+)
+NFC = {"type": "NFC"}  # Qwen's normalizer, the only one that is built here
+HIDDEN = "\ue000"  # a private character, so that no text has it
+# the normalizer of what export.py writes: its chat template sets HIDDEN into names in a message
+UNHIDE = {"type": "Replace", "pattern": {"String": HIDDEN}, "content": ""}
+# what ends a document in vocabularies without END_OF_TEXT, which then is this entry's name here
+OTHER_ENDS = ("<|end_of_text|>", "</s>")
+SAMPLE = 2_000_000  # characters of the passages that a vocabulary is trained on; bounds the memory
+PASSAGE = 4096  # characters
+RUN_LENGTH = 4  # characters; Chinese has no blanks, and the trainer is slow on long runs
+GPT2_FILES = ROOT / "data" / "raw" / "gpt2"
+
+
+class Tokenizer:
+    """A vocabulary. n_vocab: ids are 0 .. n_vocab - 1; bytes_per_id: UTF-8 bytes, special ones 0;
+    end_of_text: the id that ends documents; stop_ids: the ids that end a generated text."""
+
+    def __init__(self, text: str):
+        """text: the content of a tokenizer.json. ValueError if it is not a byte-level BPE."""
+        self.text = text
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
+        content = json.loads(text)
+        try:
+            special = {token["content"]: token["id"] for token in content["added_tokens"]}
+            vocab = content["model"]["vocab"]
+            pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+            byte_of = {char: byte for byte, char in _byte_to_unicode().items()}
+            ranks = {
+                bytes(byte_of[c] for c in token): id
+                for token, id in vocab.items()
+                if token not in special
+            }
+            missing = [token for token in SPECIAL_TOKENS if token not in special]
+            ids = sorted([*ranks.values(), *special.values()])
+            self._nfc = content["normalizer"] == NFC
+            normalizer = None if self._nfc else content["normalizer"]
+            if missing:
+                raise ValueError(f"special tokens are missing: {' '.join(missing)}")
+            if ids != list(range(len(ids))) or not all(bytes([b]) in ranks for b in range(256)):
+                raise ValueError("an id or a byte is missing or there twice")
+            if normalizer:
+                raise ValueError("it has a normalizer")
+            self._encoding = tiktoken.Encoding(
+                "miniglm", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+            )
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(f"not a byte-level BPE with a split pattern ({error!r})") from None
+        self.n_vocab = max(max(ranks.values()), max(special.values())) + 1
+        self._special = {id: name for name, id in special.items()}
+        self._bytes = [b""] * self.n_vocab
+        for token, id in ranks.items():
+            self._bytes[id] = token
+        self.bytes_per_id = np.array([len(token) for token in self._bytes], np.int64)
+        self.end_of_text, self.end = special[END_OF_TEXT], special[END]
+        self.stop_ids = (self.end_of_text, self.end)
+        self._role_id = {role: special[token] for role, token in ROLES.items()}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; names of special tokens inside it are plain text."""
+        return self._encoding.encode_ordinary(self._normalized(text))
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """The same ids, uint32; a sixth quicker, since none becomes a Python object."""
+        return self._encoding.encode_to_numpy(self._normalized(text), disallowed_special=())
+
+    def _normalized(self, text: str) -> str:
+        return unicodedata.normalize("NFC", text) if self._nfc else text
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; special tokens have none, bytes that are no character become U+FFFD."""
+        return b"".join(self._bytes[id] for id in ids).decode("utf-8", errors="replace")
+
+    @property
+    def special_names(self) -> list[str]:
+        """Those of all tokens that no text has, in the order of their ids."""
+        return [name for _, name in sorted(self._special.items())]
+
+    def entry(self, id: int) -> str:
+        """An entry as one reads it: quoted text, bytes that are no text, or a special name."""
+        if id in self._special:
+            return self._special[id]
+        try:
+            return repr(self._bytes[id].decode())
+        except UnicodeDecodeError:
+            return self._bytes[id].hex(" ")
+
+    def stream_decoder(self) -> "StreamDecoder":
+        return StreamDecoder(self._bytes)
+
+    def render(self, messages: list[dict]) -> tuple[list[int], list[int]]:
+        """Messages {"role", "content"} -> ids and mask; 1: an answer's token or its end."""
+        ids, mask = [], []
+        for message in messages:
+            body = self.encode(message["content"])
+            ids += [self._role_id[message["role"]], *body, self.end]
+            mask += [0] + [int(message["role"] == "assistant")] * (len(body) + 1)
+        return ids, mask
+
+    def render_prompt(self, messages: list[dict]) -> list[int]:
+        """Ids that ask for the next answer; `render` of the answered messages starts with them."""
+        return [*self.render(messages)[0], self._role_id["assistant"]]
+
+    def parse(self, ids: Iterable[int]) -> list[dict]:
+        """Messages of ids that `render` made."""
+        role_of = {id: role for role, id in self._role_id.items()}
+        messages = []
+        for id in map(int, ids):
+            if id in role_of:
+                messages.append((role_of[id], []))
+            elif id != self.end:
+                messages[-1][1].append(id)
+        return [{"role": role, "content": self.decode(body)} for role, body in messages]
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.text, encoding="utf-8", newline="")
+
+
+class StreamDecoder:
+    """Ids -> text as it comes, holding bytes back until they form whole characters."""
+
+    def __init__(self, token_bytes: list[bytes]):
+        self._bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, id: int) -> str:
+        return self._decoder.decode(self._bytes[id])
+
+    def flush(self) -> str:
+        """What is left; U+FFFD where a character never became whole."""
+        return self._decoder.decode(b"", final=True)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of vocab_size entries (the special ones included) of the texts' own."""
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise UserError(f"vocab_size={vocab_size} is too small; it must be {smallest} or more")
+    bpe = _new_bpe(models.BPE(), QWEN2_PATTERN)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(itertools.chain.from_iterable(map(_runs, texts)), trainer)
+    bpe.add_special_tokens(SPECIAL_TOKENS)
+    return Tokenizer(bpe.to_str())
+
+
+def sample(texts: Iterable[str], size: int = SAMPLE) -> list[str]:
+    """Different passages of at most size characters together: those with the smallest hashes, so
+    that they come from all over the texts, and are the same in whatever order the texts come."""
+    heap, kept, total = [], set(), 0  # the largest hash on top
+    for text in texts:
+        for start in range(0, len(text), PASSAGE):
+            passage = text[start : start + PASSAGE]
+            digest = hashlib.blake2b(passage.encode(), digest_size=8).digest()
+            key = -int.from_bytes(digest)
+            if key in kept:
+                continue
+            heapq.heappush(heap, (key, passage))
+            kept.add(key)
+            total += len(passage)
+            while total > size:
+                key, last = heapq.heappop(heap)
+                kept.remove(key)
+                total -= len(last)
+    return [passage for _, passage in sorted(heap, reverse=True)]
+
+
+def load_tokenizer(name: str | Path) -> Tokenizer:
+    """The tokenizer named `gpt2`, or that of a directory or a tokenizer.json. Another project's is
+    adopted; nanoGPT's ckpt.pt, which holds none, has gpt2's."""
+    path = repo_path(name)
+    if str(name) == "gpt2" or (path.suffix == ".pt" and path.is_file()):
+        return _gpt2_tokenizer()
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file() and (path.parent / "prepare.py").is_file():
+        script = show_path(path.parent / "prepare.py")
+        raise UserError(f"{show_path(path)} is missing; run python {script}")
+    if not path.is_file():
+        raise UserError(f"no tokenizer {show_path(path)}; name gpt2, or a directory that holds one")
+    try:
+        return Tokenizer(adopt(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        reason = " ".join(str(error).split())  # of a bad pattern, it is shown in several lines
+        raise UserError(f"{show_path(path)} cannot be used as a tokenizer: {reason}") from None
+
+
+def _gpt2_tokenizer() -> Tokenizer:
+    """GPT-2's 50,257 entries, and the chat format's four behind them."""
+    vocab_file, merges_file = GPT2_FILES / "encoder.json", GPT2_FILES / "vocab.bpe"
+    if not (vocab_file.is_file() and merges_file.is_file()):
+        raise UserError("the gpt2 vocabulary is not here; run python data/fetch_data.py gpt2")
+    vocab = json.loads(vocab_file.read_text(encoding="utf-8"))
+    lines = merges_file.read_text(encoding="utf-8").splitlines()[1:]  # the first names a version
+    merges = [tuple(line.split()) for line in lines if line]
+    bpe = _new_bpe(models.BPE(vocab, merges), GPT2_PATTERN)
+    bpe.add_special_tokens(SPECIAL_TOKENS)
+    return Tokenizer(bpe.to_str())
+
+
+def adopt(text: str) -> str:
+    """Another project's tokenizer.json as one of ours, every id the same: behind its entries come
+    those of SPECIAL_TOKENS that it lacks, and names of its added tokens become plain text too.
+    One of ours stays to the letter. ValueError where ours would give other ids."""
+    content = json.loads(text)
+    try:
+        added = sorted(content["added_tokens"], key=lambda token: token["id"])
+        names = [token["content"] for token in added]
+        if {*SPECIAL_TOKENS} <= {*names} and _is_ours(content):
+            return text
+        pattern, is_nfc = _pattern_of(content["pre_tokenizer"]), _is_nfc(content["normalizer"])
+        model = content["model"]
+        vocab = dict(model["vocab"])
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+        merges = [(left, right) for left, right in pairs]
+        made = list(dict.fromkeys(vocab[left + right] for left, right in merges))
+        if made != sorted(made):
+            raise ValueError("its merges are not in the order of its ids")
+        whole_first = {"ignore_merges": bool(model.get("ignore_merges"))}
+        if not whole_first["ignore_merges"]:
+            _refuse_unmade(vocab.keys() - {*names}, merges)
+        end = next((name for name in OTHER_ENDS if name in names), None)
+        if end and END_OF_TEXT not in names:
+            names[names.index(end)] = END_OF_TEXT
+            if end in vocab:
+                vocab[END_OF_TEXT] = vocab.pop(end)
+        bpe = _new_bpe(models.BPE(vocab, merges, **whole_first), pattern)
+        if is_nfc:
+            bpe.normalizer = normalizers.NFC()
+        bpe.add_special_tokens(names)
+        bpe.add_special_tokens(SPECIAL_TOKENS)
+        if [bpe.token_to_id(name) for name in names] != [token["id"] for token in added]:
+            raise ValueError("its added tokens do not follow its entries")
+        return bpe.to_str()
+    except ValueError:
+        raise
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise ValueError(f"not a byte-level BPE ({error!r})") from None
+
+
+def _refuse_unmade(entries: Iterable[str], merges: list[tuple[str, str]]) -> None:
+    """ValueError where merges do not make an entry, which tiktoken would give for a whole piece."""
+    made = {left + right for left, right in merges}
+    unmade = sorted(entry for entry in entries if len(entry) > 1 and entry not in made)
+    if unmade:
+        raise ValueError(f"no merge makes its entry {unmade[0]!r} ({len(unmade)} such)")
+
+
+def _is_ours(content: dict) -> bool:
+    parts = content["pre_tokenizer"].get("pretokenizers", [{}])
+    return content["normalizer"] in (None, NFC) and parts[0].get("type") == "Split"
+
+
+def _pattern_of(splitter: dict) -> str:
+    """The pattern that cuts a text as a tokenizer.json's pre_tokenizer does."""
+    parts = splitter.get("pretokenizers", [splitter])
+    cut = parts[0] if len(parts) == 2 else None
+    by_bytes = {"use_regex": True} | parts[-1]
+    is_bytes = by_bytes["type"] == "ByteLevel" and not by_bytes["add_prefix_space"]
+    if is_bytes and len(parts) == 1 and by_bytes["use_regex"]:
+        return GPT2_PATTERN
+    is_digits = cut and cut["type"] == "Digits" and cut["individual_digits"]
+    if is_bytes and is_digits and by_bytes["use_regex"]:
+        return DIGITS_PATTERN
+    is_split = cut and cut["type"] == "Split" and cut["behavior"] == "Isolated"
+    if is_bytes and is_split and not cut["invert"] and not by_bytes["use_regex"]:
+        return cut["pattern"]["Regex"]
+    kinds = " and ".join(part["type"] for part in parts)
+    raise ValueError(f"its way of cutting text, {kinds}, is not built here")
+
+
+def _is_nfc(normalizer: dict | None) -> bool:
+    """Whether texts are brought to NFC. What export.py adds is left out."""
+    parts = (normalizer or {}).get("normalizers", [normalizer])
+    parts = [part for part in parts if part not in (None, UNHIDE)]
+    others = [part["type"] for part in parts if part != NFC]
+    if others:
+        raise ValueError(f"its normalizer {others[0]} is not built here")
+    return bool(parts)
+
+
+def _new_bpe(model: models.BPE, pattern: str) -> tokenizers.Tokenizer:
+    bpe = tokenizers.Tokenizer(model)
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    bpe.decoder = decoders.ByteLevel()
+    return bpe
+
+
+def _runs(text: str) -> Iterator[str]:
+    return (text[i : i + RUN_LENGTH] for i in range(0, len(text), RUN_LENGTH))
+
+
+def _byte_to_unicode() -> dict[int, str]:
+    """GPT-2's printable character for each byte, in which vocabulary files are written."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}

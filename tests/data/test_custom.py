@@ -1,0 +1,183 @@
+"""Files of one's own through data/custom/prepare.py, as its command line writes them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configurator import UserError
+from data.custom import prepare
+from data_utils import Dataset
+from miniglm.prep.forms import is_validation
+from miniglm.tokenizer import load_tokenizer
+from tests.helpers import TEXT, dialogue
+from tests.runs import contents, error_line, run
+
+LINES = TEXT.splitlines()
+QUESTIONS = [dialogue(f"第{n}回说的是什么？", f"说的是{LINES[n % 5][:20]}。") for n in range(60)]
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_texts(path: Path, copies: int = 60, encoding: str = "utf-8", first: int = 0) -> Path:
+    lines = [f"　　第{n}段。{line}" for n in range(first, first + copies) for line in LINES]
+    path.write_text("\n".join(lines), encoding=encoding)
+    return path
+
+
+def write_questions(path: Path, pairs: list = QUESTIONS) -> Path:
+    lines = [json.dumps({"messages": turns}, ensure_ascii=False) for turns in pairs]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def prepared(folder: Path, *words: str) -> Dataset:
+    prepare.main([*words, f"--out={folder / 'out'}", "--vocab_size=400"])
+    return Dataset(str(folder / "out"))
+
+
+def test_text_files_of_two_encodings_become_one_dataset(mine, capsys):
+    write_texts(mine / "a.txt")
+    write_texts(mine / "b.txt", 50, "gb18030", first=60)
+    data = prepared(mine, "--input=*.txt", "--val=0.2")
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        f"utf-8: {mine / 'a.txt'}",
+        f"gb18030: {mine / 'b.txt'}",
+        "550 good records",
+    ]
+    assert data.kind == "pretrain"
+    text = {split: data.tokenizer.decode(ids) for split, ids in data.tokens.items()}
+    lines = [f"第{n}段。{line}" for n in range(110) for line in LINES]
+    documents = sum(sizes["documents"] for sizes in data.meta["splits"].values())
+    # a line end between any two lines, but none between documents
+    assert sum(map(len, text.values())) == sum(len(line) + 1 for line in lines) - documents
+    assert all(line in text["train"] or line in text["val"] for line in lines)
+    assert (data.meta["records"], data.meta["skipped"]) == (550, {})
+
+
+def test_each_conversation_lies_on_the_side_of_its_first_question(mine):
+    data = prepared(mine, f"--input={write_questions(mine / 'a.jsonl')}", "--val=0.2")
+    for split in ("train", "val"):
+        expected = [q for q in QUESTIONS if is_validation(q, 0.2) == (split == "val")]
+        assert list(data.conversations(split)) == expected
+    assert data.meta["question_end"] == "？"
+
+
+def test_line_aligned_files_become_conversations(mine):
+    (mine / "a.en").write_text("".join(f"This is line {n}.\n" for n in range(40)))
+    (mine / "a.zh").write_text("".join(f"这是第{n}行。\n" for n in range(40)), encoding="gb18030")
+    data = prepared(mine, "--input=a.en", "--target=a.zh", "--val=0.2")
+    found = [turns for split in ("train", "val") for turns in data.conversations(split)]
+    assert sorted(found, key=str) == sorted(
+        (dialogue(f"This is line {n}.", f"这是第{n}行。") for n in range(40)), key=str
+    )
+    assert data.meta["sources"] == [str(mine / "a.en"), str(mine / "a.zh")]
+
+
+def test_files_of_their_own_can_be_the_validation_split(mine):
+    write_questions(mine / "a.jsonl", QUESTIONS[:40])
+    (mine / "v.jsonl").write_text('{"q": "谁？", "a": ""}\n{"q": "谁？", "a": "孔明。"}\n')
+    data = prepared(mine, "--input=a.jsonl", "--val_input=v.jsonl")
+    assert list(data.conversations("train")) == QUESTIONS[:40]
+    assert list(data.conversations("val")) == [dialogue("谁？", "孔明。")]
+    assert (data.meta["records"], data.meta["skipped"]) == (41, {"empty answer": 1})
+
+
+def test_a_validation_file_that_is_among_the_input_is_read_once(mine):
+    write_questions(mine / "a.jsonl", QUESTIONS[:40])
+    write_questions(mine / "v.jsonl", QUESTIONS[40:])
+    data = prepared(mine, "--input=*.jsonl", "--val_input=v.jsonl")
+    assert list(data.conversations("train")) == QUESTIONS[:40]
+    assert list(data.conversations("val")) == QUESTIONS[40:]
+    assert data.meta["records"] == len(QUESTIONS)
+    assert "skipped: duplicate" not in data.meta["splits"]["val"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_bad_records_are_counted_once_however_often_they_are_read(own, mine, capsys):
+    path = write_questions(mine / "a.jsonl")
+    path.write_text(path.read_text() + '\n{"q": "谁？"}\nx\n{"text": "甲"}\n')
+    tokenizer = prepared(mine, "--input=a.jsonl", "--val=0.2").path
+    capsys.readouterr()
+    words = [] if own else [f"--tokenizer={tokenizer}"]
+    data = prepared(mine, "--input=a.jsonl", "--val=0.2", *words)
+    reasons = {"broken JSON": 1, "missing field": 1, "no conversation": 1}
+    assert (data.meta["records"], data.meta["skipped"]) == (60, reasons)
+    out = capsys.readouterr().out
+    assert out.count("skipped: ") == 3
+    assert "60 good records; records left out: 1 " in out
+
+
+def test_preparing_twice_gives_the_same_bytes(mine):
+    write_texts(mine / "a.txt")
+    first = contents(prepared(mine, "--input=a.txt", "--val=0.2").path)
+    assert contents(prepared(mine, "--input=a.txt", "--val=0.2").path) == first
+
+
+def test_questions_take_the_tokenizer_of_another_dataset(mine):
+    write_texts(mine / "a.txt")
+    base = prepared(mine, "--input=a.txt", "--val=0.2").path
+    write_questions(mine / "q.jsonl")
+    words = ["--input=q.jsonl", f"--tokenizer={base}", "--val=0.2", "--max_tokens=99"]
+    prepare.main([*words, f"--out={mine / 'sft'}"])
+    data = Dataset(str(mine / "sft"))
+    assert data.tokenizer.sha256 == load_tokenizer(base).sha256
+    assert data.meta["max_tokens"] == 99
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no input; name a file"),
+        (["--input=no.txt"], "no file no.txt"),
+        (["--input=a.txt", "--val=0"], "val=0.0 must lie between 0 and 1"),
+        (
+            ["--input=a.txt", "--val=1e-9"],
+            "no record is for val; change --val= or the input",
+        ),
+        (["--input=a.txt", "--target=a.txt,b.txt"], "1 files of --input=, but 2 of --target="),
+        (["--input=a.txt", "--target=b.txt", "--fields=text=a"], "--target= goes with neither"),
+        (["--input=a.txt", "--fields=txt=a"], "'txt=a' is not understood; did you mean 'text'?"),
+        (["--input=a.txt", "--encoding=utf9"], "encoding='utf9' is not known"),
+        (["--input=a.txt", "--tokenizer=nowhere"], "no tokenizer nowhere"),
+        (["--input=q.jsonl", "--strict"], "q.jsonl, line 2: broken JSON (Expecting value"),
+        (
+            ["--input=c.jsonl", "--max_tokens=3"],
+            "train.bin: all its records are left out (8 skipped: too long); see --max_tokens=",
+        ),
+        (["--input=e.txt"], "there is no record in the input"),
+        (
+            ["--input=w.jsonl"],
+            "2 of 2 records are bad, the first in line 1: missing field (it has x)",
+        ),
+    ],
+)
+def test_what_cannot_be_prepared_is_said_in_a_line_and_writes_nothing(words, message, mine):
+    for name in ("a.txt", "b.txt"):
+        (mine / name).write_text(TEXT, encoding="utf-8")
+    (mine / "q.jsonl").write_text('{"q": "谁？", "a": "孔明。"}\nx\n' * 3, encoding="utf-8")
+    (mine / "w.jsonl").write_text('{"x": 1}\n' * 2, encoding="utf-8")
+    write_questions(mine / "c.jsonl", QUESTIONS[:10])
+    (mine / "e.txt").write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        prepare.main([*words, f"--out={mine / 'out'}"])
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not list(mine.glob("out/*"))
+
+
+def test_the_command_line_prepares_and_fails_as_others_do(tmp_path):
+    write_texts(tmp_path / "a.txt")
+    script = str(Path(prepare.__file__))
+    words = [f"--out={tmp_path / 'out'}", "--val=0.2", "--vocab_size=400"]
+    done = run(script, "--input=a.txt", *words, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "train.bin: " in done.stdout
+    (tmp_path / "a.txt").write_bytes(bytes(range(256)) * 20)
+    assert "a.txt: no encoding makes it readable" in error_line(
+        run(script, "--input=a.txt", *words, cwd=tmp_path)
+    )

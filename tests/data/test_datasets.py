@@ -1,0 +1,329 @@
+"""The prepare scripts of the datasets that users bring, on small files of their own forms."""
+
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from configurator import UserError
+from data.encyclopedia import prepare as encyclopedia
+from data.firefly import prepare_sft as firefly
+from data.idioms import prepare as idioms
+from data.idioms import prepare_sft as idioms_sft
+from data.jinyong import prepare as jinyong
+from data.jinyong import prepare_sft as jinyong_sft
+from data.minimind import prepare as minimind
+from data.minimind import prepare_sft as minimind_sft
+from data.sohu_news import prepare as sohu_news
+from data.zhihu import prepare as zhihu
+from data.zhihu import prepare_sft as zhihu_sft
+from data_utils import Dataset
+from miniglm.prep import pipeline
+from miniglm.prep.forms import is_validation
+from tests.helpers import TEXT, dialogue, tiny_tokenizer
+from tests.runs import contents
+
+LINES = TEXT.splitlines()
+ENCODINGS = ["utf-8", "utf-8-sig", "gb18030", "utf-16"]
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A folder to be in, with a tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    tiny_tokenizer().save(tmp_path / "tokenizer.json")
+    return tmp_path
+
+
+def write_lines(path: Path, lines: list, encoding: str = "utf-8") -> Path:
+    """Texts as they are, other values as JSON."""
+    texts = [x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in lines]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(texts), encoding=encoding)
+    return path
+
+
+def prepared(script, folder: Path, *words: str) -> Dataset:
+    script.main([*words, f"--out={folder / 'out'}", f"--tokenizer={folder}", "--val=0.3"])
+    return Dataset(str(folder / "out"))
+
+
+def documents(data: Dataset, split: str) -> list[str]:
+    """The texts of a split, in their order."""
+    end = data.tokenizer.end_of_text
+    texts, ids = [], []
+    for id in data.tokens[split].tolist():
+        if id == end:
+            texts.append(data.tokenizer.decode(ids))
+            ids = []
+        else:
+            ids.append(id)
+    return texts
+
+
+def all_documents(data: Dataset) -> list[str]:
+    return sorted(documents(data, "train") + documents(data, "val"))
+
+
+def all_conversations(data: Dataset) -> list[tuple]:
+    turns = [row for split in ("train", "val") for row in data.conversations(split)]
+    return sorted(tuple(turn["content"] for turn in row) for row in turns)
+
+
+# --- novels --------------------------------------------------------------------------------------
+
+
+def write_novel(folder: Path, name: str, encoding: str = "utf-8", copies: int = 200) -> Path:
+    lines = [f"　　{name}第{n}段。{line}" for n in range(copies) for line in LINES]
+    return write_lines(folder / name / "input.txt", lines, encoding)
+
+
+def test_novels_are_taken_by_name_one_several_or_all(mine):
+    for name, encoding in (("shediao", "utf-8"), ("baima", "gb18030"), ("xiake", "utf-16")):
+        write_novel(mine / "novels", name, encoding)
+
+    def names(*words: str) -> set[str]:
+        data = prepared(jinyong, mine, f"--input={mine / 'novels'}", *words)
+        assert data.meta["records"] == 1000 * len(data.meta["sources"])
+        text = "".join(all_documents(data))
+        found = {name for name in jinyong.NOVELS if f"{name}第3段。" in text}
+        assert "　" not in text
+        return found
+
+    assert names("--novels=baima") == {"baima"}
+    assert names("--novels=xiake,shediao") == {"xiake", "shediao"}
+    assert names() == {"shediao", "baima", "xiake"}
+
+
+def test_files_of_any_name_are_novels_too(mine):
+    write_novel(mine, "own")
+    data = prepared(jinyong, mine, "--input=own/*.txt")
+    assert "own第59段。" in "".join(all_documents(data))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--novels=shedia"], "unknown novel 'shedia'; did you mean 'shediao'"),
+        (["--novels=zzz"], "unknown novel 'zzz'; it is one of shediao, shendiao"),
+        (
+            ["--novels=baima,luding"],
+            r"no luding/input.txt \(鹿鼎记\) in .*; the novels are",
+        ),
+        (["--novels=baima", "--input=novels/baima/input.txt"], "goes with one folder in --input="),
+        (["--input=nothing"], "no file nothing"),
+    ],
+)
+def test_a_novel_that_is_not_there_is_one_line(mine, words, message):
+    write_novel(mine / "novels", "baima", copies=1)
+    with pytest.raises(UserError, match=message):
+        prepared(jinyong, mine, "--input=novels", *words)
+    assert not (mine / "out").exists()
+
+
+def test_the_fifteen_novels_have_their_short_names():
+    assert len(jinyong.NOVELS) == 15
+    assert jinyong.NOVELS["yuenv"] == "越女剑"
+
+
+# --- texts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_of_news_the_text_behind_the_last_mark_is_kept(mine, capsys, encoding):
+    lines = [f"`1`2标题{n}`1`2　　正文{n}。{LINES[n % 5]}" for n in range(40)]
+    bad = ["没有标记的一行", "`1`2只有标题`1`2", ""]
+    data = prepared(
+        sohu_news, mine, f"--input={write_lines(mine / 'a.txt', lines + bad, encoding)}"
+    )
+    assert all_documents(data) == sorted(f"正文{n}。{LINES[n % 5]}" for n in range(40))
+    assert data.meta["skipped"] == {"empty text": 1, "no separator mark": 1}
+    assert f"line 41: no separator mark ({bad[0]})" in capsys.readouterr().out
+    assert all(is_validation(text, 0.3) for text in documents(data, "val"))
+
+
+def test_entries_may_lack_title_summary_or_sections(mine):
+    sections = [{"title": "生平", "content": "生于涿县。"}, {"title": "空"}, {"content": "无题。"}]
+    entries = {
+        "刘备\n汉昭烈帝。\n生平\n生于涿县。\n无题。": {
+            "title": "刘备",
+            "summary": "汉昭烈帝。",
+            "sections": sections,
+        },
+        "关羽\n字云长。": {"title": "关羽", "summary": "字云长。", "sections": None},
+        "张飞\n字\n翼德。": {"title": "张飞", "sections": [{"title": "字", "content": "翼德。"}]},
+        "没有题目的条目。": {"summary": "没有题目的条目。"},
+    }
+    many = {
+        f"条目{n}\n{LINES[n % 5]}": {"title": f"条目{n}", "summary": LINES[n % 5]}
+        for n in range(30)
+    }
+    bad = [
+        {"title": "只有题目", "sections": []},
+        {"title": "甲", "summary": 3},
+        {"title": "甲", "sections": ["乙"]},
+        ["刘备"],
+        '{"title": ',
+    ]
+    file = write_lines(mine / "a.jsonl", [*entries.values(), *many.values(), *bad])
+    data = prepared(encyclopedia, mine, f"--input={file}")
+    assert all_documents(data) == sorted([*entries, *many])
+    assert data.meta["skipped"] == {
+        "broken JSON": 1,
+        "no summary and no section": 1,
+        "wrong type": 3,
+    }
+
+
+def test_minimind_texts_lose_the_marks_of_its_chat_format(mine):
+    texts = [{"text": f"第{n}条。{LINES[n % 5]}"} for n in range(30)]
+    marked = {"text": "<|im_start|>天下大势如何？<|im_end|> <|im_start|>分久必合。<|im_end|>"}
+    old = {"text": "<s>合久必分。</s>"}
+    file = write_lines(mine / "a.jsonl", [*texts, marked, old, {"text": "<s></s>"}, {"body": "甲"}])
+    data = prepared(minimind, mine, f"--input={file}")
+    expected = [text["text"] for text in texts] + ["天下大势如何？\n分久必合。", "合久必分。"]
+    assert all_documents(data) == sorted(expected)
+    assert data.meta["skipped"] == {"empty text": 1, "missing field": 1}
+
+
+# --- questions -----------------------------------------------------------------------------------
+
+PAIRS = [(f"第{n}回里，{who}做了什么？", f"{who}攻打{n}城。") for n in range(20) for who in "甲乙"]
+
+
+def write_zhihu(path: Path) -> Path:
+    columns = [{"INSTRUCTION": q, "RESPONSE": a, "METADATA": "{}"} for q, a in PAIRS]
+    columns.append({"INSTRUCTION": "空的问题？", "RESPONSE": "", "METADATA": "{}"})
+    if path.suffix == ".jsonl":
+        return write_lines(path, columns)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(columns), path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_zhihu_gives_texts_and_conversations(mine, name):
+    file = write_zhihu(mine / name)
+    data = prepared(zhihu, mine, f"--input={file}")
+    assert all_documents(data) == sorted(f"{q}\n{a}" for q, a in PAIRS)
+    assert data.meta["skipped"] == {"empty answer": 1}
+    data = prepared(zhihu_sft, mine, f"--input={file}")
+    assert all_conversations(data) == sorted(PAIRS)
+
+
+def test_zhihu_is_filtered_by_keywords_and_the_rest_is_counted(mine, capsys):
+    file = write_zhihu(mine / "a.jsonl")
+    wanted = sorted((q, a) for q, a in PAIRS if "乙" in q or "7城" in a)
+    for script in (zhihu, zhihu_sft):
+        data = prepared(script, mine, f"--input={file}", "--keywords=乙,7城")
+        assert data.meta["not_taken"] == {"without a keyword": 40 - len(wanted)}
+        assert data.meta["keywords"] == ["乙", "7城"]
+        assert f"not taken: {40 - len(wanted)} without a keyword" in capsys.readouterr().out
+        if script is zhihu:
+            assert all_documents(data) == sorted(f"{q}\n{a}" for q, a in wanted)
+    assert all_conversations(data) == wanted
+
+
+QUESTION_SETS = {
+    jinyong_sft: [{"Question": q, "Answer": a} for q, a in PAIRS],
+    firefly: [{"kind": "QA", "input": q, "target": a} for q, a in PAIRS],
+    minimind_sft: [{"conversations": dialogue(q, a)} for q, a in PAIRS],
+}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("script", QUESTION_SETS)
+def test_question_sets_are_read_by_their_own_fields(mine, script, encoding):
+    bad = ['{"Question": ', {"other": "甲"}, 3]
+    file = write_lines(mine / "a.jsonl", [*QUESTION_SETS[script], *bad], encoding)
+    data = prepared(script, mine, f"--input={file}")
+    assert all_conversations(data) == sorted(PAIRS)
+    assert data.meta["skipped"] == {"broken JSON": 1, "missing field": 1, "wrong type": 1}
+
+
+@pytest.mark.parametrize("script", [firefly, jinyong_sft, minimind_sft, zhihu, zhihu_sft])
+def test_questions_are_read_by_the_fields_that_are_named(mine, script):
+    lines = [{"ask": q, "reply": a, "question": "乙？", "answer": "丙。"} for q, a in PAIRS]
+    file = write_lines(mine / "a.jsonl", lines)
+    data = prepared(script, mine, f"--input={file}", "--fields=question=ask,answer=reply")
+    if script is zhihu:
+        assert all_documents(data) == sorted(f"{q}\n{a}" for q, a in PAIRS)
+    else:
+        assert all_conversations(data) == sorted(PAIRS)
+
+
+@pytest.mark.parametrize("script", [jinyong, minimind])
+def test_texts_are_read_by_the_field_that_is_named(mine, script):
+    texts = [f"第{n}条。{LINES[n % 5]}" for n in range(30)]
+    file = write_lines(mine / "a.jsonl", [{"body": text, "text": "甲"} for text in texts])
+    data = prepared(script, mine, f"--input={file}", "--fields=text=body")
+    assert all_documents(data) == sorted(texts)
+
+
+@pytest.mark.parametrize("script", [encyclopedia, idioms, idioms_sft, sohu_news])
+def test_where_fields_have_fixed_names_others_are_refused(mine, script):
+    file = write_lines(mine / "a.jsonl", [{"body": "甲"}] * 3)
+    with pytest.raises(UserError, match="'text=body': the fields of this dataset have fixed names"):
+        prepared(script, mine, f"--input={file}", "--fields=text=body")
+
+
+def test_minimind_turns_without_roles_alternate_and_are_all_kept(mine):
+    turns = [{"content": text} for text in ("你好。", "你好！", "天下大势如何？", "分久必合。")]
+    sets = [*QUESTION_SETS[minimind_sft], {"conversations": turns}]
+    data = prepared(minimind_sft, mine, f"--input={write_lines(mine / 'a.jsonl', sets)}")
+    assert tuple(turn["content"] for turn in turns) in all_conversations(data)
+
+
+def test_a_question_that_is_nearly_an_earlier_one_is_left_out(mine, capsys):
+    long = "大将军窦武与太傅陈蕃为什么一起谋诛宦官曹节等人？"
+    extra = [(long, "因为他弄权。"), (long.replace("？", "呢？"), "为了汉室。")]
+    lines = [{"Question": q, "Answer": a} for q, a in [*PAIRS, *extra]]
+    file = write_lines(mine / "a.jsonl", lines)
+    data = prepared(jinyong_sft, mine, f"--input={file}")
+    assert all_conversations(data) == sorted([*PAIRS, extra[0]])
+    assert data.meta["not_taken"] == {"question nearly the same as an earlier one": 1}
+    data = prepared(jinyong_sft, mine, f"--input={file}", "--near=False")
+    assert all_conversations(data) == sorted([*PAIRS, *extra])
+
+
+def test_near_duplicates_are_found_across_parts_and_processes(mine, monkeypatch):
+    """The same bytes from one process, which reads the file whole, and from two that share it."""
+    long = "大将军窦武与太傅陈蕃为什么一起谋诛宦官曹节等人？"
+    extra = [(long.replace("？", "呢？"), f"答案{n}。") for n in range(3)]
+    lines = [{"Question": q, "Answer": a} for q, a in [(long, "因为他弄权。"), *PAIRS, *extra]]
+    file = write_lines(mine / "a.jsonl", lines)
+    whole = contents(prepared(jinyong_sft, mine, f"--input={file}", "--processes=1").path)
+    monkeypatch.setattr(pipeline, "UNIT", file.stat().st_size // 3)
+    data = prepared(jinyong_sft, mine, f"--input={file}", "--processes=2")
+    assert contents(data.path) == whole
+    assert data.meta["not_taken"] == {"question nearly the same as an earlier one": 3}
+
+
+@pytest.mark.parametrize(
+    ("script", "text", "message"),
+    [
+        (jinyong_sft, "甲\n乙", "plain text, and no conversations"),
+        (firefly, '{"input": "甲"}\n' * 3, "3 of 3 records are bad"),
+        (minimind_sft, '{"text": "甲"}\n' * 3, "3 of 3 records are bad"),
+        (zhihu_sft, '{"INSTRUCTION": "甲", "RESPONSE": 2}\n' * 3, "3 of 3 records are bad"),
+        (zhihu, "", "nothing to write for"),
+        (sohu_news, "没有标记\n" * 3, "3 of 3 records are bad"),
+        (encyclopedia, '{"title": "甲"}\n' * 3, "3 of 3 records are bad"),
+        (minimind, '{"conversations": []}\n' * 3, "3 of 3 records are bad"),
+    ],
+)
+def test_a_file_of_another_form_is_refused_in_one_line(mine, script, text, message):
+    file = mine / ("a.txt" if "\n" in text and "{" not in text else "a.jsonl")
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        prepared(script, mine, f"--input={file}")
+    assert not (mine / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "script", [encyclopedia, firefly, minimind, minimind_sft, sohu_news, zhihu, zhihu_sft]
+)
+def test_without_an_input_it_says_so(mine, script):
+    with pytest.raises(UserError, match="no input; name a file, a folder, or a glob in quotes"):
+        prepared(script, mine)

@@ -1,0 +1,391 @@
+"""generate_qa.py with the real openai client, against a small server that answers as models do,
+well and badly, and against the project's own endpoint."""
+
+import contextlib
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from configurator import ROOT, UserError
+from data import generate_qa
+from data.generate_qa import cut, is_grounded, parse_pairs
+from miniglm.prep.endpoint import append, whole_lines
+from miniglm.prep.readers import Tally, find_sources, records
+from tests.helpers import TEXT, dialogue, save_run, tiny_model, tiny_tokenizer, write_questions
+from tests.runs import error_line, run
+from tests.served import free_port, serving
+
+LINES = TEXT.splitlines()
+SCRIPT = ROOT / "data" / "generate_qa.py"
+
+
+def pair(question: str, answer: str, evidence: str | None = None) -> str:
+    record = {"Question": question, "Answer": answer}
+    record |= {} if evidence is None else {"Evidence": evidence}
+    return json.dumps(record, ensure_ascii=False)
+
+
+GOOD = {
+    0: pair("天下大势如何？", "分久必合，合久必分。", "分久必合，合久必分"),
+    1: pair("汉朝自谁起义？", "自高祖斩白蛇而起义。", "汉朝自高祖斩白蛇而起义"),
+    2: pair("是谁和谁一起谋诛宦官曹节等人？", "大将军窦武、太傅陈蕃。", "窦武、陈蕃谋诛之"),
+    3: pair("帝御何殿？", "帝御温德殿。", "帝御温德殿"),
+    4: pair("大青蛇蟠于何处？", "蟠于椅上。", "蟠于椅上"),
+}
+
+
+@contextlib.contextmanager
+def endpoint(answer: Callable[[int, str, int], str | int]) -> Iterator[tuple[str, list[dict]]]:
+    """A server of /v1/chat/completions, and the requests it got. answer: (number of the passage's
+    line in TEXT, prompt, how often it was asked) -> the text of an answer, or an HTTP status."""
+    requests, lock = [], threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            prompt = body["messages"][-1]["content"]
+            line = next((n for n, text in enumerate(LINES) if text[:9] in prompt), -1)
+            with lock:
+                requests.append(body | {"line": line, "key": self.headers["Authorization"]})
+                times = sum(request["line"] == line for request in requests)
+            text = answer(line, prompt, times)
+            if isinstance(text, int):
+                return self.reply(text, {"error": {"message": f"no luck, {text}"}})
+            message = {"role": "assistant", "content": text}
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            whole = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
+            self.reply(200, whole | {"choices": [choice]})
+
+        def reply(self, status: int, content: dict) -> None:
+            data = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Retry-After", "0.01")
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", requests
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def novel(tmp_path, monkeypatch):
+    """A source whose passages of 60 characters are its lines, in a folder of its own."""
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "novel.txt").write_text(TEXT, encoding="utf-8")
+    return tmp_path
+
+
+def generate(url: str, *words: str) -> None:
+    settings = [
+        f"--base_url={url}",
+        "--model=m",
+        "--passage=60",
+        f"--out={Path.cwd() / 'qa.jsonl'}",
+    ]
+    generate_qa.main([*settings, *words])
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_good_pairs_are_kept_with_their_passage_and_model(novel, capsys):
+    with endpoint(lambda line, *_: GOOD[line]) as (url, requests):
+        generate(url, "--input=novel.txt", "--temperature=0.5", "--max_tokens=99")
+    found = {line["Question"]: line for line in lines_of(novel / "qa.jsonl")}
+    assert len(found) == len(requests) == 5
+    for number, text in GOOD.items():
+        line = found[json.loads(text)["Question"]]
+        assert line == json.loads(text) | {
+            "Passage": LINES[number],
+            "Source": str(novel / "novel.txt"),
+            "Model": "m",
+        }
+    assert {(r["model"], r["temperature"], r["max_tokens"], r["key"]) for r in requests} == {
+        ("m", 0.5, 99, "Bearer secret")
+    }
+    assert "5 kept; " in capsys.readouterr().out
+    [source] = find_sources([str(novel / "qa.jsonl")])  # as the prepare scripts read it
+    questions = [turns[0]["content"] for turns in records(source, Tally())]
+    assert sorted(questions) == sorted(found)
+
+
+def test_what_is_wrong_is_left_out_and_counted(novel, capsys):
+    answers = GOOD | {
+        1: f"好的：\n```json\n[{GOOD[1]},\n{GOOD[1]}]\n```",  # fenced, and the same twice
+        2: GOOD[2] + "\n" + GOOD[2].replace("人？", "人呢？") + '\n{"Question": "谁弄权',
+        3: pair("帝御何殿？", "帝御未央宫，在长安。", "帝御温德殿"),  # another answer
+        4: pair("大青蛇蟠于何处？", "蟠于椅上。", "蛇蟠于龙床之上"),  # no such evidence
+    }
+    with endpoint(lambda line, *_: answers[line]) as (url, _):
+        generate(url, "--input=novel.txt", "--parallel=1")
+    kept = [line["Question"] for line in lines_of(novel / "qa.jsonl")]
+    assert kept == [json.loads(GOOD[n])["Question"] for n in (0, 1, 2)]
+    out = capsys.readouterr().out
+    counts = "3 kept, 1 duplicate, 1 near duplicate, 1 malformed, 2 not grounded; "
+    assert sorted(counts[:-2].split(", ")) == sorted(
+        out.splitlines()[-1].split("; ")[0].split(", ")
+    )
+    calls = lines_of(novel / "qa.jsonl.calls")
+    assert sum(call.get("not grounded", 0) for call in calls) == 2
+    assert len(calls) == 5
+
+
+def test_refused_and_failing_calls_are_tried_again(novel):
+    def answer(line: int, prompt: str, times: int) -> str | int:
+        return {1: 429, 2: 500, 3: 503}.get(times, GOOD[line])
+
+    with endpoint(answer) as (url, requests):
+        generate(url, "--input=novel.txt")
+    assert len(lines_of(novel / "qa.jsonl")) == 5
+    assert len(requests) == 20
+
+
+def test_a_call_that_never_succeeds_is_left_for_the_next_run(novel, capsys):
+    with endpoint(lambda line, *_: 500 if line == 2 else GOOD[line]) as (url, _):
+        generate(url, "--input=novel.txt", "--retries=1", "--parallel=1")
+    out = capsys.readouterr().out
+    assert "failed: Error code: 500" in out
+    assert "4 kept, 1 failed calls; " in out
+    before = (novel / "qa.jsonl").read_bytes()
+    with endpoint(lambda line, *_: GOOD[line]) as (url, requests):
+        generate(url, "--input=novel.txt", "--parallel=1")
+        assert [request["line"] for request in requests] == [2]
+        generate(url, "--input=novel.txt")
+        assert len(requests) == 1
+    content = (novel / "qa.jsonl").read_bytes()
+    assert content.startswith(before)
+    assert len(content.splitlines()) == 5
+    assert "4 of 5 calls were answered before" in capsys.readouterr().out
+
+
+def test_a_run_without_an_answer_fails(novel):
+    with (
+        endpoint(lambda *_: 500) as (url, _),
+        pytest.raises(UserError, match="no call was answered"),
+    ):
+        generate(url, "--input=novel.txt", "--retries=0", "--calls=2")
+
+
+def test_what_a_kill_cut_short_is_mended(novel):
+    with endpoint(lambda line, *_: GOOD[line]) as (url, requests):
+        generate(url, "--input=novel.txt", "--parallel=1", "--calls=3")
+        for name in (
+            "qa.jsonl",
+            "qa.jsonl.calls",
+        ):  # the last call's lines, the second half-written
+            content = (novel / name).read_bytes()
+            (novel / name).write_bytes(content[:-20])
+        generate(url, "--input=novel.txt")
+    assert len(requests) == 3 + 3
+    assert len(lines_of(novel / "qa.jsonl")) == len(lines_of(novel / "qa.jsonl.calls")) == 5
+
+
+def test_calls_come_in_parallel(novel):
+    together = threading.Barrier(5, timeout=20)
+
+    def answer(line: int, *_) -> str:
+        together.wait()  # broken, and an error, unless all five are there at once
+        return GOOD[line]
+
+    with endpoint(answer) as (url, _):
+        generate(url, "--input=novel.txt", "--parallel=5")
+    assert len(lines_of(novel / "qa.jsonl")) == 5
+
+
+def test_examples_alone_are_a_prompt_whose_questions_are_not_repeated(novel):
+    known = [json.loads(GOOD[n]) for n in range(3)]
+    lines = "\n".join(json.dumps(line, ensure_ascii=False) for line in known)
+    (novel / "known.jsonl").write_text(lines, encoding="utf-8")
+    texts = iter([GOOD[0], pair("吴国的都城在哪里？", "在建业。"), GOOD[3], "没有"])
+    with endpoint(lambda *_: next(texts)) as (url, requests):
+        generate(url, "--examples=known.jsonl", "--calls=4", "--parallel=1", "--n_examples=2")
+    prompts = [request["messages"][-1]["content"] for request in requests]
+    assert len({*prompts}) > 1  # other examples with each
+    for prompt in prompts:
+        assert sum(line["Question"] in prompt for line in known) == 2
+        assert "Evidence" not in prompt
+        assert "原文：" not in prompt
+    assert lines_of(novel / "qa.jsonl") == [
+        {"Question": "吴国的都城在哪里？", "Answer": "在建业。", "Model": "m"},
+        {"Question": "帝御何殿？", "Answer": "帝御温德殿。", "Model": "m"},
+    ]
+
+
+def test_a_dry_run_prints_the_prompts_and_calls_nothing(novel, capsys):
+    generate_qa.main(["--input=novel.txt", "--passage=60", "--dry_run"])
+    out = capsys.readouterr().out
+    assert all(f"原文：\n{line}\n" in out for line in LINES)
+    prompts = out.split("--- prompt 1\n")[1]
+    assert out.splitlines()[-1].startswith("--- 5 calls, ")
+    assert prompts.count("原文：") == 5
+    assert [path.name for path in novel.iterdir()] == ["novel.txt"]
+
+
+def test_fewer_calls_are_among_those_of_more(novel, capsys):
+    def shown(calls: int) -> set[str]:
+        generate_qa.main(["--input=novel.txt", "--passage=60", "--dry_run", f"--calls={calls}"])
+        out = capsys.readouterr().out
+        return {line for line in LINES if line in out}
+
+    assert len(shown(2)) == 2
+    assert shown(1) < shown(2) < shown(4)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030", "utf-16"])
+def test_a_source_of_any_encoding_is_asked_about(novel, capsys, encoding):
+    (novel / "novel.txt").write_text(TEXT * 3, encoding=encoding)
+    generate_qa.main(["--input=novel.txt", "--passage=60", "--dry_run"])
+    assert LINES[2] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(401, "Error code: 401"), (404, "404"), (400, "no luck, 400")]
+)
+def test_a_request_that_is_refused_for_good_stops_all(novel, status, message):
+    with endpoint(lambda *_: status) as (url, requests), pytest.raises(UserError, match=message):
+        generate(url, "--input=novel.txt", "--parallel=1")
+    assert len(requests) == 1
+    assert not (novel / "qa.jsonl").exists()
+
+
+def test_an_endpoint_that_is_not_there_is_one_line(novel):
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    lines = [f"第{n}段。{line}" for n in range(4) for line in LINES]
+    (novel / "novel.txt").write_text("\n".join(lines), encoding="utf-8")
+    words = [f"--base_url={url}", "--model=m", "--input=novel.txt", "--passage=60", "--retries=0"]
+    error = error_line(run(SCRIPT, *words, f"--out={novel / 'qa.jsonl'}", cwd=novel))
+    assert url in error
+    assert "Connection error. (APIConnectionError)" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "nothing to go by; pass --input= with the source, or --examples="),
+        (["--examples=novel.txt"], "without --input= it needs --calls="),
+        (["--input=novel.txt"], "no model named; pass --model="),
+        (["--input=novel.txt", "--model=m"], "no key; set OPENAI_API_KEY"),
+        (["--input=novel.txt", "--passage=0"], "passage=0 must be 1 or more"),
+        (["--input=novel.txt", "--calls=-1"], "calls=-1 must be 1 or more"),
+        (["--input=novel.txt", "--n_examples=-1"], "n_examples=-1 must be 0 or more"),
+        (["--input=novel.txt", "--retries=-1"], "retries=-1 must be 0 or more"),
+        (["--input=none.txt"], "no file none.txt"),
+        (["--examples=novel.txt", "--calls=2"], "is plain text, and no conversations"),
+    ],
+)
+def test_bad_settings_are_one_line(novel, monkeypatch, words, message):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(UserError, match=message):
+        generate_qa.main(words)
+
+
+def test_a_missing_package_is_named(novel, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)  # what import finds of a missing one
+    with pytest.raises(UserError, match="the openai package is missing; run python -m pip install"):
+        generate_qa.main(["--input=novel.txt", "--model=m"])
+
+
+def test_a_damaged_output_is_not_appended_to(novel):
+    (novel / "qa.jsonl").write_text('{"Question": "甲？"}\n{"Que\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"qa\.jsonl, line 2 is damaged"):
+        generate("http://127.0.0.1:9/v1", "--input=novel.txt")
+
+
+def test_other_line_ends_inside_a_text_do_not_damage_the_output(tmp_path):
+    lines = [{"Question": f"甲{end}乙？"} for end in "\u2028\u2029\x85\v\f\r\n"]
+    append(tmp_path / "qa.jsonl", lines)
+    assert whole_lines(tmp_path / "qa.jsonl", "Question") == lines
+
+
+# --- the parts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "kept", "broken"),
+    [
+        ("", 0, 1),
+        ("我不会。", 0, 1),
+        (GOOD[0], 1, 0),
+        (f"{GOOD[0]}\n{GOOD[1]}", 2, 0),
+        (f'{{"pairs": [{GOOD[0]}, {GOOD[1]}]}}', 2, 0),
+        (GOOD[0] + GOOD[1][:-5], 1, 1),
+        ('{"Question": "甲？"}', 0, 1),
+        ('{"Question": "甲？", "Answer": 3}', 0, 1),
+        ('{"Question": " ", "Answer": "乙"}', 0, 1),
+    ],
+)
+def test_pairs_are_found_in_whatever_a_model_says(text, kept, broken):
+    pairs, bad = parse_pairs(text)
+    assert (len(pairs), bad) == (kept, broken)
+
+
+@pytest.mark.parametrize(
+    ("answer", "evidence", "grounded"),
+    [
+        ("建宁二年四月望日，帝御温德殿。", "建宁二年四月望日", True),
+        ("皇帝那天在温德殿。", "帝御温德殿", True),  # in other words
+        ("帝御温德殿。", "帝御 温德殿。", True),  # blanks and punctuation aside
+        ("帝御温德殿。", "帝御未央宫", False),
+        ("帝御温德殿。", "", False),
+        ("帝御温德殿。", None, False),
+        ("公元169年，帝御温德殿。", "帝御温德殿", False),  # a number that the passage lacks
+        ("唐太宗当时住在长安城里。", "帝御温德殿", False),
+    ],
+)
+def test_an_answer_must_stand_in_the_passage(answer, evidence, grounded):
+    pair = {"Question": "帝御何殿？", "Answer": answer, "Evidence": evidence}
+    assert is_grounded(pair, LINES[3]) == grounded
+
+
+@pytest.mark.parametrize("size", [7, 40, 60, 100, 1000])
+def test_passages_are_whole_lines_or_sentences_and_lose_nothing(size):
+    pieces = cut(TEXT, size)
+    assert max(map(len, pieces)) <= size
+    assert "".join("".join(pieces).split()) == "".join(TEXT.split())
+    if size >= 40:
+        assert all(piece[-1] in "。，" for piece in pieces)
+
+
+# --- the project's own endpoint ------------------------------------------------------------------
+
+
+def test_the_projects_own_endpoint_serves_it(novel, capsys):
+    """A model of random weights, that says no JSON: each call is answered and counted."""
+    tokenizer = tiny_tokenizer()
+    data = write_questions(novel / "data", tokenizer, {"train": [dialogue("甲？", "乙。")]})
+    model = tiny_model(n_vocab=tokenizer.n_vocab, block_size=1024)
+    out_dir = save_run(novel / "answers", model, tokenizer, data, "sft")
+    with serving([out_dir], batch_size=4) as (address, _):
+        words = [
+            "--input=novel.txt",
+            "--model=answers",
+            "--max_tokens=8",
+            f"--out={novel / 'qa.jsonl'}",
+        ]
+        generate_qa.main([*words, "--passage=60", f"--base_url={address}/v1"])
+        assert "5 malformed; " in capsys.readouterr().out
+        with pytest.raises(UserError, match="Error code: 404"):
+            generate_qa.main([*words, "--passage=50", f"--base_url={address}/v1", "--model=other"])
+    assert len(lines_of(novel / "qa.jsonl.calls")) == 5

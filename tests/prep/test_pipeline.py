@@ -1,0 +1,474 @@
+"""Units, processes and shards: the same dataset however it is made, and none that is half."""
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configurator import ROOT, UserError
+from data_utils import Dataset, Shards
+from miniglm.prep import pipeline, readers
+from miniglm.prep import writer as data_writer
+from miniglm.prep.forms import is_validation
+from miniglm.prep.pipeline import Settings, prepare, read_records
+from miniglm.prep.readers import Tally, find_sources, parts, read_lines, records
+from miniglm.prep.writer import write_pretrain, write_sft
+from tests.helpers import TEXT, dialogue, tiny_tokenizer
+from tests.reads import in_named_files, kills_itself
+from tests.runs import contents
+
+LINES = TEXT.splitlines()
+linux_only = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills itself as Unix does")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Units, buckets and blocks so small that a test has many of each."""
+    monkeypatch.setattr(pipeline, "UNIT", 3000)
+    monkeypatch.setattr(data_writer, "BUCKET", 50)
+    monkeypatch.setattr(data_writer, "BLOCK", 200)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_at(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tiny_tokenizer().save(path)
+    return path
+
+
+def questions(count: int, kinds: int, seed: int = 0) -> list[list[dict]]:
+    """Conversations, of so many kinds: others are repeated."""
+    draw = random.Random(seed)
+    numbers = [draw.randrange(kinds) for _ in range(count)]
+    return [dialogue(f"第{n}回说的是什么？", f"说的是{LINES[n % 5][:20]}。") for n in numbers]
+
+
+def write_jsonl(path: Path, values: list) -> Path:
+    lines = [
+        value if isinstance(value, str) else json.dumps({"messages": value}, ensure_ascii=False)
+        for value in values
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def prepared(folder: Path, files: list[Path], kind: str, **settings) -> Dataset:
+    words = [str(file) for file in files]
+    read = partial(read_records, want=str if kind == "pretrain" else list, val=0.2)
+    config = Settings(input=words, out=str(folder), **settings)
+    prepare(config, find_sources(words), read, kind)
+    return Dataset(str(folder))
+
+
+# --- parts of a file -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "gb18030", "big5", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_the_parts_of_a_file_have_its_lines_and_their_numbers(encoding, end, tmp_path, monkeypatch):
+    # 上 and 不 have the bytes of LF in UTF-16, 一 and 倍 those of CR and NUL
+    text = ("椅上倍增，不一而足。\n\n" + TEXT.replace("楚、", "上一。\n")) * 3
+    if encoding == "big5":  # it has no Simplified characters
+        text = text.encode("big5", "replace").decode("big5")
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.replace("\n", end).encode(encoding))
+    [source] = find_sources([str(path)], encoding.removesuffix("-sig"))
+    whole = list(read_lines(source))
+    assert "\n".join(line for _, line in whole) == text.removesuffix("\n")
+    for size, chunk in itertools.product((1, 100, 1000), (2, 64, 2**18)):
+        with monkeypatch.context() as patch:
+            patch.setattr(readers, "CHUNK", chunk)
+            found = parts(source, size)
+        assert list(itertools.chain.from_iterable(map(read_lines, found))) == whole
+        assert len(found) == len(whole) if size == 1 else len(found) >= len(text) / size
+        assert found[0].start == 0
+        assert [one.end for one in found] == [one.start for one in found[1:]] + [None]
+
+
+def test_only_files_of_lines_are_cut(tmp_path):
+    (tmp_path / "a.csv").write_text("text\n" + "甲\n" * 500, encoding="utf-8")
+    (tmp_path / "a.json").write_text(json.dumps(["甲"] * 500))
+    (tmp_path / "b.json").write_text('{"text": "甲"}\n' * 500)
+    (tmp_path / "c.txt").write_text("甲乙丙丁" * 500, encoding="utf-8")
+    found = {one.path.name: parts(one, 100) for one in find_sources([str(tmp_path)])}
+    assert {name for name, cut in found.items() if len(cut) > 1} == {"b.json"}
+    assert {part.form for part in found["b.json"]} == {"jsonl"}
+    read = [record for part in found["b.json"] for record in records(part, Tally())]
+    assert read == ["甲"] * 500
+
+
+@pytest.mark.parametrize("header", ["question\tanswer\n", ""])
+def test_the_parts_of_a_table_know_its_columns(header, tmp_path):
+    rows = [(f"第{n}问？", f"第{n}答。") for n in range(200)]
+    text = "\n" + header + "".join("\t".join(row) + "\n" for row in rows)
+    (tmp_path / "a.tsv").write_text(text, encoding="utf-8")
+    [source] = find_sources([str(tmp_path / "a.tsv")])
+    cut = parts(source, 500)
+    assert len(cut) > 5
+    tally = Tally()
+    found = [record for part in cut for record in records(part, tally)]
+    assert found == [dialogue(*row) for row in rows]
+    assert (tally.good, tally.bad.total()) == (200, 0)
+
+
+def test_units_depend_on_the_files_alone(tmp_path, small):
+    for name, size in (("a", 100), ("b", 10_000), ("c", 2000), ("d", 900), ("e", 200)):
+        (tmp_path / f"{name}.txt").write_text(
+            "x" * 99 + "\n" + ("y" * 99 + "\n") * (size // 100 - 1)
+        )
+    units = pipeline.plan(find_sources([str(tmp_path)]))
+    assert [[(one.path.name, one.start) for one in unit] for unit in units] == [
+        [("a.txt", 0)],
+        [("b.txt", 0)],
+        [("b.txt", 3000)],
+        [("b.txt", 6000)],
+        [("b.txt", 9000)],
+        [("c.txt", 0), ("d.txt", 0)],
+        [("e.txt", 0)],
+    ]
+
+
+# --- processes -----------------------------------------------------------------------------------
+
+
+def write_texts(folder: Path) -> list[Path]:
+    """Texts of two forms, with repeated ones and bad ones."""
+    draw = random.Random(0)
+    texts = ["".join(draw.choices(LINES, k=3)) + str(draw.randrange(60)) for _ in range(120)]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    for place in (3, 50, 90):
+        lines[place] = "{"
+    (folder / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "b.txt").write_text("\n".join(texts), encoding="gb18030")
+    return [folder / "a.jsonl", folder / "b.txt", folder / "a.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+def test_any_number_of_processes_gives_the_same_bytes(kind, tmp_path, small, capsys):
+    if kind == "pretrain":
+        files = write_texts(tmp_path)
+    else:
+        files = [write_jsonl(tmp_path / "q.jsonl", [*questions(150, 100), "{", *questions(50, 60)])]
+    found, said = [], []
+    for processes in (1, 2, 3):
+        out = tmp_path / str(processes)
+        data = prepared(out, files, kind, vocab_size=320, processes=processes)
+        found.append(contents(data.path))
+        said.append(capsys.readouterr().out.replace(str(out), "OUT"))
+    assert found[0] == found[1] == found[2]
+    assert said[0] == said[1] == said[2]
+    assert len(pipeline.plan(find_sources([str(file) for file in files]))) > 5
+    assert data.meta["skipped"] == {"broken JSON": 3 if kind == "pretrain" else 1}
+    assert not list(tmp_path.glob("*/prepare.tmp"))
+
+
+def test_bad_records_are_told_with_their_lines_in_the_order_of_the_input(
+    tmp_path, small, tokenizer_at, capsys
+):
+    values = questions(300, 300)
+    bad = [2, 80, 81, 170, 260, 299]
+    for place in bad:
+        values[place] = '{"q": "谁？", "a": ""}'
+    path = write_jsonl(tmp_path / "a.jsonl", values)
+    settings = {"tokenizer": str(tokenizer_at), "processes": 2}
+    data = prepared(tmp_path / "out", [path], "sft", **settings)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped")]
+    where = [f"skipped: {path}, line {place + 1}: empty answer" for place in bad[:5]]
+    assert said == where
+    assert (data.meta["records"], data.meta["skipped"]) == (294, {"empty answer": 6})
+    before = contents(data.path)
+    with pytest.raises(UserError, match=r"a\.jsonl, line 3: empty answer"):
+        prepared(tmp_path / "out", [path], "sft", strict=True, **settings)
+    assert contents(data.path) == before
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_over_half_bad_stops_though_no_part_is_over_half_bad_at_first(
+    processes, tmp_path, small, tokenizer_at
+):
+    values = questions(300, 300)
+    values[140:] = ['{"x": "有字而无答案，亦无问题，仅占篇幅耳。"}'] * 160
+    path = write_jsonl(tmp_path / "a.jsonl", values)
+    message = r"160 of 300 records are bad, the first in line 141: missing field"
+    with pytest.raises(UserError, match=message):
+        prepared(tmp_path / "out", [path], "sft", tokenizer=str(tokenizer_at), processes=processes)
+    assert not (tmp_path / "out").exists()
+
+
+@linux_only
+def test_a_process_that_dies_is_a_line(tmp_path, small, tokenizer_at):
+    sources = find_sources([str(file) for file in write_texts(tmp_path)])
+    config = Settings(out=str(tmp_path / "out"), tokenizer=str(tokenizer_at), processes=2)
+    with pytest.raises(
+        UserError, match="was killed, for want of memory perhaps; try --processes=1"
+    ):
+        prepare(config, sources, kills_itself, "pretrain")
+    assert not (tmp_path / "out").exists()
+
+
+# --- killed --------------------------------------------------------------------------------------
+
+
+@linux_only
+def test_a_killed_run_leaves_what_was_there_and_no_process(tmp_path, small, tokenizer_at):
+    path = write_jsonl(tmp_path / "a.jsonl", questions(400, 400))
+    settings = {"tokenizer": str(tokenizer_at), "processes": 1}
+    out = tmp_path / "out"
+    before = contents(prepared(out, [path], "sft", **settings).path)
+    other = write_jsonl(tmp_path / "b.jsonl", questions(400, 400, seed=1))
+    run = subprocess.Popen(
+        [sys.executable, "-m", "tests.reads", str(other), str(out), str(tokenizer_at)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    wait_for(lambda: len(list(out.glob("prepare.tmp/*.rows"))) > 2)
+    assert run.poll() is None
+    run.kill()
+    run.wait()
+    wait_for(lambda: not is_group_alive(run.pid))
+    assert (out / "prepare.tmp").is_dir()
+    left = {name: content for name, content in contents(out).items() if "prepare.tmp" not in name}
+    assert left == before
+    Dataset(str(out))
+    data = prepared(out, [other], "sft", **settings)
+    assert set(contents(data.path)) == set(before)
+    assert data.fingerprint != json.loads(before["meta.json"])["splits"]["train"]["fingerprint"]
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.05)
+
+
+def is_group_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@linux_only
+@pytest.mark.parametrize("when", range(10))
+def test_killed_while_files_are_put_in_place_no_mixture_is_accepted(
+    when, tmp_path, tokenizer_at, monkeypatch
+):
+    tokenizer, lines = tiny_tokenizer(), TEXT.splitlines()
+
+    def write(texts: list[str]) -> dict:
+        return write_pretrain(tmp_path, tokenizer, {"train": texts[:3], "val": texts[3:]}, [])
+
+    monkeypatch.setattr(data_writer, "SHARD", 100)
+    old = write(lines)["splits"]["train"]["fingerprint"]
+    pid = os.fork()
+    if pid == 0:
+        calls = itertools.count()
+        for name in ("replace", "unlink"):
+            monkeypatch.setattr(Path, name, killing(getattr(Path, name), calls, when))
+        write(lines[::-1])
+        os._exit(0)
+    os.waitpid(pid, 0)
+    try:
+        state = Dataset(str(tmp_path)).fingerprint
+    except UserError as error:
+        assert "meta.json is missing" in str(error)
+        state = None
+    assert (state == old) == (when == 0)
+    new = write(lines[::-1])["splits"]["train"]["fingerprint"]
+    assert state in (old, None, new)
+    assert Dataset(str(tmp_path)).fingerprint == new
+    assert not (tmp_path / "prepare.tmp").exists()
+
+
+def test_two_runs_into_one_dataset_do_not_disturb_each_other(tmp_path):
+    tokenizer, out = tiny_tokenizer(), tmp_path / "out"
+    second = {"train": LINES[3:], "val": LINES[:1]}
+
+    def texts() -> Iterator[str]:
+        yield LINES[0]
+        with pytest.raises(UserError, match=r"another run writes .*out; wait for it"):
+            write_pretrain(out, tokenizer, second, [])
+        yield LINES[1]
+
+    write_pretrain(out, tokenizer, {"train": texts(), "val": LINES[2:3]}, [])
+    assert tokenizer.decode(Dataset(str(out)).tokens["train"].tolist()) == "".join(LINES[:2])
+    write_pretrain(out, tokenizer, second, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def killing(method, calls: Iterator[int], when: int):
+    """The method of a Path, but the call of this number kills the process."""
+
+    def called(path: Path, *words, **options):
+        if next(calls) == when:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return method(path, *words, **options)
+
+    return called
+
+
+# --- duplicates ----------------------------------------------------------------------------------
+
+
+def test_of_equal_records_the_first_stays_across_units_and_files(tmp_path, small, tokenizer_at):
+    files = [
+        write_jsonl(tmp_path / f"{name}.jsonl", questions(200, 150, seed))
+        for seed, name in enumerate("abc")
+    ]
+    data = prepared(tmp_path / "out", files, "sft", tokenizer=str(tokenizer_at), processes=1)
+    seen, expected, repeated = set(), {"train": [], "val": []}, {"train": 0, "val": 0}
+    for turns in itertools.chain.from_iterable(questions(200, 150, seed) for seed in range(3)):
+        split = "val" if is_validation(turns, 0.2) else "train"
+        if str(turns) in seen:
+            repeated[split] += 1
+        else:
+            expected[split].append(turns)
+        seen.add(str(turns))
+    for split in ("train", "val"):
+        assert data.conversations(split) == expected[split]
+        assert data.meta["splits"][split]["skipped: duplicate"] == repeated[split]
+    assert sum(repeated.values()) > 300
+
+
+def test_equal_texts_are_kept_once(tmp_path, small):
+    tokenizer = tiny_tokenizer()
+    texts = [LINES[n % 5] + str(n % 37) for n in range(200)]
+    meta = write_pretrain(tmp_path, tokenizer, {"train": texts, "val": ["甲", texts[0]]}, [])
+    ids = np.fromfile(tmp_path / "train.bin", np.uint16)
+    assert tokenizer.decode(ids) == "".join(dict.fromkeys(texts))
+    assert meta["splits"]["train"]["skipped: duplicate"] == 200 - len({*texts})
+    assert meta["splits"]["val"]["documents"] == meta["splits"]["val"]["skipped: duplicate"] == 1
+
+
+@pytest.mark.parametrize("dedup_val", [False, True])
+def test_a_validation_question_that_is_trained_is_told_or_moved(
+    dedup_val, tmp_path, small, tokenizer_at, capsys
+):
+    train = [dialogue(f"第{n}问？", "一答。") for n in range(100)]
+    val = [dialogue(f"第{n}问？", "又一答。") for n in range(90, 120)]
+    files = [write_jsonl(tmp_path / "train.jsonl", train), write_jsonl(tmp_path / "val.jsonl", val)]
+    where = {"out": str(tmp_path / "out"), "tokenizer": str(tokenizer_at)}
+    config = Settings(**where, dedup_val=dedup_val, processes=1)
+    meta = prepare(config, find_sources([str(file) for file in files]), in_named_files, "sft")
+    data = Dataset(str(tmp_path / "out"))
+    if dedup_val:
+        assert data.conversations("train") == train + val[:10]
+        assert data.conversations("val") == val[10:]
+        assert meta["val_questions_moved_to_train"] == 10
+    else:
+        assert data.conversations("val") == val
+        assert meta["val_questions_in_train"] == 10
+    assert "10 validation questions" in capsys.readouterr().out
+
+
+# --- shards --------------------------------------------------------------------------------------
+
+
+def test_shards_are_read_as_one_array():
+    whole = np.arange(100, dtype=np.uint16) * 3
+    for size in (1, 7, 50, 99):
+        shards = Shards(np.split(whole, range(size, 100, size)))
+        assert len(shards) == 100
+        places = np.random.default_rng(0).integers(100, size=(5, 9))
+        assert (shards[places] == whole[places]).all()
+        windows = np.arange(90)[:, None] + np.arange(11)  # within a shard, and across several
+        assert (shards[windows] == whole[windows]).all()
+        assert (shards[13:77] == whole[13:77]).all()
+        assert (shards[:5] == whole[:5]).all()
+        assert shards[99] == whole[99]
+        assert shards[places].dtype == np.uint16
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+def test_batches_of_shards_are_those_of_one_file(kind, tmp_path, small, tokenizer_at, monkeypatch):
+    values = questions(200, 150)
+    if kind == "pretrain":
+        values = [
+            json.dumps({"text": turns[0]["content"] + turns[1]["content"]}) for turns in values
+        ]
+    path = write_jsonl(tmp_path / "a.jsonl", values)
+    settings = {"tokenizer": str(tokenizer_at), "processes": 1}
+    plain = prepared(tmp_path / "plain", [path], kind, **settings)
+    monkeypatch.setattr(data_writer, "SHARD", 1000)
+    data = prepared(tmp_path / "shards", [path], kind, **settings)
+    shards = data.meta["splits"]["train"]["shards"]
+    assert shards[:-1] == [1000] * (len(shards) - 1)
+    assert len(shards) > 2
+    assert data.fingerprint == plain.fingerprint
+    for start in (0, 8, 300):
+        rows = data.step_rows(1, start, 8, 64)
+        assert rows.tolist() == plain.step_rows(1, start, 8, 64).tolist()
+        for one, other in zip(data.batch(rows, 64), plain.batch(rows, 64), strict=True):
+            assert (one == other).all()
+    for split in ("train", "val"):
+        pairs = zip(data.eval_batches(split, 64, 8), plain.eval_batches(split, 64, 8), strict=True)
+        assert all((a[0] == b[0]).all() and (a[1] == b[1]).all() for a, b in pairs)
+    if kind == "sft":
+        assert data.conversations("train") == plain.conversations("train")
+    file = data.path / "train-00001.bin"
+    content = file.read_bytes()
+    file.write_bytes(content[:-2])
+    with pytest.raises(UserError, match=r"train-00001\.bin has 999\.0 entries, not 1000; run"):
+        Dataset(str(data.path))
+    file.unlink()
+    with pytest.raises(UserError, match=r"train-00001\.bin is missing; run"):
+        Dataset(str(data.path))
+    file.write_bytes(content)
+    monkeypatch.undo()
+    prepared(data.path, [path], kind, **settings)  # its shards go
+    assert set(contents(data.path)) == set(contents(plain.path))
+
+
+def test_the_fingerprint_is_that_of_rows_one_by_one(tmp_path, small):
+    tokenizer = tiny_tokenizer()
+    turns = [dialogue(f"第{n}问？", LINES[n % 5][: n % 7 + 1]) for n in range(140)]
+    meta = write_sft(tmp_path, tokenizer, {"train": turns[:120], "val": turns[120:]}, [], 99)
+    digest, position = hashlib.sha256(), 0
+    for ids, mask in map(tokenizer.render, turns[:120]):
+        position += len(ids)
+        for part in (np.array(ids, np.uint16), np.array(mask, np.uint8), np.uint64(position)):
+            digest.update(part.tobytes())
+    assert meta["splits"]["train"]["fingerprint"] == digest.hexdigest()
+
+
+# --- Ray -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_of_two_workers_gives_the_same_bytes(tmp_path, small, capsys):
+    pytest.importorskip("ray", reason="pip install ray")
+    from ray.cluster_utils import Cluster
+
+    files = write_texts(tmp_path)
+    expected = prepared(tmp_path / "local", files, "pretrain", vocab_size=320, processes=1)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1)
+        ray_engine = {"engine": "ray", "address": cluster.address}
+        data = prepared(tmp_path / "ray", files, "pretrain", vocab_size=320, **ray_engine)
+        assert contents(data.path) == contents(expected.path)
+        with pytest.raises(UserError, match=r"a\.jsonl, line 4: broken JSON"):
+            prepared(tmp_path / "strict", files, "pretrain", strict=True, **ray_engine)
+    finally:
+        cluster.shutdown()
+
+
+def test_without_ray_its_engine_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    files = write_texts(tmp_path)
+    with pytest.raises(UserError, match="--engine=ray needs Ray; pip install ray"):
+        prepared(tmp_path / "out", files, "pretrain", engine="ray")
