@@ -5,12 +5,14 @@ Settings are a dataclass of defaults, then config files and --key=value flags; t
     @dataclass
     class Settings:
         max_iters: int = 2000  # steps of the optimizer
-        lr_decay_iters: int | None = None  # steps of the decay; None is max_iters
+        beta1: Annotated[float, at_least(0), below(1)] = 0.9  # AdamW
+        patience: Annotated[int | None, at_least(1)] = None  # evaluations; None is off
 
     config = configure(Settings, ["config/small.py", "--max_iters=500"])
 
 A config file is plain Python assignments, and may use the settings that stand so far. The comment
-behind a field is its help text. What the settings mean is left to the scripts.
+behind a field is its help text, to which --help adds the bounds. What the settings mean is left to
+the scripts.
 """
 
 import ast
@@ -125,6 +127,53 @@ def _is_open_as(file: typing.BinaryIO, path: Path) -> bool:
         return False
 
 
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """What a setting's number must be, declared beside its field: Annotated[int, at_least(1)]. It
+    holds for each number of a list, and not for None."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+def at_least(low: float) -> Bound:
+    return Bound(f"{low:g} or more", lambda x: x >= low)
+
+
+def at_most(high: float) -> Bound:
+    return Bound(f"{high:g} or less", lambda x: x <= high)
+
+
+def above(low: float) -> Bound:
+    return Bound(f"above {low:g}", lambda x: x > low)
+
+
+def below(high: float) -> Bound:
+    return Bound(f"below {high:g}", lambda x: x < high)
+
+
+def bounds_of(Defaults: type) -> dict[str, tuple[Bound, ...]]:
+    """The bounds of each field that has some."""
+    hints = typing.get_type_hints(Defaults, include_extras=True)
+    return {
+        name: hint.__metadata__ for name, hint in hints.items() if hasattr(hint, "__metadata__")
+    }
+
+
+def bounds_text(bounds: tuple[Bound, ...]) -> str:
+    return " and ".join(bound.words for bound in bounds)
+
+
+def check_bounds(Defaults: type, values: dict) -> None:
+    """Raises UserError if a value of these fields is out of its bounds."""
+    for name, bounds in bounds_of(Defaults).items():
+        value = values[name]
+        numbers = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(bound.holds(number) for bound in bounds for number in numbers):
+            shown = f"{value:g}" if isinstance(value, float) else value
+            raise UserError(f"{name}={shown} must be {bounds_text(bounds)}")
+
+
 def configure(Defaults: type[T], argv: list[str], base: dict | None = None) -> T:
     """An instance of the dataclass Defaults: its defaults, then base, then argv left to right.
 
@@ -145,6 +194,7 @@ def configure(Defaults: type[T], argv: list[str], base: dict | None = None) -> T
             values["names"] = [*values["names"], word]
         else:
             values.update(_read_file(word, values, hints))
+    check_bounds(Defaults, values)
     return Defaults(**values)
 
 
@@ -153,11 +203,12 @@ def help_text(Defaults: type) -> str:
     description = inspect.cleandoc(sys.modules[Defaults.__module__].__doc__ or "")
     fields = _defaults(Defaults)
     width = max(len(f"--{name}={value}") for name, value in fields.items())
-    meanings = field_comments(Defaults)
-    lines = [
-        f"  {f'--{name}={value}':<{min(width, 36)}}  {meanings.get(name, '')}"
-        for name, value in fields.items()
-    ]
+    meanings, bounds = field_comments(Defaults), bounds_of(Defaults)
+    lines = []
+    for name, value in fields.items():
+        limits = f" ({bounds_text(bounds[name])})" if name in bounds else ""
+        flag = f"--{name}={value}"
+        lines.append(f"  {flag:<{min(width, 36)}}  {meanings.get(name, '')}{limits}")
     return "\n".join([description, "", "settings (in config files without the dashes):", *lines])
 
 
