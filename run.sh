@@ -139,8 +139,9 @@ run_tests() {
   "$python" -m ruff format --check .
   "$python" data/fetch_data.py sanguo gpt2 idioms
   case ${1-} in
-    "") "$python" -m pytest -q -m "not slow" ;;
-    --all) "$python" -m pytest -q ;;
+    # each file's tests on one of two cores; -rs says what was skipped, and why
+    "") "$python" -m pytest -q -rs -n 2 --dist loadfile -m "not slow" ;;
+    --all) "$python" -m pytest -q -rs -n 2 --dist loadfile ;;
     *) fail "bash run.sh test takes --all or nothing, not $1" ;;
   esac
 }

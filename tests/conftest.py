@@ -1,5 +1,6 @@
 """What all tests start from."""
 
+import os
 import signal
 
 import pytest
@@ -19,3 +20,15 @@ def toys(tmp_path_factory):
     write_toys(folder)
     train_here(dataset=folder / "text", out_dir=folder / "base")
     return folder
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    """NO_SKIPS=1, as CI sets it, takes a skipped test for a failed one."""
+    if os.environ.get("NO_SKIPS") and terminalreporter.stats.get("skipped"):
+        terminalreporter.write_line("tests were skipped, and NO_SKIPS is set", red=True)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("NO_SKIPS") and reporter and reporter.stats.get("skipped") and not exitstatus:
+        session.exitstatus = 1
