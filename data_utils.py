@@ -49,7 +49,10 @@ class Dataset:
             raise UserError(
                 f"{show_path(self.path)}/meta.json is damaged; prepare it again"
             ) from None
-        self.languages = self.meta.get("languages", [])
+        self.languages, self.beside = (
+            self.meta.get("languages", []),
+            [],
+        )  # beside: a Mixture's texts
         self.tokens, self.mask, self.bounds = {}, {}, {}
         for split, sizes in self.meta["splits"].items():
             shards = sizes.get("shards", [sizes["tokens"]])
@@ -115,20 +118,27 @@ class Dataset:
             return (len(self.bounds[split]) - 1) // (2 if self.kind == "dpo" else 1)
         return len(self.tokens[split]) // block_size
 
-    def step_rows(self, seed: int, start: int, count: int, block_size: int) -> np.ndarray:
+    def by_kind(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Training rows as `step_rows` names them, apart by kind; `batch` takes one kind."""
+        return {self.kind: rows}
+
+    def step_rows(
+        self, seed: int, start: int, count: int, block_size: int, group: int | None = None
+    ) -> np.ndarray:
         """The training rows of the step that begins after `start` rows, (count,) int64.
 
         A pure function of its arguments and the dataset's fingerprint: each epoch holds each row
-        once, in another order. In question and answer sets the rows of a step are of like length.
+        once, in another order. In question and answer sets each `group` of rows, by default a
+        step's, are of like length.
         """
-        n = self.n_rows("train", block_size)
+        n, group = self.n_rows("train", block_size), group or count
         stream = np.arange(start, start + count)
         rows = np.empty(count, np.int64)
         for epoch in range(start // n, (start + count - 1) // n + 1):
             here = stream // n == epoch
             key = f"{seed} {self.fingerprint} {epoch}"
             if self.kind != "pretrain":
-                order = _order_by_length(self, key, n, epoch * n % count, count)
+                order = _order_by_length(self, key, n, epoch * n % group, group)
                 rows[here] = order[stream[here] - epoch * n]
             else:  # the text is a ring, cut at another place in each epoch
                 windows = permute(stream[here] - epoch * n, n, key)
@@ -260,42 +270,32 @@ class Shards:
 
 
 class Mixture:
-    """Several datasets of text in one run, in given proportions: `news:3,novels:1`.
+    """Several datasets in one run, in given proportions of rows: `news:3,novels:1`.
 
     Each PERIOD rows of training hold exactly their shares, in an order that is another each time;
-    a dataset that is smaller than its share is read more often. Validation is that of all.
-    It has the methods of a Dataset; a row's highest bits say whose it is.
+    a dataset that is smaller than its share is read more often. It has the methods of a Dataset; a
+    row's highest bits say whose it is. Of questions with texts beside them the kind, validation
+    and conversations are those of the questions.
     """
 
-    kind = "pretrain"
-
-    def __init__(self, words: str):
-        self.name = words
-        names, weights = zip(*(word.rsplit(":", 1) for word in words.split(",")), strict=True)
-        weights = np.array(weights, float)
-        if not (weights > 0).all():
-            raise UserError(f"dataset={words}: each share must be over 0")
-        self.parts = [Dataset(name) for name in names]
-        first, *others = self.parts
-        for part in self.parts:
-            if part.kind != "pretrain":
-                what = "conversations" if part.kind == "sft" else "preferences"
-                raise UserError(
-                    f"{show_path(part.path)} holds {what}, and only texts can be mixed; "
-                    f"--mix_dataset= adds a text to {what}"
-                )
-        self.path, self.tokenizer, self.meta = first.path, first.tokenizer, {}
-        for part in others:
-            part.check_tokenizer(first.tokenizer, first.path)
+    def __init__(self, name: str, parts: list[Dataset], weights: np.ndarray):
+        self.name, self.parts = name, parts
+        for part in parts:
+            part.check_tokenizer(parts[0].tokenizer, parts[0].path)
+            if part.kind == "dpo":
+                raise UserError(f"{show_path(part.path)} holds preferences, which cannot be mixed")
         ends = np.rint(np.cumsum(weights / weights.sum()) * PERIOD).astype(int)
         self.shares = np.diff(ends, prepend=0)  # rows of each in a period
         if not self.shares.all():
-            raise UserError(f"dataset={words}: a share is under 1 of {PERIOD:,}")
-        about = [
-            (part.fingerprint, int(n)) for part, n in zip(self.parts, self.shares, strict=True)
-        ]
-        self.fingerprint = hashlib.sha256(repr(about).encode()).hexdigest()
-        self.tokens = {"val": first.tokens["val"]}  # where samples take their beginning from
+            raise UserError(f"dataset={name}: a share is under 1 of {PERIOD:,}")
+        self.kind = "sft" if any(part.kind == "sft" for part in parts) else "pretrain"
+        self.judged = [part for part in parts if part.kind == self.kind]
+        self.beside = [part for part in parts if part.kind != self.kind]
+        first = self.judged[0]  # samples take their beginning from it
+        self.path, self.tokenizer, self.meta = first.path, first.tokenizer, first.meta
+        self.tokens, self.bounds, self.languages = first.tokens, first.bounds, first.languages
+        facts = [(p.fingerprint, int(n)) for p, n in zip(parts, self.shares, strict=True)]
+        self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def check_tokenizer(self, tokenizer: Tokenizer, checkpoint: Path) -> None:
         self.parts[0].check_tokenizer(tokenizer, checkpoint)
@@ -304,13 +304,15 @@ class Mixture:
         for part in self.parts:
             part.check(block_size, split)
 
+    def conversations(self, split: str) -> list[list[dict]]:
+        return [messages for part in self.judged for messages in part.conversations(split)]
+
     def n_rows(self, split: str, block_size: int) -> int:
         return sum(part.n_rows(split, block_size) for part in self.parts)
 
-    def input_tokens(self, rows: np.ndarray, block_size: int) -> int:
-        return len(rows) * block_size
-
-    def step_rows(self, seed: int, start: int, count: int, block_size: int) -> np.ndarray:
+    def step_rows(
+        self, seed: int, start: int, count: int, block_size: int, group: int | None = None
+    ) -> np.ndarray:
         """As Dataset.step_rows: a pure function of its arguments and the fingerprint."""
         first, last = start // PERIOD, (start + count - 1) // PERIOD
         owners = [
@@ -323,48 +325,68 @@ class Mixture:
         owner = owner[:count]
         rows = np.empty(count, np.int64)
         for number, part in enumerate(self.parts):
-            here = owner == number
-            if here.any():
-                done = first * int(self.shares[number]) + int((before == number).sum())
-                found = part.step_rows(seed, done, int(here.sum()), block_size)
-                rows[here] = found + (number << OWNER)
+            mine, share = owner == number, int(self.shares[number])
+            if mine.any():
+                done = first * share + int((before == number).sum())
+                alike = max(1, round(count * share / PERIOD))
+                own = part.step_rows(seed, done, int(mine.sum()), block_size, alike)
+                rows[mine] = own + (number << OWNER)
         return rows
+
+    def by_kind(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """As Dataset.by_kind; questions come first."""
+        kinds = np.array([part.kind for part in self.parts])[rows >> OWNER]
+        return {kind: rows[kinds == kind] for kind in ("sft", "pretrain") if kind in kinds}
+
+    def _by_part(self, rows: np.ndarray) -> Iterator[tuple[Dataset, np.ndarray, np.ndarray]]:
+        """Each part that has some of the rows, the part's own rows, and which these are."""
+        for number, part in enumerate(self.parts):
+            mine = rows >> OWNER == number
+            if mine.any():
+                yield part, rows[mine] - (number << OWNER), mine
+
+    def input_tokens(self, rows: np.ndarray, block_size: int) -> int:
+        return sum(part.input_tokens(own, block_size) for part, own, _ in self._by_part(rows))
 
     def batch(
         self, rows: np.ndarray, block_size: int, multiple: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As Dataset.batch."""
-        out = np.empty((2, len(rows), block_size), np.int64)
-        owner = rows >> OWNER
-        for number, part in enumerate(self.parts):
-            here = owner == number
-            out[:, here] = part.batch(rows[here] - (number << OWNER), block_size)
-        return out[0], out[1]
+        """As Dataset.batch, of rows of one kind."""
+        batches = [
+            (mine, part.batch(own, block_size, multiple)) for part, own, mine in self._by_part(rows)
+        ]
+        T = max(idx.shape[1] for _, (idx, _) in batches)
+        out_idx = np.zeros((len(rows), T), np.int64)
+        out_targets = np.full((len(rows), T), IGNORE)
+        for mine, (idx, targets) in batches:
+            out_idx[mine, : idx.shape[1]], out_targets[mine, : idx.shape[1]] = idx, targets
+        return out_idx, out_targets
 
     def show_rows(self, rows: np.ndarray) -> str:
         """As Dataset.show_rows."""
-        shown = (
-            part.show_rows(own - (number << OWNER))
-            for number, part in enumerate(self.parts)
-            if len(own := rows[rows >> OWNER == number])
-        )
-        return " and ".join(shown)
+        return " and ".join(part.show_rows(own) for part, own, _ in self._by_part(rows))
 
     def eval_batches(
         self, split: str, block_size: int, batch_size: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The whole split of each."""
-        for part in self.parts:
+        for part in self.judged:
             yield from part.eval_batches(split, block_size, batch_size)
 
 
 def open_dataset(name: str) -> "Dataset | Mixture":
     """The dataset of a name or path, or the mixture of several: NAME:SHARE,NAME:SHARE."""
     words = [word.strip() for word in name.split(",")]
-    others = [word for word in words if not re.fullmatch(r".+:\d*\.?\d+", word)]
-    if others and len(others) < len(words):
-        raise UserError(f"dataset={name}: {others[0]!r} is no NAME:SHARE, as in news:3,novels:1")
-    return Dataset(name) if others else Mixture(",".join(words))
+    shares = [re.fullmatch(r"(.+):(\d*\.?\d+)", word) for word in words]
+    if not any(shares):
+        return Dataset(name)
+    if not all(shares):
+        word = words[shares.index(None)]
+        raise UserError(f"dataset={name}: {word!r} is no NAME:SHARE, as in news:3,novels:1")
+    weights = np.array([float(match[2]) for match in shares])
+    if not weights.all():
+        raise UserError(f"dataset={name}: each share must be above 0")
+    return Mixture(",".join(words), [Dataset(match[1]) for match in shares], weights)
 
 
 def collate(

@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 import sample
 from configurator import UserError, command, configure, show_path, written_aside
-from data_utils import Dataset, collate, open_dataset
+from data_utils import IGNORE, Dataset, collate, open_dataset
 from miniglm.checkpoint import Checkpoint
+from miniglm.devices import to_device
 from miniglm.generation import Sampling
-from miniglm.objectives import IGNORE, split_sums, target_losses, to_device
+from miniglm.losses import split_sums, target_losses
 from miniglm.prep.writer import fit
 from miniglm.text import complete, load_for_sampling
 from miniglm.tokenizer import Tokenizer
@@ -144,8 +145,8 @@ def reference_losses(
             prompt, answer = ask(tokenizer, messages)
             rendered.append((prompt + answer, [0] * len(prompt) + [1] * len(answer)))
         batch = collate(rendered)
-        nats = target_losses(checkpoint.model, to_device(batch, device)).cpu().double().sum(dim=1)
-        for row, targets in zip(nats.tolist(), batch[1], strict=True):
+        nats = target_losses(checkpoint.model, *to_device(batch, device)).cpu().double()
+        for row, targets in zip(nats.sum(dim=1).tolist(), batch[1], strict=True):
             trained = targets[targets != IGNORE]
             losses.append((row, len(trained), int(tokenizer.bytes_per_id[trained].sum())))
     return losses

@@ -1,10 +1,16 @@
-"""The peak rate of a device's matrix products: from a data sheet, or measured. Nothing else."""
+"""What a device can do: its precision, whether to compile for it, its peak rate of matmuls."""
 
+import ctypes
 import functools
 import re
+import sys
 import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 
+import numpy as np
 import torch
 
 SIDE = 2048  # of the largest square matrices whose product is timed
@@ -117,3 +123,54 @@ def synchronize(device: str) -> None:
     """Waits until a device has done what it was asked for; a CPU always has."""
     if torch.device(device).type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+# --- precision, compiling, memory --------------------------------------------------------------
+
+
+def to_device(arrays: Iterable[np.ndarray], device: str) -> tuple[torch.Tensor, ...]:
+    """Arrays -> tensors; copies to a GPU are pinned and asynchronous."""
+    tensors = (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
+    if device.startswith("cuda"):
+        return tuple(t.pin_memory().to(device, non_blocking=True) for t in tensors)
+    return tuple(t.to(device) for t in tensors)
+
+
+def pick_dtype(dtype: str, device: str) -> torch.dtype:
+    """The dtype of that name. auto: bfloat16 where CUDA or the CPU has it natively; else float16
+    on CUDA, float32 elsewhere."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if torch.device(device).type == "cpu":
+        has = torch.cpu.get_capabilities()
+        native = has.get("avx512_bf16") or has.get("amx_bf16")
+        return torch.bfloat16 if native else torch.float32
+    if not device.startswith("cuda"):
+        return torch.float32
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
+
+
+def autocast(dtype: str, device: str) -> AbstractContextManager:
+    """Matmuls in the dtype of that name, as pick_dtype finds it; float32 changes nothing."""
+    picked = pick_dtype(dtype, device)
+    if picked == torch.float32:
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, picked)
+
+
+def should_compile(wanted: bool | None, device: str) -> bool:
+    """As asked; None is yes on CUDA if triton is installed and supports the GPU."""
+    if wanted is not None or not device.startswith("cuda"):
+        return bool(wanted)
+    return bool(find_spec("triton")) and torch.cuda.get_device_capability() >= (7, 0)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what a step frees for the next one; by default it returns large blocks to
+    the system, which then clears each page anew: an eighth of a step's time on a CPU."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    # M_MMAP_THRESHOLD, bytes: smaller blocks stay in the heap; older versions allow 32 MB, other C
+    # libraries have no mallopt
+    if mallopt and (mallopt(-3, 2**30) or mallopt(-3, 2**25)):
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes free at the heap's end

@@ -193,7 +193,7 @@ def _line(error: Exception) -> str:
 # --- gradients ---------------------------------------------------------------------------------
 
 
-class Objective(torch.nn.Module):
+class LossModule(torch.nn.Module):
     """What is computed of a model's batches, as a forward pass of its own: the one that
     DistributedDataParallel wraps, calls, and sums the gradients of.
 
@@ -206,7 +206,7 @@ class Objective(torch.nn.Module):
 
     def forward(self, *batch: object) -> object:
         if batch:
-            return self.compute(*batch)
+            return self.compute(self.model, *batch)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         return 0 * torch.stack([parameter.sum() for parameter in trained]).sum()
 
@@ -220,10 +220,10 @@ class Objective(torch.nn.Module):
             self.model.set_requires_gradient_sync(True)
 
 
-def replicate(objective: Objective) -> DistributedDataParallel:
+def replicate(loss: LossModule) -> DistributedDataParallel:
     """The same; a backward pass outside of no_sync leaves each gradient's mean over processes."""
     replica = DistributedDataParallel(
-        objective, forward_sync_buffers=False, gradient_as_bucket_view=True
+        loss, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
     # After its first backward pass it puts the gradients into other buckets, for good, and a sum
     # has other bits in another place: the first step after a resume would not be the one that a

@@ -1,301 +1,330 @@
-"""Batch -> named sums and counts. Averaging is train.py's and evaluations.py's.
+"""What a stage trains: the rows of a step, what is computed of them, and how the model is judged.
 
-An objective returns terms, each a sum over the trained targets. The counts come from the batches,
-before the forward pass, over all micro-batches of a step, so that each term is divided once, by
-its own count: loss = sum of weight x term / count. So accumulation equals the full batch under any
-mask, and a batch without a trained target gives 0, not NaN.
+train.py has one loop for every stage, and asks an objective:
+
+    batches(start, step)    this process's batches of the step that begins after `start` rows
+    counts(batches)         before the forward pass: what each sum is divided by
+    sums(model, batch)      {term: sum over the batch}, of which the loss is made
+    evaluate(model)         {name: value} on the validation split, with "val_loss"
+    describe(record)        the line that is printed of an evaluation
+
+loss = sum of weights[term] x sums[term] / counts[term], where counts are those of all micro-batches
+and processes: gradient accumulation equals the full batch under any mask, and a batch without a
+trained target gives 0, not NaN. What else `sums` returns is logged as a mean.
+
+A new objective is a class with these methods, and its kind of data in OBJECTIVES.
 """
 
-from collections.abc import Callable, Iterator
+import copy
+import dataclasses
+import math
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from data_utils import IGNORE, Dataset
+from configurator import UserError, show_path
+from data_utils import IGNORE, Dataset, Mixture
+from miniglm.checkpoint import load_reference, save_reference, weights_sha256
+from miniglm.devices import autocast, pick_dtype, to_device
 from miniglm.distributed import ALONE, World
-from miniglm.lora import adapters_off
-
-Batch = tuple[torch.Tensor, torch.Tensor]  # idx (B, T), targets (B, T) with IGNORE
-PairBatch = tuple[torch.Tensor, ...]  # of rows chosen, rejected, chosen, ...; reference (B / 2, 2)
+from miniglm.losses import dpo, next_token, reference_log_prob, sequence_log_prob, split_sums
 
 
-def to_device(batch: tuple[np.ndarray, ...], device: str) -> tuple[torch.Tensor, ...]:
-    """Arrays -> tensors; copies to a GPU are pinned and asynchronous."""
-    tensors = (torch.from_numpy(np.ascontiguousarray(part)) for part in batch)
-    if device.startswith("cuda"):
-        return tuple(t.pin_memory().to(device, non_blocking=True) for t in tensors)
-    return tuple(t.to(device) for t in tensors)
+class Batch(NamedTuple):
+    """Rows that are computed together: arrays of numpy, or tensors once they are on the device."""
+
+    term: str
+    rows: np.ndarray  # as the dataset names them
+    arrays: tuple  # what `sums` takes: idx and targets, (B, T) each, with IGNORE
 
 
-def count_terms(batches: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, int]:
-    """What the sums of next_token over these batches are divided by."""
-    return {"next_token": sum(int((targets != IGNORE).sum()) for _, targets in batches)}
+class Objective:
+    """What objectives share. config: train.py's Settings."""
+
+    unit = "rows"  # what a step counts
+    needs_newest_weights = False  # to make its rows, as samples do: then no step is made ahead
+    weights: dict[str, float]  # of each term in the loss
+
+    def __init__(self, config, data: Dataset | Mixture, device: str, world: World = ALONE):
+        self.config, self.data, self.device, self.world = config, data, device, world
+        # few lengths of rows on a GPU, so that compiled code is reused
+        self.multiple = 64 if device.startswith("cuda") else 1
+
+    def start_from(self, checkpoint: Path) -> None:
+        """Called with the path of the model that the whole of is trained on, if there is one."""
+
+    def saved(self) -> dict:
+        """What run.json keeps of the objective."""
+        return {}
+
+    def restore(self, run: dict) -> None:
+        """Takes what `saved` gave from the run.json of a run that is resumed."""
+
+    def begin(self, model: torch.nn.Module, out_dir: Path, step: int) -> None:
+        """Called before the first step, and when a run is resumed after `step` of them."""
+
+    def rehearse(self) -> None:
+        """Called in place of `begin` before steps that are only timed."""
+
+    def parts(self, start: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The rows of the step that begins after `start` rows, and those of each micro-batch of
+        this process."""
+        config = self.config
+        rows = self.data.step_rows(config.seed, start, config.rows_per_step, config.block_size)
+        mine = self.world.share(rows)
+        return rows, np.array_split(mine, -(-len(mine) // config.batch_size)) if len(mine) else []
+
+    def batches(self, start: int, step: int) -> tuple[list[Batch], int]:
+        """The micro-batches of this process, and the tokens of the whole step, padding left out."""
+        raise NotImplementedError
+
+    def counts(self, batches: list[Batch]) -> dict[str, int]:
+        raise NotImplementedError
+
+    def sums(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+        raise NotImplementedError
+
+    def describe(self, record: dict) -> str:
+        return f"{record['val_loss']:.3f} in validation"
+
+    def row_length(self, tokens: int, rows: int, step: int) -> float:
+        """The mean length of rows, as attention sees them, that hold these tokens."""
+        return tokens / rows
+
+    def show_rows(self, start: int, step: int, rank: int, micro: int) -> str:
+        """Where the rows lie that a process had in one of its micro-batches of a step."""
+        other = copy.copy(self)
+        other.world = dataclasses.replace(self.world, rank=rank)
+        return self.data.show_rows(other.batches(start, step)[0][micro].rows)
+
+    def to_device(self, batch: Batch) -> Batch:
+        return batch._replace(arrays=to_device(batch.arrays, self.device))
+
+    def autocast(self):
+        return autocast(self.config.dtype, self.device)
 
 
-def next_token(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-    """The sum of -log p in nats over the trained targets of a batch."""
-    idx, targets = batch
-    hidden = model(idx)
-    trained = targets != IGNORE
-    if not trained.all():
-        hidden, targets = hidden[trained], targets[trained]  # (N, n_embd), (N,)
-    hidden, targets = hidden.flatten(0, -2), targets.flatten()
-    if not torch.is_grad_enabled():
-        losses = [loss.sum() for _, loss in chunk_losses(model.head, hidden, targets)]
-        return {"next_token": torch.stack(losses).sum()}
-    weights = [p for p in model.lm_head.parameters() if p.requires_grad]
-    return {"next_token": ChunkedLoss.apply(model.head, hidden, targets, *weights)}
+class NextToken(Objective):
+    """The next token of texts, of answers, or of answers with texts beside them.
 
-
-def chunk_losses(
-    head: Callable, hidden: torch.Tensor, targets: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows of hidden (n, n_embd), as leaves, with their losses (n,): some hundred rows at a time,
-    so that the memory of logits does not grow with the batch and a CPU keeps them in its cache."""
-    rows = 512 if hidden.device.type == "cpu" else 4096
-    for h, t in zip(hidden.detach().split(rows), targets.split(rows), strict=True):
-        logits = head(h.requires_grad_(torch.is_grad_enabled()))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        yield h, F.cross_entropy(logits, t, reduction="none")
-
-
-class ChunkedLoss(torch.autograd.Function):
-    """The summed loss of hidden (N, n_embd) for targets (N,). Each chunk's gradients are taken
-    at once, in the forward pass, so that its logits can go (as in arXiv 2410.10989); the backward
-    pass only scales them. weights are those parameters of the head that are trained."""
-
-    @staticmethod
-    def forward(ctx, head, hidden, targets, *weights):
-        grads = [torch.empty_like(hidden), *(torch.zeros_like(w) for w in weights)]
-        total, done = 0, 0
-        with torch.enable_grad():
-            for h, losses in chunk_losses(head, hidden, targets):
-                loss = losses.sum()
-                h_grad, *w_grads = torch.autograd.grad(loss, (h, *weights))
-                grads[0][done : done + len(h)] = h_grad
-                for grad, w_grad in zip(grads[1:], w_grads, strict=True):
-                    grad.add_(w_grad)
-                total, done = total + loss.detach(), done + len(h)
-        ctx.save_for_backward(*grads)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        hidden_grad, *weight_grads = (grad * grad_output for grad in ctx.saved_tensors)
-        return None, hidden_grad, None, *weight_grads
-
-
-# --- preferences: DPO --------------------------------------------------------------------------
-
-
-def count_pairs(batches: list[tuple[np.ndarray, ...]]) -> dict[str, int]:
-    """What the sums of preferences over these batches are divided by."""
-    pairs = sum(len(targets) for _, targets, *_ in batches) // 2
-    chosen = sum(int((targets[::2] != IGNORE).sum()) for _, targets, *_ in batches)
-    return dict.fromkeys(PREFERENCES, pairs) | {"sft": chosen}
-
-
-PREFERENCES = ("dpo", "sft", "rewards_chosen", "rewards_rejected", "margin", "accuracy")
-PREFERENCES += ("logp_chosen", "logp_rejected")
-
-
-def preferences(
-    model: torch.nn.Module,
-    batch: PairBatch,
-    beta: float = 0.1,
-    form: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    per_token: bool = False,
-) -> dict[str, torch.Tensor]:
-    """Sums over pairs, by the names of PREFERENCES: the loss of DPO, -log p of the chosen answers,
-    and what tells how training goes. Chosen and rejected rows are read in one forward pass.
-
-    Without a reference in the batch it is the model with its adapters off, in eval mode.
-    per_token: an answer's log-probability is the mean of its tokens', not the sum.
+    Of the latter each kind's mean loss is a term of its own: answers at 1, texts at mix_weight.
     """
-    idx, targets, *given = batch
-    reference = given[0] if given else reference_log_prob(model, (idx, targets))
-    log_p = sequence_log_prob(model, (idx, targets)).view(-1, 2)  # of chosen, of rejected
-    policy = log_p
-    if per_token:
-        lengths = (targets != IGNORE).sum(dim=1).clamp_min(1).view(-1, 2)
-        policy, reference = log_p / lengths, reference / lengths
-    losses = dpo(policy, reference, beta, form, label_smoothing)
-    rewards = beta * (policy - reference).detach()
-    margins = rewards[:, 0] - rewards[:, 1]
-    sums = (losses, -log_p[:, 0], *rewards.T, margins, (margins > 0).to(losses.dtype))
-    return {
-        name: values.sum()
-        for name, values in zip(PREFERENCES, (*sums, *log_p.detach().T), strict=True)
-    }
+
+    def __init__(self, config, data: Dataset | Mixture, device: str, world: World = ALONE):
+        super().__init__(config, data, device, world)
+        self.term_of = {data.kind: "loss"} | ({"pretrain": "loss_text"} if data.beside else {})
+        self.weights = {"loss": 1.0} | ({"loss_text": config.mix_weight} if data.beside else {})
+
+    def batches(self, start: int, step: int) -> tuple[list[Batch], int]:
+        rows, parts = self.parts(start)
+        batches = []
+        for part in parts:
+            of_kind = self.data.by_kind(part)
+            for kind, term in self.term_of.items():
+                if kind in of_kind:
+                    batches.append(
+                        Batch(term, of_kind[kind], self.arrays(kind, of_kind[kind], step))
+                    )
+                elif self.config.shard:  # all processes run a sharded model equally often
+                    nothing = np.zeros((1, 1), np.int64), np.full((1, 1), IGNORE)
+                    batches.append(Batch(term, part[:0], nothing))
+        return batches, self.data.input_tokens(rows, self.config.block_size)
+
+    def arrays(self, kind: str, rows: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
+        arrays = self.data.batch(rows, self.config.block_size, self.multiple)
+        if kind == "pretrain" and self.is_short(step):  # the same targets, from less context
+            length = self.config.short_block
+            arrays = tuple(np.ascontiguousarray(array).reshape(-1, length) for array in arrays)
+        return arrays
+
+    def is_short(self, step: int) -> bool:
+        """Whether text is cut: early, when far context teaches least (arXiv 2108.06084)."""
+        return self.config.short_block is not None and step < self.config.decay_end // 2
+
+    def counts(self, batches: list[Batch]) -> dict[str, int]:
+        counts = dict.fromkeys(self.weights, 0)
+        for batch in batches:
+            counts[batch.term] += int((batch.arrays[1] != IGNORE).sum())
+        return counts
+
+    def sums(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        with self.autocast():
+            return {batch.term: next_token(model, *batch.arrays)}
+
+    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+        nats, count, n_bytes = self.split_sums(model, self.data)
+        scores = {"val_loss": nats / count, "val_bits_per_byte": nats / math.log(2) / n_bytes}
+        if self.data.beside:
+            sums = [self.split_sums(model, text) for text in self.data.beside]
+            nats, _, n_bytes = map(sum, zip(*sums, strict=True))
+            scores["val_bits_per_byte_text"] = nats / math.log(2) / n_bytes
+        return scores
+
+    def split_sums(self, model: torch.nn.Module, data: Dataset | Mixture) -> tuple[float, int, int]:
+        with self.autocast():
+            return split_sums(model, data, "val", self.config.batch_size, self.device, self.world)
+
+    def describe(self, record: dict) -> str:
+        line = (
+            f"{record['val_loss']:.3f} in validation (nats per token), "
+            f"{record['val_bits_per_byte']:.3f} bits per byte"
+        )
+        text = record.get("val_bits_per_byte_text")
+        return line if text is None else f"{line}, {text:.3f} of texts"
+
+    def row_length(self, tokens: int, rows: int, step: int) -> float:
+        if self.data.kind == "pretrain" and self.is_short(step):
+            return self.config.short_block
+        return tokens / rows
 
 
-def dpo(
-    policy: torch.Tensor,
-    reference: torch.Tensor,
-    beta: float,
-    form: str = "sigmoid",
-    label_smoothing: float = 0.0,
-) -> torch.Tensor:
-    """The loss of each pair, (P,), from log-probabilities of its chosen and its rejected answer,
-    (P, 2) each. With d = (policy - reference) of the chosen one less that of the rejected one:
+class Preferences(Objective):
+    """Chosen answers over rejected ones (DPO). A batch's rows are chosen, rejected, chosen, ...
 
-    sigmoid     -log sigmoid(beta d), equation 7 of arXiv 2305.18290; with label_smoothing e, the
-                share of pairs marked the wrong way round: (1 - e) of it and e of that for -d
-    ipo         (d - 1 / (2 beta))^2, equation 17 of arXiv 2310.12036
+    The reference is the model before its first step: with adapters it is the model with them off;
+    else its log-probabilities of all pairs are computed once, and kept in the out_dir.
     """
-    chosen, rejected = (policy - reference).unbind(dim=1)
-    d = chosen - rejected
-    if form == "ipo":
-        return (d - 1 / (2 * beta)).square()
-    wrong = F.logsigmoid(-beta * d)
-    return -(1 - label_smoothing) * F.logsigmoid(beta * d) - label_smoothing * wrong
+
+    unit = "pairs"
+    # besides the loss a pair: what tells how training goes, each a mean over pairs
+    measures = ("rewards_chosen", "rewards_rejected", "margin", "accuracy")
+    measures += ("logp_chosen", "logp_rejected")
+
+    def __init__(self, config, data: Dataset, device: str, world: World = ALONE):
+        super().__init__(config, data, device, world)
+        self.weights = {"loss": 1.0}
+        if config.dpo_sft_weight:
+            self.weights["loss_sft"] = config.dpo_sft_weight
+        self.reference: dict[str, torch.Tensor] | None = None  # (pairs, 2) a split
+        self.reference_key: dict[str, str] | None = None  # the model and data that it is of
+
+    def start_from(self, checkpoint: Path) -> None:
+        """From now on the model at this path is the reference."""
+        splits = self.data.meta["splits"]
+        self.reference_key = {split: splits[split]["fingerprint"] for split in ("train", "val")} | {
+            "model": weights_sha256(checkpoint),
+            "precision": str(pick_dtype(self.config.dtype, self.device)).removeprefix("torch."),
+        }
+
+    def saved(self) -> dict:
+        return {"reference": self.reference_key} if self.reference_key else {}
+
+    def restore(self, run: dict) -> None:
+        self.reference_key = run.get("reference")
+
+    def rehearse(self) -> None:
+        """Dummy log-probabilities; same cost."""
+        if self.reference_key:
+            self.reference = {"train": torch.zeros(self.data.n_rows("train", 0), 2)}
+
+    def begin(self, model: torch.nn.Module, out_dir: Path, step: int) -> None:
+        """Reads the reference's log-probabilities, or computes and writes them before step 0.
+
+        Raises UserError if they were lost since, or if the validation split is another one.
+        """
+        if not self.reference_key:
+            return
+        if self.reference_key["val"] != self.data.meta["splits"]["val"]["fingerprint"]:
+            raise UserError(
+                f"{show_path(self.data.path)}/val.bin is not what this run began with; train again "
+                "in another --out_dir="
+            )
+        self.reference = load_reference(out_dir, self.reference_key)
+        if not self.world.any(self.reference is None):
+            return
+        if step:
+            raise UserError(
+                f"{show_path(out_dir)} has lost its reference.safetensors, the log-probabilities "
+                "of the model it started from; train again in another --out_dir="
+            )
+        print(f"reading {self.data.name} with the model as it is, for reference.safetensors")
+        self.reference = {split: self.log_probs(model, split) for split in ("train", "val")}
+        if self.world.is_first:
+            save_reference(out_dir, self.reference, self.reference_key)
+
+    def log_probs(self, model: torch.nn.Module, split: str) -> torch.Tensor:
+        """Log-probabilities of each pair of a split by the model as it is, (P, 2) float32."""
+        out = torch.zeros(self.data.n_rows(split, 0), 2)
+        batches = self.data.pair_batches(split, self.config.batch_size)
+        for (pairs, arrays), is_own in self.world.deal(batches):
+            with self.autocast():
+                log_p = reference_log_prob(model, *to_device(arrays, self.device))
+            if is_own:
+                out[pairs] = log_p.view(-1, 2).float().cpu()
+        return self.world.add(out)
+
+    def batches(self, start: int, step: int) -> tuple[list[Batch], int]:
+        rows, parts = self.parts(start)
+        block_size = self.config.block_size
+        batches = [
+            Batch("loss", part, self.data.batch(part, block_size, self.multiple)) for part in parts
+        ]
+        batches = [self.with_reference(batch, "train") for batch in batches]
+        return batches, self.data.input_tokens(rows, block_size)
+
+    def with_reference(self, batch: Batch, split: str) -> Batch:
+        """The batch with its reference's log-probabilities (B, 2), if they were computed."""
+        if self.reference is None:
+            return batch
+        return batch._replace(arrays=(*batch.arrays, self.reference[split][batch.rows].numpy()))
+
+    def counts(self, batches: list[Batch]) -> dict[str, int]:
+        pairs = sum(len(batch.rows) for batch in batches)
+        chosen = sum(int((batch.arrays[1][::2] != IGNORE).sum()) for batch in batches)
+        return {"loss": pairs, "loss_sft": chosen} | dict.fromkeys(self.measures, pairs)
+
+    def sums(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """Chosen and rejected rows are read in one forward pass. ipo takes the mean of an answer's
+        log-probabilities for their sum, as its authors recommend."""
+        idx, targets, *given = batch.arrays
+        with self.autocast():
+            reference = given[0] if given else reference_log_prob(model, idx, targets).view(-1, 2)
+            log_p = sequence_log_prob(model, idx, targets).view(-1, 2)  # of chosen, of rejected
+        policy, beta = log_p, self.config.dpo_beta
+        if self.config.dpo_loss == "ipo":
+            lengths = (targets != IGNORE).sum(dim=1).clamp_min(1).view(-1, 2)
+            policy, reference = log_p / lengths, reference / lengths
+        losses = dpo(policy, reference, beta, self.config.dpo_loss)
+        rewards = beta * (policy - reference).detach()
+        margins = rewards[:, 0] - rewards[:, 1]
+        measured = (*rewards.T, margins, (margins > 0).to(losses.dtype), *log_p.detach().T)
+        values = {"loss": losses, "loss_sft": -log_p[:, 0]}
+        values |= zip(self.measures, measured, strict=True)
+        return {name: value.sum() for name, value in values.items()}
+
+    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+        was_training = model.training
+        model.eval()
+        names = ["loss", "loss_sft", *self.measures]
+        sums, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+        batches = self.data.pair_batches("val", self.config.batch_size)
+        for (pairs, arrays), is_own in self.world.deal(batches):
+            batch = self.with_reference(Batch("loss", pairs, arrays), "val")
+            with torch.no_grad():
+                values = self.sums(model, self.to_device(batch))
+            for name, count in self.counts([batch]).items() if is_own else ():
+                sums[name] += values[name].item()
+                counts[name] += count
+        model.train(was_training)
+        totals = self.world.sums(list(sums.values())), self.world.sums(list(counts.values()))
+        return {
+            f"val_{name}": total / max(1, count)
+            for name, total, count in zip(names, *totals, strict=True)
+        }
+
+    def describe(self, record: dict) -> str:
+        return (
+            f"{record['val_loss']:.3f} in validation (nats per pair); there the chosen answer has "
+            f"the higher reward in {record['val_accuracy']:.0%}, by {record['val_margin']:.3f}"
+        )
+
+    def row_length(self, tokens: int, rows: int, step: int) -> float:
+        return tokens / (2 * rows)
 
 
-def sequence_log_prob(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Log probability in nats of each row's targets, (B,); IGNORE does not count."""
-    idx, targets = batch
-    hidden = model(idx)
-    trained = targets != IGNORE
-    weights = [p for p in model.lm_head.parameters() if p.requires_grad]
-    losses = ChunkedLosses.apply(model.head, hidden[trained], targets[trained], *weights)
-    # in their places, so that a sum takes them in one order on any device
-    return -losses.new_zeros(targets.shape).masked_scatter(trained, losses).sum(dim=1)
-
-
-def reference_log_prob(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """The same with the model's adapters off, in eval mode, without gradients; (B / 2, 2)."""
-    was_training = model.training
-    model.eval()
-    with adapters_off(model):
-        losses = target_losses(model, batch)
-    model.train(was_training)
-    return -losses.sum(dim=1).view(-1, 2)
-
-
-class ChunkedLosses(torch.autograd.Function):
-    """The loss of each of targets (N,), for hidden (N, n_embd). What each gradient is weighted with
-    is known in the backward pass only, so each chunk's logits are made once more there: they take
-    the head's forward pass twice, and the memory of one chunk. weights as in ChunkedLoss."""
-
-    @staticmethod
-    def forward(ctx, head, hidden, targets, *weights):
-        ctx.head, ctx.weights = head, weights
-        ctx.save_for_backward(hidden, targets)
-        device = hidden.device.type
-        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        return torch.cat([losses for _, losses in chunk_losses(head, hidden, targets)])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        hidden, targets = ctx.saved_tensors
-        grads = [torch.empty_like(hidden), *(torch.zeros_like(w) for w in ctx.weights)]
-        done = 0
-        with torch.enable_grad(), torch.autocast(*ctx.autocast):
-            for h, losses in chunk_losses(ctx.head, hidden, targets):
-                end = done + len(h)
-                loss = (losses * grad_output[done:end]).sum()
-                h_grad, *w_grads = torch.autograd.grad(loss, (h, *ctx.weights))
-                grads[0][done:end] = h_grad
-                for grad, w_grad in zip(grads[1:], w_grads, strict=True):
-                    grad.add_(w_grad)
-                done = end
-        return None, grads[0], None, *grads[1:]
-
-
-def split_preferences(
-    model: torch.nn.Module,
-    data: Dataset,
-    split: str,
-    batch_size: int,
-    device: str,
-    reference: torch.Tensor | None = None,
-    world: World = ALONE,
-    **options: float | str,
-) -> dict[str, float]:
-    """Over a whole split of pairs, in eval mode: the means of preferences, `dpo` a pair, `sft` a
-    token of the chosen answers. reference: of all pairs, (P, 2); world: the processes, which share
-    the work; options: of preferences."""
-    was_training = model.training
-    model.eval()
-    sums, counts = dict.fromkeys(PREFERENCES, 0.0), dict.fromkeys(PREFERENCES, 0)
-    for (pairs, batch), is_own in world.deal(data.pair_batches(split, batch_size)):
-        given = [] if reference is None else [reference[pairs].to(device)]
-        with torch.no_grad():
-            found = preferences(model, (*to_device(batch, device), *given), **options)
-        for name, count in count_pairs([batch]).items() if is_own else ():
-            sums[name] += found[name].double().item()
-            counts[name] += count
-    model.train(was_training)
-    totals = zip(world.sums(list(sums.values())), world.sums(list(counts.values())), strict=True)
-    return {
-        name: total / max(1, count)
-        for name, (total, count) in zip(PREFERENCES, totals, strict=True)
-    }
-
-
-def all_log_probs(
-    model: torch.nn.Module,
-    data: Dataset,
-    split: str,
-    batch_size: int,
-    device: str,
-    world: World = ALONE,
-) -> torch.Tensor:
-    """What the model makes of each pair of a split before it is trained, (P, 2) float32; each
-    process of the world computes its part of them."""
-    found = torch.zeros(data.n_rows(split, 0), 2)
-    for (pairs, batch), is_own in world.deal(data.pair_batches(split, batch_size)):
-        log_p = reference_log_prob(model, to_device(batch, device)).float().cpu()
-        if is_own:
-            found[pairs] = log_p
-    return world.add(found)
-
-
-# --- whole splits ------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def target_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """-log p in nats of each target, (B, T); 0 where it is IGNORE."""
-    idx, targets = batch
-    trained = targets != IGNORE
-    hidden, wanted = model(idx)[trained], targets[trained]
-    losses = torch.cat([loss for _, loss in chunk_losses(model.head, hidden, wanted)])
-    out = torch.zeros(targets.shape, dtype=losses.dtype, device=targets.device)
-    out[trained] = losses
-    return out
-
-
-def split_sums(
-    model: torch.nn.Module,
-    data: Dataset,
-    split: str,
-    batch_size: int,
-    device: str,
-    world: World = ALONE,
-) -> tuple[float, int, int]:
-    """Over a whole split, in eval mode: the sum of -log p in nats, the targets, their UTF-8 bytes.
-
-    perplexity = exp(nats / targets); bits per byte = nats / log(2) / bytes. The processes of the
-    world share the work.
-    """
-    bytes_per_id = data.tokenizer.bytes_per_id
-    nats, count, n_bytes = 0.0, 0, 0
-    was_training = model.training
-    model.eval()
-    batches = data.eval_batches(split, model.config.block_size, batch_size)
-    for batch, is_own in world.deal(batches):
-        losses = target_losses(model, to_device(batch, device))
-        if not is_own:
-            continue
-        trained = batch[1][batch[1] != IGNORE]
-        count += len(trained)
-        n_bytes += int(bytes_per_id[trained].sum())
-        nats += losses.cpu().double().sum().item()
-    model.train(was_training)
-    return *world.sums([nats]), *world.sums([count, n_bytes])
+OBJECTIVES = {"pretrain": NextToken, "sft": NextToken, "dpo": Preferences}  # by the kind of data

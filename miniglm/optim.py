@@ -1,17 +1,22 @@
-"""The Muon step for CPUs, where torch.optim.Muon works in bfloat16 whatever the hardware, matrix by
-matrix; on a GPU train.py takes torch's. What is no matrix of a block is AdamW's.
+"""Optimizers and their schedule: Muon for the blocks' matrices, AdamW for all else.
 
-Each matrix moves by its momentum made nearly orthogonal, so that all directions move alike (Jordan
-et al., Muon: an optimizer for hidden layers in neural networks, 2024). The step has the size of
-AdamW's, so that its rates serve (arXiv 2502.16982):
+Muon moves each matrix by its momentum made nearly orthogonal, so that all directions move alike
+(Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024). The step has the
+size of AdamW's, so that its rates serve (arXiv 2502.16982):
 
     M <- 0.95 M + 0.05 gradient;    U S V' = 0.95 M + 0.05 gradient
     W <- W - lr x (weight_decay W + 0.2 sqrt(max(W.shape)) U V')
+
+Ours works in the run's own dtype, on all matrices of one shape at once; torch.optim.Muon works in
+bfloat16 whatever the hardware, matrix by matrix.
 """
 
 import torch
+from torch import nn
 
+from miniglm.devices import pick_dtype
 from miniglm.distributed import part_of, whole
+from miniglm.lora import PARTS
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c of the polynomial that lifts small values most
 STEPS = 5
@@ -20,10 +25,6 @@ EPS = 1e-7
 
 class Muon(torch.optim.Optimizer):
     """torch.optim.Muon with adjust_lr_fn="match_rms_adamw"; dtype is that of its products."""
-
-    # without their wrappers for torch.compile, which would import the compiler
-    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
-    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__
 
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95, dtype=torch.float32):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -85,3 +86,54 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) ->
                 A = P @ (P @ A)
         X = Q @ X
     return (X.mT if tall else X).to(matrices.dtype)
+
+
+def make_optimizers(model: nn.Module, config, device: str) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, or AdamW for all; only matrices decay.
+
+    lr_ratio of a group: its learning rate over the schedule's. An LSTM's matrices are AdamW's, and
+    so are adapters: the rates and the results that are published of them are AdamW's.
+    """
+    of_kind = {"blocks": [], "embeddings": [], "matrices": [], "vectors": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            of_kind[parameter_kind(name, parameter)].append(parameter)
+    groups = {kind: {"params": of_kind[kind], "lr_ratio": 1.0} for kind in of_kind}
+    groups["vectors"]["weight_decay"] = 0.0
+    if config.embedding_lr is not None and config.learning_rate:
+        groups["embeddings"]["lr_ratio"] = config.embedding_lr / config.learning_rate
+    if config.embedding_decay is not None:
+        groups["embeddings"]["weight_decay"] = config.embedding_decay
+    common = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    blocks = [groups.pop("blocks")]
+    muon = []
+    if config.optimizer == "muon":
+        if blocks[0]["params"]:
+            muon = [Muon(blocks, dtype=pick_dtype(config.dtype, device), **common)]
+        blocks = []
+    adamw = torch.optim.AdamW(
+        [*blocks, groups["matrices"], groups["embeddings"], groups["vectors"]],
+        betas=(config.beta1, config.beta2),
+        fused=not device.startswith("mps"),
+        **common,
+    )
+    return [*muon, adamw]
+
+
+def parameter_kind(name: str, parameter: torch.Tensor) -> str:
+    """Which group a parameter belongs to: blocks, embeddings (and head), matrices or vectors."""
+    if parameter.dim() < 2:
+        return "vectors"
+    first = name.partition(".")[0]
+    if first in ("wte", "wpe", "lm_head") and not name.endswith(PARTS):
+        return "embeddings"
+    return "blocks" if first == "blocks" and not name.endswith(PARTS) else "matrices"
+
+
+def learning_rate(step: int, config) -> float:
+    """Linear warm-up, then linear decay to min_lr (arXiv 2502.15938: best at a fixed budget)."""
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / config.warmup_iters
+    end = config.decay_end
+    left = max(0.0, (end - step) / max(1, end - config.warmup_iters))
+    return config.min_lr + left * (config.learning_rate - config.min_lr)

@@ -7,9 +7,11 @@ What concerns a tracker alone is set by its own environment variables: WANDB_MOD
 SWANLAB_MODE=offline, TRACKIO_DIR=... A run keeps its id, so a resumed one goes on as the same run.
 """
 
+import importlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,7 +27,7 @@ class Tracked:
     id: str
     name: str  # of its out_dir
     folder: Path  # its out_dir
-    step: int  # steps done: what was sent of later ones is void
+    step: int  # steps done; later steps already logged are discarded
     settings: dict
 
 
@@ -48,80 +50,36 @@ class TensorBoard:
         self.writer.close()
 
 
-class WandB:
-    """Weights & Biases; it leaves out steps of a resumed run that it already has."""
+class Package:
+    """wandb, trackio or swanlab, which share one interface; wandb leaves out steps of a resumed run
+    that it already has, trackio keeps runs apart by name, swanlab's files lie in swanlog."""
 
-    def __init__(self, run: Tracked):
-        import wandb
-
-        self.run = wandb.init(
-            project=PROJECT,
-            id=run.id,
-            name=run.name,
-            dir=run.folder,
-            config=run.settings,
-            resume="allow",
+    def __init__(self, name: str, run: Tracked):
+        self.package = importlib.import_module(name)
+        options = {
+            "wandb": {"id": run.id, "name": run.name, "dir": run.folder},
+            "trackio": {"name": f"{run.name}-{run.id}", "embed": False},
+            "swanlab": {"id": run.id, "name": run.name, "log_dir": str(run.folder / "swanlog")},
+        }
+        self.as_text = getattr(self.package, "Text", str)  # swanlab's
+        self.run = self.package.init(
+            project=PROJECT, config=run.settings, resume="allow", **options[name]
         )
 
     def log(self, record: dict, samples: str) -> None:
-        self.run.log(record | text_of(samples), step=record["iter"])
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-class Trackio:
-    """Trackio, which keeps runs apart by name."""
-
-    def __init__(self, run: Tracked):
-        import trackio
-
-        self.package = trackio
-        name = f"{run.name}-{run.id}"
-        self.run = trackio.init(
-            PROJECT, name=name, config=run.settings, resume="allow", embed=False
-        )
-
-    def log(self, record: dict, samples: str) -> None:
-        self.run.log(record | text_of(samples), step=record["iter"])
+        text = {"samples": self.as_text(samples)} if samples else {}
+        self.run.log(record | text, step=record["iter"])
 
     def close(self) -> None:
         self.package.finish()
 
 
-class SwanLab:
-    """SwanLab; its files lie in the out_dir's folder swanlog."""
-
-    def __init__(self, run: Tracked):
-        import swanlab
-
-        self.package = swanlab
-        self.run = swanlab.init(
-            project=PROJECT,
-            id=run.id,
-            name=run.name,
-            log_dir=str(run.folder / "swanlog"),
-            config=run.settings,
-            resume="allow",
-        )
-
-    def log(self, record: dict, samples: str) -> None:
-        text = {"samples": self.package.Text(samples)} if samples else {}
-        self.run.log(record | text, step=record["iter"])
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio, "swanlab": SwanLab}
-
-
-def text_of(samples: str) -> dict:
-    return {"samples": samples} if samples else {}
+TRACKERS = {"tensorboard": TensorBoard}
+TRACKERS |= {name: partial(Package, name) for name in ("wandb", "trackio", "swanlab")}
 
 
 def check_trackers(names: list[str]) -> None:
-    """UserError where a tracker is unknown, or its package, of the same name, is not installed."""
+    """Raises UserError if a tracker is unknown, or its package, of the same name, not installed."""
     for name in names:
         if name not in TRACKERS:
             near = nearest(name, TRACKERS) or f"; there are {', '.join(TRACKERS)}"
@@ -132,7 +90,7 @@ def check_trackers(names: list[str]) -> None:
 
 @contextmanager
 def open_trackers(names: list[str], run: Tracked) -> Iterator[list]:
-    """The trackers of these names, closed at the end. UserError where one cannot start."""
+    """The trackers of these names, closed at the end. Raises UserError if one cannot start."""
     with ExitStack() as stack:
         trackers = []
         for name in names:

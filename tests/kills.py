@@ -39,13 +39,8 @@ KINDS = {
         "gradient_accumulation_steps": 3,
         "short_block": 8,
     },
-    "questions with a text": {"dataset": "questions", "init_from": "base", "mix_dataset": "text"},
-    "questions, spikes left out": {
-        "dataset": "questions",
-        "init_from": "base",
-        "batch_size": 1,
-        "skip_spikes": 1.1,
-    },
+    "questions with a text": {"dataset": "questions:3,text:1", "init_from": "base"},
+    "questions": {"dataset": "questions", "init_from": "base"},
     "adapters": {"dataset": "questions", "init_from": "base", **LORA},
     "preferences": {"dataset": "pairs", "init_from": "answers"},
     "preferences by adapters": {"dataset": "pairs", "init_from": "answers", **LORA},
@@ -109,8 +104,9 @@ def write_world(folder: Path) -> None:
 
 def outlive(world: Path, folder: Path, kind: str, kills: int, draw: random.Random) -> Outcome:
     """Kills a run of this kind in folder so many times, every second time within a save."""
-    places = ("dataset", "init_from", "mix_dataset")
-    given = TINY | ALL | {k: world / v if k in places else v for k, v in KINDS[kind].items()}
+    given = TINY | ALL | KINDS[kind]
+    for name in given.keys() & {"dataset", "init_from"}:
+        given[name] = ",".join(f"{world}/{part}" for part in given[name].split(","))
     size = 2 if kind.startswith("two processes") else 1
     whole, out, said = (folder / kind / part for part in ("whole", "killed", "said.txt"))
     said.parent.mkdir(parents=True)

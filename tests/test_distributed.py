@@ -18,6 +18,7 @@ import torch
 from configurator import UserError
 from data_utils import Dataset
 from miniglm.distributed import ALONE, World, join, world_of
+from miniglm.preflight import Start, preflight
 from tests.runs import (
     ROOT,
     TINY,
@@ -36,7 +37,7 @@ from tests.runs import (
     words,
     write_pairs,
 )
-from train import Settings, check_shares, seed_dropout
+from train import Settings, seed_dropout
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes that are forked or signalled")
 slow = pytest.mark.slow
@@ -133,13 +134,13 @@ LORA = BASE | {"lora_rank": 4, "lora_alpha": 8, "learning_rate": 3e-3}
 PAIRS = {"dataset": "pairs", "init_from": "answers", "learning_rate": 3e-3}
 # 9 rows of a step: one process takes 3 x 3, the first of two 3 + 2, the second 2 + 2
 UNEVEN = {"batch_size": 3, "gradient_accumulation_steps": 3}
-MIXED = {"mix_dataset": "text", "mix_batch_size": 1, "mix_weight": 0.5}
+MIXED = BASE | {"dataset": "questions:1,text:1", "mix_weight": 0.5}
 COURSES = {
     "pretraining with Muon": {"dataset": "text"},
     "pretraining with AdamW": {"dataset": "text", "optimizer": "adamw", "bias": True},
     "uneven micro-batches": {"dataset": "text", **UNEVEN},
     "questions": {"dataset": "questions", **BASE},
-    "questions, uneven, with a text": {"dataset": "questions", **BASE, **UNEVEN, **MIXED},
+    "questions, uneven, with a text": MIXED | UNEVEN,
     "adapters": {"dataset": "questions", **LORA},
     "preferences": PAIRS | {"dpo_sft_weight": 0.5},
     "preferences by adapters": PAIRS | LORA | {"init_from": "answers", "dataset": "pairs"},
@@ -150,7 +151,7 @@ COURSES = {
         "embedding_skip": True,
         "checkpoint_activations": True,
     },
-    "short rows first": {"dataset": "text", "short_block": 8, "short_iters": 7},
+    "short rows first": {"dataset": "text", "short_block": 8},
     "an LSTM": {"dataset": "text", "model": "lstm", "n_head": 8},
 }
 QUICK = {"pretraining with Muon", "questions, uneven, with a text", "preferences by adapters"}
@@ -166,8 +167,12 @@ def world(toys):
 
 def located(world: Path, settings: dict) -> dict:
     """Names of datasets and models as paths."""
-    places = ("dataset", "mix_dataset", "init_from")
-    return {k: world / v if k in places else v for k, v in settings.items()}
+
+    def place(names: str) -> str:
+        return ",".join(f"{world}/{name}" for name in names.split(","))
+
+    places = ("dataset", "init_from")
+    return {k: place(v) if k in places else v for k, v in settings.items()}
 
 
 @pytest.mark.parametrize(
@@ -212,27 +217,14 @@ def test_dropout_of_the_first_process_is_that_of_one_and_of_no_other():
 
 def test_evaluation_is_that_of_one_process(world, several, tmp_path):
     common = {"learning_rate": 0, "max_iters": 1, "batch_size": 3}
-    for number, kind in enumerate(("questions", "pairs")):
-        given = common | {"dataset": world / kind, "init_from": world / "answers"}
-        given |= {"mix_dataset": world / "text"}
+    for number, names in enumerate(("questions:3,text:1", "pairs")):
+        given = common | located(world, {"dataset": names, "init_from": "answers"})
         one = train_here(out_dir=tmp_path / f"one-{number}", **given)
         two = train_in(several, 2, out_dir=tmp_path / f"two-{number}", **given)
         [a], [b] = log(one), log(two)
         scores = [name for name in a if name.startswith("val_")]
         assert len(scores) > 1
         assert [a[name] for name in scores] == pytest.approx([b[name] for name in scores], rel=1e-9)
-
-
-@slow
-@pytest.mark.parametrize("shard", [False, True])
-def test_processes_agree_on_the_updates_that_are_left_out(world, several, tmp_path, shard):
-    # steps of two questions each, whose gradients differ much
-    common = {"dataset": world / "questions", "init_from": world / "base", "batch_size": 2}
-    common |= {"skip_spikes": 1.05, "max_iters": 60, "lr_decay_iters": 60, "eval_interval": 30}
-    one = train_here(out_dir=tmp_path / "one", **common)
-    two = train_in(several, 2, out_dir=tmp_path / "two", shard=shard, **common)
-    assert log(one)[-1]["skipped"] > 0
-    assert_same_course(one, two)
 
 
 @slow
@@ -484,23 +476,23 @@ import json, sys
 sys.path.insert(0, {root!r})
 from torch.profiler import ProfilerActivity, profile
 from miniglm.distributed import together
-from train import n_trained, start, step_batches, train_step
+from train import n_trained, start, steps, train_step
 
 with together() as world:
-    run = start(sys.argv[1:], world)
-    batches, counts, _ = next(step_batches(run))
+    run, state = start(sys.argv[1:], world)
+    batches, counts, _ = next(steps(run, state))
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        train_step(run, batches, counts)
+        train_step(run, state, batches, counts)
     names = [event.name for event in profiler.events()]
-    held = [getattr(p, "to_local", lambda p=p: p)() for p in run.model.parameters()]
+    held = [getattr(p, "to_local", lambda p=p: p)() for p in state.model.parameters()]
     moments = [
         getattr(m, "to_local", lambda m=m: m)()
-        for optimizer in run.optimizers
-        for state in optimizer.state.values()
-        for m in state.values()
+        for optimizer in state.optimizers
+        for tensors in optimizer.state.values()
+        for m in tensors.values()
         if m.dim()
     ]
-    found = dict(micro=len(batches), parameters=n_trained(run.model))
+    found = dict(micro=len(batches), parameters=n_trained(state.model))
     found |= dict(held=sum(p.numel() for p in held), moments=sum(m.numel() for m in moments))
     found["sums"] = names.count("gloo:all_reduce")  # which reduce_scatter is made of, too
     print(json.dumps(found))
@@ -529,7 +521,7 @@ def test_gradients_are_summed_once_a_step_whatever_its_micro_batches(world, seve
 SHARDED = {
     "pretraining with Muon": {"dataset": "text", "gradient_accumulation_steps": 4},
     "pretraining with AdamW": {"dataset": "text", "optimizer": "adamw", "bias": True},
-    "questions with a text": {"dataset": "questions", **BASE, **MIXED, "mix_batch_size": 2},
+    "questions with a text": MIXED,
     "adapters": {"dataset": "questions", **LORA},
     "preferences": PAIRS | {"dpo_sft_weight": 0.5},
     "preferences by adapters": PAIRS | LORA | {"init_from": "answers", "dataset": "pairs"},
@@ -566,18 +558,17 @@ def test_each_process_holds_half_and_sums_gradients_once_a_step(
     assert half["sums"] == more["sums"] == 3 + 1  # two blocks and the rest; the gradients' norm
 
 
-def test_what_a_shared_out_model_cannot_do_is_refused():
-    two = World(0, 2)
+def test_what_a_sharded_model_cannot_do_is_refused(world):
+    text = Dataset(str(world / "text"))
     for settings, message in (
         ({"batch_size": 5}, "batch_size x gradient_accumulation_steps is 5"),
-        ({"mix_dataset": "text", "mix_batch_size": 3}, "change --mix_batch_size="),
         ({"dtype": "float16"}, "does not go with float16"),
         ({"dry_run": True}, "dry_run=True does not know shard=True"),
     ):
-        config = Settings(shard=True, **settings)
-        check_shares(config, "cpu", ALONE)
+        config = Settings(shard=True, block_size=32, **settings)
+        preflight(config, Start(), text, "cpu", ALONE)
         with pytest.raises(UserError, match=message):
-            check_shares(config, "cpu", two)
+            preflight(config, Start(), text, "cpu", World(0, 2))
     with pytest.raises(UserError, match="shard=True is for model='gpt'"):
         Settings(shard=True, model="lstm")
 
@@ -591,24 +582,11 @@ def test_the_place_of_a_process_is_what_torchrun_says():
     assert world_of({}) == world_of({"WORLD_SIZE": "8"}) == ALONE
 
 
-def test_devices_and_rows_that_do_not_go_round_are_refused():
+def test_devices_and_rows_that_do_not_go_round_are_refused(world):
     with pytest.raises(UserError, match="device=mps: several processes train on cuda or on cpu"):
         join(World(0, 2), "mps")
     assert join(ALONE, "mps") == "mps"
-    check_shares(Settings(batch_size=5), "cpu", World(0, 4))
+    text = Dataset(str(world / "text"))
+    preflight(Settings(batch_size=5, block_size=32), Start(), text, "cpu", World(0, 4))
     with pytest.raises(UserError, match="too few for 8 processes"):
-        check_shares(Settings(batch_size=7), "cpu", World(0, 8))
-
-
-def test_one_process_imports_nothing_for_others(world, tmp_path):
-    argv = words(**TINY | {"dataset": world / "text", "out_dir": tmp_path / "out", "max_iters": 1})
-    script = (
-        "import sys, torch; before = set(sys.modules); import train; "
-        f"train.main({argv}); "
-        "new = set(sys.modules) - before; "
-        "print([n for n in new if n.startswith(('torch.distributed', 'torch._dynamo'))])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.splitlines()[-1] == "[]"
+        preflight(Settings(batch_size=7, block_size=32), Start(), text, "cpu", World(0, 8))

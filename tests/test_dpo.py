@@ -17,17 +17,10 @@ from configurator import UserError
 from data.custom import prepare_dpo
 from data_utils import IGNORE, Dataset
 from miniglm.checkpoint import load_checkpoint
+from miniglm.devices import to_device
 from miniglm.lora import adapter_weights, add_adapters
-from miniglm.objectives import (
-    PREFERENCES,
-    count_pairs,
-    dpo,
-    preferences,
-    reference_log_prob,
-    sequence_log_prob,
-    split_preferences,
-    to_device,
-)
+from miniglm.losses import dpo, reference_log_prob, sequence_log_prob
+from miniglm.objectives import Batch, Preferences
 from miniglm.prep import writer as data_writer
 from miniglm.prep.forms import BadRecord, preference
 from miniglm.prep.writer import Form, fit_pair, merge, working_folder, write_dpo, write_unit
@@ -45,18 +38,9 @@ from tests.runs import (
 )
 from tests.runs import preferences as preferences_of
 from tests.test_checkpoint import lines_of_log, posix, wait_for
-from tests.test_objectives import Largest, ragged_batch
+from tests.test_losses import Largest, ragged_batch
+from train import Settings, steps
 from train import start as start_run
-from train import step_batches
-
-OPTIONS = {
-    "sigmoid": {},
-    "smoothed": {"label_smoothing": 0.2, "beta": 0.3},
-    "ipo": {"form": "ipo"},
-    "per_token": {"per_token": True, "beta": 2.0},
-    "ipo_per_token": {"form": "ipo", "per_token": True, "beta": 0.5},
-}
-each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 def pair_batch(rows: list[int], T: int = 12, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,25 +61,22 @@ def plain_log_prob(model: torch.nn.Module, idx: torch.Tensor, targets: torch.Ten
     return torch.stack(rows)
 
 
-def plain_loss(log_p, reference, lengths, beta=0.1, form="sigmoid", label_smoothing=0.0, **options):
-    """The sum over pairs, each written out."""
+def plain_loss(log_p, reference, lengths, beta, form):
+    """The sum over pairs, each written out; ipo's log-probabilities are means over tokens."""
     total = 0
     for pair in range(len(log_p) // 2):
         ratios = [log_p[row] - reference[row] for row in (2 * pair, 2 * pair + 1)]
-        if options.get("per_token"):
+        if form == "ipo":
             ratios = [ratio / lengths[2 * pair + side] for side, ratio in enumerate(ratios)]
         d = ratios[0] - ratios[1]
-        if form == "ipo":
-            total = total + (d - 1 / (2 * beta)) ** 2
-        else:
-            right, wrong = (torch.log1p(torch.exp(-sign * beta * d)) for sign in (1, -1))
-            total = total + (1 - label_smoothing) * right + label_smoothing * wrong
+        plain = torch.log1p(torch.exp(-beta * d))
+        total = total + ((d - 1 / (2 * beta)) ** 2 if form == "ipo" else plain)
     return total
 
 
-@each_option
+@pytest.mark.parametrize(("form", "beta"), [("sigmoid", 0.1), ("sigmoid", 2.0), ("ipo", 0.5)])
 @pytest.mark.parametrize("lora_rank", [0, 3])
-def test_loss_and_gradients_equal_a_plain_version_in_float64(options, lora_rank):
+def test_loss_and_gradients_equal_a_plain_version_in_float64(form, beta, lora_rank):
     rows = [7, 12, 3, 5, 12, 1]
     idx, targets = pair_batch(rows)
     model, base = tiny_model(n_kv_head=2).double(), tiny_model(n_kv_head=2).double()
@@ -109,34 +90,31 @@ def test_loss_and_gradients_equal_a_plain_version_in_float64(options, lora_rank)
     with torch.no_grad():
         reference = plain_log_prob(base, idx, targets)
     given = [] if lora_rank else [reference.view(-1, 2)]
-    sums = preferences(model, (idx, targets, *given), **options)
-    (sums["dpo"] + 0.3 * sums["sft"]).backward()
+    config = Settings(dtype="float32", dpo_beta=beta, dpo_loss=form)
+    batch = Batch("loss", np.arange(len(rows) // 2), (idx, targets, *given))
+    sums = Preferences(config, None, "cpu").sums(model, batch)
+    (sums["loss"] + 0.3 * sums["loss_sft"]).backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     ours = {name: p.grad.clone() for name, p in trained.items()}
     model.zero_grad()
     log_p = plain_log_prob(model, idx, targets)
-    loss = plain_loss(log_p, reference, rows, **options)
+    loss = plain_loss(log_p, reference, rows, beta, form)
     (loss - 0.3 * log_p[::2].sum()).backward()
-    assert sums["dpo"].item() == pytest.approx(loss.item(), rel=1e-10)
-    assert sums["sft"].item() == pytest.approx(-log_p[::2].sum().item(), rel=1e-10)
+    assert sums["loss"].item() == pytest.approx(loss.item(), rel=1e-10)
+    assert sums["loss_sft"].item() == pytest.approx(-log_p[::2].sum().item(), rel=1e-10)
     largest = max(p.grad.abs().max() for p in trained.values())
     assert largest > 1e-2
     for name, parameter in trained.items():
         assert (ours[name] - parameter.grad).abs().max() < 1e-10 * largest, name
 
 
-TRL = [("sigmoid", {}), ("ipo", {"form": "ipo", "per_token": True})]
-TRL += [("sigmoid_norm", {"per_token": True}), ("aot", {"label_smoothing": 0.2})]
-
-
-@pytest.mark.parametrize(("loss_type", "options"), TRL, ids=[name for name, _ in TRL])
-def test_loss_gradient_and_measures_equal_trls_on_the_same_log_probabilities(loss_type, options):
-    # trl's aot with label smoothing is that of the paper where the batch is a single pair
+@pytest.mark.parametrize("form", ["sigmoid", "ipo"])
+def test_loss_and_gradient_equal_trls_on_the_same_log_probabilities(form):
     pytest.importorskip("trl")
     from accelerate import Accelerator
     from trl import DPOTrainer
 
-    lengths = torch.tensor([5, 9] if loss_type == "aot" else [5, 9, 3, 1, 7, 7])
+    lengths = torch.tensor([5, 9, 3, 1, 7, 7])
     generator = torch.Generator().manual_seed(0)
     inside = torch.arange(9) < lengths[:, None]  # (rows, T)
     log_p = torch.where(inside, -torch.rand(len(lengths), 9, generator=generator), 0.0)
@@ -149,8 +127,8 @@ def test_loss_gradient_and_measures_equal_trls_on_the_same_log_probabilities(los
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=True), accelerator=Accelerator(cpu=True), beta=0.4
     )
-    settings = {"label_smoothing": options.get("label_smoothing", 0.0), "loss_weights": [1.0]}
-    settings |= {"loss_types": [loss_type], "f_divergence_type": "reverse_kl", "ld_alpha": None}
+    settings = {"label_smoothing": 0.0, "loss_weights": [1.0]}
+    settings |= {"loss_types": [form], "f_divergence_type": "reverse_kl", "ld_alpha": None}
     settings |= {"precompute_ref_logps": True, "use_weighting": False, "aux_loss_enabled": False}
     settings |= {"_total_train_tokens": 0, "_tp_size": 1}
     vars(trainer).update(settings)
@@ -163,14 +141,8 @@ def test_loss_gradient_and_measures_equal_trls_on_the_same_log_probabilities(los
     [wanted] = torch.autograd.grad(theirs, log_p)
 
     policy = log_p.sum(dim=1).view(-1, 2)
-    counts = lengths.view(-1, 2) if options.get("per_token") else 1
-    losses = dpo(
-        policy / counts,
-        reference / counts,
-        0.4,
-        options.get("form", "sigmoid"),
-        options.get("label_smoothing", 0.0),
-    )
+    counts = lengths.view(-1, 2) if form == "ipo" else 1
+    losses = dpo(policy / counts, reference / counts, 0.4, form)
     assert losses.mean().item() == pytest.approx(theirs.item(), rel=1e-5)
     [got] = torch.autograd.grad(losses.mean(), log_p)
     assert (got - wanted)[inside].abs().max() < 1e-6 < wanted.abs().max()
@@ -183,14 +155,11 @@ class Lists(dict):
         return self.setdefault(key, [])
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.25])
-def test_the_loss_worked_by_hand(smoothing):
+def test_the_loss_worked_by_hand():
     # the policy has doubled the odds: d = log 2, so sigmoid(d) = 2/3
     policy = torch.tensor([[math.log(0.2), math.log(0.1)]])
     reference = torch.tensor([[math.log(0.1), math.log(0.1)]])
-    wanted = (1 - smoothing) * math.log(3 / 2) + smoothing * math.log(3)
-    found = dpo(policy, reference, 1.0, label_smoothing=smoothing)
-    assert found.item() == pytest.approx(wanted, rel=1e-6)
+    assert dpo(policy, reference, 1.0).item() == pytest.approx(math.log(3 / 2), rel=1e-6)
     ipo = dpo(policy, reference, 0.5, "ipo").item()
     assert ipo == pytest.approx((math.log(2) - 1) ** 2, rel=1e-5)
     assert dpo(reference, reference, 0.1).item() == pytest.approx(math.log(2))
@@ -208,7 +177,7 @@ def test_prompt_tokens_add_nothing_to_either_log_probability():
         answer = log_p[range(start - 1, len(ids) - 1), ids[start:]].sum()  # and its end
         targets = ids[1:].clone()
         targets[: start - 1] = IGNORE
-        found = sequence_log_prob(model, (ids[None, :-1], targets[None]))
+        found = sequence_log_prob(model, ids[None, :-1], targets[None])
         assert found.item() == pytest.approx(answer.item(), rel=1e-10)
 
 
@@ -219,7 +188,7 @@ def test_rows_of_many_chunks_have_the_same_gradients_and_bounded_logits():
         idx, targets = pair_batch([300] * rows, T=300)
         weighting = torch.linspace(-2, 1, rows, dtype=torch.float64)
         with Largest() as largest:
-            (sequence_log_prob(model, (idx, targets)) * weighting).sum().backward()
+            (sequence_log_prob(model, idx, targets) * weighting).sum().backward()
         assert largest.numel == 512 * model.config.vocab_size
         found = {name: p.grad.clone() for name, p in model.named_parameters()}
         model.zero_grad()
@@ -232,7 +201,7 @@ def test_rows_of_many_chunks_have_the_same_gradients_and_bounded_logits():
 
 def test_an_lstms_log_probabilities_are_those_of_its_logits():
     model, batch = tiny_model(model="lstm").double(), pair_batch([7, 0, 12, 3])
-    found, wanted = sequence_log_prob(model, batch), plain_log_prob(model, *batch)
+    found, wanted = sequence_log_prob(model, *batch), plain_log_prob(model, *batch)
     assert found[1] == 0
     assert torch.allclose(found, wanted, rtol=1e-10)
 
@@ -242,7 +211,7 @@ def test_a_frozen_head_gets_no_gradient_and_an_adapter_on_it_its_own():
     add_adapters(model, 3, 4.0, ["lm_head"])
     torch.nn.init.normal_(model.lm_head.lora_B)
     batch = pair_batch([7, 12])
-    sequence_log_prob(model, batch)[0].backward()
+    sequence_log_prob(model, *batch)[0].backward()
     found = model.lm_head.lora_A.grad.clone()
     assert model.lm_head.weight.grad is None
     model.zero_grad()
@@ -255,7 +224,7 @@ def test_under_autocast_the_gradients_are_near_those_in_float32():
     for enabled in (True, False):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            log_p = sequence_log_prob(model, batch)
+            log_p = sequence_log_prob(model, *batch)
         log_p[0].backward()  # outside, as train.py's
         found[enabled] = model.wte.weight.grad.clone()
     assert log_p.dtype == torch.float32
@@ -269,9 +238,9 @@ def test_the_reference_is_the_model_without_adapters_and_without_dropout():
     add_adapters(model, 3, 4.0, ["blocks"])
     torch.nn.init.normal_(model.blocks[0].attn.c_attn.lora_B)
     model.train()
-    assert torch.allclose(reference_log_prob(model, batch)[0], wanted, rtol=1e-5)
+    assert torch.allclose(reference_log_prob(model, *batch), wanted, rtol=1e-5)
     assert model.training and model.drop.training
-    assert not torch.allclose(sequence_log_prob(model.eval(), batch), wanted, rtol=1e-2)
+    assert not torch.allclose(sequence_log_prob(model.eval(), *batch), wanted, rtol=1e-2)
 
 
 # --- the data ----------------------------------------------------------------------------------
@@ -516,7 +485,7 @@ def test_a_run_starts_at_log_2_and_learns_the_preference(sft, tmp_path, base, lo
 
 @each_way
 def test_the_log_says_what_a_slow_loop_says_of_the_held_out_pairs(sft, tmp_path, lora):
-    options = {"dpo_beta": 0.3, "dpo_label_smoothing": 0.1, "dpo_sft_weight": 0.5}
+    options = {"dpo_beta": 0.3, "dpo_sft_weight": 0.5}
     out = run_dpo(sft, tmp_path / "out", batch_size=3, **options, **lora)
     data = Dataset(str(sft / "pairs"))
     base, model = load_checkpoint(sft / "sft").model, load_checkpoint(out, "latest").model
@@ -539,8 +508,7 @@ def test_the_log_says_what_a_slow_loop_says_of_the_held_out_pairs(sft, tmp_path,
         "accuracy": (reward > other).mean(),
         "loss_sft": -chosen.sum() / lengths.sum(),
     }
-    d = reward - other
-    wanted["loss"] = (0.9 * np.log1p(np.exp(-d)) + 0.1 * np.log1p(np.exp(d))).mean()
+    wanted["loss"] = np.log1p(np.exp(other - reward)).mean()
     for name, value in wanted.items():
         assert log(out)[-1][f"val_{name}"] == pytest.approx(value, rel=1e-3), name
 
@@ -548,14 +516,14 @@ def test_the_log_says_what_a_slow_loop_says_of_the_held_out_pairs(sft, tmp_path,
 @each_way
 def test_accumulated_micro_batches_of_pairs_equal_the_full_batch(sft, tmp_path, lora):
     common = lora | {"max_iters": 3, "learning_rate": 1e-4, "warmup_iters": 0}
-    common |= {"dpo_sft_weight": 0.5, "mix_dataset": sft / "text"}
-    once = run_dpo(sft, tmp_path / "once", batch_size=8, mix_batch_size=4, **common)
-    parts = {"batch_size": 2, "mix_batch_size": 1, "gradient_accumulation_steps": 4}
+    common |= {"dpo_sft_weight": 0.5}
+    once = run_dpo(sft, tmp_path / "once", batch_size=8, **common)
+    parts = {"batch_size": 2, "gradient_accumulation_steps": 4}
     four = run_dpo(sft, tmp_path / "four", **parts, **common)
     for name, weight in weights(once).items():
         assert (weight - weights(four)[name]).abs().max() < 1e-6
     for a, b in zip(log(once), log(four), strict=True):
-        for name in ("train_loss", "train_loss_sft", "train_loss_mix", "grad_norm", "logp_chosen"):
+        for name in ("train_loss", "train_loss_sft", "grad_norm", "logp_chosen"):
             assert a[name] == pytest.approx(b[name], rel=1e-4)
 
 
@@ -623,46 +591,49 @@ def test_the_reference_of_another_model_is_not_taken(sft, tmp_path):
 
 
 def test_dropout_is_off_unless_it_is_asked_for(sft, tmp_path):
-    given = {"dataset": sft / "pairs", "init_from": sft / "sft", "out_dir": tmp_path / "out"}
-    assert start_run(words(**given, device="cpu")).config.dropout == 0
-    assert start_run(words(**given, device="cpu", dropout=0.2)).config.dropout == 0.2
-    given["dataset"] = sft / "questions"
-    assert start_run(words(**given, device="cpu")).config.dropout == 0.1
+    given = {"init_from": sft / "sft", "out_dir": tmp_path / "out", "device": "cpu"}
+    for dataset, asked, dropout in (
+        ("pairs", {}, 0),
+        ("pairs", {"dropout": 0.2}, 0.2),
+        ("questions", {}, 0.1),
+    ):
+        run, _ = start_run(words(dataset=sft / dataset, **given, **asked))
+        assert run.config.dropout == dropout
 
 
 def test_batches_hold_the_reference_of_their_own_pairs(sft, tmp_path):
     settings = {"dataset": sft / "pairs", "init_from": sft / "sft", "out_dir": tmp_path / "out"}
-    run = start_run(words(**settings, batch_size=3, device="cpu"))
+    run, state = start_run(words(**settings, batch_size=3, device="cpu"))
     n = run.data.n_rows("train", 32)
-    run.reference = {"train": torch.arange(2.0 * n).view(n, 2)}
-    micro, counts, _ = next(step_batches(run))
-    [idx, targets, reference] = micro[0]["dpo"]
-    assert [*counts] == [*PREFERENCES]
-    assert counts["dpo"] == 3 and counts["sft"] == (targets[::2] != IGNORE).sum()
+    run.objective.reference = {"train": torch.arange(2.0 * n).view(n, 2)}
+    [batch], counts, _ = next(steps(run, state))
+    idx, targets, reference = batch.arrays
+    assert counts["loss"] == 3 and counts["loss_sft"] == (targets[::2] != IGNORE).sum()
+    assert {"margin", "accuracy", "logp_chosen"} < counts.keys()
     for pair, (chosen, _) in enumerate(reference):
         row = int(chosen) // 2
         wanted, _ = run.data.batch(np.array([row]), 32)
         assert (idx[2 * pair : 2 * pair + 2, : wanted.shape[1]].numpy() == wanted).all()
 
 
-def test_split_preferences_do_not_depend_on_the_batch_size(sft):
+def test_validation_does_not_depend_on_the_batch_size(sft):
     data, model = Dataset(str(sft / "pairs")), load_checkpoint(sft / "sft").model
-    reference = torch.zeros(data.n_rows("train", 0), 2)
-    found = [split_preferences(model, data, "train", b, "cpu", reference) for b in (1, 7, 99)]
-    for name in PREFERENCES:
-        assert found[0][name] == pytest.approx(found[1][name], rel=1e-5)
-        assert found[0][name] == pytest.approx(found[2][name], rel=1e-5)
-    assert count_pairs([data.batch(np.arange(5), 32)])["dpo"] == 5
+    scores = []
+    for batch_size in (1, 7, 99):
+        objective = Preferences(Settings(batch_size=batch_size, dtype="float32"), data, "cpu")
+        objective.reference = {"val": torch.zeros(data.n_rows("val", 0), 2)}
+        scores.append(objective.evaluate(model))
+    for other in scores[1:]:
+        assert other == pytest.approx(scores[0], rel=1e-5)
 
 
 def test_errors_of_preferences_are_one_line(sft, tmp_path):
     out = tmp_path / "out"
     for settings, message in (
         ({"init_from": "scratch"}, "preferences change a trained model"),
-        ({"mix_dataset": sft / "pairs"}, "are for --dataset="),
+        ({"dataset": f"{sft}/pairs:1,{sft}/text:1"}, "preferences, which cannot be mixed"),
         ({"dpo_beta": 0}, "dpo_beta=0 must be above 0"),
-        ({"dpo_loss": "ipo", "dpo_label_smoothing": 0.1}, "goes with dpo_loss='sigmoid' only"),
-        ({"lora_rank": 2, "lora_targets": "lm_head", "lora_dropout": 0.1}, "made twice"),
+        ({"lora_rank": 2, "lora_targets": "lm_head", "lora_dropout": 0.1}, "computed twice"),
     ):
         with pytest.raises(UserError, match=message):
             run_dpo(sft, out, **settings)

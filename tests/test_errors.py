@@ -73,7 +73,7 @@ def halve(path: Path) -> None:
     path.write_bytes(content[: len(content) // 2])
 
 
-def train_on(dataset: str, **settings: object) -> Callable[[Path], list[str]]:
+def train_on(dataset: str, /, **settings: object) -> Callable[[Path], list[str]]:
     """train.py on a tiny model, whose out_dir is not there yet; {} in a value is the world."""
     return lambda world: [
         "train.py",
@@ -142,17 +142,11 @@ CASES = {
         "{}/questions/train.bin has rows of up to 32 tokens, block_size is 16; "
         "prepare it with --max_tokens=16",
     ),
-    "mix of another tokenizer": (
-        train_on("questions", mix_dataset="{}/other_tokens"),
-        "{}/other_tokens has another tokenizer than {}/questions; "
-        "prepare it with --tokenizer={}/questions",
-    ),
-    "mix without validation": (
-        train_on("questions", mix_dataset="{}/no_val"),
+    "a mixture without validation": (
+        train_on("questions", dataset="{0}/questions:1,{0}/no_val:1"),
         "{}/no_val has no split 'val'; it has train",
     ),
-    "no rows of a mix": (train_on("questions", mix_batch_size=0), "mix_batch_size=0 must be 1"),
-    "a negative mix": (train_on("questions", mix_weight=-1), "mix_weight=-1 must not be"),
+    "a negative mix": (train_on("questions", mix_weight=-1), "mix_weight=-1 must be 0 or more"),
     "out_dir is a file": (train_on("text", out_dir="{}/a_file"), "{}/a_file"),
     "init_from nothing": (train_on("text", init_from="{}/nothing"), "--init_from="),
     "init_from another tokenizer": (

@@ -1,26 +1,20 @@
 """A run that cannot go on says why in one line and loses nothing."""
 
 import json
-import math
 import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
-from statistics import median
 
 import pytest
 
 from configurator import UserError, locked
 from data_utils import Dataset
-from miniglm import lora
-from miniglm.checkpoint import claimed
 from tests.runs import (
     TINY,
-    assert_same_run,
     checkpoint_file,
     contents,
-    course,
     error_line,
     ids_of_row,
     log,
@@ -28,12 +22,10 @@ from tests.runs import (
     pointer,
     ready_python,
     run,
-    saved,
     small_disk,
     start,
     train_here,
     wait_for,
-    weights,
     words,
 )
 
@@ -111,16 +103,6 @@ def test_an_out_dir_that_is_made_anew_is_not_written_to(toys, tmp_path):
     done = subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
     assert error_line(done).startswith(f"{out} was removed or renamed while this run wrote to it")
     assert {path.name for path in out.iterdir()} <= {"lock", ".step-000020.tmp"}
-
-
-def test_a_merge_into_the_directory_of_a_run_is_refused(toys, tmp_path):
-    adapter = {"init_from": toys / "base", "dataset": toys / "questions", "lora_rank": 2}
-    train_here(**adapter, out_dir=tmp_path / "adapter", max_iters=2)
-    argv = ["merge", f"--out_dir={tmp_path / 'adapter'}", f"--to={tmp_path / 'run'}"]
-    with claimed(tmp_path / "run"), pytest.raises(UserError, match="another run writes"):
-        lora.main(argv)
-    lora.main(argv)
-    assert (tmp_path / "run" / "latest").is_file()
 
 
 def test_who_waits_at_a_lock_that_goes_does_not_hold_it(tmp_path):
@@ -209,91 +191,6 @@ def test_a_run_that_diverges_leaves_the_checkpoint_before_as_it_was(toys, tmp_pa
     assert log(out)[-1]["iter"] == 12
 
 
-# --- updates that are left out -----------------------------------------------------------------
-
-
-def test_a_limit_that_no_gradient_reaches_changes_no_bit(toys, tmp_path):
-    off = train_here(dataset=toys / "text", out_dir=tmp_path / "off")
-    on = train_here(dataset=toys / "text", out_dir=tmp_path / "on", skip_spikes=1e9)
-    assert weights_bytes(off) == weights_bytes(on)
-    assert [{**record, "skipped": 0} for record in course(off)] == course(on)
-
-
-def spiky(toys: Path) -> dict:
-    """Steps of one question each, whose gradients differ much."""
-    common = {"dataset": toys / "questions", "init_from": toys / "base", "lr_decay_iters": 60}
-    return common | {"batch_size": 1, "skip_spikes": 1.1}
-
-
-def weights_bytes(out_dir: Path) -> list[bytes]:
-    names = ("model.safetensors", "optimizer.safetensors")
-    return [checkpoint_file(out_dir, name).read_bytes() for name in names]
-
-
-def spikes(norms: list[float], limit: float) -> list[int]:
-    """The steps that are left out, from 1, slowly: above limit x the median of those before."""
-    kept, out = [], []
-    for step, norm in enumerate(norms, 1):
-        if len(kept) >= 8 and norm > limit * median(kept[-32:]):
-            out.append(step)
-        else:
-            kept.append(norm)
-    return out
-
-
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_an_update_of_a_gradient_far_above_the_usual_is_not_made(toys, tmp_path, capsys, optimizer):
-    common = spiky(toys) | {"optimizer": optimizer, "eval_interval": 100}
-    out = train_here(out_dir=tmp_path / "out", max_iters=60, **common)
-    printed = capsys.readouterr().out
-    left_out = spikes([record["grad_norm"] for record in log(out)], 1.1)
-    assert 2 < len(left_out) < 30
-    assert [r["skipped"] for r in log(out)] == [sum(s <= n for s in left_out) for n in range(1, 61)]
-    assert [int(n) for n in re.findall(r"step (\d+): left out", printed)] == left_out
-    progress = saved(out)["progress"]
-    assert (progress["skipped"], progress["rows"]) == (len(left_out), 60)
-    # weights and moments stay
-    step = left_out[0]
-    before = train_here(out_dir=tmp_path / "before", max_iters=step - 1, **common)
-    after = train_here(out_dir=tmp_path / "after", max_iters=step, **common)
-    assert weights_bytes(before) == weights_bytes(after)
-
-
-def test_with_spikes_left_out_a_run_in_two_parts_equals_one_in_one(toys, tmp_path):
-    whole = train_here(out_dir=tmp_path / "whole", max_iters=60, **spiky(toys))
-    parts = train_here(out_dir=tmp_path / "parts", max_iters=30, **spiky(toys))
-    skipped = [saved(out)["progress"]["skipped"] for out in (parts, whole)]
-    assert skipped[0] < skipped[1]
-    train_here(out_dir=parts, resume=True, max_iters=60)
-    assert_same_run(whole, parts)
-
-
-def test_rows_whose_gradient_is_no_number_are_left_out_and_the_others_train(toys, tmp_path):
-    data = Dataset(toys / "text")
-    untied = {"dataset": data.path, "tie_weights": False, "prompts": "[]"}
-    base = train_here(out_dir=tmp_path / "base", max_iters=1, **untied)
-    bad = plant_nan(base, data)
-    assert bad not in data.tokens["val"]  # an evaluation would have no number either
-    more = {"init_from": base, "max_iters": 60, "skip_spikes": 1e9, "eval_interval": 60}
-    out = train_here(out_dir=tmp_path / "out", **untied | more)
-    rows = [data.step_rows(1337, 4 * n, 4, TINY["block_size"]) for n in range(60)]
-    has_bad = [any(bad in ids_of_row(data, row) for row in step) for step in rows]
-    assert 0 < sum(has_bad) < 60
-    assert [math.isnan(record["train_loss"]) for record in log(out)] == has_bad
-    assert log(out)[-1]["skipped"] == sum(has_bad)
-    left = [value.isfinite().all(dim=-1) for value in weights(out).values()]
-    assert sum(int((~rows).sum()) for rows in left) == 1  # the planted one, which nothing spread
-
-
-def test_ten_updates_left_out_in_a_row_stop_the_run(toys, tmp_path):
-    out = train_here(dataset=toys / "text", out_dir=tmp_path / "out", max_iters=10)
-    plant_nan(out, Dataset(toys / "text"))  # a head that is tied makes all losses NaN
-    said = r"^10 updates in a row were left out, up to step 20, .*; step-000010 is whole"
-    with pytest.raises(UserError, match=said):
-        train_here(out_dir=out, resume=True, max_iters=40, skip_spikes=10)
-    assert pointer(out, "latest") == "step-000010"
-
-
 # --- memory ------------------------------------------------------------------------------------
 
 
@@ -325,16 +222,14 @@ def test_a_step_that_the_system_refuses_memory_leaves_the_checkpoint(toys, tmp_p
     assert contents(out) == before
 
 
-def test_a_run_that_goes_on_without_skipping_forgets_what_was_left_out(toys, tmp_path, capsys):
-    out = train_here(dataset=toys / "text", out_dir=tmp_path / "out", max_iters=10)
+def test_a_run_of_another_version_is_one_line(toys, tmp_path):
+    out = train_here(dataset=toys / "text", out_dir=tmp_path / "out", max_iters=2)
     file = checkpoint_file(out, "run.json")
-    state = json.loads(file.read_text(encoding="utf-8"))
-    state["progress"] |= {"skipped": 1, "skipped_in_a_row": 1, "norms": [1.0] * 8}
-    file.write_text(json.dumps(state), encoding="utf-8")
-    capsys.readouterr()
-    train_here(out_dir=out, resume=True, max_iters=12)
-    assert "left out" not in capsys.readouterr().out
-    assert saved(out)["progress"]["skipped_in_a_row"] == 0
+    run = json.loads(file.read_text(encoding="utf-8"))
+    run["progress"] |= {"skipped": 1}
+    file.write_text(json.dumps(run), encoding="utf-8")
+    with pytest.raises(UserError, match=r"was written by another version of train\.py"):
+        train_here(out_dir=out, resume=True, max_iters=3)
 
 
 @pytest.mark.parametrize("keep_last", [1, 3])

@@ -15,7 +15,8 @@ from configurator import UserError, show_path
 from miniglm.checkpoint import has_checkpoint, load_checkpoint, read_run
 from miniglm.decoding import pack
 from miniglm.lora import adapter_weights, adapters, adapters_off, add_adapters, find_targets, merge
-from miniglm.objectives import next_token
+from miniglm.losses import next_token
+from miniglm.optim import make_optimizers
 from tests.helpers import ARCHITECTURES, random_ids, tiny_model
 from tests.runs import (
     assert_same_run,
@@ -29,7 +30,7 @@ from tests.runs import (
     train_here,
     weights,
 )
-from train import Settings, make_optimizers
+from train import Settings
 
 ADAPTER = {"lora_rank": 3, "lora_alpha": 6, "learning_rate": 3e-3}
 UNTIED_LSTM = {"model": "lstm", "tie_weights": False}
@@ -112,7 +113,7 @@ def test_outputs_and_gradients_equal_pefts_on_the_same_weights():
     idx = random_ids(3, 12)
     assert (logits(ours, idx) - logits(theirs, idx)).abs().max() < 1e-5
     for model in (ours, theirs):
-        next_token(model, (idx[:, :-1], idx[:, 1:]))["next_token"].backward()
+        next_token(model, idx[:, :-1], idx[:, 1:]).backward()
     for name, weight in adapter_weights(ours).items():
         wanted = parameters[name].grad
         assert (weight.grad - wanted).abs().max() < 1e-5 * wanted.abs().max(), name
@@ -121,7 +122,7 @@ def test_outputs_and_gradients_equal_pefts_on_the_same_weights():
 def test_only_adapters_get_gradients_and_optimizer_state():
     model = adapted(["blocks"])
     idx = random_ids(2, 12)
-    next_token(model, (idx[:, :-1], idx[:, 1:]))["next_token"].backward()
+    next_token(model, idx[:, :-1], idx[:, 1:]).backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
     assert with_gradient == adapter_weights(model).keys()
     [adamw] = make_optimizers(model, Settings(optimizer="muon"), "cpu")
@@ -334,7 +335,7 @@ def test_errors_of_adapters_are_one_line(sft, tmp_path):
         train_here(dataset=data, out_dir=tmp_path / "a", lora_rank=2)
     with pytest.raises(UserError, match=r"lora_rank=9, but .* has lora_rank=3"):
         train_here(out_dir=adapter, resume=True, lora_rank=9)
-    with pytest.raises(UserError, match=r"lora_alpha=0 be above 0"):
+    with pytest.raises(UserError, match=r"lora_alpha=0 must be above 0"):
         train_here(dataset=data, out_dir=tmp_path / "a", lora_alpha=0)
 
 
@@ -346,12 +347,3 @@ def test_a_dry_run_tells_what_is_trained_and_marks_no_base(toys, tmp_path, capsy
     trained = 2 * 3 * ((32 + 96) + (32 + 32) + (32 + 128) + (64 + 32))
     assert f", {trained:,} of them trained\n" in capsys.readouterr().out
     assert not (base / "bases").exists() and not (tmp_path / "out").exists()
-
-
-def test_a_run_of_an_older_version_has_no_adapter(toys, tmp_path):
-    out = train_here(dataset=toys / "text", out_dir=tmp_path / "out", max_iters=2)
-    file = checkpoint_file(out, "run.json")
-    old = json.loads(file.read_text(encoding="utf-8"))
-    old["settings"] = {k: v for k, v in old["settings"].items() if not k.startswith("lora")}
-    file.write_text(json.dumps(old), encoding="utf-8")
-    train_here(out_dir=out, resume=True, max_iters=3)

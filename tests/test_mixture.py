@@ -21,6 +21,7 @@ from tests.runs import (
     train_here,
     weights,
     words,
+    write_pairs,
     write_toys,
 )
 
@@ -32,6 +33,7 @@ def sets(tmp_path_factory) -> Path:
     """text (400 sentences), small (60), other (100, another vocabulary) and questions."""
     folder = tmp_path_factory.mktemp("sets")
     write_toys(folder)
+    write_pairs(folder / "pairs")
     for name, seed, size, vocab in (("small", 5, 60, 320), ("other", 6, 100, 300)):
         texts = {"train": [novel(seed, size)], "val": [novel(seed + 10, 20)]}
         write_pretrain(folder / name, toy_tokenizer(vocab), texts, ["a test"])
@@ -114,9 +116,9 @@ def test_other_shares_have_another_fingerprint(sets):
 @pytest.mark.parametrize(
     ("shares", "message"),
     [
-        (("text:1", "questions:1"), "questions holds conversations, and only texts can be mixed"),
+        (("text:1", "pairs:1"), "pairs holds preferences, which cannot be mixed"),
         (("text:1", "other:1"), "other has another tokenizer than "),
-        (("text:1", "small:0"), "each share must be over 0"),
+        (("text:1", "small:0"), "each share must be above 0"),
         (("text:5000", "small:1"), "a share is under 1 of 1,000"),
         (("text:1", "nowhere:1"), r"nowhere/meta\.json is missing"),
         (("text:1", "small"), r"small' is no NAME:SHARE, as in news:3,novels:1"),

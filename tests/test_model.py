@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from configurator import UserError
-from miniglm.objectives import next_token
+from miniglm.losses import next_token
 from model import GPT, ModelConfig, pick_device
 from tests.helpers import ALL_MODELS, ARCHITECTURES, random_ids, randomize, tiny_model
 
@@ -519,7 +519,7 @@ def slow_loss(c, w, ids, targets):
 def test_loss_and_gradients_equal_a_slow_float64_version(options):
     model = tiny_model(**options | {"dropout": 0.0})
     idx, targets = random_ids(2, 20), random_ids(2, 20, seed=1)
-    next_token(model, (idx, targets))["next_token"].backward()
+    next_token(model, idx, targets).backward()
     weights = {
         name: weight.detach().double().requires_grad_() for name, weight in model.named_parameters()
     }
@@ -539,7 +539,7 @@ def test_checkpointed_activations_give_the_same_gradients(options):
         model = tiny_model(**options | {"dropout": 0.3}).train()
         model.checkpoint_activations = checkpoint_activations
         torch.manual_seed(0)
-        next_token(model, (idx, targets))["next_token"].backward()
+        next_token(model, idx, targets).backward()
         return [weight.grad for weight in model.parameters()]
 
     for kept, anew in zip(gradients(False), gradients(True), strict=True):

@@ -1,293 +1,181 @@
-"""Sums and counts of the next token against slow and obvious versions."""
+"""Objectives: what a step reads, what is mixed with what weight, and the seam for a new one."""
 
 import math
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from safetensors.torch import load_file
 
 from data_utils import IGNORE, Dataset
-from miniglm.objectives import count_terms, next_token, split_sums, target_losses, to_device
-from tests.helpers import (
-    ALL_MODELS,
-    QUESTIONS,
-    TEXT,
-    random_ids,
-    tiny_model,
-    tiny_tokenizer,
-    write_novel,
-    write_questions,
-)
+from miniglm.checkpoint import load_checkpoint
+from miniglm.losses import split_sums
+from miniglm.objectives import OBJECTIVES, NextToken
+from tests.runs import TINY, assert_same_run, checkpoint_file, log, train_here, weights, words
+from train import start, steps
 
 
-def ragged_batch(rows: list[int], T: int = 12, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """idx and targets in which row i has rows[i] trained targets, at random places."""
-    ids = random_ids(len(rows), T + 1, seed=seed).numpy()
-    targets = np.full((len(rows), T), IGNORE)
-    generator = np.random.default_rng(seed)
-    for row, trained in enumerate(rows):
-        places = generator.choice(T, trained, replace=False)
-        targets[row, places] = ids[row, 1:][places]
-    return ids[:, :-1], targets
+class Smoothed(NextToken):
+    """A new objective: label smoothing, for which train.py has no line."""
+
+    def sums(self, model, batch):
+        idx, targets = batch.arrays
+        logits = model.head(model(idx)).flatten(0, 1)
+        loss = F.cross_entropy(
+            logits, targets.flatten(), ignore_index=IGNORE, reduction="sum", label_smoothing=0.3
+        )
+        guessed = (logits.argmax(dim=1) == targets.flatten()).sum()
+        return {"loss": loss, "accuracy": guessed.float()}
+
+    def counts(self, batches):
+        count = super().counts(batches)["loss"]
+        return {"loss": count, "accuracy": count}
+
+    def describe(self, record):
+        return f"accuracy {record['accuracy']:.2f}, {super().describe(record)}"
 
 
-def slow_losses(model: torch.nn.Module, idx, targets) -> list[list[float]]:
-    """-log p of each trained target, a row at a time, the softmax written out in float64."""
-    losses = []
-    for ids, wanted in zip(np.asarray(idx), np.asarray(targets), strict=True):
-        with torch.no_grad():
-            logits = model.head(model(torch.tensor(ids)[None]))[0].double().numpy()
-        losses.append([])
-        for row, target in zip(logits, wanted, strict=True):
-            if target != IGNORE:
-                shifted = row - row.max()
-                losses[-1].append(math.log(np.exp(shifted).sum()) - shifted[target])
-    return losses
+def test_train_runs_a_new_objective_without_being_changed(toys, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(OBJECTIVES, "pretrain", Smoothed)
+    common = {"dataset": toys / "text", "dropout": 0.1, "lr_decay_iters": 20}
+    whole = train_here(out_dir=tmp_path / "whole", **common)
+    assert "accuracy 0." in capsys.readouterr().out
+    first, last = log(whole)[0], log(whole)[-1]
+    assert first["accuracy"] < last["accuracy"] and last["train_loss"] < first["train_loss"]
+    parts = train_here(out_dir=tmp_path / "parts", max_iters=10, **common)
+    train_here(out_dir=parts, resume=True, max_iters=20)
+    assert_same_run(whole, parts)
 
 
-def gradients(model: torch.nn.Module, batches: list, count: int) -> list[torch.Tensor]:
-    """Those of the sum over all batches, each batch's divided by the count of the whole."""
-    model.zero_grad()
-    for batch in batches:
-        (next_token(model, to_device(batch, "cpu"))["next_token"] / count).backward()
-    return [weight.grad.clone() for weight in model.parameters()]
+class Sampled(NextToken):
+    """An objective whose rows depend on the weights; it notes those that it sees."""
+
+    needs_newest_weights = True
+    seen: ClassVar[list[float]] = []
+
+    def begin(self, model, out_dir, step):
+        self.model = model
+
+    def batches(self, start, step):
+        self.seen.append(self.model.wte.weight.detach().sum().item())
+        return super().batches(start, step)
 
 
-@pytest.mark.parametrize("options", ALL_MODELS.values(), ids=ALL_MODELS)
-def test_next_token_is_the_log_softmax_by_hand(options):
-    model = tiny_model(**options)
-    for rows in ([12, 12], [3, 0, 12, 1]):
-        batch = ragged_batch(rows)
-        slow = slow_losses(model, *batch)
-        assert list(map(len, slow)) == rows
-        total = next_token(model, to_device(batch, "cpu"))["next_token"]
-        assert total.item() == pytest.approx(sum(map(sum, slow)), rel=1e-5)
-        assert count_terms([batch]) == {"next_token": sum(rows)}
+def test_rows_that_need_the_newest_weights_are_made_after_the_step_before(
+    toys, tmp_path, monkeypatch
+):
+    out = train_here(dataset=toys / "text", out_dir=tmp_path / "plain", max_iters=4)
+    monkeypatch.setitem(OBJECTIVES, "pretrain", Sampled)
+    sampled = train_here(dataset=toys / "text", out_dir=tmp_path / "sampled", max_iters=4)
+    assert len(set(Sampled.seen)) == len(Sampled.seen) == 4
+    for name, weight in weights(out).items():
+        assert torch.equal(weight, weights(sampled)[name])
 
 
-def test_an_even_guess_costs_the_log_of_the_vocabulary():
-    model = tiny_model(tie_weights=False)
-    torch.nn.init.zeros_(model.lm_head.weight)
-    batch = to_device(ragged_batch([12, 5]), "cpu")
-    assert next_token(model, batch)["next_token"].item() == pytest.approx(17 * math.log(50))
+# --- texts beside questions --------------------------------------------------------------------
 
 
-def test_the_padding_of_the_vocabulary_is_never_scored():
-    model = tiny_model(tie_weights=False)
-    batch = to_device(ragged_batch([12, 5]), "cpu")
-    before = next_token(model, batch)["next_token"].item()
-    with torch.no_grad():
-        model.lm_head.weight[50:] = 1e4
-    assert next_token(model, batch)["next_token"].item() == before
+def mixed(toys, questions: int = 3, texts: int = 1) -> str:
+    return f"{toys}/questions:{questions},{toys}/text:{texts}"
 
 
-@pytest.mark.parametrize("sizes", [[1] * 6, [2, 4], [5, 1]])
-def test_accumulated_gradients_equal_the_full_batchs(sizes):
-    model = tiny_model(n_kv_head=2).double()
-    idx, targets = ragged_batch([12, 1, 0, 7, 3, 12])
-    cuts = np.cumsum(sizes)[:-1]
-    micro = list(zip(np.split(idx, cuts), np.split(targets, cuts), strict=True))
-    count = count_terms(micro)["next_token"]
-    assert count == count_terms([(idx, targets)])["next_token"] == 35
-    full = gradients(model, [(idx, targets)], count)
-    assert max(grad.abs().max() for grad in full) > 1e-2
-    for whole, summed in zip(full, gradients(model, micro, count), strict=True):
-        assert (whole - summed).abs().max() < 1e-12
+def gradient(out_dir) -> torch.Tensor:
+    """That of a run's only step: Adam's first moment after it is (1 - beta1) x the gradient."""
+    tensors = load_file(checkpoint_file(out_dir, "optimizer.safetensors"))
+    return torch.cat([v.flatten() for k, v in tensors.items() if k.endswith(":exp_avg")]) / 0.1
 
 
-def test_gradients_are_the_slopes_of_the_sum():
-    model = tiny_model().double()
-    batch = to_device(ragged_batch([4, 0, 9]), "cpu")
-    model.zero_grad()
-    next_token(model, batch)["next_token"].backward()
-    weight = model.blocks[0].attn.c_attn.weight
-    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).double()
-    with torch.no_grad():
-        sums = []
-        for step in (1e-3, -2e-3):
-            weight += step * direction
-            sums.append(target_losses(model, batch).double().sum().item())
-    slope = (sums[0] - sums[1]) / 2e-3
-    assert abs(slope) > 1
-    assert (weight.grad * direction).sum().item() == pytest.approx(slope, rel=1e-2)
+def test_each_kind_is_a_term_divided_by_its_own_count(toys, tmp_path):
+    settings = TINY | {"dataset": mixed(toys), "init_from": toys / "base", "mix_weight": 0.25}
+    settings |= {"batch_size": 16, "dropout": 0.0, "out_dir": tmp_path / "out"}
+    run, state = start(words(**settings))
+    batches, counts, tokens = next(steps(run, state))
+    assert [batch.term for batch in batches] == ["loss", "loss_text"]
+    assert {b.term: int((b.arrays[1] != IGNORE).sum()) for b in batches} == counts
+    assert counts["loss_text"] == 32 * len(batches[1].rows)
+    sums = {b.term: run.objective.sums(state.model, b)[b.term] for b in batches}
+    wanted = sums["loss"] / counts["loss"] + 0.25 * sums["loss_text"] / counts["loss_text"]
+    parameters = [p for p in state.model.parameters() if p.requires_grad]
+    wanted = torch.cat([g.flatten() for g in torch.autograd.grad(wanted, parameters)])
+    one_step = {"max_iters": 1, "grad_clip": 0, "optimizer": "adamw"}
+    out = train_here(**settings | one_step)
+    names = [name for name, _ in state.model.named_parameters()]
+    tensors = load_file(checkpoint_file(out, "optimizer.safetensors"))
+    found = torch.cat([tensors[f"{name}:exp_avg"].flatten() for name in names]) / 0.1
+    assert torch.allclose(found, wanted, atol=1e-6) and wanted.abs().max() > 1e-2
+    [record] = log(out)
+    assert record["train_loss"] == pytest.approx((sums["loss"] / counts["loss"]).item(), rel=1e-5)
+    text_loss = (sums["loss_text"] / counts["loss_text"]).item()
+    assert record["train_loss_text"] == pytest.approx(text_loss, rel=1e-5)
+    assert record["tokens"] == tokens
 
 
-def test_a_batch_without_a_trained_target_gives_zero_and_zero_gradients():
-    model = tiny_model()
-    batch = ragged_batch([0, 0])
-    assert count_terms([batch]) == {"next_token": 0}
-    total = next_token(model, to_device(batch, "cpu"))["next_token"]
-    assert total.item() == 0
-    total.backward()
-    assert all(weight.grad is None or not weight.grad.any() for weight in model.parameters())
-    losses = target_losses(model, to_device(batch, "cpu"))
-    assert losses.shape == (2, 12) and not losses.any()
+def test_texts_of_weight_0_leave_no_gradient(toys, tmp_path):
+    common = {"dataset": mixed(toys), "max_iters": 1, "grad_clip": 0, "optimizer": "adamw"}
+    common |= {"init_from": toys / "base"}
+    some = train_here(out_dir=tmp_path / "some", mix_weight=1, **common)
+    none = train_here(out_dir=tmp_path / "none", mix_weight=0, **common)
+    assert log(none)[0]["train_loss"] == log(some)[0]["train_loss"]
+    assert (gradient(some) - gradient(none)).abs().max() > 1e-2
 
 
-def test_target_losses_stand_at_their_targets_and_sum_to_next_token():
-    model = tiny_model(n_kv_head=1)
-    batch = ragged_batch([12, 0, 5])
-    losses = target_losses(model, to_device(batch, "cpu")).numpy()
-    assert (losses[batch[1] == IGNORE] == 0).all()
-    for row, slow in zip(range(3), slow_losses(model, *batch), strict=True):
-        assert losses[row][batch[1][row] != IGNORE] == pytest.approx(slow, rel=1e-4, abs=1e-5)
-    total = next_token(model, to_device(batch, "cpu"))["next_token"]
-    assert losses.sum() == pytest.approx(total.item(), rel=1e-5)
+def test_accumulated_micro_batches_of_both_kinds_equal_the_full_batch(toys, tmp_path):
+    common = {"dataset": mixed(toys), "max_iters": 3, "learning_rate": 1e-4, "warmup_iters": 0}
+    once = train_here(out_dir=tmp_path / "once", batch_size=16, **common)
+    parts = {"batch_size": 4, "gradient_accumulation_steps": 4}
+    four = train_here(out_dir=tmp_path / "four", **parts, **common)
+    for name, weight in weights(once).items():
+        assert (weight - weights(four)[name]).abs().max() < 1e-6
+    for a, b in zip(log(once), log(four), strict=True):
+        for name in ("train_loss", "train_loss_text", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4)
 
 
-def test_target_losses_over_many_chunks_equal_those_row_by_row():
-    model = tiny_model(block_size=300)
-    idx, targets = ragged_batch([300] * 30 + [0, 7], T=300)
-    assert (targets != IGNORE).sum() > 2 * 512
-    together = target_losses(model, to_device((idx, targets), "cpu"))
-    for row in (0, 13, 29, 30, 31):
-        alone = target_losses(model, to_device((idx[row : row + 1], targets[row : row + 1]), "cpu"))
-        assert torch.allclose(together[row], alone[0], atol=1e-4)
+def test_each_question_comes_once_an_epoch_whatever_lies_beside_it(toys, tmp_path):
+    settings = TINY | {"dataset": mixed(toys), "batch_size": 16, "out_dir": tmp_path / "out"}
+    run, _ = start(words(**settings))
+    questions = Dataset(str(toys / "questions"))
+    n = questions.n_rows("train", 32)
+    found, step = [], 0
+    while len(found) < 2 * n:
+        batches, _ = run.objective.batches(16 * step, step)
+        found += [row for batch in batches if batch.term == "loss" for row in batch.rows.tolist()]
+        step += 1
+    assert sorted(found[:n]) == sorted(found[n : 2 * n]) == [*range(n)] != found[:n]
 
 
-def model_for(tokenizer, **options):
-    return tiny_model(n_vocab=tokenizer.n_vocab, dropout=0.2, **options)
+def test_a_mixed_run_in_three_parts_equals_one_in_one(toys, tmp_path):
+    common = {"dataset": mixed(toys), "dropout": 0.1, "lr_decay_iters": 15, "eval_interval": 3}
+    common |= {"gradient_accumulation_steps": 2, "short_block": 8}
+    whole = train_here(out_dir=tmp_path / "whole", max_iters=15, **common)
+    parts = train_here(out_dir=tmp_path / "parts", max_iters=3, **common)
+    train_here(out_dir=parts, resume=True, max_iters=9)
+    train_here(out_dir=parts, resume=True, max_iters=15)
+    assert_same_run(whole, parts)
 
 
-@pytest.mark.parametrize("block_size", [16, 37])
-def test_split_sums_of_a_text_equal_a_slow_loop_over_its_windows(tmp_path, block_size):
-    tokenizer = tiny_tokenizer()
-    data = Dataset(str(write_novel(tmp_path / "novel", tokenizer)))
-    model = model_for(tokenizer, block_size=block_size)
-    lines = TEXT.splitlines()[3:]
-    ids = [id for line in lines for id in [*tokenizer.encode(line), tokenizer.end_of_text]]
-    assert data.tokens["val"].tolist() == ids
-    nats = 0.0
-    for start in range(0, len(ids) - 1, block_size):
-        window = ids[start : start + block_size + 1]
-        nats += sum(slow_losses(model, [window[:-1]], [window[1:]])[0])
-    first = int(tokenizer.bytes_per_id[ids[0]])  # which nothing predicts
-    n_bytes = len("".join(lines).encode()) - first
-    got = split_sums(model, data, "val", 3, "cpu")
-    assert got == (pytest.approx(nats, rel=1e-5), len(ids) - 1, n_bytes)
+def test_the_log_says_how_texts_and_questions_are_kept(toys, tmp_path):
+    out = train_here(dataset=mixed(toys), out_dir=tmp_path / "out")
+    checkpoint = load_checkpoint(out, "latest")
+    last = log(out)[-1]
+    for name, key in (("text", "val_bits_per_byte_text"), ("questions", "val_bits_per_byte")):
+        data = Dataset(str(toys / name))
+        nats, count, n_bytes = split_sums(checkpoint.model, data, "val", 7, "cpu")
+        assert last[key] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+    assert last["val_loss"] == pytest.approx(nats / count, rel=1e-5)
+    assert checkpoint.answers
 
 
-def test_split_sums_of_questions_equal_a_slow_loop_over_their_answers(tmp_path):
-    tokenizer = tiny_tokenizer()
-    data = Dataset(str(write_questions(tmp_path / "qa", tokenizer)))
-    model = model_for(tokenizer, block_size=128)
-    for split, conversations in QUESTIONS.items():
-        nats, count, n_bytes = 0.0, 0, 0
-        for messages in conversations:
-            for turn in range(1, len(messages), 2):
-                prompt = tokenizer.render_prompt(messages[:turn])
-                answer = [*tokenizer.encode(messages[turn]["content"]), tokenizer.end]
-                targets = [IGNORE] * (len(prompt) - 1) + answer
-                nats += sum(slow_losses(model, [(prompt + answer)[:-1]], [targets])[0])
-                count += len(answer)
-                n_bytes += len(messages[turn]["content"].encode())
-        got = split_sums(model, data, split, 2, "cpu")
-        assert got == (pytest.approx(nats, rel=1e-5), count, n_bytes)
-
-
-@pytest.mark.parametrize("write", [write_novel, write_questions])
-def test_split_sums_do_not_depend_on_the_batch_size(tmp_path, write):
-    tokenizer = tiny_tokenizer()
-    data = Dataset(str(write(tmp_path / "data", tokenizer)))
-    model = model_for(tokenizer, block_size=128 if write is write_questions else 20)
-    nats, count, n_bytes = split_sums(model, data, "train", 1, "cpu")
-    assert count > 20 and n_bytes > 20
-    for batch_size in (2, 7, 1000):
-        got = split_sums(model, data, "train", batch_size, "cpu")
-        assert got == (pytest.approx(nats, rel=1e-6), count, n_bytes)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_split_sums_are_those_of_eval_mode_and_leave_the_mode_alone(tmp_path, training):
-    tokenizer = tiny_tokenizer()
-    data = Dataset(str(write_novel(tmp_path / "novel", tokenizer)))
-    model = model_for(tokenizer, block_size=20)
-    plain = split_sums(model, data, "val", 4, "cpu")
-    model.train(training)
-    assert split_sums(model, data, "val", 4, "cpu") == plain
-    assert model.training is model.drop.training is training
-
-
-def plain_loss(model: torch.nn.Module, batch) -> torch.Tensor:
-    """All logits at once."""
-    logits = model.head(model(batch[0])).flatten(0, -2)
-    return F.cross_entropy(logits, batch[1].flatten(), ignore_index=IGNORE, reduction="sum")
-
-
-@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_loss_in_chunks_equals_cross_entropy_and_its_gradients(tied, dtype, limit):
-    model = tiny_model(tie_weights=tied, block_size=300).to(dtype)
-    batch = to_device(ragged_batch([300, 290, 0, 300, 300], T=300), "cpu")  # several chunks
-    found = []
-    for loss in (next_token(model, batch)["next_token"], plain_loss(model, batch)):
-        model.zero_grad()
-        (loss * 3).backward()
-        found.append([loss.detach(), *(weight.grad.clone() for weight in model.parameters())])
-    assert model.lm_head.weight.grad[:50].abs().min() > 0
-    assert not model.lm_head.weight.grad[50:].any()
-    for ours, plain in zip(*found, strict=True):
-        assert ours.dtype == dtype
-        assert (ours - plain).abs().max() <= limit * plain.abs().max()
-
-
-def test_the_loss_in_chunks_under_autocast_is_as_near_as_cross_entropys():
-    model = tiny_model(block_size=300)
-    batch = to_device(ragged_batch([300] * 4, T=300), "cpu")
-    grads = {}
-    for name in ("exact", "plain", "chunks"):
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=name != "exact"):
-            loss = next_token(model, batch)["next_token"]
-            if name != "chunks":
-                loss = plain_loss(model, batch)
-        loss.backward()
-        grads[name] = model.wte.weight.grad.clone()
-    errors = {name: (grads[name] - grads["exact"]).norm() for name in ("plain", "chunks")}
-    assert 0 < errors["chunks"] < 1.1 * errors["plain"]
-
-
-def test_a_frozen_head_gets_no_gradient_and_the_rest_its_own():
-    model = tiny_model(tie_weights=False)
-    batch = to_device(ragged_batch([12, 5]), "cpu")
-    next_token(model, batch)["next_token"].backward()
-    wanted = model.wte.weight.grad.clone()
-    model.zero_grad()
-    model.lm_head.weight.requires_grad_(False)
-    next_token(model, batch)["next_token"].backward()
-    assert model.lm_head.weight.grad is None
-    assert torch.equal(model.wte.weight.grad, wanted)
-
-
-def test_next_token_without_gradients_is_the_same_sum():
-    model = tiny_model()
-    batch = to_device(ragged_batch([12, 0, 5]), "cpu")
-    with torch.no_grad():
-        total = next_token(model, batch)["next_token"]
-    assert not total.requires_grad
-    assert total.item() == pytest.approx(next_token(model, batch)["next_token"].item(), rel=1e-6)
-
-
-class Largest(TorchDispatchMode):
-    """Notes the most elements that any tensor has."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return out
-
-
-def test_logits_do_not_grow_with_the_batch():
-    model = tiny_model(block_size=300, n_vocab=3000, n_layer=1)
-    for rows in (4, 8):
-        batch = to_device(ragged_batch([300] * rows, T=300), "cpu")
-        with Largest() as largest:
-            next_token(model, batch)["next_token"].backward()
-            target_losses(model, batch)
-        assert largest.numel == 512 * model.config.vocab_size
+def test_rows_of_one_kind_are_padded_to_the_longest_dataset(toys):
+    run, _ = start(words(**TINY | {"dataset": mixed(toys), "out_dir": toys / "none"}))
+    rows = run.data.by_kind(run.data.step_rows(1, 0, 40, 32))
+    assert [*rows] == ["sft", "pretrain"] and sum(map(len, rows.values())) == 40
+    for own in rows.values():
+        idx, targets = run.data.batch(own, 32)
+        for row in range(len(own)):
+            alone, wanted = run.data.batch(own[row : row + 1], 32)
+            T = alone.shape[1]
+            assert (idx[row, :T] == alone[0]).all() and (targets[row, :T] == wanted[0]).all()
+            assert (targets[row, T:] == np.full(idx.shape[1] - T, IGNORE)).all()

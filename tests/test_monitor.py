@@ -11,8 +11,7 @@ import torch
 from data_utils import Dataset
 from miniglm.checkpoint import load_checkpoint
 from miniglm.generation import Sampling
-from miniglm.text import complete
-from miniglm.watch import (
+from miniglm.monitor import (
     SAMPLE_TOKENS,
     Stopwatch,
     first_prompt,
@@ -20,6 +19,7 @@ from miniglm.watch import (
     sample_prompts,
     write_samples,
 )
+from miniglm.text import complete
 from tests.runs import (
     ROOT,
     TINY,
@@ -125,15 +125,18 @@ def test_the_parts_of_the_start_add_up_to_the_whole(toys, tmp_path):
     [line] = [line for line in out.splitlines() if line.startswith("first step after")]
     total, parts = re.fullmatch(r"first step after ([\d.]+) s: (.+)", line).groups()
     names, seconds = zip(*(part.rsplit(" ", 1) for part in parts.split(", ")), strict=True)
-    assert names == ("imports", "data", "model", "peak", "first step")
+    assert (
+        {"imports", "peak", "first step"}
+        <= {*names}
+        <= {"imports", "data", "model", "peak", "objective", "first step"}
+    )
     assert sum(map(float, seconds)) == pytest.approx(float(total), abs=0.31)  # each is rounded
     assert float(seconds[0]) > 0.1  # torch's import at least
 
 
 def test_a_process_knows_its_age():
-    script = (
-        "import time; time.sleep(1); from watch import process_seconds; print(process_seconds())"
-    )
+    script = "import time; time.sleep(1); from miniglm import monitor; "
+    script += "print(monitor.process_seconds())"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -146,20 +149,3 @@ def test_a_stopwatch_names_its_stages():
     watch = Stopwatch()
     watch.began, watch.seconds, watch.last = 0.0, {"imports": 2.25, "data": 0.5}, 2.75
     assert str(watch) == "first step after 2.8 s: imports 2.2, data 0.5"
-
-
-def test_without_compile_a_run_does_not_import_torch_s_compiler(toys, tmp_path):
-    argv = words(**TINY | {"dataset": toys / "text", "out_dir": tmp_path / "out", "max_iters": 2})
-    script = f"import sys, train; train.main({argv}); print('torch._dynamo' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.endswith("\nFalse\n")
-
-
-def test_the_lighter_optimizer_is_torch_s_bit_for_bit(toys, tmp_path, monkeypatch):
-    common = {"dataset": toys / "text", "max_iters": 5, "eval_interval": 5}
-    ours = train_here(out_dir=tmp_path / "ours", **common)
-    monkeypatch.setattr("train.AdamW", torch.optim.AdamW)
-    torchs = train_here(out_dir=tmp_path / "torchs", **common)
-    assert_same_run(ours, torchs)

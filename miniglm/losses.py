@@ -1,0 +1,192 @@
+"""Model, ids, targets -> sums of losses in nats. Rows and weights are objectives.py's.
+
+All are sums over the trained targets, so that a caller divides once, by a count of its own, and
+gradient accumulation equals the full batch under any mask.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from data_utils import IGNORE, Dataset
+from miniglm.devices import to_device
+from miniglm.distributed import ALONE, World
+from miniglm.lora import adapters_off
+
+
+def next_token(model: torch.nn.Module, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The sum of -log p in nats over the trained targets, both (B, T); 0 where none is trained."""
+    hidden, targets = trained_positions(model(idx), targets)
+    return SummedLoss.apply(model.head, hidden, targets, *head_weights(model))
+
+
+def sequence_log_prob(
+    model: torch.nn.Module, idx: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Log probability in nats of each row's targets, (B, T) -> (B,); IGNORE does not count."""
+    hidden, wanted = trained_positions(model(idx), targets)
+    losses = EachLoss.apply(model.head, hidden, wanted, *head_weights(model))
+    # scattered back to their places, so that a sum takes them in one order on any device
+    return -losses.new_zeros(targets.shape).masked_scatter(targets != IGNORE, losses).sum(dim=1)
+
+
+@torch.no_grad()
+def target_losses(model: torch.nn.Module, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log p in nats of each target, (B, T); 0 where it is IGNORE."""
+    hidden, wanted = trained_positions(model(idx), targets)
+    losses = torch.cat([loss for _, loss in chunk_losses(model.head, hidden, wanted)])
+    out = torch.zeros(targets.shape, dtype=losses.dtype, device=targets.device)
+    return out.masked_scatter_(targets != IGNORE, losses)
+
+
+def reference_log_prob(
+    model: torch.nn.Module, idx: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """sequence_log_prob with the model's adapters off, in eval mode, without gradients."""
+    was_training = model.training
+    model.eval()
+    with adapters_off(model):
+        losses = target_losses(model, idx, targets)
+    model.train(was_training)
+    return -losses.sum(dim=1)
+
+
+def dpo(
+    policy: torch.Tensor, reference: torch.Tensor, beta: float, form: str = "sigmoid"
+) -> torch.Tensor:
+    """The loss of each pair, (P,), from log-probabilities of its chosen and its rejected answer,
+    (P, 2) each. With d = (policy - reference) of the chosen one less that of the rejected one:
+
+    sigmoid     -log sigmoid(beta d), equation 7 of arXiv 2305.18290
+    ipo         (d - 1 / (2 beta))^2, equation 17 of arXiv 2310.12036
+    """
+    chosen, rejected = (policy - reference).unbind(dim=1)
+    d = chosen - rejected
+    return (d - 1 / (2 * beta)).square() if form == "ipo" else -F.logsigmoid(beta * d)
+
+
+# --- the head, some hundred rows at a time -----------------------------------------------------
+
+
+def trained_positions(
+    hidden: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T, n_embd) and (B, T) -> those of the N trained targets, (N, n_embd) and (N,)."""
+    trained = targets != IGNORE
+    if trained.all():
+        return hidden.flatten(0, 1), targets.flatten()
+    return hidden[trained], targets[trained]
+
+
+def head_weights(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for p in model.lm_head.parameters() if p.requires_grad]
+
+
+def chunk_losses(
+    head: Callable, hidden: torch.Tensor, targets: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows of hidden (n, n_embd), as leaves, with their losses (n,): some hundred rows at a time,
+    so that the memory of logits does not grow with the batch and a CPU keeps them in its cache."""
+    rows = 512 if hidden.device.type == "cpu" else 4096
+    for h, t in zip(hidden.detach().split(rows), targets.split(rows), strict=True):
+        logits = head(h.requires_grad_(torch.is_grad_enabled()))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        yield h, F.cross_entropy(logits, t, reduction="none")
+
+
+def chunk_gradients(
+    head: Callable,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    weights: tuple[torch.Tensor, ...],
+    scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The sum of the losses, each times its scale (N,), and its gradients: of hidden (N, n_embd)
+    and of the weights."""
+    grads = [torch.empty_like(hidden), *(torch.zeros_like(w) for w in weights)]
+    total, done = 0, 0
+    with torch.enable_grad():
+        for h, losses in chunk_losses(head, hidden, targets):
+            end = done + len(h)
+            loss = losses.sum() if scale is None else (losses * scale[done:end]).sum()
+            h_grad, *w_grads = torch.autograd.grad(loss, (h, *weights))
+            grads[0][done:end] = h_grad
+            for grad, w_grad in zip(grads[1:], w_grads, strict=True):
+                grad.add_(w_grad)
+            total, done = total + loss.detach(), end
+    return total, grads
+
+
+class SummedLoss(torch.autograd.Function):
+    """The summed loss of hidden (N, n_embd) for targets (N,). Each chunk's gradients are taken in
+    the forward pass, so that its logits can go at once (as in arXiv 2410.10989); the backward pass
+    only scales them. weights: the trained parameters of the head."""
+
+    @staticmethod
+    def forward(ctx, head, hidden, targets, *weights):
+        total, grads = chunk_gradients(head, hidden, targets, weights)
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        hidden_grad, *weight_grads = (grad * grad_output for grad in ctx.saved_tensors)
+        return None, hidden_grad, None, *weight_grads
+
+
+class EachLoss(torch.autograd.Function):
+    """The loss of each of targets (N,), for hidden (N, n_embd). The weight of each is known in the
+    backward pass only, so each chunk's logits are computed again there: twice the head's forward
+    pass, and the memory of one chunk. weights as in SummedLoss."""
+
+    @staticmethod
+    def forward(ctx, head, hidden, targets, *weights):
+        ctx.head, ctx.weights = head, weights
+        ctx.save_for_backward(hidden, targets)
+        device = hidden.device.type
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        return torch.cat([losses for _, losses in chunk_losses(head, hidden, targets)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        hidden, targets = ctx.saved_tensors
+        with torch.autocast(*ctx.autocast):
+            _, grads = chunk_gradients(ctx.head, hidden, targets, ctx.weights, grad_output)
+        return None, grads[0], None, *grads[1:]
+
+
+# --- whole splits ------------------------------------------------------------------------------
+
+
+def split_sums(
+    model: torch.nn.Module,
+    data: Dataset,
+    split: str,
+    batch_size: int,
+    device: str,
+    world: World = ALONE,
+) -> tuple[float, int, int]:
+    """Over a whole split, in eval mode: the sum of -log p in nats, the targets, their UTF-8 bytes.
+
+    perplexity = exp(nats / targets); bits per byte = nats / log(2) / bytes. The processes of the
+    world share the work.
+    """
+    bytes_per_id = data.tokenizer.bytes_per_id
+    nats, count, n_bytes = 0.0, 0, 0
+    was_training = model.training
+    model.eval()
+    batches = data.eval_batches(split, model.config.block_size, batch_size)
+    for batch, is_own in world.deal(batches):
+        losses = target_losses(model, *to_device(batch, device))
+        if not is_own:
+            continue
+        trained = batch[1][batch[1] != IGNORE]
+        count += len(trained)
+        n_bytes += int(bytes_per_id[trained].sum())
+        nats += losses.cpu().double().sum().item()
+    model.train(was_training)
+    return *world.sums([nats]), *world.sums([count, n_bytes])

@@ -1,0 +1,150 @@
+"""What is checked before a run takes its first step, top to bottom. Bounds of single settings are
+declared beside the settings; here is what hangs on several of them, on files and on processes.
+"""
+
+import dataclasses
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from configurator import UserError, repo_path, show_path
+from data_utils import Dataset, Mixture
+from miniglm.checkpoint import environment, has_checkpoint, has_model, read_run
+from miniglm.devices import pick_dtype
+from miniglm.distributed import World
+from model import Architecture
+
+# settings that change no bits
+FREE = ("resume", "dry_run", "out_dir", "keep_last", "best_by", "track", "prompts")
+# settings that a run keeps from its first step on
+KEPT = ("optimizer", "lora_rank", "lora_alpha", "lora_targets")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run goes on from: its own latest checkpoint, another model, or nothing."""
+
+    path: Path | None = None  # an out_dir, or another project's model
+    resumes: bool = False
+    run: dict = dataclasses.field(default_factory=dict)  # run.json
+
+    @property
+    def which(self) -> str:
+        return "latest" if self.resumes else "best"
+
+    def settings(self) -> dict:
+        """The settings that hold unless the command line says otherwise."""
+        return self.run["settings"] if self.resumes else architecture(self.run["architecture"])
+
+
+def find_start(config) -> Start:
+    """Where settings say that a run begins. Raises UserError if there is no model, or if out_dir
+    would be written over."""
+    out_dir = repo_path(config.out_dir)
+    if has_checkpoint(out_dir):
+        if config.resume:
+            return Start(out_dir, True, read_run(out_dir, "latest"))
+        if not config.dry_run:
+            raise UserError(
+                f"{show_path(out_dir)} already holds a run; pass --resume to go on with it, "
+                "or another --out_dir="
+            )
+    if config.init_from == "scratch":
+        return Start()
+    source = repo_path(config.init_from)
+    if not has_model(source):
+        raise UserError(
+            f"no checkpoint in {show_path(source)}; train it first, or pass --init_from="
+        )
+    return Start(source, False, read_run(source, "best"))
+
+
+def preflight(config, start: Start, data: Dataset | Mixture, device: str, world: World) -> None:
+    """Raises UserError if the run cannot be what its settings say; prints a note if a resumed run
+    will not end in the bits of one without a stop."""
+    # a checkpoint's shape cannot be changed; its dropout can, and its block_size be lowered
+    shape = architecture(start.run["architecture"]) if start.run else {}
+    for name, value in shape.items():
+        wanted = getattr(config, name)
+        lowered = name == "block_size" and wanted < value and not start.resumes
+        if wanted != value and name != "dropout" and not lowered:
+            raise UserError(
+                f"{name}={wanted}, but the model in {show_path(start.path)} has {name}={value}; "
+                "leave it out, or train another model from scratch"
+            )
+    for name in KEPT if start.resumes else ():
+        before = start.run["settings"][name]
+        if getattr(config, name) != before:
+            raise UserError(
+                f"{name}={getattr(config, name)}, but {show_path(start.path)} has {name}={before}; "
+                "leave it out, or begin another run with --init_from="
+            )
+
+    for split in ("train", "val"):
+        data.check(config.block_size, split)
+    if start.resumes and start.run["dataset"]["fingerprint"] != data.fingerprint:
+        raise UserError(
+            f"{show_path(data.path)} is not what this run was trained on: it was prepared anew; "
+            "train again in another --out_dir="
+        )
+    if config.init_from == "scratch" and (config.lora_rank or data.kind == "dpo"):
+        why = f"lora_rank={config.lora_rank} adapts" if config.lora_rank else "preferences change"
+        raise UserError(f"{why} a trained model; pass its out_dir as --init_from=")
+    if data.kind == "dpo" and config.lora_dropout and "lm_head" in (config.lora_targets or []):
+        raise UserError(
+            f"lora_dropout={config.lora_dropout:g} does not go with lora_targets=lm_head on "
+            "preferences, whose logits are computed twice; leave one of them out"
+        )
+
+    rows = config.rows_per_step
+    if rows < world.size:
+        raise UserError(
+            f"batch_size={config.batch_size} x gradient_accumulation_steps="
+            f"{config.gradient_accumulation_steps} are the rows of a step, too few for "
+            f"{world.size} processes; raise --batch_size="
+        )
+    if config.shard and world.size > 1:
+        if config.dry_run:
+            raise UserError("dry_run=True does not know shard=True; leave one of them out")
+        if pick_dtype(config.dtype, device) == torch.float16:
+            raise UserError("shard=True does not go with float16; pass --dtype=bfloat16 or float32")
+        if rows % world.size:
+            raise UserError(
+                f"with shard=True {world.size} processes take equally many rows, but batch_size x "
+                f"gradient_accumulation_steps is {rows}; change --batch_size="
+            )
+    if start.resumes:
+        note_changes(start.run, config, device, world)
+
+
+def note_changes(run: dict, config, device: str, world: World) -> None:
+    """Says what differs from the run that is resumed."""
+    before = run["settings"] | run["environment"]
+    now = dataclasses.asdict(config) | run_environment(config, device, world)
+    changed = [
+        f"{name} was {before[name]!r}, now {now[name]!r}"
+        for name in now
+        if name not in FREE and name in before and before[name] != now[name]
+    ]
+    if changed:
+        print(f"note: not bit for bit the run that was stopped: {'; '.join(changed)}")
+
+
+def check_same_steps(config, data: Dataset | Mixture, step: int, device: str, world: World) -> None:
+    """Raises UserError if the processes would not take the same steps: machines may see other
+    files."""
+    settings = {name: value for name, value in vars(config).items() if name != "out_dir"}
+    facts = {"settings": settings, "dataset": data.fingerprint, "step": step}
+    world.check_same(facts | {"precision": pick_dtype(config.dtype, device)})
+
+
+def run_environment(config, device: str, world: World) -> dict:
+    """What bitwise reproducibility depends on, besides settings and data."""
+    precision = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
+    return environment(device) | {"precision": precision, "processes": world.size}
+
+
+def architecture(values: dict) -> dict:
+    """The settings among values that make a model's shape, dropout included."""
+    return {f.name: values.get(f.name, f.default) for f in fields(Architecture)}
