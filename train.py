@@ -36,6 +36,7 @@ from configurator import (
     show_path,
 )
 from data_utils import Dataset, Mixture, open_dataset
+from miniglm import distributed, monitor, preflight
 from miniglm.checkpoint import (
     MODELS,
     Checkpoint,
@@ -59,36 +60,12 @@ from miniglm.devices import (
     should_compile,
     show_rate,
 )
-from miniglm.distributed import (
-    ALONE,
-    LossModule,
-    World,
-    is_sharded,
-    join,
-    replicate,
-    shard,
-    together,
-    whole,
-)
+from miniglm.distributed import ALONE, LossModule, World
 from miniglm.lora import adapters, add_adapters
-from miniglm.monitor import (
-    Stopwatch,
-    Window,
-    catch_interrupt,
-    progress_bar,
-    sample_prompts,
-    write_samples,
-)
+from miniglm.monitor import Stopwatch, Window
 from miniglm.objectives import OBJECTIVES, Batch, Objective
 from miniglm.optim import learning_rate, make_optimizers
-from miniglm.preflight import (
-    Start,
-    architecture,
-    check_same_steps,
-    find_start,
-    preflight,
-    run_environment,
-)
+from miniglm.preflight import Start, architecture
 from miniglm.trackers import Tracked, check_trackers, open_trackers
 from model import Architecture, ModelConfig, pick_device
 
@@ -204,7 +181,7 @@ class State:
 
 def main(argv: list[str]) -> None:
     startup = Stopwatch()
-    with together() as world, alone_in_out_dir(argv, world) as check_out_dir:
+    with distributed.together() as world, alone_in_out_dir(argv, world) as check_out_dir:
         run, state = start(argv, world, startup)
         peak = find_peak(run.device, pick_dtype(run.config.dtype, run.device))
         peak = dataclasses.replace(peak, rate=peak.rate * world.size)
@@ -237,9 +214,9 @@ def start(
     keep_freed_memory()
     config, begins, data = read_settings(argv)
     device = pick_device(config.device)
-    preflight(config, begins, data, device, world)
+    preflight.check(config, begins, data, device, world)
     startup.lap("data")
-    device = join(world, device)
+    device = distributed.join(world, device)
     if world.size > 1:
         startup.lap("processes")
     torch.manual_seed(config.seed)
@@ -250,7 +227,7 @@ def start(
     model, checkpoint = load_model(config, begins, data, world, device)
     adapter = prepare_model(config, begins, model, checkpoint, objective, world)
     if config.shard and world.size > 1:
-        shard(model, device, world)
+        distributed.shard(model, device, world)
     scaled = pick_dtype(config.dtype, device) == torch.float16
     state = State(
         model,
@@ -266,9 +243,9 @@ def start(
         state.progress = read_progress(begins)
         if world.is_first and not config.dry_run:
             rewind(out_dir)
-    check_same_steps(config, data, state.progress.iter, device, world)
-    if world.size > 1 and not is_sharded(model):
-        state.loss = replicate(state.loss)
+    preflight.check_same_steps(config, data, state.progress.iter, device, world)
+    if world.size > 1 and not distributed.is_sharded(model):
+        state.loss = distributed.replicate(state.loss)
     startup.lap("model")
     return Run(config, out_dir, data, objective, device, world, adapter), state
 
@@ -276,7 +253,7 @@ def start(
 def read_settings(argv: list[str]) -> tuple[Settings, Start, Dataset | Mixture]:
     """The settings, with those that a checkpoint brings; the checkpoint; the data."""
     config = configure(Settings, argv)
-    begins = find_start(config)
+    begins = preflight.find_start(config)
     if begins.run:
         base = begins.settings()
         if begins.resumes:
@@ -361,15 +338,15 @@ def train(
         state.model.compile()
     # run.json's part that sampling asks for
     view = Checkpoint(run.out_dir, state.model, run.data.tokenizer, {"dataset": identity(run.data)})
-    prompts = sample_prompts(view, run.data, config.prompts)
+    prompts = monitor.sample_prompts(view, run.data, config.prompts)
     if world.is_first and progress.iter == 0:
         rewind(run.out_dir)
     run.objective.begin(state.model, run.out_dir, progress.iter)
     startup.lap("objective")
     with (
         open_trackers(config.track if world.is_first else [], tracked(run, state)) as trackers,
-        catch_interrupt(world) as interrupts,
-        progress_bar(run.out_dir.name, config.max_iters, progress.iter, world) as bar,
+        monitor.catch_interrupt(world) as interrupts,
+        monitor.progress_bar(run.out_dir.name, config.max_iters, progress.iter, world) as bar,
     ):
         began, window, first = time.perf_counter() - progress.seconds, Window(), True
         for batches, counts, tokens in steps(run, state):
@@ -457,7 +434,7 @@ def train_step(
     for optimizer in state.optimizers:
         state.scaler.unscale_(optimizer)
     limit = config.grad_clip or math.inf
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit))
+    grad_norm = distributed.whole(torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit))
     # the scaler looks at each optimizer's gradients alone, but clipping has spread what is infinite
     usable = not state.scaler.is_enabled() or grad_norm.isfinite()
     for optimizer in state.optimizers:
@@ -497,7 +474,11 @@ def sample(run: Run, state: State, view: Checkpoint, prompts: list) -> list[str]
         return []
     view.model = whole_model(state.model, run.adapter, run.world)
     compiled = should_compile(run.config.compile, run.device)
-    texts = write_samples(view, prompts, run.config.seed, compiled) if run.world.is_first else []
+    texts = (
+        monitor.write_samples(view, prompts, run.config.seed, compiled)
+        if run.world.is_first
+        else []
+    )
     view.model = state.model  # one that was gathered is freed
     return texts
 
@@ -510,7 +491,7 @@ def save(run: Run, state: State, is_best: bool) -> None:
         "tokenizer_sha256": run.data.tokenizer.sha256,
         "progress": dataclasses.asdict(state.progress),
         "scaler": state.scaler.state_dict(),
-        "environment": run_environment(run.config, run.device, run.world),
+        "environment": preflight.run_environment(run.config, run.device, run.world),
         **({"adapter": run.adapter} if run.adapter else {}),
         **run.objective.saved(),
     }

@@ -60,7 +60,7 @@ def find_start(config) -> Start:
     return Start(source, False, read_run(source, "best"))
 
 
-def preflight(config, start: Start, data: Dataset | Mixture, device: str, world: World) -> None:
+def check(config, start: Start, data: Dataset | Mixture, device: str, world: World) -> None:
     """Raises UserError if the run cannot be what its settings say; prints a note if a resumed run
     will not end in the bits of one without a stop."""
     # a checkpoint's shape cannot be changed; its dropout can, and its block_size be lowered

@@ -18,7 +18,7 @@ import torch
 from configurator import UserError
 from data_utils import Dataset
 from miniglm.distributed import ALONE, World, join, world_of
-from miniglm.preflight import Start, preflight
+from miniglm.preflight import Start, check
 from tests.runs import (
     ROOT,
     TINY,
@@ -566,9 +566,9 @@ def test_what_a_sharded_model_cannot_do_is_refused(world):
         ({"dry_run": True}, "dry_run=True does not know shard=True"),
     ):
         config = Settings(shard=True, block_size=32, **settings)
-        preflight(config, Start(), text, "cpu", ALONE)
+        check(config, Start(), text, "cpu", ALONE)
         with pytest.raises(UserError, match=message):
-            preflight(config, Start(), text, "cpu", World(0, 2))
+            check(config, Start(), text, "cpu", World(0, 2))
     with pytest.raises(UserError, match="shard=True is for model='gpt'"):
         Settings(shard=True, model="lstm")
 
@@ -587,6 +587,6 @@ def test_devices_and_rows_that_do_not_go_round_are_refused(world):
         join(World(0, 2), "mps")
     assert join(ALONE, "mps") == "mps"
     text = Dataset(str(world / "text"))
-    preflight(Settings(batch_size=5, block_size=32), Start(), text, "cpu", World(0, 4))
+    check(Settings(batch_size=5, block_size=32), Start(), text, "cpu", World(0, 4))
     with pytest.raises(UserError, match="too few for 8 processes"):
-        preflight(Settings(batch_size=7, block_size=32), Start(), text, "cpu", World(0, 8))
+        check(Settings(batch_size=7, block_size=32), Start(), text, "cpu", World(0, 8))
