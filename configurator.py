@@ -318,53 +318,53 @@ def _check_name(name: str, hints: dict[str, type], where: str) -> None:
 
 
 def _parse(name: str, text: str, hint: type) -> object:
-    """A flag's text as a value: Python's own notation where the type is not text."""
-    if hint is str or typing.get_origin(hint) is typing.Literal:
-        return _convert(name, text, hint, "")
-    if text == "None" and type(None) in typing.get_args(hint):
+    """A flag's text as a value: Python's own notation if the type is not text; a,b for a list."""
+    kind = _kind(hint)
+    if text == "None" and kind is not hint:
         return None
-    options = typing.get_args(hint)
-    if list[str] in options:
-        hint, options = list[str], (str,)
-    if str in options:
-        if typing.get_origin(hint) is list:  # a,b,c or a Python list
-            if not text.startswith("["):
-                return [part for part in text.split(",") if part]
-        else:
-            return text
+    if kind is str or typing.get_origin(kind) is typing.Literal:
+        return _convert(name, text, kind, "")
+    if kind == list[str] and not text.startswith("["):
+        return [part for part in text.split(",") if part]
     try:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     except (ValueError, SyntaxError, TypeError):
         value = text
-    if typing.get_origin(hint) is list and isinstance(value, int | float):
+    if typing.get_origin(kind) is list and isinstance(value, int | float):
         value = [value]  # as --runs=a is a list of one
-    return _convert(name, value, hint, "")
+    return _convert(name, value, kind, "")
+
+
+def _kind(hint: type) -> type:
+    """The type of a field's values besides None: int of `int | None`."""
+    options = [option for option in typing.get_args(hint) if option is not type(None)]
+    return options[0] if isinstance(hint, types.UnionType) else hint
 
 
 def _convert(name: str, value: object, hint: type, where: str) -> object:
-    """value as the field's type has it, or UserError. An int serves as a float, 1e3 as an int."""
-    options = typing.get_args(hint)
-    origin = typing.get_origin(hint)
-    if origin is typing.Literal:
+    """value as the field's type. An int serves as a float, 1e3 as an int. Raises UserError if it is
+    of another type."""
+    kind, options = _kind(hint), typing.get_args(_kind(hint))
+    if value is None and kind is not hint:
+        return None
+    if typing.get_origin(kind) is typing.Literal:
         if value in options:
             return value
         near = nearest(str(value), map(str, options))
         choices = ", ".join(map(str, options))
         raise UserError(f"{name}={value!r}{where} must be one of {choices}{near}")
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in options:
-            return None
-        inner = next(option for option in options if option is not type(None))
-        return _convert(name, value, inner, where)
-    if origin is list:
+    if typing.get_origin(kind) is list:
         if isinstance(value, list | tuple):
             return [_convert(name, item, options[0], where) for item in value]
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    elif isinstance(value, bool):
+        if kind is bool:
+            return value
+    elif kind is float and isinstance(value, int | float):
         if abs(value) <= sys.float_info.max:
             return float(value)
-    elif hint is int and isinstance(value, float) and value.is_integer():
+    elif kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
-    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    elif isinstance(value, kind):
         return value
-    kind = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
-    raise UserError(f"{name}={value!r}{where} must be {kind.get(hint, str(hint))}")
+    words = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+    raise UserError(f"{name}={value!r}{where} must be {words.get(kind, str(kind))}")
