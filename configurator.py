@@ -1,4 +1,4 @@
-"""The command line: settings in, one-line errors out, and files that are whole or not there.
+"""The command line: settings, one-line errors, and files that are written whole or not at all.
 
 Settings are a dataclass of defaults, then config files and --key=value flags; the last one wins.
 
@@ -37,29 +37,29 @@ T = typing.TypeVar("T")
 
 
 class UserError(Exception):
-    """What the person at the keyboard can mend, in one line: what, which value, what to do."""
+    """An error that the user can fix; one line: what, which value, what to do."""
 
 
 def repo_path(path: str | Path) -> Path:
-    """Where a setting's path lies: relative to the repository, whatever the current directory."""
+    """A setting's path: relative to the repository, whatever the current directory."""
     return ROOT / Path(path).expanduser()
 
 
 def user_path(path: str | Path) -> Path:
-    """Where a user's own file lies: relative to the current directory, else to the repository."""
+    """A user's own file: relative to the current directory, else to the repository."""
     path = Path(path).expanduser()
     return path.absolute() if path.exists() else ROOT / path
 
 
 def show_path(path: str | Path) -> str:
-    """A path as messages show it: relative to the repository where it lies inside, with /."""
+    """A path for messages: with /, and relative to the repository if it lies inside."""
     path = Path(path)
     return (path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).as_posix()
 
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A temporary path beside path, renamed to it at the end, or removed after an error."""
+    """Yields a temporary path beside path; renames it to path at the end, or removes it on error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
     try:
@@ -71,15 +71,16 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(target: Path, lock: Path | None = None) -> Iterator[Callable[[], bool]]:
-    """UserError where another process, which still lives, holds target; the lock goes with it.
-    Yields what tells whether the lock is still there, since it may be deleted and made anew.
+    """Holds target for this process; the lock dies with it. Yields a function that tells whether
+    the lock is still held, since its file may be deleted and created again.
 
-    lock: the file that is locked, by default one beside target. OSError where it cannot be made.
+    lock: the file that is locked, by default one beside target. Raises UserError if a living
+    process holds target, OSError if the file cannot be created.
     """
     lock = lock or target.with_name(target.name + ".lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     file = _open_locked(target, lock)
-    can_tell = _is_open_as(file, lock)  # not on every network's disk
+    can_tell = _is_open_as(file, lock)  # not on every network file system
 
     def is_held() -> bool:
         return not can_tell or _is_open_as(file, lock)
@@ -88,7 +89,7 @@ def locked(target: Path, lock: Path | None = None) -> Iterator[Callable[[], bool
         yield is_held
     finally:
         if is_held():
-            with contextlib.suppress(OSError):  # Windows keeps what is open
+            with contextlib.suppress(OSError):  # Windows does not delete open files
                 lock.unlink()
         file.close()
 
@@ -111,13 +112,13 @@ def _open_locked(target: Path, lock: Path) -> typing.BinaryIO:
                 raise UserError(
                     f"another run writes {show_path(target)}; wait for it, or name another"
                 ) from None
-            # as on some disks of clusters
+            # some cluster file systems cannot lock
             print(
                 f"note: {show_path(lock)} cannot be locked ({error.strerror}); start one run only"
             )
         if _is_open_as(file, lock) or attempt == 9:
             return file
-        file.close()  # who held it has deleted it in between
+        file.close()  # its holder has just deleted it
 
 
 def _is_open_as(file: typing.BinaryIO, path: Path) -> bool:
@@ -129,8 +130,8 @@ def _is_open_as(file: typing.BinaryIO, path: Path) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """What a setting's number must be, declared beside its field: Annotated[int, at_least(1)]. It
-    holds for each number of a list, and not for None."""
+    """A limit of a number, declared beside its field: Annotated[int, at_least(1)]. It applies to
+    each number of a list, and not to None."""
 
     words: str
     holds: Callable[[float], bool]
@@ -153,7 +154,7 @@ def below(high: float) -> Bound:
 
 
 def bounds_of(Defaults: type) -> dict[str, tuple[Bound, ...]]:
-    """The bounds of each field that has some."""
+    """The bounds of each field that has any."""
     hints = typing.get_type_hints(Defaults, include_extras=True)
     return {
         name: hint.__metadata__ for name, hint in hints.items() if hasattr(hint, "__metadata__")
@@ -199,7 +200,7 @@ def configure(Defaults: type[T], argv: list[str], base: dict | None = None) -> T
 
 
 def help_text(Defaults: type) -> str:
-    """The script's description, and a line a setting: --name=default and what it means."""
+    """The script's description, and a line for each setting: --name=default and its meaning."""
     description = inspect.cleandoc(sys.modules[Defaults.__module__].__doc__ or "")
     fields = _defaults(Defaults)
     width = max(len(f"--{name}={value}") for name, value in fields.items())
@@ -213,7 +214,7 @@ def help_text(Defaults: type) -> str:
 
 
 def field_comments(Defaults: type) -> dict[str, str]:
-    """The comment behind each field of a dataclass, those of its bases included."""
+    """The comment behind each field of a dataclass, inherited fields included."""
     comments = {}
     for cls in reversed(Defaults.__mro__[:-1]):
         for line in inspect.getsource(cls).splitlines():
@@ -223,14 +224,14 @@ def field_comments(Defaults: type) -> dict[str, str]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean 'x'?` where a name like it exists, else nothing."""
+    """`; did you mean 'x'?` if there is a similar name, else nothing."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def run_part(config, parts: dict[str, Callable], usage: str) -> None:
     """Calls the part of a script that config.names begins with: parts[name](config, other names).
-    UserError with the usage where there is no such part."""
+    Raises UserError with the usage if there is no such part."""
     part, *words = config.names or [""]
     if part not in parts:
         raise UserError(f"unknown part {part!r}{nearest(part, parts) or f'; write {usage}'}")
@@ -246,31 +247,31 @@ def command(main: Callable[[list[str]], None]) -> None:
         sys.stdout.flush()
     except UserError as error:
         sys.exit(f"error: {error}")
-    except BrokenPipeError:  # the reader of a pipe (`| head`) has gone
+    except BrokenPipeError:  # the reader of a pipe (`| head`) is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         name = f" ({show_path(error.filename)})" if error.filename else ""
         sys.exit(f"error: {error.strerror or error}{name}")
     except (MemoryError, RuntimeError) as error:
-        if not (said := no_memory(error)):
+        if not (reason := no_memory(error)):
             raise
-        sys.exit(f"error: out of memory ({said}); lower --batch_size=, or take a smaller model")
+        sys.exit(f"error: out of memory ({reason}); lower --batch_size=, or take a smaller model")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
 def no_memory(error: Exception) -> str:
-    """What an error says, in a line, where it says that there is no memory left; else nothing."""
-    told = "out of memory|not enough memory|allocate memory"  # CUDA's and MPS's; CPUs'
-    if not isinstance(error, MemoryError) and not re.search(told, str(error)):
+    """The first line of an error if it reports that memory ran out, else nothing."""
+    reports = "out of memory|not enough memory|allocate memory"  # of CUDA and MPS; of CPUs
+    if not isinstance(error, MemoryError) and not re.search(reports, str(error)):
         return ""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _defaults(Defaults: type) -> dict:
-    """The fields' own defaults: None where a setting follows another."""
+    """The fields' own defaults; a setting that follows another has None."""
     return {
         field.name: field.default
         if field.default is not dataclasses.MISSING
@@ -302,13 +303,13 @@ def _read_file(word: str, values: dict, hints: dict[str, type]) -> dict:
         line = lines[-1] if lines else getattr(error, "lineno", None)
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{word}, line {line}: {reason}") from None
-    found = {}
+    settings = {}
     for name, value in names.items():
         if name.startswith("_") or isinstance(value, types.ModuleType):
             continue
         _check_name(name, hints, f" in {word}")
-        found[name] = _convert(name, value, hints[name], f" in {word}")
-    return found
+        settings[name] = _convert(name, value, hints[name], f" in {word}")
+    return settings
 
 
 def _check_name(name: str, hints: dict[str, type], where: str) -> None:

@@ -29,13 +29,16 @@ from miniglm.tokenizer import Tokenizer, load_tokenizer
 
 IGNORE = -100  # a target that is not trained; torch's own default
 POOL = 16  # steps whose rows are sorted by length together
-PERIOD = 1000  # rows in which a mixture has exactly its shares
-OWNER = 48  # bits of a mixture's row before those that say whose it is
+PERIOD = 1000  # rows in which a mixture keeps its shares exactly
+OWNER = 48  # a row of a mixture: the number of its dataset is in the bits from here on
 
 
 class Dataset:
-    """A prepared directory: `name` is one under data/, or a path. Arrays are memory-mapped.
-    languages: of translations the source's and the target's, else empty."""
+    """A prepared directory; `name` is one under data/, or a path. Arrays are memory-mapped.
+
+    languages: the source's and the target's of a translation set, else empty; beside: the texts
+    beside the questions of a Mixture.
+    """
 
     def __init__(self, name: str):
         under_data = ROOT / "data" / name
@@ -73,7 +76,7 @@ class Dataset:
         return tokenizer
 
     def check_tokenizer(self, tokenizer: Tokenizer, checkpoint: Path) -> None:
-        """Raises UserError where the checkpoint's tokenizer is not the dataset's."""
+        """Raises UserError if the checkpoint's tokenizer is not the dataset's."""
         if tokenizer.sha256 != self.tokenizer.sha256:
             raise UserError(
                 f"{show_path(self.path)} has another tokenizer than {show_path(checkpoint)}; "
@@ -81,14 +84,14 @@ class Dataset:
             )
 
     def input_tokens(self, rows: np.ndarray, block_size: int) -> int:
-        """Tokens that the model reads of these training rows, padding left out."""
+        """Tokens that the model reads from these training rows, without padding."""
         if self.kind == "pretrain":
             return len(rows) * block_size
         bounds, rows = self.bounds["train"], self._rows_of(rows)
         return int((bounds[rows + 1] - bounds[rows] - 1).sum())
 
     def check(self, block_size: int, split: str) -> None:
-        """Raises UserError where the split cannot serve a model of this block_size."""
+        """Raises UserError if the split does not fit a model of this block_size."""
         if split not in self.tokens:
             have = ", ".join(self.tokens)
             raise UserError(f"{show_path(self.path)} has no split {split!r}; it has {have}")
@@ -161,7 +164,7 @@ class Dataset:
         return window[:, :-1], window[:, 1:]
 
     def show_rows(self, rows: np.ndarray) -> str:
-        """Where training rows lie, as messages say it: all count from 0."""
+        """The place of training rows, for messages; numbers count from 0."""
         kinds = {"pretrain": "the rows from tokens", "sft": "conversations", "dpo": "pairs"}
         shown = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
         return f"{kinds[self.kind]} {shown} of {show_path(self.path)}/train"
@@ -234,7 +237,7 @@ class Dataset:
                 raise UserError(f"{show_path(path)} {state}; run its prepare script again")
             maps.append(np.memmap(path, dtype, "r"))
             if stem.startswith("train") and hasattr(mmap, "MADV_RANDOM"):
-                # rows are read in an order of chance: what lies around one is not wanted next
+                # random access, so disable readahead
                 maps[-1].base.madvise(mmap.MADV_RANDOM)
         return maps[0] if len(maps) == 1 else Shards(maps)
 
@@ -273,9 +276,9 @@ class Mixture:
     """Several datasets in one run, in given proportions of rows: `news:3,novels:1`.
 
     Each PERIOD rows of training hold exactly their shares, in an order that is another each time;
-    a dataset that is smaller than its share is read more often. It has the methods of a Dataset; a
-    row's highest bits say whose it is. Of questions with texts beside them the kind, validation
-    and conversations are those of the questions.
+    a dataset that is smaller than its share is read more often. It has the methods of a Dataset; the
+    highest bits of a row are the number of its dataset. With questions and texts, its kind,
+    validation and conversations are those of the questions.
     """
 
     def __init__(self, name: str, parts: list[Dataset], weights: np.ndarray):
@@ -291,7 +294,7 @@ class Mixture:
         self.kind = "sft" if any(part.kind == "sft" for part in parts) else "pretrain"
         self.judged = [part for part in parts if part.kind == self.kind]
         self.beside = [part for part in parts if part.kind != self.kind]
-        first = self.judged[0]  # samples take their beginning from it
+        first = self.judged[0]  # samples continue its validation split
         self.path, self.tokenizer, self.meta = first.path, first.tokenizer, first.meta
         self.tokens, self.bounds, self.languages = first.tokens, first.bounds, first.languages
         facts = [(p.fingerprint, int(n)) for p, n in zip(parts, self.shares, strict=True)]
@@ -339,7 +342,7 @@ class Mixture:
         return {kind: rows[kinds == kind] for kind in ("sft", "pretrain") if kind in kinds}
 
     def _by_part(self, rows: np.ndarray) -> Iterator[tuple[Dataset, np.ndarray, np.ndarray]]:
-        """Each part that has some of the rows, the part's own rows, and which these are."""
+        """Each part with any of the rows, their numbers in it, and a mask of the rows."""
         for number, part in enumerate(self.parts):
             mine = rows >> OWNER == number
             if mine.any():

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
-SIDE = 2048  # of the largest square matrices whose product is timed
+SIDE = 2048  # of the largest square matmul that is timed
 BUDGET = 0.3  # seconds that the timing may take
 # TFLOP/s of float16 and bfloat16 products, dense and summed in float32, in NVIDIA's data sheets and
 # white papers. The names are torch.cuda.get_device_name()'s, as `short_name` leaves them.
@@ -71,7 +71,7 @@ def show_rate(rate: float) -> str:
 
 
 def find_peak(device: str, dtype: torch.dtype) -> Peak:
-    """Of a GPU that PEAKS lists, the data sheet's; else measured. Never of another device."""
+    """From the data sheet for a GPU that PEAKS lists, else measured."""
     if device.startswith("cuda"):
         listed = listed_peak(torch.cuda.get_device_name(device), dtype)
         if listed:
@@ -80,7 +80,7 @@ def find_peak(device: str, dtype: torch.dtype) -> Peak:
 
 
 def listed_peak(name: str, dtype: torch.dtype) -> float | None:
-    """Operations per second of the GPU that torch calls `name`; None where PEAKS has none."""
+    """Operations per second of the GPU that torch calls `name`; None if PEAKS does not list it."""
     short = short_name(name)
     if dtype not in (torch.float16, torch.bfloat16) or short not in PEAKS:
         return None
@@ -99,10 +99,10 @@ def short_name(name: str) -> str:
 
 @functools.cache
 def measure_peak(device: str, dtype: torch.dtype) -> Peak:
-    """The best rate of square products of growing size, up to SIDE, as far as BUDGET allows."""
+    """The best rate of square matmuls of growing size, up to SIDE, within BUDGET."""
     generator = torch.Generator(device).manual_seed(0)  # not the run's
     matrix = torch.rand(SIDE, SIDE, generator=generator, device=device).to(dtype)
-    matrix[:64, :64] @ matrix[:64, :64]  # a GPU's first product loads its library
+    matrix[:64, :64] @ matrix[:64, :64]  # a GPU's first matmul loads its library
     synchronize(device)
     began, best, side = time.perf_counter(), 0.0, SIDE // 8
     while True:
@@ -120,7 +120,7 @@ def measure_peak(device: str, dtype: torch.dtype) -> Peak:
 
 
 def synchronize(device: str) -> None:
-    """Waits until a device has done what it was asked for; a CPU always has."""
+    """Waits until a device has finished its work; a CPU always has."""
     if torch.device(device).type != "cpu":
         torch.accelerator.synchronize(device)
 

@@ -24,7 +24,7 @@ EPS = 1e-7
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon with adjust_lr_fn="match_rms_adamw"; dtype is that of its products."""
+    """torch.optim.Muon with adjust_lr_fn="match_rms_adamw"; dtype: of its matmuls."""
 
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95, dtype=torch.float32):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -36,14 +36,14 @@ class Muon(torch.optim.Optimizer):
             of_shape = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    # what is shared out is put together one by one: all would be the whole model
+                    # a sharded matrix is gathered alone: all at once would be the whole model
                     alone = id(parameter) if hasattr(parameter, "full_tensor") else None
                     of_shape.setdefault((parameter.shape, alone), []).append(parameter)
             for parameters in of_shape.values():
                 self._step_together(parameters, group)
 
     def _step_together(self, parameters: list[torch.Tensor], group: dict) -> None:
-        """Matrices of one shape in one batch: fewer and larger products."""
+        """Matrices of one shape in one batch: fewer and larger matmuls."""
         updates = []
         for parameter in parameters:
             state = self.state[parameter]
@@ -91,8 +91,8 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) ->
 def make_optimizers(model: nn.Module, config, device: str) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, or AdamW for all; only matrices decay.
 
-    lr_ratio of a group: its learning rate over the schedule's. An LSTM's matrices are AdamW's, and
-    so are adapters: the rates and the results that are published of them are AdamW's.
+    lr_ratio of a group: its learning rate over the schedule's. An LSTM's matrices and adapters get
+    AdamW: the published rates and results are AdamW's.
     """
     of_kind = {"blocks": [], "embeddings": [], "matrices": [], "vectors": []}
     for name, parameter in model.named_parameters():
