@@ -59,7 +59,7 @@ def show_path(path: str | Path) -> str:
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside path; renames it to path at the end, or removes it on error."""
+    """Yields a path beside path; renames it to path at the end, or removes it on error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
     try:

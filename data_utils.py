@@ -276,7 +276,7 @@ class Mixture:
     """Several datasets in one run, in given proportions of rows: `news:3,novels:1`.
 
     Each PERIOD rows of training hold exactly their shares, in an order that is another each time;
-    a dataset that is smaller than its share is read more often. It has the methods of a Dataset; the
+    a dataset smaller than its share is read more often. It has the methods of a Dataset; the
     highest bits of a row are the number of its dataset. With questions and texts, its kind,
     validation and conversations are those of the questions.
     """
