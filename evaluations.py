@@ -26,8 +26,10 @@ from miniglm.comparison import compare
 from miniglm.generation import Sampling
 from miniglm.losses import split_sums
 from miniglm.prep.writer import fit
-from miniglm.text import load_for_sampling
+from miniglm.text import check_answers, load_for_sampling
 from visualize import draw_histogram
+
+TRANSLATIONS = ["translation_sft", "finance_sft"]
 
 
 @dataclass
@@ -39,9 +41,7 @@ class Settings(Sampling):
     quantize: Literal["int8"] | None = None  # weights of 8 bits, on a CPU
     device: str = "auto"  # cuda, mps, cpu; auto is the first of them that is there
     compare: list[str] = field(default_factory=list)  # a translator's evaluated out_dirs, in order
-    datasets: list[str] = field(  # with compare: each evaluated by all runs
-        default_factory=lambda: ["translation_sft", "finance_sft"]
-    )
+    datasets: list[str] = field(default_factory=list)  # with compare; empty: both translation sets
     examples: Annotated[int, at_least(0)] = 3  # with compare: sentences of each dataset to show
     out: str = "out-comparison"  # with compare: directory for comparison.md and comparison.json
 
@@ -103,11 +103,7 @@ def evaluate_file(
 ) -> None:
     """Scores the answers to a file's questions: `sample.py --eval_mode`. References come from the
     file, else from the dataset; questions that have neither are counted and left out."""
-    if not checkpoint.answers:
-        raise UserError(
-            f"{show_path(checkpoint.out_dir)} continues texts, it has learnt no answers; "
-            "pass a fine-tuned model's --out_dir="
-        )
+    check_answers(checkpoint)
     data = known_questions(checkpoint, dataset, records)
     splits = sorted(data.tokens, key=lambda split: split == "train") if data else []
     known = {split: pairs_of(data, split) for split in splits}
@@ -189,8 +185,8 @@ def draw_histograms(out_dir: Path, report: dict, asked: list[dict], seen: list[d
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     if config.compare:
-        split, out = config.split or "test", repo_path(config.out)
-        return compare(config.compare, config.datasets, split, config.examples, out)
+        datasets, split = config.datasets or TRANSLATIONS, config.split or "test"
+        return compare(config.compare, datasets, split, config.examples, repo_path(config.out))
     split = config.split or "val"
     checkpoint = load_for_sampling(config.out_dir, config.device, config.quantize == "int8")
     data = dataset_of(checkpoint, config.dataset)

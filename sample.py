@@ -83,12 +83,14 @@ def print_stream(pieces: Iterator[str], can_stop: bool = False) -> str:
     return text
 
 
-def print_outputs(checkpoint: Checkpoint, config: Settings, texts: list[str]) -> list[list[str]]:
-    """Prints the outputs of each prompt, a single one as it comes, and returns them."""
+def print_outputs(
+    checkpoint: Checkpoint, config: Settings, texts: list[str]
+) -> list[tuple[str, str]]:
+    """Prints the outputs of each prompt, a single one as it comes; returns (prompt, output)."""
     prompts = [prompt_ids(checkpoint, text) for text in texts]
     if len(prompts) == config.num_samples == 1 and not config.perplexity:
         print("" if checkpoint.answers else texts[0], end="", flush=True)
-        return [[print_stream(stream(checkpoint, prompts[0], config))]]
+        return [(texts[0], print_stream(stream(checkpoint, prompts[0], config)))]
     outputs = complete(
         checkpoint,
         prompts,
@@ -97,14 +99,15 @@ def print_outputs(checkpoint: Checkpoint, config: Settings, texts: list[str]) ->
         config.batch_size,
         with_nats=config.perplexity,
     )
-    shown, printed = tqdm(outputs, total=len(prompts), unit="prompt", disable=len(prompts) == 1), []
+    shown = tqdm(outputs, total=len(prompts), unit="prompt", disable=len(prompts) == 1)
+    pairs = []
     for text, samples in zip(texts, shown, strict=True):
-        printed.append([output.text for output in samples])
         for output in samples:
+            pairs.append((text, output.text))
             shown.write(show(checkpoint, text, output.text), file=sys.stdout)
             if config.perplexity:
                 shown.write(f"[perplexity {output.perplexity:.2f}]", file=sys.stdout)
-    return printed
+    return pairs
 
 
 def note_cuts(checkpoint: Checkpoint, texts: list[str]) -> None:
@@ -182,21 +185,15 @@ def main(argv: list[str]) -> None:
     if config.eval_mode:
         from evaluations import evaluate_file  # it brings matplotlib, which takes half a second
 
-        name = Path(config.start.removeprefix("FILE:")).stem
-        settings = config.dataset, config, config.batch_size
-        return evaluate_file(checkpoint, records, name, *settings)
+        name, batch_size = Path(config.start.removeprefix("FILE:")).stem, config.batch_size
+        return evaluate_file(checkpoint, records, name, config.dataset, config, batch_size)
     texts = [record["Question"] for record in records]
     if checkpoint.answers and not config.start.strip():
         raise UserError("what is the question? pass --start=TEXT or --start=FILE:questions.txt")
     if not checkpoint.answers:
         note_cuts(checkpoint, texts)
-    outputs = print_outputs(checkpoint, config, texts)
+    pairs = print_outputs(checkpoint, config, texts)
     if config.save_path:
-        pairs = [
-            (text, sample)
-            for text, samples in zip(texts, outputs, strict=True)
-            for sample in samples
-        ]
         save(Path(config.save_path), checkpoint, pairs)
 
 

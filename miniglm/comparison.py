@@ -62,9 +62,8 @@ def check_same(phases: list[Phase], dataset: str, split: str) -> None:
 def compared(dataset: str, phases: list[Phase], examples: int) -> dict:
     """comparison.json's part of a dataset: scores of each phase, p of its difference from the phase
     before, and sentences evenly from the whole split."""
-    rows, answers = [row for row, _ in phases], []
-    for _, records in phases:
-        answers.append([record["answer"] for record in records])
+    rows, records = [row for row, _ in phases], phases[0][1]
+    answers = [[record["answer"] for record in translated] for _, translated in phases]
     references = [record["reference"] for record in records]
     for row, (before, after) in zip(rows[1:], itertools.pairwise(answers), strict=True):
         for key, metric in metrics.METRICS.items():

@@ -9,10 +9,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from configurator import UserError, repo_path
+from configurator import UserError, repo_path, show_path
 from miniglm.checkpoint import Checkpoint, load_checkpoint
 from miniglm.decoding import pack, quantize
-from miniglm.generation import Batch, Request, Sampling, Token
+from miniglm.generation import Batch, Request, Sampling
 from miniglm.tokenizer import Tokenizer
 from model import pick_device
 
@@ -40,6 +40,15 @@ def load_for_sampling(out_dir: str, device: str = "auto", int8: bool = False) ->
     checkpoint = load_checkpoint(repo_path(out_dir), "best", pick_device(device))
     (quantize if int8 else pack)(checkpoint.model)
     return checkpoint
+
+
+def check_answers(checkpoint: Checkpoint) -> None:
+    """Raises UserError if the model has not been fine-tuned on answers."""
+    if not checkpoint.answers:
+        raise UserError(
+            f"{show_path(checkpoint.out_dir)} continues texts, it has learnt no answers; "
+            "pass a fine-tuned model's --out_dir="
+        )
 
 
 # --- prompts -----------------------------------------------------------------------------------
@@ -159,24 +168,17 @@ def complete(
             return
         for request, token in batch.step():
             output, text = output_of[request]
-            _add(output, token, text, tokenizer)
+            if token.log_prob is not None:
+                output.nats.append(-token.log_prob)
+            if token.id not in tokenizer.stop_ids:
+                output.text += text.push(token.id)
             if text.stopped:
                 batch.cancel(request)
             if request.finish:
-                output.text += text.flush()
+                output.ids, output.text = request.ids, output.text + text.flush()
+                output.ended = request.finish == "stop" or text.stopped
         while begun and all(request.finish for request in begun[0]):
             yield [output_of.pop(request)[0] for request in begun.popleft()]
-
-
-def _add(output: Output, token: Token, text: TextStream, tokenizer: Tokenizer) -> None:
-    if token.log_prob is not None:
-        output.nats.append(-token.log_prob)
-    if token.id in tokenizer.stop_ids:
-        output.ended = True
-    else:
-        output.ids.append(token.id)
-        output.text += text.push(token.id)
-        output.ended = text.stopped
 
 
 def stream(

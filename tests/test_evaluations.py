@@ -12,11 +12,10 @@ import evaluations
 import sample
 from configurator import UserError
 from data.translation import prepare_sft as translation_sft
-from data_utils import IGNORE, Dataset
+from data_utils import Dataset
 from miniglm.checkpoint import Checkpoint, load_checkpoint
-from miniglm.metrics import look_up, rouge_l
-from miniglm.devices import to_device
-from miniglm.losses import next_token
+from miniglm.jsonl import read_records
+from miniglm.metrics import look_up, mean, rouge_l
 from miniglm.prep import parallel
 from miniglm.scoring import in_chat, in_text, reference_losses, score_translations, simplified
 from miniglm.tokenizer import train_tokenizer
@@ -31,11 +30,7 @@ from tests.helpers import (
     write_questions,
 )
 from tests.prep.test_parallel import PAIRS, many, write_pairs
-
-REPORT_KEYS = {
-    *("dataset", "split", "tokens", "bytes", "perplexity", "bits_per_byte"),
-    *("n", "rouge_l", "n_seen", "rouge_l_seen", "rouge_l_lookup"),
-}
+from tests.runs import read_json
 
 
 def slow_nats(checkpoint: Checkpoint, messages: list[dict], ask=in_chat) -> tuple[float, int]:
@@ -69,20 +64,12 @@ def evaluate(out: Path, *flags: str) -> dict:
     return read_json(out / "evaluation.json")
 
 
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    return read_records(path, ("question", "answer"), "")
 
 
 def is_picture(path: Path) -> bool:
     return path.read_bytes().startswith(b"\x89PNG\r\n") and path.stat().st_size > 2000
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def test_what_is_asked_in_chat_ends_with_the_answer_and_its_end():
@@ -107,7 +94,6 @@ def test_reference_perplexities_are_those_of_each_answer_alone(tmp_path, batch_s
 def test_the_report_of_questions_holds_what_its_answers_say(tmp_path, split):
     out = make_run(tmp_path, "sft")
     report = evaluate(out, f"--split={split}", "--batch_size=2")
-    assert set(report) >= REPORT_KEYS
     assert read_json(out / f"evaluation-toy_sft-{split}.json") == report
     assert (report["dataset"], report["split"]) == ("toy_sft", split)
     asked, seen = read_lines(out / "answers.jsonl"), read_lines(out / "answers-seen.jsonl")
@@ -119,6 +105,9 @@ def test_the_report_of_questions_holds_what_its_answers_say(tmp_path, split):
     assert report["n_seen"] == len(seen) == len(wanted)
     trained = [m[-2]["content"] for m in QUESTIONS["train"]]
     assert len({r["question"] for r in seen} & set(trained)) == len(seen)
+    assert report["ended"] == mean([r["ended"] for r in asked])
+    assert report["answer_characters"] == mean([len(r["answer"]) for r in asked])
+    assert report["reference_characters"] == mean([len(r["reference"]) for r in asked])
     for records, key in ((asked, "rouge_l"), (seen, "rouge_l_seen")):
         for record in records:
             assert record["rouge_l"] == rouge_l(record["answer"], record["reference"])
@@ -131,16 +120,18 @@ def test_the_report_of_questions_holds_what_its_answers_say(tmp_path, split):
     assert is_picture(out / "rouge_l.png") and is_picture(out / "perplexity.png")
 
 
-def test_bits_per_byte_of_questions_by_hand(tmp_path):
-    out = make_run(tmp_path, "sft")
-    report = evaluate(out)
-    checkpoint = load_checkpoint(out)
-    losses = [slow_nats(checkpoint, messages) for messages in QUESTIONS["val"]]
-    nats, count = map(sum, zip(*losses, strict=True))
-    n_bytes = sum(len(m[-1]["content"].encode()) for m in QUESTIONS["val"])
+def check_per_token(report: dict, nats: float, count: int, n_bytes: int) -> None:
     assert (report["tokens"], report["bytes"]) == (count, n_bytes)
     assert report["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-5)
     assert report["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+
+
+def test_bits_per_byte_of_questions_by_hand(tmp_path):
+    out = make_run(tmp_path, "sft")
+    checkpoint = load_checkpoint(out)
+    losses = [slow_nats(checkpoint, messages) for messages in QUESTIONS["val"]]
+    n_bytes = sum(len(m[-1]["content"].encode()) for m in QUESTIONS["val"])
+    check_per_token(evaluate(out), *map(sum, zip(*losses, strict=True)), n_bytes)
 
 
 def test_the_report_of_a_novel_by_hand(tmp_path):
@@ -158,10 +149,8 @@ def test_the_report_of_a_novel_by_hand(tmp_path):
         log_probs = logits.double().log_softmax(dim=-1)
         nats -= sum(log_probs[i, id].item() for i, id in enumerate(window[1:]))
     n_bytes = sum(len(checkpoint.tokenizer._bytes[id]) for id in ids[1:])
-    assert (report["tokens"], report["bytes"]) == (len(ids) - 1, n_bytes)
     assert n_bytes > len(ids)
-    assert report["perplexity"] == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-5)
-    assert report["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+    check_per_token(report, nats, len(ids) - 1, n_bytes)
 
 
 def test_a_report_twice_is_the_same_but_for_its_time(tmp_path):
@@ -176,26 +165,6 @@ def test_a_report_twice_is_the_same_but_for_its_time(tmp_path):
         key: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
         for key, value in first.items()
     }
-
-
-def test_a_memorised_answer_scores_one(tmp_path):
-    tokenizer = tiny_tokenizer()
-    data = Dataset(str(write_questions(tmp_path / "toy_sft", tokenizer)))
-    model = tiny_model(n_vocab=tokenizer.n_vocab, block_size=128, n_embd=64).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    [batch] = data.eval_batches("train", 128, 8)
-    count = int((batch[1] != IGNORE).sum())
-    for _ in range(120):
-        optimizer.zero_grad()
-        (next_token(model, *to_device(batch, "cpu")) / count).backward()
-        optimizer.step()
-    out = save_run(tmp_path / "out", model, tokenizer, data.path, "sft")
-    report = evaluate(out, "--split=train", "--max_new_tokens=100")
-    assert report["rouge_l"] == pytest.approx(1, abs=1e-6)
-    assert report["perplexity"] < 1.1
-    assert report["ended"] == 1
-    assert report["answer_characters"] == report["reference_characters"]
-    assert evaluate(out, "--max_new_tokens=100")["rouge_l"] < 0.9
 
 
 def test_an_evaluation_that_cannot_be_is_refused(tmp_path):
@@ -303,7 +272,6 @@ def test_the_scores_of_translations_by_hand():
         ("沿着、沿著，甚麼、什麼，唸書、念書，回覆、回復，儘管、盡管，了解、瞭解", ""),
         ("年息五厘，永恒不變，恒生指數，煙熏三文魚，蚝油，涂先生", ""),
         ("東涌、鰂魚涌、深水埗、愛民邨、𨋢、嘅、佢哋", ""),
-        ("Section 5(1) 2017年", ""),
     ],
 )
 def test_simplified_characters_by_hand(text, wanted):

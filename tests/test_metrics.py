@@ -135,14 +135,7 @@ def test_a_corpus_and_its_interval_score_as_in_sacrebleu(name):
         value, low, high = score(METRICS[name], answers, REFERENCES)
         assert low < value == wanted.score < high
         assert (high - low) / 2 == pytest.approx(wanted._ci, rel=1e-5)  # which sums in float32
-        assert score(METRICS[name], answers, REFERENCES) == (value, low, high)
         assert signature(METRICS[name]) == str(metric.get_signature())
-
-
-@BOTH
-def test_an_interval_of_equal_sentences_is_a_point(name):
-    value, low, high = score(METRICS[name], worse(REFERENCES[:1], 0.3) * 9, REFERENCES[:1] * 9)
-    assert low == value == high < 100
     assert score(METRICS[name], [""] * 64, REFERENCES) == (0, 0, 0)
 
 

@@ -60,14 +60,11 @@ def prepare(config: Settings, words: list[str], read: Read) -> None:
     sources = find_sources(words, config.encoding)
     tokenizer, tally = load_tokenizer(config.tokenizer), Tally(config.strict)
     records = read(config, sources, tokenizer, tally)
-    names = [source.name for source in sources]
-    meta = write(
-        config.folder,
-        config.max_tokens,
-        records,
-        tokenizer,
-        lambda: {"sources": names} | tally.meta(),
-    )
+
+    def more_meta() -> dict:
+        return {"sources": [source.name for source in sources]} | tally.meta()
+
+    meta = write(config.folder, config.max_tokens, records, tokenizer, more_meta)
     print(f"{tally.good:,} good records{tally.summary()}")
     print_meta(config.folder, meta)
 

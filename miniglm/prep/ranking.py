@@ -35,7 +35,7 @@ from miniglm.prep import endpoint, preferences
 from miniglm.prep.endpoint import ask_all, open_client, short_hash
 from miniglm.prep.pipeline import print_meta
 from miniglm.prep.preferences import best_and_worst, usable
-from miniglm.text import complete, load_for_sampling
+from miniglm.text import check_answers, complete, load_for_sampling
 from miniglm.tokenizer import Tokenizer
 
 ROUND = 16  # batches of samples that are begun together; at their end rows stay empty
@@ -122,11 +122,7 @@ def prompt_of(line: dict) -> list[dict]:
 
 def open_data(config: Settings, checkpoint: Checkpoint) -> Dataset:
     """The questions to ask, if the model can answer them."""
-    if not checkpoint.answers:
-        raise UserError(
-            f"{show_path(repo_path(config.out_dir))} continues texts, it has learnt no answers; "
-            "pass a fine-tuned model's --out_dir="
-        )
+    check_answers(checkpoint)
     data = Dataset(config.dataset or checkpoint.run["settings"]["dataset"])
     if data.kind != "sft":
         raise UserError(
@@ -144,25 +140,21 @@ def choose_sources(config: Settings, data: Dataset) -> list[dict]:
     training split, each time those with the smallest hashes, in their order."""
     trained, held_out = (references(data, split) for split in ("train", "val"))
     held_out = {source: held_out[source] for source in held_out if source not in trained}
+    if not (trained and held_out):
+        raise UserError(
+            f"{show_path(data.path)} has no question of one turn in train, or none in val that is "
+            "not in train, too; pass another --dataset="
+        )
 
     def rank(source: str) -> bytes:
         return hashlib.sha256(f"{config.seed} {source}".encode()).digest()
 
-    lines = []
-    for split, reference_of, count in (
-        ("val", held_out, config.n_val),
-        ("train", trained, config.n_sources),
-    ):
-        if not reference_of:
-            raise UserError(
-                f"{show_path(data.path)} has no question of its own in {split}; prepare it again, "
-                "or pass another --dataset="
-            )
-        if count > len(reference_of):
-            print(f"{split}: all {len(reference_of):,} sources; there are no {count:,}")
-        for source in heapq.nsmallest(count, reference_of, key=rank):
-            lines.append({"split": split, "source": source, "reference": reference_of[source]})
-    return lines
+    splits = [("val", held_out, config.n_val), ("train", trained, config.n_sources)]
+    return [
+        {"split": split, "source": source, "reference": reference_of[source]}
+        for split, reference_of, count in splits
+        for source in heapq.nsmallest(count, reference_of, key=rank)
+    ]
 
 
 def references(data: Dataset, split: str) -> dict[str, str]:
@@ -186,7 +178,6 @@ def sample_all(
     sampling = Sampling(**{name: getattr(config, name) for name in names})
     path, header = config.folder / "samples.jsonl", fingerprint(config, checkpoint, data)
     lines = jsonl.resume(path, header)
-    check_sources(path, lines, sources)
     size = max(1, ROUND * config.batch_size // config.num_samples)
     if len(lines) < len(sources):
         del lines[len(lines) // size * size :]
@@ -196,12 +187,7 @@ def sample_all(
         part = sources[first : first + size]
         prompts = [checkpoint.tokenizer.render_prompt(prompt_of(line)) for line in part]
         outputs = complete(
-            checkpoint,
-            prompts,
-            sampling,
-            config.num_samples,
-            config.batch_size,
-            first_prompt=first,
+            checkpoint, prompts, sampling, config.num_samples, config.batch_size, first
         )
         for line, samples in zip(part, outputs, strict=True):
             # stripped, as all messages are kept
@@ -212,17 +198,6 @@ def sample_all(
             bar.update()
     bar.close()
     return lines
-
-
-def check_sources(path: Path, lines: list[dict], sources: list[dict]) -> None:
-    """Raises UserError if samples are not those of the sources in the same places."""
-    for number, line in enumerate(lines):
-        source = sources[number] if number < len(sources) else {"source": None}
-        if {name: line.get(name) for name in source} != source:
-            raise UserError(
-                f"{show_path(path)}, line {number + 2} is not of its source; delete it to start "
-                "over"
-            )
 
 
 def fingerprint(config: Settings, checkpoint: Checkpoint, data: Dataset) -> dict:
@@ -350,11 +325,11 @@ def ask_comet(config: Settings, model: object, todo: list[Asked], take: Take) ->
 
 
 class Result(NamedTuple):
-    """Of a source: its line, its usable samples' scores, its pair, or why it has none."""
+    """Of a source: its line, its pair and their scores, or why it has none."""
 
     line: dict
-    scores: dict[str, float]
     pair: tuple[str, str] | None
+    scores: tuple[float, float] | None
     why: str
 
 
@@ -369,10 +344,11 @@ def rank_all(
     results = []
     for line, (texts, faults), scores in zip(lines, good, all_scores, strict=True):
         if scores is None:
-            results.append(Result(line, {}, None, "unreadable scores"))
+            results.append(Result(line, None, None, "unreadable scores"))
             continue
         score_of = dict(zip(texts, scores, strict=True))
-        results.append(Result(line, score_of, *best_and_worst(score_of, faults, config.margin)))
+        pair, why = best_and_worst(score_of, faults, config.margin)
+        results.append(Result(line, pair, pair and tuple(map(score_of.get, pair)), why))
     return results
 
 
@@ -380,17 +356,17 @@ def summarize(split: str, results: list[Result]) -> dict:
     """Prints and returns, for meta.json, what a split's sources gave. Raises UserError if they gave
     no pair."""
     results = [result for result in results if result.line["split"] == split]
-    pairs = [result for result in results if result.pair]
+    scores = [result.scores for result in results if result.pair]
     whys = Counter(result.why for result in results if not result.pair)
     left_out = ", ".join(f"{n:,} {why}" for why, n in whys.most_common())
-    if not pairs:
+    if not scores:
         raise UserError(
             f"none of {len(results):,} {split} sources gave a pair ({left_out}); lower --margin=, "
             "or raise --num_samples= or --temperature="
         )
-    best, worst = (sum(r.scores[r.pair[i]] for r in pairs) / len(pairs) for i in (0, 1))
+    best, worst = (sum(side) / len(scores) for side in zip(*scores, strict=True))
     print(
-        f"{split}: {len(results):,} sources gave {len(pairs):,} pairs, scores {best:.1f} and "
+        f"{split}: {len(results):,} sources gave {len(scores):,} pairs, scores {best:.1f} and "
         f"{worst:.1f} on average" + f"; others: {left_out}" * bool(whys)
     )
-    return {"sources": len(results), "pairs": len(pairs)} | dict(whys.most_common())
+    return {"sources": len(results), "pairs": len(scores)} | dict(whys.most_common())

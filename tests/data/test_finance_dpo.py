@@ -5,7 +5,6 @@ import json
 import math
 import random
 import shutil
-import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,7 +18,7 @@ from data_utils import Dataset
 from miniglm.checkpoint import weights_sha256
 from miniglm.generation import Sampling
 from miniglm.prep import ranking
-from miniglm.prep.ranking import chrf, parse_scores
+from miniglm.prep.ranking import parse_scores
 from miniglm.prep.writer import write_sft
 from miniglm.text import complete, load_for_sampling
 from tests.data.test_generate_qa import endpoint
@@ -31,11 +30,9 @@ from tests.runs import (
     questions,
     read_json,
     run,
-    start,
     toy_tokenizer,
     train_here,
 )
-from tests.test_checkpoint import posix, wait_for
 
 N = {"train": 90, "val": 24, "test": 16}
 
@@ -170,22 +167,6 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(answers, whole, tmp_path, 
     assert calls == rounds[content[:place].count(b"\n", content.index(b"\n") + 1) // 16 :]
 
 
-@posix
-def test_a_killed_run_leaves_lines_of_which_the_next_makes_the_same_bytes(answers, whole, tmp_path):
-    out = tmp_path / "out"
-    script = "data/finance/prepare_dpo.py"
-    process = start(script, *argv(answers, out))
-    wait_for(lambda: (out / "samples.jsonl").is_file() and len(lines_of(out)) > 5, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    before = (out / "samples.jsonl").read_bytes()
-    assert len(lines_of(out)) < 80 and not (out / "meta.json").exists()
-    prepared(answers, out)
-    (out / "samples.jsonl.lock").unlink(missing_ok=True)
-    assert contents(out) == contents(whole)
-    assert (whole / "samples.jsonl").read_bytes().startswith(before[: before.rfind(b"\n") + 1])
-
-
 @pytest.mark.parametrize(
     ("words", "names"),
     [
@@ -219,21 +200,6 @@ def test_samples_that_were_edited_are_noticed(answers, whole, tmp_path):
 
 
 # --- what is ranked ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "score"),
-    [
-        ("甲乙", 100),
-        ("丙丁", 0),
-        # one of two characters; no pair, no word: precision and recall (1/2 + 0 + 0) / 3
-        ("甲丙", 100 / 6),
-        # precision (2/4 + 1/3 + 0) / 3, recall (1 + 1 + 0) / 3, of which F2 weighs recall 4 times
-        ("甲乙甲乙", 100 * 5 * (5 / 18) * (2 / 3) / (4 * 5 / 18 + 2 / 3)),
-    ],
-)
-def test_chrf_worked_by_hand(text, score):
-    assert chrf(text, "甲乙") == pytest.approx(score, abs=1e-4)
 
 
 @pytest.mark.parametrize("margin", [0, 10])
