@@ -8,7 +8,6 @@ resumes when the command is repeated. A bad line keeps its place, with an "error
 answer.
 """
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -21,12 +20,11 @@ from tqdm import tqdm
 
 from configurator import UserError, at_least, locked, show_path, user_path, written_aside
 from miniglm import jsonl
-from miniglm.checkpoint import Checkpoint, weights_sha256
+from miniglm.checkpoint import Checkpoint
 from miniglm.generation import Sampling
-from miniglm.text import complete, default_temperature, load_for_sampling, prompt_ids
+from miniglm.text import complete, fingerprint, load_for_sampling, prompt_ids
 
 KEYS = ("question", "Question", "prompt")
-DEPEND = [*(field.name for field in dataclasses.fields(Sampling)), "num_samples", "perplexity"]
 
 
 @dataclass
@@ -114,13 +112,10 @@ def answers(
 
 def header(config: Settings, checkpoint: Checkpoint, source: Path) -> dict:
     """What the answers depend on."""
-    names = [*DEPEND, *(["quantize", "batch_size"] if config.quantize else [])]
-    config = default_temperature(checkpoint, config)
-    return {
-        "settings": {name: getattr(config, name) for name in names},
+    names = ["num_samples", "perplexity", *(["quantize", "batch_size"] if config.quantize else [])]
+    return fingerprint(checkpoint, config) | {
+        **{name: getattr(config, name) for name in names},
         "question_end": checkpoint.question_end,
-        "tokenizer_sha256": checkpoint.tokenizer.sha256,
-        "weights_sha256": weights_sha256(checkpoint.path),
         "input_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
     }
 

@@ -7,10 +7,10 @@ Token ids are generation.py's, the command line is sample.py's.
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from configurator import UserError, repo_path, show_path
-from miniglm.checkpoint import Checkpoint, load_checkpoint
+from miniglm.checkpoint import Checkpoint, load_checkpoint, weights_sha256
 from miniglm.decoding import pack, quantize
 from miniglm.generation import Batch, Request, Sampling
 from miniglm.tokenizer import Tokenizer
@@ -40,6 +40,16 @@ def load_for_sampling(out_dir: str, device: str = "auto", int8: bool = False) ->
     checkpoint = load_checkpoint(repo_path(out_dir), "best", pick_device(device))
     (quantize if int8 else pack)(checkpoint.model)
     return checkpoint
+
+
+def fingerprint(checkpoint: Checkpoint, sampling: Sampling) -> dict:
+    """What outputs depend on, besides their prompts: for the header of a file that is resumed."""
+    sampling = default_temperature(checkpoint, sampling)
+    settings = {field.name: getattr(sampling, field.name) for field in fields(Sampling)}
+    return settings | {
+        "tokenizer_sha256": checkpoint.tokenizer.sha256,
+        "weights_sha256": weights_sha256(checkpoint.path),
+    }
 
 
 def check_answers(checkpoint: Checkpoint) -> None:

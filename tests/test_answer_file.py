@@ -111,9 +111,11 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(outs, tmp_path, kept, monk
 
 def test_what_another_run_has_begun_is_not_mixed_in(outs, tmp_path):
     part = tmp_path / "answers.jsonl.part"
-    part.write_text('{"settings": {}}\n{"question": "谁？", "answer": "曹节"}\n', encoding="utf-8")
+    part.write_text('{"seed": 2}\n{"question": "谁？", "answer": "曹节"}\n', encoding="utf-8")
     before = part.read_bytes()
-    with pytest.raises(UserError, match=r"answers\.jsonl\.part was begun with other settings"):
+    with pytest.raises(
+        UserError, match=r"answers\.jsonl\.part was begun with other max_new_tokens, "
+    ):
         ask(outs["sft"], tmp_path)
     assert part.read_bytes() == before
     part.unlink()

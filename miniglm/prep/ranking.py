@@ -29,13 +29,13 @@ from tqdm import tqdm
 from configurator import UserError, above, at_least, locked, repo_path, show_path
 from data_utils import Dataset
 from miniglm import comet, jsonl
-from miniglm.checkpoint import Checkpoint, weights_sha256
+from miniglm.checkpoint import Checkpoint
 from miniglm.generation import Sampling
 from miniglm.prep import endpoint, preferences
 from miniglm.prep.endpoint import ask_all, open_client, short_hash
 from miniglm.prep.pipeline import print_meta
 from miniglm.prep.preferences import best_and_worst, usable
-from miniglm.text import check_answers, complete, load_for_sampling
+from miniglm.text import check_answers, complete, fingerprint, load_for_sampling
 from miniglm.tokenizer import Tokenizer
 
 ROUND = 16  # batches of samples that are begun together; at their end rows stay empty
@@ -50,7 +50,7 @@ TASK = """\
 
 
 @dataclass
-class Settings(endpoint.Settings):
+class Settings(endpoint.Settings, Sampling):
     out_dir: str = "out"  # the model whose answers are ranked
     out: str = ""  # directory to write
     dataset: str | None = None  # of questions with references; None is what it was trained on
@@ -59,9 +59,7 @@ class Settings(endpoint.Settings):
     n_val: Annotated[int, at_least(1)] = 200  # of the validation split, for held-out pairs
     num_samples: Annotated[int, at_least(2)] = 4  # answers to each source
     # a translator of 4 million parameters had 7.4 chrF++ on average at 0.7, 5.4 at 1.0
-    temperature: Annotated[float, above(0)] = 0.7  # of the samples, as in sample.py
-    top_p: float = 1.0  # the same
-    max_new_tokens: int = 256  # longest sample, tokens
+    temperature: Annotated[float, above(0)] = 0.7  # of the samples
     seed: int = 1337  # of the samples, and of the choice of sources
     batch_size: Annotated[int, at_least(1)] = 64  # rows at once
     device: str = "auto"  # cuda, mps, cpu; auto is the first of them that is there
@@ -71,6 +69,7 @@ class Settings(endpoint.Settings):
     margin: Annotated[float, at_least(0)] = 5.0  # points of score, of 100, between the two
 
     def __post_init__(self):
+        super().__post_init__()
         if self.model and self.rank == "chrf":
             raise UserError("--model= names a judge; pass --rank=comet or --rank=endpoint with it")
 
@@ -103,7 +102,7 @@ def prepare(config: Settings) -> None:
     meta |= {
         "dataset": show_path(data.path),
         "model": show_path(checkpoint.path),
-        "samples": fingerprint(config, checkpoint, data),
+        "samples": header_of(config, checkpoint, data),
         "rank": config.by,
         "margin": config.margin,
         "pairs_from": counts,
@@ -174,9 +173,7 @@ def sample_all(
 ) -> list[dict]:
     """The sources with their samples: those of samples.jsonl, to which the missing ones are
     appended. Raises UserError if it was begun with other settings or another model."""
-    names = ("max_new_tokens", "temperature", "top_p", "seed")
-    sampling = Sampling(**{name: getattr(config, name) for name in names})
-    path, header = config.folder / "samples.jsonl", fingerprint(config, checkpoint, data)
+    path, header = config.folder / "samples.jsonl", header_of(config, checkpoint, data)
     lines = jsonl.resume(path, header)
     size = max(1, ROUND * config.batch_size // config.num_samples)
     if len(lines) < len(sources):
@@ -187,7 +184,7 @@ def sample_all(
         part = sources[first : first + size]
         prompts = [checkpoint.tokenizer.render_prompt(prompt_of(line)) for line in part]
         outputs = complete(
-            checkpoint, prompts, sampling, config.num_samples, config.batch_size, first
+            checkpoint, prompts, config, config.num_samples, config.batch_size, first
         )
         for line, samples in zip(part, outputs, strict=True):
             # stripped, as all messages are kept
@@ -200,17 +197,15 @@ def sample_all(
     return lines
 
 
-def fingerprint(config: Settings, checkpoint: Checkpoint, data: Dataset) -> dict:
+def header_of(config: Settings, checkpoint: Checkpoint, data: Dataset) -> dict:
     """What the samples depend on. On batch_size, too: rows of another batch are rounded a little
     differently, by which 8 of 1,440 samples of a translator took another turn."""
     names = ("n_val", "n_sources", "num_samples", "batch_size")
-    names += ("max_new_tokens", "temperature", "top_p", "seed")
-    fingerprints = [data.meta["splits"][split]["fingerprint"] for split in ("train", "val")]
-    return {
-        "weights_sha256": weights_sha256(checkpoint.path),
-        "tokenizer_sha256": checkpoint.tokenizer.sha256,
-        "dataset_fingerprints": fingerprints,
-    } | {name: getattr(config, name) for name in names}
+    splits = data.meta["splits"]
+    return fingerprint(checkpoint, config) | {
+        **{name: getattr(config, name) for name in names},
+        "dataset_fingerprints": [splits[split]["fingerprint"] for split in ("train", "val")],
+    }
 
 
 # --- scores --------------------------------------------------------------------------------------

@@ -151,9 +151,9 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_others(answers, whol
 def test_an_interrupted_run_goes_on_to_the_same_bytes(answers, whole, tmp_path, kept, monkeypatch):
     calls = []
 
-    def noted(*arguments, first_prompt: int):
-        calls.append((first_prompt, len(arguments[1])))
-        return complete(*arguments, first_prompt=first_prompt)
+    def noted(*arguments):
+        calls.append((arguments[-1], len(arguments[1])))
+        return complete(*arguments)
 
     monkeypatch.setattr(ranking, "complete", noted)
     content = (whole / "samples.jsonl").read_bytes()
@@ -189,14 +189,10 @@ def test_samples_of_another_run_are_not_mixed_in(answers, whole, words, names):
     assert contents(whole) == before
 
 
-def test_samples_that_were_edited_are_noticed(answers, whole, tmp_path):
-    out = shutil.copytree(whole, tmp_path / "out")
-    lines = (out / "samples.jsonl").read_text(encoding="utf-8").split("\n")
-    (out / "samples.jsonl").write_text("\n".join(lines[:5] + lines[6:]), encoding="utf-8")
-    with pytest.raises(UserError, match=r"samples\.jsonl, line 6 is not of its source; delete it"):
-        prepared(answers, out)
-    with locked(out / "samples.jsonl"), pytest.raises(UserError, match="another run writes"):
-        prepared(answers, out)
+def test_a_second_run_into_the_same_folder_is_refused(answers, tmp_path):
+    refused = pytest.raises(UserError, match=r"another run writes .*samples\.jsonl")
+    with locked(tmp_path / "samples.jsonl"), refused:
+        prepared(answers, tmp_path)
 
 
 # --- what is ranked ------------------------------------------------------------------------------
