@@ -14,10 +14,10 @@ from configurator import show_path
 from data_utils import IGNORE, collate
 from miniglm import jsonl
 from miniglm.checkpoint import Checkpoint
-from miniglm.generation import Sampling
-from miniglm.metrics import METRICS, distinct, look_up, mean, repeated, rouge_l, score, signature
 from miniglm.devices import to_device
+from miniglm.generation import Sampling
 from miniglm.losses import target_losses
+from miniglm.metrics import METRICS, distinct, look_up, mean, repeated, rouge_l, score, signature
 from miniglm.prep.parallel import TO_SIMPLIFIED, traditional
 from miniglm.text import complete
 from miniglm.tokenizer import Tokenizer
