@@ -5,14 +5,12 @@
     .venv-comet/bin/python -m miniglm.comet --answers=out-x/answers-finance_sft-test.jsonl
 
 COMET needs older packages than the rest, so this file imports nothing that only the other
-environment has. Scores go into comet-NAME.json beside answers-NAME.jsonl, where
-`python evaluations.py --compare=` finds them.
+environment has. The score is added to evaluation-NAME.json beside answers-NAME.jsonl, where
+`python evaluations.py --compare=` finds it, until the next evaluation.
 """
 
-import hashlib
 import importlib.metadata
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from configurator import UserError, at_least, command, configure, show_path, user_path
@@ -24,7 +22,7 @@ TEXTS = ("question", "reference", "answer")  # of a line that evaluations.py wro
 
 @dataclass
 class Settings:
-    answers: str = "answers.jsonl"  # a file that evaluations.py wrote
+    answers: str = ""  # a file that evaluations.py wrote
     model: str = MODEL  # a name on the Hugging Face hub, a checkpoint file, or its folder
     batch_size: Annotated[int, at_least(1)] = 16  # sentences at once
 
@@ -69,47 +67,20 @@ def predict(
     return [*model.predict(rows, batch_size=batch_size, **options).scores]
 
 
-def scores_file(answers: Path) -> Path:
-    return answers.with_name(f"comet-{answers.stem.removeprefix('answers-')}.json")
-
-
-def read_scores(answers: Path) -> dict:
-    """{"comet", "comet_model"} of an answers file, {} if it has not been scored. Raises UserError
-    if the answers have changed since."""
-    path = scores_file(answers)
-    if not path.is_file():
-        return {}
-    remedy = f"delete it, or run python -m miniglm.comet --answers={show_path(answers)}"
-    kinds = {"comet": float, "model": str, "answers_sha256": str}
-    report = jsonl.read_report(path, kinds, remedy)
-    if report["answers_sha256"] != sha256(answers):
-        raise UserError(f"{show_path(path)} is of other answers than there are now; {remedy}")
-    return {"comet": report["comet"], "comet_model": report["model"]}
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
-    path = user_path(config.answers)
-    records = jsonl.read_records(path, TEXTS, "pass --answers=, a file that evaluations.py wrote")
+    answers, remedy = user_path(config.answers), "pass --answers=, a file that evaluations.py wrote"
+    records = jsonl.read_records(answers, TEXTS, remedy)
+    path = answers.with_name(f"evaluation{answers.stem.removeprefix('answers')}.json")
+    report = jsonl.read_report(path, {}, remedy)
     model = load_comet(config.model)
     texts = [(record["question"], record["answer"], record["reference"]) for record in records]
     scores = predict(model, texts, config.batch_size)
-    report = {
-        "comet": float(sum(scores) / len(scores)),
-        "model": config.model,
-        "unbabel_comet": importlib.metadata.version("unbabel-comet"),
-        "n": len(records),
-        "answers": path.name,
-        "answers_sha256": sha256(path),
-    }
-    jsonl.write_report(scores_file(path), report)
-    print(
-        f"COMET {report['comet']:.4f} by {config.model}, written to {show_path(scores_file(path))}"
-    )
+    report["comet"] = float(sum(scores) / len(scores))
+    report["comet_model"] = config.model
+    report["comet_version"] = importlib.metadata.version("unbabel-comet")
+    jsonl.write_report(path, report)
+    print(f"COMET {report['comet']:.4f} by {config.model}, written to {show_path(path)}")
 
 
 if __name__ == "__main__":

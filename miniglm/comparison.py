@@ -1,7 +1,7 @@
 """The phases of a translator beside each other: `python evaluations.py --compare=RUNS`.
 
-Reads what evaluations.py wrote of each run, and comet.py where it has scored them; writes the
-tables, and some sentences side by side, to comparison.md and comparison.json.
+Reads what evaluations.py, and perhaps comet.py, wrote about each run; writes the tables, and some
+sentences side by side, to comparison.md and comparison.json.
 """
 
 import itertools
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from configurator import UserError, repo_path, show_path, written_aside
 from miniglm import jsonl, metrics
-from miniglm.comet import TEXTS, read_scores
+from miniglm.comet import TEXTS
 from miniglm.scoring import report_name, score_translations
 
 SHARES = ("empty", "unfinished", "simplified")
@@ -37,12 +37,11 @@ Phase = tuple[dict, list[dict]]  # a run's scores on a split, and a record for e
 def read_phase(run: str, dataset: str, split: str) -> Phase:
     remedy = f"run python evaluations.py --out_dir={run} --dataset={dataset} --split={split}"
     folder, name = repo_path(run), report_name(Path(dataset).name, split)
-    answers = folder / f"answers-{name}.jsonl"
-    records = jsonl.read_records(answers, TEXTS, remedy)
+    records = jsonl.read_records(folder / f"answers-{name}.jsonl", TEXTS, remedy)
     kinds = {"checkpoint": str, "perplexity": int | float}
     report = jsonl.read_report(folder / f"evaluation-{name}.json", kinds, remedy)
-    row = {"run": show_path(folder)} | {key: report[key] for key in kinds}
-    return row | score_translations(records) | read_scores(answers), records
+    copied = {key: report[key] for key in (*kinds, "comet", "comet_model") if key in report}
+    return {"run": show_path(folder)} | copied | score_translations(records), records
 
 
 def check_same(phases: list[Phase], dataset: str, split: str) -> None:

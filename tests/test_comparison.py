@@ -133,22 +133,13 @@ def test_what_cannot_be_compared_is_one_line_that_says_what_to_do(three, tmp_pat
 
 def test_what_comet_said_is_in_the_table_under_its_model(three, tmp_path):
     folder = write_run(tmp_path / "out-a", worse(0.3), 2.0)
-    answers = folder / "answers-toy_sft-test.jsonl"
-    said = {"comet": 0.71234, "model": "my/model", "answers_sha256": comet.sha256(answers)}
-    jsonl.write_report(folder / "comet-toy_sft-test.json", said)
+    path = folder / "evaluation-toy_sft-test.json"
+    report = jsonl.read_report(path, {}, "")
+    jsonl.write_report(path, report | {"comet": 0.71234, "comet_model": "my/model"})
     rows = compare(tmp_path, [folder, three[0][1]])["datasets"][0]["phases"]
     assert [row.get("comet") for row in rows] == [0.71234, None]
     text = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
     assert "| COMET by my/model |" in text and "| 0.7123 |" in text
-    jsonl.write_report(folder / "comet-toy_sft-test.json", said | {"comet": "0.7"})
-    with pytest.raises(
-        UserError, match=r"comet-toy_sft-test\.json has no comet; delete it, or run"
-    ):
-        compare(tmp_path, [folder])
-    jsonl.write_report(folder / "comet-toy_sft-test.json", said)
-    write_run(folder, worse(0.2), 2.0)
-    with pytest.raises(UserError, match="is of other answers than there are now; delete it"):
-        compare(tmp_path, [folder])
 
 
 def test_the_environment_of_comet_need_not_have_what_ours_has():
@@ -162,6 +153,5 @@ def test_without_comet_one_line_says_how_to_get_it(three):
     answers = three[0][0] / "answers-toy_sft-test.jsonl"
     line = error_line(run("miniglm/comet.py", f"--answers={answers}"))
     assert "COMET is not in this environment" in line and "requirements-comet.txt" in line
-    assert not answers.with_name("comet-toy_sft-test.json").exists()
     with pytest.raises(UserError, match=r"no file no\.jsonl; pass --answers=, a file"):
         comet.main(["--answers=no.jsonl"])
