@@ -14,10 +14,12 @@ from configurator import UserError
 from data.translation import prepare_sft as translation_sft
 from data_utils import Dataset
 from miniglm.checkpoint import Checkpoint, load_checkpoint
+from miniglm.generation import Sampling
 from miniglm.jsonl import read_records
 from miniglm.metrics import look_up, mean, rouge_l
 from miniglm.prep import parallel
 from miniglm.scoring import in_chat, in_text, reference_losses, score_translations, simplified
+from miniglm.text import stream
 from miniglm.tokenizer import train_tokenizer
 from tests.helpers import (
     QUESTIONS,
@@ -153,20 +155,6 @@ def test_the_report_of_a_novel_by_hand(tmp_path):
     check_per_token(report, nats, len(ids) - 1, n_bytes)
 
 
-def test_a_report_twice_is_the_same_but_for_its_time(tmp_path):
-    out = make_run(tmp_path, "sft")
-    first, answers = evaluate(out, "--temperature=1"), read_lines(out / "answers.jsonl")
-    second = evaluate(out, "--temperature=1", "--batch_size=1")
-    for record, again in zip(answers, read_lines(out / "answers.jsonl"), strict=True):
-        assert again == record | {"perplexity": pytest.approx(record["perplexity"], rel=1e-5)}
-    for report in (first, second):
-        del report["seconds"]
-    assert second == {
-        key: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
-        for key, value in first.items()
-    }
-
-
 def test_an_evaluation_that_cannot_be_is_refused(tmp_path):
     out = make_run(tmp_path, "sft")
     with pytest.raises(UserError, match="no split 'test'"):
@@ -202,15 +190,6 @@ def make_translator(tmp_path: Path, pairs: Dataset, kind: str) -> Path:
     return save_run(tmp_path / "out-toy", model, pairs.tokenizer, pairs.path, kind)
 
 
-def slow_translation(out: Path, prompt: list[int], count: int) -> list[int]:
-    """The likeliest ids behind the prompt, one after another."""
-    model, ids = load_checkpoint(out).model, list(prompt)
-    with torch.no_grad():
-        while len(ids) < len(prompt) + count:
-            ids.append(int(model.head(model(torch.tensor([ids])))[0, -1].argmax()))
-    return ids[len(prompt) :]
-
-
 @pytest.mark.parametrize(("kind", "ask"), [("sft", in_chat), ("pretrain", in_text)])
 def test_the_report_of_translations_holds_what_its_texts_say(tmp_path, pairs, kind, ask):
     out = make_translator(tmp_path, pairs, kind)
@@ -233,10 +212,8 @@ def test_the_report_of_translations_holds_what_its_texts_say(tmp_path, pairs, ki
     assert report["perplexity"] == pytest.approx(perplexity(losses), rel=1e-4)
     for record, loss in zip(asked, losses, strict=True):
         assert record["perplexity"] == pytest.approx(perplexity([loss]), rel=1e-4)
-    ids = slow_translation(out, ask(tokenizer, wanted[0])[0], 20)
-    end = next((i for i, id in enumerate(ids) if id in tokenizer.stop_ids), 20)
-    assert asked[0]["answer"] == tokenizer.decode(ids[:end])
-    assert asked[0]["ended"] == (end < 20)
+    pieces = stream(checkpoint, ask(tokenizer, wanted[0])[0], Sampling(20, temperature=0.0))
+    assert asked[0]["answer"] == "".join(pieces)
 
 
 def test_the_scores_of_translations_by_hand():

@@ -1,9 +1,7 @@
 """Scores of texts against slow versions, the packages themselves, and numbers worked by hand."""
 
-import itertools
 import random
 
-import numpy as np
 import pytest
 from rouge import Rouge
 from sacrebleu.metrics import BLEU, CHRF
@@ -148,21 +146,6 @@ def test_p_is_sacrebleus_if_no_exchange_leaves_the_difference_as_it_is(name, sha
     p = p_value(METRICS[name], a, b, REFERENCES)
     assert p == pytest.approx(wanted.p_value, abs=3 / EXCHANGES)
     assert 0.05 < p < 1 if share == 0.21 else p < 0.001
-
-
-@BOTH
-def test_p_is_the_share_of_all_exchanges_that_lie_as_far_apart(name):
-    references = REFERENCES[:6]
-    a, b = (worse(references, 0.3, seed) for seed in (1, 2))
-    metric, distances = FRESH[name](), []
-    for swapped in itertools.product([False, True], repeat=6):
-        mixed = (np.where(swapped, b, a).tolist(), np.where(swapped, a, b).tolist())
-        scores = [metric.corpus_score(texts, [references]).score for texts in mixed]
-        distances.append(abs(scores[0] - scores[1]))
-    wanted = sum(distance >= distances[0] - 1e-9 for distance in distances) / 2**6
-    assert 0 < wanted < 1
-    for pair in ((a, b), (b, a)):
-        assert p_value(METRICS[name], *pair, references) == pytest.approx(wanted, abs=0.02)
 
 
 @BOTH

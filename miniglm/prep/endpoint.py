@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Protocol, TypeVar
+from typing import Annotated, Protocol
 
 from tqdm import tqdm
 
@@ -32,9 +32,6 @@ class Settings:
 class Call(Protocol):
     @property
     def prompt(self) -> str: ...
-
-
-C = TypeVar("C", bound=Call)
 
 
 def short_hash(text: str) -> str:
@@ -62,8 +59,8 @@ def open_client(config: Settings):
 def ask_all(
     client,
     config: Settings,
-    calls: Sequence[C],
-    take: Callable[[C, str], str],
+    calls: Sequence[Call],
+    take: Callable[[Call, str], str],
     counts: Counter,
     name: str,
     **options: object,

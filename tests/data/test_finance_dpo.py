@@ -118,30 +118,21 @@ def test_a_validation_source_that_is_trained_too_is_no_held_out_source(answers, 
     write_sft(tmp_path / "asked", toy_tokenizer(), splits, ["a test"], max_tokens=32)
     config = finance.Settings(out_dir="x", n_val=99, n_sources=99)
     lines = ranking.choose_sources(config, Dataset(str(tmp_path / "asked")))
-    found = [line["source"] for line in lines if line["split"] == "val"]
-    assert sorted(found) == sorted(turns[0]["content"] for turns in held_out)
+    chosen = [line["source"] for line in lines if line["split"] == "val"]
+    assert sorted(chosen) == sorted(turns[0]["content"] for turns in held_out)
 
 
 def test_sources_are_a_choice_by_the_seed(answers):
     data = Dataset(str(answers / "asked"))
 
     def sources(**settings: int) -> list[dict]:
-        given = {"out_dir": "x", "n_val": 5, "n_sources": 30}
-        return ranking.choose_sources(finance.Settings(**given | settings), data)
+        settings = {"n_val": 5, "n_sources": 30} | settings
+        return ranking.choose_sources(finance.Settings(**settings), data)
 
     assert sources(n_sources=12) == sources()[: 5 + 12]
     assert [line["split"] for line in sources()] == ["val"] * 5 + ["train"] * 30
     assert sources(seed=1) != sources() == sources()
     assert len({line["source"] for line in sources(n_sources=999)}) == 5 + 90
-
-
-def test_the_same_seed_gives_the_same_bytes_and_another_one_others(answers, whole, tmp_path):
-    prepared(answers, tmp_path / "same")
-    assert contents(tmp_path / "same") == contents(whole)
-    prepared(answers, tmp_path / "other", "--seed=3")
-    first, other = (lines_of(folder)[20] for folder in (whole, tmp_path / "other"))
-    assert first["split"] == other["split"] == "train" and first["source"] != other["source"]
-    assert contents(tmp_path / "other")["train.bin"] != contents(whole)["train.bin"]
 
 
 # --- interrupted ---------------------------------------------------------------------------------
@@ -220,9 +211,9 @@ def test_the_pairs_are_those_of_a_slow_loop(answers, whole, tmp_path, margin, ca
         else:
             whys["too alike"] += 1
     for split in ("train", "val"):
-        found = pairs_of(data, split)
-        assert found.keys() == wanted[split].keys() and found
-        for source, (chosen, rejected) in found.items():
+        pairs = pairs_of(data, split)
+        assert pairs.keys() == wanted[split].keys() and pairs
+        for source, (chosen, rejected) in pairs.items():
             assert chosen in wanted[split][source][0] and rejected in wanted[split][source][1]
     counts = data.meta["pairs_from"].values()
     assert sum(split["pairs"] for split in counts) == sum(map(len, wanted.values()))
@@ -231,20 +222,6 @@ def test_the_pairs_are_those_of_a_slow_loop(answers, whole, tmp_path, margin, ca
     assert data.meta["margin"] == margin
     printed = capsys.readouterr().out
     assert printed.count("\n    better: ") == printed.count("\n    worse:  ") == 3
-
-
-def test_an_unfinished_sample_is_in_no_pair(answers, tmp_path):
-    data = prepared(answers, tmp_path, "--max_new_tokens=5", "--margin=0", "--num_samples=6")
-    lines = {line["source"]: line for line in lines_of(tmp_path)}
-    assert sum(not ended for line in lines.values() for ended in line["ended"]) > 10
-    for split in ("train", "val"):
-        for source, both in pairs_of(data, split).items():
-            line = lines[source]
-            for text in both:
-                whole = zip(line["samples"], line["ended"], strict=True)
-                assert (text, True) in whole
-    with pytest.raises(UserError, match=r"none of 60 train sources gave a pair \(60 unfinished\)"):
-        prepared(answers, tmp_path / "none", "--max_new_tokens=1")
 
 
 def test_meta_says_of_which_model_and_how(answers, whole):
@@ -355,14 +332,11 @@ def test_a_judge_that_fails_at_times_is_asked_the_rest_by_the_same_command(answe
     [
         ("[1, 2.5, 100]", [1, 2.5, 100]),
         ("```json\n[1, 2, 3]\n```", [1, 2, 3]),
-        (" ```\n[1, 2, 3]```\n", [1, 2, 3]),
         ("[1, 2]", None),
         ("[1, 2, 101]", None),
-        ("[1, 2, -1]", None),
         ("[1, 2, NaN]", None),
         ('[1, 2, "3"]', None),
         ("[1, 2, true]", None),
-        ("[1, 2, 3", None),
         ("得分：[1, 2, 3]", None),
         ("", None),
     ],

@@ -169,17 +169,6 @@ def test_a_call_that_never_succeeds_is_left_for_the_next_run(novel, capsys):
     assert "4 of 5 calls were answered before" in capsys.readouterr().out
 
 
-def test_what_a_kill_cut_short_is_mended(novel):
-    with endpoint(lambda line, *_: GOOD[line]) as (url, requests):
-        generate(url, "--input=novel.txt", "--parallel=1", "--calls=3")
-        for name in ("qa.jsonl", "qa.jsonl.calls"):  # the last call's lines, half-written
-            content = (novel / name).read_bytes()
-            (novel / name).write_bytes(content[:-20])
-        generate(url, "--input=novel.txt")
-    assert len(requests) == 3 + 3
-    assert len(lines_of(novel / "qa.jsonl")) == len(lines_of(novel / "qa.jsonl.calls")) == 5
-
-
 def test_calls_come_in_parallel(novel):
     together = threading.Barrier(5, timeout=20)
 
@@ -269,12 +258,6 @@ def test_a_missing_package_is_named(novel, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)  # what import finds of a missing one
     with pytest.raises(UserError, match="the openai package is missing; run python -m pip install"):
         generate_qa.main(["--input=novel.txt", "--model=m"])
-
-
-def test_a_damaged_output_is_not_appended_to(novel):
-    (novel / "qa.jsonl").write_text('{"Question": "甲？"}\n{"Answer": "乙"}\n', encoding="utf-8")
-    with pytest.raises(UserError, match=r"qa\.jsonl, line 2 is damaged"):
-        generate("http://127.0.0.1:9/v1", "--input=novel.txt")
 
 
 # --- the parts -----------------------------------------------------------------------------------
