@@ -54,7 +54,7 @@ class Settings(endpoint.Settings, Sampling):
     out_dir: str = "out"  # the model whose answers are ranked
     out: str = ""  # directory to write
     dataset: str | None = None  # of questions with references; None is what it was trained on
-    max_tokens: int = 256  # longest conversation, if block_size is no smaller
+    max_tokens: int = 256  # longest conversation; the model's block_size if that is smaller
     n_sources: Annotated[int, at_least(1)] = 2000  # of the training split, for training pairs
     n_val: Annotated[int, at_least(1)] = 200  # of the validation split, for held-out pairs
     num_samples: Annotated[int, at_least(2)] = 4  # answers to each source
@@ -98,8 +98,8 @@ def prepare(config: Settings) -> None:
         results = rank_all(config, judge, checkpoint.tokenizer, lines, max_tokens)
     counts = {split: summarize(split, results) for split in ("train", "val")}
     # the texts' own sources and languages: their terms hold for what is made of them, too
-    meta = {name: data.meta[name] for name in ("sources", "languages") if name in data.meta}
-    meta |= {
+    more_meta = {name: data.meta[name] for name in ("sources", "languages") if name in data.meta}
+    more_meta |= {
         "dataset": show_path(data.path),
         "model": show_path(checkpoint.path),
         "samples": header_of(config, checkpoint, data),
@@ -108,7 +108,8 @@ def prepare(config: Settings) -> None:
         "pairs_from": counts,
     }
     pairs = ((r.line["split"], (prompt_of(r.line), *r.pair)) for r in results if r.pair)
-    meta = preferences.write(config.folder, max_tokens, pairs, checkpoint.tokenizer, lambda: meta)
+    tokenizer = checkpoint.tokenizer
+    meta = preferences.write(config.folder, max_tokens, pairs, tokenizer, lambda: more_meta)
     print_meta(config.folder, meta)
 
 

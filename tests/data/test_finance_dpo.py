@@ -48,7 +48,7 @@ def answers(toys) -> Path:
 
 
 def argv(folder: Path, out: Path, *words: str) -> list[str]:
-    common = [f"--out_dir={folder / 'answers'}", f"--out={out}", "--device=cpu", "--max_tokens=32"]
+    common = [f"--out_dir={folder / 'answers'}", f"--out={out}", "--device=cpu"]
     common += ["--n_sources=60", "--n_val=20", "--max_new_tokens=20", "--temperature=1"]
     return [*common, "--batch_size=4", *words]
 
@@ -229,6 +229,7 @@ def test_meta_says_of_which_model_and_how(answers, whole):
     assert meta["model"].endswith(f"answers/{name}")
     assert meta["samples"] == json.loads((whole / "samples.jsonl").read_bytes().split(b"\n")[0])
     assert meta["samples"]["weights_sha256"] == weights_sha256(answers / "answers" / name)
+    assert meta["max_tokens"] == 32  # the model's block_size, below --max_tokens=
     assert (meta["samples"]["seed"], meta["samples"]["temperature"]) == (1337, 1.0)
     assert (meta["rank"], meta["margin"], meta["kind"]) == ("chrF++", 5.0, "dpo")
     assert meta["pairs_from"]["train"]["pairs"] == meta["splits"]["train"]["pairs"]
