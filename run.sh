@@ -127,8 +127,7 @@ translate() {
   runs=$(IFS=, && echo "${runs[*]}")
   stage draw "$python" visualize.py --runs="${runs%,*}"  # preferences have a loss of their own
   stage draw "$python" visualize.py --runs=out-translate-dpo
-  stage compare "$python" -m miniglm.translation_scores compare --runs="$runs" \
-    --datasets=translation_sft,finance_sft
+  stage compare "$python" evaluations.py --compare="$runs"
   echo
   printf '%s\n' "${times[@]}" "$(printf '%-22s %4d s' 'in all' $((SECONDS - began)))"
 }

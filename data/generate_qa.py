@@ -5,14 +5,14 @@
     python data/generate_qa.py --examples=qa.jsonl --calls=20 --model=MODEL --base_url=URL
 
 With --input= each call has a passage of the source to ask about, and an answer is kept only if it
-is grounded there: the sentence that the model quotes as its evidence stands in the passage, and so
-does GROUNDED of the answer's pairs of characters. Without it the examples alone are the prompt.
+is grounded there: the sentence that the model quotes as its evidence is in the passage, and so is
+a share of GROUNDED of the answer's character pairs. Without it the prompt is the examples alone.
 The key is in the environment, OPENAI_API_KEY. A line of --out= is
 
     {"Question", "Answer", "Evidence", "Passage", "Source", "Model"}
 
 and is appended as soon as it comes; OUT.calls has a line for each call that was answered, so that
-the same command goes on where it was stopped. The prepare scripts read the file as it is.
+the same command resumes where it was stopped. The prepare scripts read the file as it is.
 """
 
 import functools
@@ -27,20 +27,22 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import UserError, command, configure, repo_path, show_path
+from configurator import UserError, at_least, command, configure, repo_path, show_path
+from miniglm import jsonl
 from miniglm.prep import endpoint
-from miniglm.prep.endpoint import append, ask_all, open_client, short_hash, whole_lines
-from miniglm.prep.forms import text_of
+from miniglm.prep.endpoint import ask_all, open_client, short_hash
+from miniglm.prep.forms import is_whole, text_of
 from miniglm.prep.readers import Tally, find_sources, records
 from miniglm.prep.similar import QUESTIONS_ALIKE, NearDuplicates, letters_of
 from miniglm.prep.writer import SENTENCE_END
 
-# share of an answer's pairs of characters that its passage or question must have: 88 % of the 1,186
-# answers of data/sanguo/qa.jsonl, which are in other words than the novel, have it in the 800
-# characters around their evidence, and 0.7 % of answers to other questions
+# share of an answer's character pairs that its passage or question must have: 88 % of the 1,186
+# answers of data/sanguo/qa.jsonl, which paraphrase the novel, have it in the 800 characters around
+# their evidence, and 0.7 % of answers to other questions
 GROUNDED = 0.2
 TASK = """\
 请写{n}个不同的问题和它们的答案，用来训练一个中文问答模型。问题要具体、完整，离开原文也能看懂；答案要准确，是一两句完整的话。
@@ -56,29 +58,21 @@ class Settings(endpoint.Settings):
     input: list[str] = field(default_factory=list)  # the source: files, folders, globs; or none
     examples: str = ""  # a file of questions and answers, some of which are shown in each prompt
     out: str = "data/generated/qa.jsonl"  # file to append to
-    calls: int | None = None  # None: one for each passage
-    per_call: int = 5  # pairs asked for in a call
-    passage: int = 800  # characters of a passage at most
-    n_examples: int = 3  # examples in a prompt
+    calls: Annotated[int | None, at_least(1)] = None  # None: one for each passage
+    per_call: Annotated[int, at_least(1)] = 5  # pairs asked for in a call
+    passage: Annotated[int, at_least(1)] = 800  # characters of a passage at most
+    n_examples: Annotated[int, at_least(0)] = 3  # examples in a prompt
     temperature: float = 0.8
-    max_tokens: int | None = None  # of an answer; None: what the endpoint takes
+    max_tokens: int | None = None  # of an answer; None: the endpoint's own limit
     seed: int = 1337  # which examples go with which call
     encoding: str = "auto"  # of the source: utf-8, gb18030, big5, utf-16
     dry_run: bool = False  # print the prompts and the number of calls; call nothing
 
     def __post_init__(self):
-        super().__post_init__()
         if not (self.input or self.examples):
             raise UserError("nothing to go by; pass --input= with the source, or --examples=")
         if not self.input and not self.calls:
             raise UserError("without --input= it needs --calls=, the number of calls")
-        for name in ("per_call", "passage"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
-        if self.calls is not None and self.calls < 1:
-            raise UserError(f"calls={self.calls} must be 1 or more")
-        if self.n_examples < 0:
-            raise UserError(f"n_examples={self.n_examples} must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -92,7 +86,7 @@ class Call:
         return short_hash(self.prompt)
 
 
-# --- what is asked -------------------------------------------------------------------------------
+# --- prompts -------------------------------------------------------------------------------------
 
 
 def passages(config: Settings) -> Iterator[tuple[str, str]]:
@@ -124,26 +118,24 @@ def read_examples(config: Settings) -> list[dict]:
     """The first questions and answers of the examples' conversations."""
     if not config.examples:
         return []
-    found, tally = [], Tally()
+    examples, tally = [], Tally()
     for source in find_sources([config.examples]):
         for turns in records(source, tally, want=list):
             question, answer = (turn["content"] for turn in turns[-2:])
-            found.append({"Question": question, "Answer": answer})
-    return found
+            examples.append({"Question": question, "Answer": answer})
+    return examples
 
 
 def plan(config: Settings, examples: list[dict]) -> list[Call]:
-    """All calls, always the same for the same settings. Fewer than there are passages: those with
-    the smallest hashes, which lie all over the source, and are among those of more calls."""
-    if config.input:
-        found = passages(config)
-        if config.calls:
-            found = heapq.nsmallest(config.calls, found, key=lambda one: _hash(one[0]))
-    else:
-        found = [("", "")] * config.calls
+    """All calls, always the same for the same settings. If --calls= is less than the passages,
+    those with the smallest hashes, which are spread over the source, and are among those of more
+    calls."""
+    asked = passages(config) if config.input else [("", "")] * config.calls
+    if config.input and config.calls:
+        asked = heapq.nsmallest(config.calls, asked, key=lambda passage: _hash(passage[0]))
     calls = [
         Call(write_prompt(config, passage, examples, number), passage, source)
-        for number, (passage, source) in enumerate(found)
+        for number, (passage, source) in enumerate(asked)
     ]
     if not calls:
         raise UserError("there is no text in the input")
@@ -169,12 +161,12 @@ def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-# --- what comes back -----------------------------------------------------------------------------
+# --- answers -------------------------------------------------------------------------------------
 
 
 def parse_pairs(text: str) -> tuple[list[dict], int]:
-    """The JSON objects with question and answer in a model's text, whatever stands around them, and
-    how many others begin there but are broken or have no question and answer."""
+    """The JSON objects with question and answer in a model's text, whatever surrounds them, and how
+    many others begin there but are broken or lack one of the two."""
     decoder, pairs, broken, at = json.JSONDecoder(), [], 0, 0
     while (at := text.find("{", at)) >= 0:
         try:
@@ -195,8 +187,8 @@ def parse_pairs(text: str) -> tuple[list[dict], int]:
 
 
 def is_grounded(pair: dict, passage: str) -> bool:
-    """Whether a passage has the pair's evidence, the numbers of its answer, and GROUNDED of the
-    answer's pairs of characters, those of the question aside."""
+    """Whether a passage has the pair's evidence, the numbers of its answer, and a share of GROUNDED
+    of the answer's character pairs, those of the question aside."""
     evidence = pair.get("Evidence")
     if not isinstance(evidence, str) or not letters_of(evidence):
         return False
@@ -206,21 +198,21 @@ def is_grounded(pair: dict, passage: str) -> bool:
     answer = letters_of(pair["Answer"])
     if any(number not in known for number in re.findall(r"\d+", answer)):
         return False
-    twos = [answer[i : i + 2] for i in range(max(1, len(answer) - 1))]
-    return sum(two in known for two in twos) >= GROUNDED * len(twos)
+    bigrams = [answer[i : i + 2] for i in range(max(1, len(answer) - 1))]
+    return sum(bigram in known for bigram in bigrams) >= GROUNDED * len(bigrams)
 
 
 class Pairs:
-    """The output: which questions there are, and which calls have been answered."""
+    """The output file: its questions, and which calls have been answered."""
 
     def __init__(self, path: Path, examples: list[dict]):
         self.path, self.calls_path = path, path.with_name(path.name + ".calls")
         self.counts, self.known = Counter(), NearDuplicates(2, QUESTIONS_ALIKE)
-        self.done = {line["call"] for line in whole_lines(self.calls_path, "call")}
+        self.done = {line["call"] for line in jsonl.recover(self.calls_path, "call")}
         self.before = 0
         for pair in examples:
             self.known.like(letters_of(pair["Question"]))
-        for pair in whole_lines(path, "Question"):
+        for pair in jsonl.recover(path, "Question"):
             self.known.like(letters_of(pair["Question"]))
             self.before += 1
 
@@ -233,21 +225,19 @@ class Pairs:
             reason = self.fault(pair, call.passage)
             counts[reason or "kept"] += 1
             if not reason:
-                names = (
-                    ("Question", "Answer", "Evidence") if call.passage else ("Question", "Answer")
-                )
-                line = {name: pair[name].strip() for name in names}
+                line = {name: pair[name].strip() for name in ("Question", "Answer")}
                 if call.passage:
+                    line |= {"Evidence": pair["Evidence"].strip()}
                     line |= {"Passage": call.passage, "Source": call.source}
                 lines.append(line | {"Model": model})
-        append(self.path, lines)
-        append(self.calls_path, [{"call": call.id, "model": model} | +counts])
+        jsonl.append(self.path, lines)
+        jsonl.append(self.calls_path, [{"call": call.id, "model": model} | +counts])
         self.counts += counts
         return f"{self.counts['kept']} pairs"
 
     def fault(self, pair: dict, passage: str) -> str:
-        """Why a pair is left out, "" where it is good."""
-        if any("\0" in pair[name] or not _is_text(pair[name]) for name in ("Question", "Answer")):
+        """Why a pair is left out, "" if it is good."""
+        if not is_whole(pair["Question"] + pair["Answer"]):
             return "malformed"
         if passage and not is_grounded(pair, passage):
             return "not grounded"
@@ -278,17 +268,9 @@ def main(argv: list[str]) -> None:
     try:
         ask_all(client, config, todo, take, pairs.counts, out.name, **options)
     finally:
-        found = ", ".join(f"{n:,} {what}" for what, n in pairs.counts.items() if n)
+        counts = ", ".join(f"{n:,} {what}" for what, n in pairs.counts.items() if n)
         total = pairs.before + pairs.counts["kept"]
-        print(f"{found or 'nothing new'}; {show_path(out)} has {total:,} pairs")
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        print(f"{counts or 'nothing new'}; {show_path(out)} has {total:,} pairs")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from data_utils import Dataset
 from miniglm.checkpoint import Checkpoint
 from miniglm.distributed import World
 from miniglm.generation import Sampling
-from miniglm.text import complete, default_temperature, prompt_ids, show
+from miniglm.text import complete, prompt_ids, show
 
 SAMPLE_TOKENS = 60  # of a sample, at most
 PROMPT_LENGTH = 12  # characters of the validation text that a sample continues
@@ -196,7 +196,6 @@ def write_samples(
     """What the model now makes of each prompt, as sample.py shows it. The model stays as it is,
     and no random state is touched."""
     sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, seed=seed)
-    sampling = default_temperature(checkpoint, sampling)
     # a compiled model would be compiled anew for each length of its cache; on CUDA the decoding
     # step, which is compiled for long jobs, at each evaluation
     compiled |= checkpoint.model.wte.weight.device.type == "cuda"

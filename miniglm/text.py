@@ -5,13 +5,14 @@ Token ids are generation.py's, the command line is sample.py's.
 """
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
-from configurator import UserError, repo_path
-from miniglm.checkpoint import Checkpoint, load_checkpoint
+from configurator import UserError, repo_path, show_path
+from miniglm.checkpoint import Checkpoint, load_checkpoint, weights_sha256
 from miniglm.decoding import pack, quantize
-from miniglm.generation import Batch, Request, Sampling, Token
+from miniglm.generation import Batch, Request, Sampling
 from miniglm.tokenizer import Tokenizer
 from model import pick_device
 
@@ -21,7 +22,7 @@ AHEAD = 64  # times batch_size: prompts begun before the first that has not ende
 @dataclass
 class Output:
     """One sample: its ids without the end token, its text, whether it ended by itself (an end
-    token or a stop text came), and -log p of its tokens where they were asked for."""
+    token or a stop text came), and -log p of its tokens if they were asked for."""
 
     ids: list[int] = field(default_factory=list)
     text: str = ""
@@ -41,19 +42,38 @@ def load_for_sampling(out_dir: str, device: str = "auto", int8: bool = False) ->
     return checkpoint
 
 
+def fingerprint(checkpoint: Checkpoint, sampling: Sampling) -> dict:
+    """What outputs depend on, besides their prompts: for the header of a file that is resumed."""
+    sampling = default_temperature(checkpoint, sampling)
+    settings = {field.name: getattr(sampling, field.name) for field in fields(Sampling)}
+    return settings | {
+        "tokenizer_sha256": checkpoint.tokenizer.sha256,
+        "weights_sha256": weights_sha256(checkpoint.path),
+    }
+
+
+def check_answers(checkpoint: Checkpoint) -> None:
+    """Raises UserError if the model has not been fine-tuned on answers."""
+    if not checkpoint.answers:
+        raise UserError(
+            f"{show_path(checkpoint.out_dir)} continues texts, it has learnt no answers; "
+            "pass a fine-tuned model's --out_dir="
+        )
+
+
 # --- prompts -----------------------------------------------------------------------------------
 
 
 def default_temperature(checkpoint: Checkpoint, sampling: Sampling) -> Sampling:
-    """The sampling with its temperature filled in."""
-    if sampling.temperature is None:
-        sampling.temperature = 0.0 if checkpoint.answers else 0.8
-    return sampling
+    """The sampling with its temperature filled in: answers are greedy, continuations are not."""
+    if sampling.temperature is not None:
+        return sampling
+    return replace(sampling, temperature=0.0 if checkpoint.answers else 0.8)
 
 
 def prompt_ids(checkpoint: Checkpoint, text: str) -> list[int]:
-    """A question in the chat format for a fine-tuned model, else the text to be continued, of which
-    no more than the last block_size tokens are read. UserError for a question that is longer."""
+    """A question in the chat format for a fine-tuned model, else the text to be continued: its last
+    block_size tokens. Raises UserError if a question is longer."""
     if checkpoint.answers:
         question = complete_question(checkpoint, text)
         return chat_prompt(checkpoint, [{"role": "user", "content": question}])
@@ -63,12 +83,12 @@ def prompt_ids(checkpoint: Checkpoint, text: str) -> list[int]:
 
 def chat_prompt(checkpoint: Checkpoint, messages: list[dict]) -> list[int]:
     """Ids that ask for the answer to the last message. The oldest turns are left out until a
-    quarter of block_size is free for the answer. UserError where the last alone is too long."""
+    quarter of block_size is free for the answer. Raises UserError if the last alone is too long."""
     block_size, render = checkpoint.model.config.block_size, checkpoint.tokenizer.render_prompt
     system = [m for m in messages[:1] if m["role"] == "system"]
     turns = messages[len(system) :]
     if not turns or turns[-1]["role"] != "user":
-        raise UserError("a conversation must end with a question of the user's")
+        raise UserError("a conversation must end with a question from the user")
     for first in [i for i, message in enumerate(turns) if message["role"] == "user"]:
         ids = render([*system, *turns[first:]])
         if len(ids) <= block_size - block_size // 4:
@@ -83,7 +103,7 @@ def chat_prompt(checkpoint: Checkpoint, messages: list[dict]) -> list[int]:
 
 
 def complete_question(checkpoint: Checkpoint, text: str) -> str:
-    """The question with the mark that ended the trained ones, where it ends in none."""
+    """The question; if it ends in no mark, with the mark that ended the trained ones."""
     bare = text.strip()
     return bare + checkpoint.question_end if bare and bare[-1].isalnum() else text
 
@@ -102,23 +122,23 @@ class TextStream:
         return self._release(self.decoder.push(id), keep=True)
 
     def flush(self) -> str:
-        """What is left when no more ids come."""
+        """The remaining text, when no more ids come."""
         return self._release(self.decoder.flush(), keep=False)
 
     def _release(self, new: str, keep: bool) -> str:
         if self.stopped:
             return ""
         self.held += new
-        found = [place for stop in self.stop if (place := self.held.find(stop)) >= 0]
-        if found:
-            end, self.stopped = min(found), True
+        places = [place for stop in self.stop if (place := self.held.find(stop)) >= 0]
+        if places:
+            end, self.stopped = min(places), True
         else:
-            end = len(self.held) - (self._beginning() if keep else 0)
+            end = len(self.held) - (self._partial_stop() if keep else 0)
         text, self.held = self.held[:end], self.held[end:]
         return text
 
-    def _beginning(self) -> int:
-        """Characters at the end of what is held with which a stop text may begin."""
+    def _partial_stop(self) -> int:
+        """How many of the last characters may be the beginning of a stop text."""
         longest = max(map(len, self.stop), default=0)
         sizes = range(min(longest, len(self.held)), 0, -1)
         return next((n for n in sizes if any(s.startswith(self.held[-n:]) for s in self.stop)), 0)
@@ -136,57 +156,46 @@ def complete(
     """The outputs of each prompt, in the prompts' order; batch_size samples are made at once, and
     prompts are taken as there is room. first_prompt: the index of the first, for its random
     stream."""
-    tokenizer, prompts = checkpoint.tokenizer, enumerate(prompts)
+    tokenizer, prompts = checkpoint.tokenizer, enumerate(prompts, first_prompt)
+    sampling = default_temperature(checkpoint, sampling)
     batch = Batch(checkpoint.model, tokenizer.stop_ids, batch_size, many=True)
-    begun: dict[int, list[Output]] = {}  # by prompt, until it is yielded
-    missing: dict[int, int] = {}  # samples of each that have not ended
-    of: dict[Request, tuple[int, Output, TextStream]] = {}
-    following = 0
+    begun: deque[list[Request]] = deque()  # samples of each prompt that is not yet yielded
+    output_of: dict[Request, tuple[Output, TextStream]] = {}
     while True:
         # finished outputs wait for the slowest one; beyond AHEAD of them, all wait for it
         while len(batch.waiting) < batch_size and len(begun) < AHEAD * batch_size:
-            if (following_prompt := next(prompts, None)) is None:
+            if (numbered_prompt := next(prompts, None)) is None:
                 break
-            number, prompt = following_prompt
-            begun[number], missing[number] = [Output() for _ in range(num_samples)], num_samples
-            for sample, output in enumerate(begun[number]):
-                request = Request(
-                    prompt, sampling, first_prompt + number, sample, 0 if with_nats else None
-                )
-                of[request] = number, output, TextStream(tokenizer, sampling.stop)
+            number, prompt = numbered_prompt
+            alternatives = 0 if with_nats else None
+            begun.append(
+                [Request(prompt, sampling, number, i, alternatives) for i in range(num_samples)]
+            )
+            for request in begun[-1]:
+                output_of[request] = Output(), TextStream(tokenizer, sampling.stop)
                 batch.add(request)
         if not begun:
             return
         for request, token in batch.step():
-            number, output, stream = of[request]
-            _add(output, token, stream, tokenizer)
-            if stream.stopped:
+            output, text = output_of[request]
+            if token.log_prob is not None:
+                output.nats.append(-token.log_prob)
+            if token.id not in tokenizer.stop_ids:
+                output.text += text.push(token.id)
+            if text.stopped:
                 batch.cancel(request)
             if request.finish:
-                output.text += stream.flush()
-                missing[number] -= 1
-                del of[request]
-        while missing.get(following) == 0:
-            del missing[following]
-            yield begun.pop(following)
-            following += 1
-
-
-def _add(output: Output, token: Token, stream: TextStream, tokenizer: Tokenizer) -> None:
-    if token.log_prob is not None:
-        output.nats.append(-token.log_prob)
-    if token.id in tokenizer.stop_ids:
-        output.ended = True
-    else:
-        output.ids.append(token.id)
-        output.text += stream.push(token.id)
-        output.ended = stream.stopped
+                output.ids, output.text = request.ids, output.text + text.flush()
+                output.ended = request.finish == "stop" or text.stopped
+        while begun and all(request.finish for request in begun[0]):
+            yield [output_of.pop(request)[0] for request in begun.popleft()]
 
 
 def stream(
     checkpoint: Checkpoint, prompt: list[int], sampling: Sampling, sample_index: int = 0
 ) -> Iterator[str]:
     """The text of one sample as it comes, in whole characters."""
+    sampling = default_temperature(checkpoint, sampling)
     text = TextStream(checkpoint.tokenizer, sampling.stop)
     batch = Batch(checkpoint.model, checkpoint.tokenizer.stop_ids, size=1)
     batch.add(Request(prompt, sampling, 0, sample_index))

@@ -18,7 +18,6 @@ from miniglm.text import (
     chat_prompt,
     complete,
     complete_question,
-    default_temperature,
     load_for_sampling,
     prompt_ids,
 )
@@ -99,6 +98,5 @@ def expected(out_dir: Path, messages: list[dict], sampling: Sampling, number: in
         prompt = chat_prompt(checkpoint, [*before, {"role": "user", "content": question}])
     else:
         prompt = prompt_ids(checkpoint, last["content"])
-    default_temperature(checkpoint, sampling)
     [outputs] = complete(checkpoint, [prompt], sampling, number + 1)
     return outputs[number].text

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 import sample
-from configurator import UserError
-from miniglm.answer_file import alone
+from configurator import UserError, locked
 from miniglm.generation import Sampling
-from miniglm.text import chat, load_for_sampling, prompt_ids, stream
+from miniglm.text import load_for_sampling, prompt_ids, stream
 from tests.helpers import TEXT, save_run, tiny_model, tiny_tokenizer, write_novel, write_questions
-from tests.runs import contents, error_line, run
+from tests.runs import contents
 
 LINES = [
     '{"question": "谁弄权？", "id": 3}',
@@ -47,8 +46,8 @@ def outs(tmp_path_factory) -> dict[str, Path]:
 def ask(out: Path, folder: Path, *flags: str, lines: list[str] = LINES) -> list[dict]:
     source, target = folder / "asked.jsonl", folder / "answers.jsonl"
     source.write_text("\n".join(lines), encoding="utf-8")
-    where = [f"--out_dir={out}", f"--input_data={source}", f"--output_data={target}"]
-    sample.main([*where, "--device=cpu", "--max_new_tokens=20", *flags])
+    files = [f"--input_data={source}", f"--output_data={target}"]
+    sample.main([f"--out_dir={out}", *files, "--device=cpu", "--max_new_tokens=20", *flags])
     return read(target)
 
 
@@ -91,7 +90,7 @@ def test_several_samples_and_perplexities_are_lists(outs, tmp_path):
         assert all(value > 1 for value in record["perplexities"])
 
 
-@pytest.mark.parametrize("kept", [0, 1, 30, 0.3, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("kept", [0, 30, 0.5, 0.99, 1.0])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(outs, tmp_path, kept, monkeypatch):
     flags = ("--temperature=1", "--num_samples=2", "--batch_size=2")
     ask(outs["sft"], tmp_path, *flags)
@@ -112,78 +111,37 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(outs, tmp_path, kept, monk
 
 def test_what_another_run_has_begun_is_not_mixed_in(outs, tmp_path):
     part = tmp_path / "answers.jsonl.part"
-    for other in ('{"settings": {}}\n{"question": "谁？", "answer": "曹节"}\n', "not json\nx\n"):
-        part.write_text(other, encoding="utf-8")
-        with pytest.raises(UserError, match=r"answers\.jsonl\.part was begun with other settings"):
-            ask(outs["sft"], tmp_path)
-        assert part.read_text(encoding="utf-8") == other
-
-
-def test_a_second_run_into_the_same_file_is_refused(outs, tmp_path):
-    refused = pytest.raises(UserError, match="another run writes")
-    with alone(tmp_path / "answers.jsonl"), refused:
+    part.write_text('{"seed": 2}\n{"question": "谁？", "answer": "曹节"}\n', encoding="utf-8")
+    before = part.read_bytes()
+    with pytest.raises(
+        UserError, match=r"answers\.jsonl\.part was begun with other max_new_tokens, "
+    ):
         ask(outs["sft"], tmp_path)
-    ask(outs["sft"], tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "asked.jsonl"]
+    assert part.read_bytes() == before
+    part.unlink()
+    with locked(tmp_path / "answers.jsonl"), pytest.raises(UserError, match="another run writes"):
+        ask(outs["sft"], tmp_path)
 
 
 @pytest.mark.parametrize("flag", ["--start=谁", "--interactive", "--save_path=x", "--eval_mode"])
 def test_what_means_nothing_beside_a_file_is_refused(outs, tmp_path, flag):
     with pytest.raises(UserError, match="means nothing beside --input_data"):
         ask(outs["sft"], tmp_path, flag)
+    with pytest.raises(UserError, match="go together"):
+        ask(outs["sft"], tmp_path, "--input_data=")
 
 
 def test_what_is_there_already_stays(outs, tmp_path):
     ask(outs["sft"], tmp_path, lines=["谁？"])
     before = contents(tmp_path)
-    with pytest.raises(UserError, match="is there already; delete it, or name another"):
+    with pytest.raises(UserError, match="exists; delete it, or pass another"):
         ask(outs["sft"], tmp_path, lines=["谁？"])
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        (None, "no file"),
-        (b"", "is empty"),
-        (b" \n\n", "is empty"),
-        ("谁？".encode("gbk"), "is not UTF-8"),
-        (b'{"a": 1}\n{', "no line of .* is a question; the first: line 1"),
-    ],
-)
-def test_a_file_without_a_question_is_one_line(outs, tmp_path, content, words):
-    source = tmp_path / "asked.jsonl"
-    if content is not None:
-        source.write_bytes(content)
-    flags = [f"--out_dir={outs['sft']}", f"--input_data={source}"]
-    with pytest.raises(UserError, match=words) as error:
-        sample.main([*flags, f"--output_data={tmp_path / 'a.jsonl'}", "--device=cpu"])
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "a.jsonl").exists()
-
-
-def test_one_of_the_two_files_alone_is_refused(outs):
-    done = run("sample.py", f"--out_dir={outs['sft']}", "--output_data=a.jsonl")
-    assert "go together" in error_line(done)
-
-
-def test_a_conversation_remembers_until_an_empty_line(outs, monkeypatch, capsys):
-    checkpoint = load_for_sampling(str(outs["sft"]), "cpu")
-    checkpoint.run["dataset"]["question_end"] = "？"
-    said = iter(["谁弄权", "何时？", TEXT.replace("\n", ""), "", "何时？"])
-
-    def type_in(prompt: str) -> str:
-        if (line := next(said, None)) is None:
-            raise EOFError
-        return line
-
-    monkeypatch.setattr("builtins.input", type_in)
-    asked = []
-    monkeypatch.setattr(sample, "chat", lambda c, m, *s: asked.append(list(m)) or chat(c, m, *s))
-    sample.converse(checkpoint, Sampling(12, temperature=0.0))
-    printed = capsys.readouterr().out
-    assert [m["content"] for m in asked[0]] == ["谁弄权？"]
-    assert [m["role"] for m in asked[1]] == ["user", "assistant", "user"]
-    assert asked[1][1]["content"] in printed and asked[1][1]["content"]
-    assert "error: the prompt" in printed
-    assert asked[3] == [{"role": "user", "content": "何时？"}]
+def test_a_file_without_a_question_is_one_line(outs, tmp_path):
+    with pytest.raises(UserError, match=r"no line of .* is a question; the first: line 1"):
+        ask(outs["sft"], tmp_path, lines=['{"a": 1}', "{"])
+    with pytest.raises(UserError, match=r"asked\.jsonl is empty; --input_data= takes"):
+        ask(outs["sft"], tmp_path, lines=[" "])
+    assert [path.name for path in tmp_path.iterdir()] == ["asked.jsonl"]

@@ -12,7 +12,6 @@ from data.finance import prepare_dpo
 from data.finance import prepare_sft as finance_sft
 from data.translation import prepare as translation
 from data.translation import prepare_sft as translation_sft
-from miniglm import translation_scores
 from miniglm.prep import parallel
 from tests.runs import read_json, words
 
@@ -90,9 +89,8 @@ def test_the_four_phases_in_a_row(tmp_path, monkeypatch):
         train.main([str(path), *(shape if number == 0 else []), *argv])
         for dataset in tests:
             evaluations.main(words(out_dir=out_dirs[number], dataset=dataset, split="test"))
-    runs = ",".join(map(str, out_dirs))
-    compared = words(runs=runs, datasets=",".join(tests), out=tmp_path / "comparison")
-    translation_scores.main(["compare", *compared])
+    runs, out = ",".join(map(str, out_dirs)), tmp_path / "comparison"
+    evaluations.main(words(compare=runs, datasets=",".join(tests), out=out))
 
     report = read_json(tmp_path / "comparison" / "comparison.json")
     general, finance = (part["phases"] for part in report["datasets"])

@@ -2,29 +2,45 @@
 
     python data/custom/prepare_dpo.py --input=pairs.jsonl --name=mine_dpo --tokenizer=data/mine_sft
     python data/custom/prepare_dpo.py --input=out-sanguo-sft/marks.jsonl --name=marks_dpo
+    python data/custom/prepare_dpo.py --ranked=scored.jsonl --margin=5
 
-Which records it takes is told in miniglm/prep/preferences.py. Marks that stay alone are counted.
+miniglm/prep/preferences.py lists the records it takes. Marks without a counterpart are counted.
 """
 
+import functools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from configurator import command, configure
+from configurator import UserError, at_least, command, configure
 from miniglm.prep import preferences
 
 
 @dataclass
 class Settings(preferences.Settings):
+    ranked: list[str] = field(default_factory=list)  # or files of several ranked answers: a,b
+    margin: Annotated[float, at_least(0)] = 0.0  # with ranked: least difference of two scores
     name: str = "mine_dpo"  # the dataset's name under data/
     tokenizer: str = "data/sanguo_sft"  # where one lies: that of the model to train
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.input and self.ranked:
+            raise UserError("--input= and --ranked= take different records; pass one of them")
+        if self.margin and not self.ranked:
+            raise UserError("--margin= needs scores; pass --ranked= with it")
 
 
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
-    preferences.prepare(config, config.input, preferences.read_pairs)
+    if config.ranked:
+        read = functools.partial(preferences.read_ranked, margin=config.margin)
+        preferences.prepare(config, config.ranked, read)
+    else:
+        preferences.prepare(config, config.input, preferences.read_pairs)
 
 
 if __name__ == "__main__":

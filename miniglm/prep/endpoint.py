@@ -1,5 +1,4 @@
-"""A language model behind any OpenAI-compatible endpoint: many calls at once, whose answers are
-appended to a file line by line, so that the same command goes on where it was stopped.
+"""Many calls at once to a language model behind any OpenAI-compatible endpoint.
 
 The key is in the environment, OPENAI_API_KEY. What is asked, and what an answer means, is left to
 data/generate_qa.py and miniglm/prep/ranking.py.
@@ -7,18 +6,16 @@ data/generate_qa.py and miniglm/prep/ranking.py.
 
 import asyncio
 import hashlib
-import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Annotated, Protocol
 
 from tqdm import tqdm
 
-from configurator import UserError, show_path
+from configurator import UserError, above, at_least
 
 HOPELESS = 5  # calls that fail one after another, after which it stops
 
@@ -27,17 +24,9 @@ HOPELESS = 5  # calls that fail one after another, after which it stops
 class Settings:
     model: str = ""  # the model's name at the endpoint
     base_url: str = ""  # the endpoint, as http://127.0.0.1:7860/v1; empty: OPENAI_BASE_URL, OpenAI
-    parallel: int = 8  # calls at once
-    retries: int = 5  # of a call that the endpoint refuses or loses
-    timeout: float = 120.0  # seconds of a try
-
-    def __post_init__(self):
-        if self.parallel < 1:
-            raise UserError(f"parallel={self.parallel} must be 1 or more")
-        if self.retries < 0:
-            raise UserError(f"retries={self.retries} must be 0 or more")
-        if self.timeout <= 0:
-            raise UserError(f"timeout={self.timeout:g} must be above 0")
+    parallel: Annotated[int, at_least(1)] = 8  # calls at once
+    retries: Annotated[int, at_least(0)] = 5  # of a call that the endpoint refuses or loses
+    timeout: Annotated[float, above(0)] = 120.0  # seconds of a try
 
 
 class Call(Protocol):
@@ -45,17 +34,14 @@ class Call(Protocol):
     def prompt(self) -> str: ...
 
 
-C = TypeVar("C", bound=Call)
-
-
 def short_hash(text: str) -> str:
-    """16 digits that tell a call from others."""
+    """16 hexadecimal digits that identify a call."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def open_client(config: Settings):
-    """The client of the openai package, which tries again by itself: after 429, 5xx, lost
-    connections and timeouts, longer each time, or as long as the endpoint asks."""
+    """The client of the openai package, which retries by itself: after 429, 5xx, lost connections
+    and timeouts, waiting longer each time, or as long as the endpoint asks."""
     try:
         import openai  # here, since nothing else needs it
     except ImportError:
@@ -63,34 +49,36 @@ def open_client(config: Settings):
     if not config.model:
         raise UserError("no model named; pass --model=, as the endpoint calls it")
     key = os.environ.get("OPENAI_API_KEY")
-    elsewhere = config.base_url or os.environ.get("OPENAI_BASE_URL")
-    if not key and not elsewhere:
+    url = config.base_url or os.environ.get("OPENAI_BASE_URL")
+    if not key and not url:
         raise UserError("no key; set OPENAI_API_KEY, or name another endpoint by --base_url=")
     options = {"max_retries": config.retries, "timeout": config.timeout}
-    return openai.AsyncOpenAI(api_key=key or "none", base_url=elsewhere or None, **options)
+    return openai.AsyncOpenAI(api_key=key or "none", base_url=url or None, **options)
 
 
 def ask_all(
     client,
     config: Settings,
-    calls: Sequence[C],
-    take: Callable[[C, str], str],
+    calls: Sequence[Call],
+    take: Callable[[Call, str], str],
     counts: Counter,
     name: str,
     **options: object,
 ) -> None:
-    """Asks `parallel` at a time, in order; take(call, text) gets each answer as it comes, and says
-    what the bar shows. options: of the request, as temperature.
+    """Asks `parallel` at a time, in order; take(call, text) gets each answer as it comes, and
+    returns a note for the progress bar. options: of the request, such as temperature.
 
     counts["failed calls"]: those that fail after their retries, which are left for the next run.
-    UserError where the endpoint refuses the request itself, or fails HOPELESS times in a row, or
-    answers none."""
+    Raises UserError if the endpoint refuses the request itself, fails HOPELESS times in a row, or
+    answers no call."""
     try:
         asyncio.run(_ask_all(client, config, calls, take, counts, name, options))
     except* UserError as errors:
         raise errors.exceptions[0] from None
     if calls and counts["failed calls"] == len(calls):
-        raise UserError("no call was answered; the reasons are above; the same command tries again")
+        raise UserError(
+            "no call was answered, for the reasons above; run the same command to try again"
+        )
 
 
 async def _ask_all(client, config, calls, take, counts, name, options) -> None:
@@ -127,40 +115,3 @@ async def _ask_all(client, config, calls, take, counts, name, options) -> None:
 def reason_of(error: Exception) -> str:
     text = " ".join(str(error).split())[:300]
     return f"{text} ({type(error).__name__})"
-
-
-# --- files that are appended to ------------------------------------------------------------------
-
-
-def append(path: Path, lines: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with path.open("a", encoding="utf-8", newline="\n") as file:
-            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    except OSError as error:
-        raise UserError(
-            f"cannot write {show_path(path)}: {error.strerror}; make room, and run the same "
-            "command, which goes on"
-        ) from None
-
-
-def whole_lines(path: Path, *names: str) -> list[dict]:
-    """The lines of a file, if it is there, each with one of the names; one that a kill cut short is
-    taken away."""
-    if not path.is_file():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    lines = []
-    # no splitlines: JSON leaves U+2028 and U+0085 inside its texts as they are
-    for number, line in enumerate(whole.decode("utf-8", "replace").split("\n")[:-1], 1):
-        try:
-            lines.append(json.loads(line))
-            if not {*names} & {*lines[-1]}:
-                raise ValueError
-        except (ValueError, TypeError):
-            raise UserError(f"{show_path(path)}, line {number} is damaged; delete it") from None
-    return lines

@@ -60,18 +60,25 @@ def prepare(config: Settings, words: list[str], read: Read) -> None:
     sources = find_sources(words, config.encoding)
     tokenizer, tally = load_tokenizer(config.tokenizer), Tally(config.strict)
     records = read(config, sources, tokenizer, tally)
-    names = [source.name for source in sources]
-    meta = write(config, records, tokenizer, lambda: {"sources": names} | tally.meta())
+
+    def more_meta() -> dict:
+        return {"sources": [source.name for source in sources]} | tally.meta()
+
+    meta = write(config.folder, config.max_tokens, records, tokenizer, more_meta)
     print(f"{tally.good:,} good records{tally.summary()}")
     print_meta(config.folder, meta)
 
 
 def write(
-    config: Settings, records: Records, tokenizer: Tokenizer, about: Callable[[], dict]
+    out: Path,
+    max_tokens: int,
+    records: Records,
+    tokenizer: Tokenizer,
+    more_meta: Callable[[], dict],
 ) -> dict:
-    """Writes (split, pair), shows the first ones, and returns meta.json. about: what else that
+    """Writes (split, pair), shows the first ones, and returns meta.json. more_meta: what else that
     says, once all are read."""
-    form, shown = Form("dpo", config.max_tokens), []
+    form, shown = Form("dpo", max_tokens), []
 
     def seen() -> Records:
         for split, pair in records:
@@ -79,10 +86,10 @@ def write(
                 shown.append(pair)
             yield split, pair
 
-    with working_folder(config.folder) as folder:
+    with working_folder(out) as folder:
         unit = folder / "unit"
         skipped = write_unit(unit, seen(), tokenizer, form)
-        meta = merge(config.folder, [unit], skipped, tokenizer, form, about())
+        meta = merge(out, [unit], skipped, tokenizer, form, more_meta())
     for prompt, chosen, rejected in shown:
         print(f"{prompt[-1]['content']}\n    better: {chosen}\n    worse:  {rejected}")
     return meta

@@ -1,18 +1,15 @@
 """A model's own answers -> preferences: several to a source, ranked, the best against the worst.
 
-    samples.jsonl   in the dataset's folder: first of what run they are, then a line a source,
+    samples.jsonl   in the dataset's folder: a header that describes the run, then a line a source,
                     {"split", "source", "reference", "samples", "ended", "chrf"}
     scores.jsonl    what COMET or a judge gave to them, {"call", "by", "scores"}
 
 Training pairs come from sources of the training split, held-out ones from the validation split.
-The model was fine-tuned on the former, so pairs from there would say too little of other sentences;
-of the latter it has read none, at most they have chosen its `best`. The test split is not touched.
-Both files are appended to as it goes; stopped, the same command goes on, and comes to the same
-bytes. A sample's random numbers hang on the seed, its source's place and its own number; what is
-rounded hangs on the rows beside it, too, so sources are sampled in rounds, and a round that was not
-finished is begun anew.
-
-torch and the model are imported only where there is something to sample.
+The model was fine-tuned on the former, so pairs from there would say too little about other
+sentences; of the latter it has read none, at most they have chosen its `best`. The test split is
+not touched. Both files are appended to; an interrupted command resumes and ends in the same bytes.
+A sample's random numbers depend on the seed, its source's place and its own number; rounding also
+depends on the rows beside it, so sources are sampled in rounds; an unfinished round starts over.
 """
 
 import dataclasses
@@ -21,27 +18,26 @@ import heapq
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
+from sacrebleu.metrics import CHRF
 from tqdm import tqdm
 
-from configurator import UserError, locked, repo_path, show_path, written_aside
+from configurator import UserError, above, at_least, locked, repo_path, show_path
 from data_utils import Dataset
+from miniglm import comet, jsonl
+from miniglm.checkpoint import Checkpoint
+from miniglm.generation import Sampling
 from miniglm.prep import endpoint, preferences
-from miniglm.prep.endpoint import append, ask_all, open_client, short_hash, whole_lines
+from miniglm.prep.endpoint import ask_all, open_client, short_hash
 from miniglm.prep.pipeline import print_meta
 from miniglm.prep.preferences import best_and_worst, usable
+from miniglm.text import check_answers, complete, fingerprint, load_for_sampling
 from miniglm.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from miniglm.checkpoint import Checkpoint
-
-# points of 100. By a margin of 10 chrF++ 8 % of 511 sources gave a pair, by 5 25 %, by 3 53 %, of a
-# translator of 4 million parameters. At temperature 0.7 its samples had 7.4 on average, at 1.0 5.4
-MARGIN = 5.0
 ROUND = 16  # batches of samples that are begun together; at their end rows stay empty
 CHUNK = 64  # sources whose samples COMET scores before they are written down
 TASK = """\
@@ -51,93 +47,70 @@ TASK = """\
 英文：{source}
 参考译文：{reference}
 {candidates}"""
-# settings that mean nothing beside files, beside a model, and without a judge
-OF_SAMPLES = ("dataset", "n_sources", "n_val", "num_samples", "temperature", "top_p", "seed")
-OF_SAMPLES += ("max_new_tokens", "batch_size", "device", "rank")
-OF_FILES = ("val", "tokenizer", "encoding", "strict")
-OF_JUDGE = tuple(one.name for one in dataclasses.fields(endpoint.Settings))
-NO_JUDGE = {"chrf": OF_JUDGE, "comet": set(OF_JUDGE) - {"model"}, "endpoint": ()}
-COMET = "Unbabel/wmt22-comet-da"
 
 
 @dataclass
-class Settings(preferences.Settings, endpoint.Settings):
-    out_dir: str = ""  # the model whose answers are ranked
-    input: list[str] = field(default_factory=list)  # or files of pairs or of the page's marks: a,b
-    ranked: list[str] = field(default_factory=list)  # or files of answers that are ranked: a,b
+class Settings(endpoint.Settings, Sampling):
+    out_dir: str = "out"  # the model whose answers are ranked
+    out: str = ""  # directory to write
     dataset: str | None = None  # of questions with references; None is what it was trained on
-    n_sources: int = 2000  # of the training split, for training pairs
-    n_val: int = 200  # of the validation split, for held-out pairs
-    num_samples: int = 4  # answers to each source
-    temperature: float = 0.7  # of the samples, as in sample.py
-    top_p: float = 1.0  # the same
-    max_new_tokens: int = 256  # longest sample, tokens
+    max_tokens: int = 256  # longest conversation; the model's block_size if that is smaller
+    n_sources: Annotated[int, at_least(1)] = 2000  # of the training split, for training pairs
+    n_val: Annotated[int, at_least(1)] = 200  # of the validation split, for held-out pairs
+    num_samples: Annotated[int, at_least(2)] = 4  # answers to each source
+    # a translator of 4 million parameters had 7.4 chrF++ on average at 0.7, 5.4 at 1.0
+    temperature: Annotated[float, above(0)] = 0.7  # of the samples
     seed: int = 1337  # of the samples, and of the choice of sources
-    batch_size: int = 64  # rows at once
+    batch_size: Annotated[int, at_least(1)] = 64  # rows at once
     device: str = "auto"  # cuda, mps, cpu; auto is the first of them that is there
-    model: str = ""  # the judge: its name at the endpoint; of COMET a name or a checkpoint
     rank: Literal["chrf", "comet", "endpoint"] = "chrf"  # by what; endpoint is a judge, --model=
-    margin: float | None = None  # points of score, of 100, at least; None is 5, of a file 0
+    model: str = ""  # the judge: its name at the endpoint; of COMET a name or a checkpoint
+    # by 10 chrF++ 8 % of 511 sources gave a pair, by 5 25 %, by 3 53 %, of that translator
+    margin: Annotated[float, at_least(0)] = 5.0  # points of score, of 100, between the two
 
     def __post_init__(self):
-        preferences.Settings.__post_init__(self)
-        endpoint.Settings.__post_init__(self)
-        given = [name for name in ("out_dir", "input", "ranked") if getattr(self, name)]
-        if len(given) != 1:
-            raise UserError(
-                "pass one of --out_dir= (a model to sample), --input= (files of pairs), --ranked= "
-                f"(files of ranked answers); there is {' and '.join(given) or 'none'}"
-            )
-        self._refuse(OF_FILES if self.out_dir else OF_SAMPLES, f"--{given[0]}=")
-        self._refuse(("margin",) if self.input else (), "--input=")
-        self._refuse(NO_JUDGE[self.rank], f"--rank={self.rank}")
-        for name, least in (("n_sources", 1), ("n_val", 1), ("num_samples", 2), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)} must be {least} or more")
-        if self.temperature == 0:
-            raise UserError("temperature=0 makes all samples of a source the same; raise it")
-        if self.margin is not None and self.margin < 0:
-            raise UserError(f"margin={self.margin} must be 0 or more")
+        super().__post_init__()
+        if self.model and self.rank == "chrf":
+            raise UserError("--model= names a judge; pass --rank=comet or --rank=endpoint with it")
 
-    def _refuse(self, names: Collection[str], beside: str) -> None:
-        """UserError where one of the settings is not what it is by default."""
-        for one in dataclasses.fields(self):
-            if one.name in names and getattr(self, one.name) != one.default:
-                raise UserError(f"--{one.name}= means nothing beside {beside}; leave it out")
+    @property
+    def folder(self) -> Path:
+        return repo_path(self.out)
 
     @property
     def by(self) -> str:
-        """What the scores are of."""
-        comet = Path(self.model or COMET)  # of a file its name alone: meta.json may be uploaded
-        comet = comet.name if comet.exists() else self.model or COMET
-        names = {"chrf": "chrF++", "comet": f"COMET {comet}"}
+        """Whose scores they are."""
+        model = Path(self.model or comet.MODEL)  # of a file only its name: meta.json may be public
+        model = model.name if model.exists() else self.model or comet.MODEL
+        names = {"chrf": "chrF++", "comet": f"COMET {model}"}
         return names.get(self.rank, f"endpoint {self.model}")
 
 
 def prepare(config: Settings) -> None:
-    """Samples the model of out_dir, ranks what it says, and writes the dataset."""
-    from miniglm.text import load_for_sampling
-
+    """Samples the model of out_dir, ranks its answers, and writes the dataset."""
     judge = open_judge(config)  # first, since it says at once what is missing
     checkpoint = load_for_sampling(config.out_dir, config.device)
     data = open_data(config, checkpoint)
     sources = choose_sources(config, data)
+    max_tokens = min(config.max_tokens, checkpoint.model.config.block_size)
     with locked(config.folder / "samples.jsonl"):
         lines = sample_all(config, checkpoint, data, sources)
-        results = rank_all(config, judge, checkpoint.tokenizer, lines)
-    counts = {split: tell(split, results) for split in ("train", "val")}
-    # the sources are the texts' own: their terms hold for what is made of them, too
-    about = {name: data.meta[name] for name in ("sources", "languages") if name in data.meta}
-    about |= {"dataset": show_path(data.path), "model": show_path(checkpoint.path)}
-    about |= {"samples": what_of(config, checkpoint, data), "rank": config.by}
-    about |= {"margin": margin_of(config), "pairs_from": counts}
-    pairs = ((one.line["split"], (prompt_of(one.line), *one.pair)) for one in results if one.pair)
-    meta = preferences.write(config, pairs, checkpoint.tokenizer, lambda: about)
+        results = rank_all(config, judge, checkpoint.tokenizer, lines, max_tokens)
+    counts = {split: summarize(split, results) for split in ("train", "val")}
+    # the texts' own sources and languages: their terms hold for what is made of them, too
+    more_meta = {name: data.meta[name] for name in ("sources", "languages") if name in data.meta}
+    more_meta |= {
+        "dataset": show_path(data.path),
+        "model": show_path(checkpoint.path),
+        "samples": header_of(config, checkpoint, data),
+        "rank": config.by,
+        "margin": config.margin,
+        "pairs_from": counts,
+    }
+    pairs = ((r.line["split"], (prompt_of(r.line), *r.pair)) for r in results if r.pair)
+    tokenizer = checkpoint.tokenizer
+    meta = preferences.write(config.folder, max_tokens, pairs, tokenizer, lambda: more_meta)
     print_meta(config.folder, meta)
-
-
-def margin_of(config: Settings) -> float:
-    return MARGIN if config.margin is None else config.margin
 
 
 def prompt_of(line: dict) -> list[dict]:
@@ -147,155 +120,108 @@ def prompt_of(line: dict) -> list[dict]:
 # --- sources -------------------------------------------------------------------------------------
 
 
-def open_data(config: Settings, checkpoint: "Checkpoint") -> Dataset:
-    """The questions that the model is asked, if it can be."""
-    if not checkpoint.answers:
-        raise UserError(
-            f"{show_path(repo_path(config.out_dir))} continues texts, it has learnt no answers; "
-            "pass a fine-tuned model's --out_dir="
-        )
+def open_data(config: Settings, checkpoint: Checkpoint) -> Dataset:
+    """The questions to ask, if the model can answer them."""
+    check_answers(checkpoint)
     data = Dataset(config.dataset or checkpoint.run["settings"]["dataset"])
     if data.kind != "sft":
         raise UserError(
-            f"{show_path(data.path)} has no questions with references; pass --dataset=, as "
+            f"{show_path(data.path)} has no questions with references; pass --dataset=, such as "
             "finance_sft"
         )
-    block_size = checkpoint.model.config.block_size
     for split in ("train", "val"):
-        data.check(block_size, split)
+        data.check(checkpoint.model.config.block_size, split)
     data.check_tokenizer(checkpoint.tokenizer, checkpoint.path)
-    if config.max_tokens > block_size:
-        raise UserError(
-            f"max_tokens={config.max_tokens} is over the model's block_size={block_size}; pass "
-            f"--max_tokens={block_size}"
-        )
     return data
 
 
 def choose_sources(config: Settings, data: Dataset) -> list[dict]:
     """Lines {"split", "source", "reference"}: n_val of the validation split, then n_sources of the
-    training split: each time those with the smallest hashes, in their order."""
-    trained, held_out = (pairs_of(data, split) for split in ("train", "val"))
+    training split, each time those with the smallest hashes, in their order."""
+    trained, held_out = (references(data, split) for split in ("train", "val"))
     held_out = {source: held_out[source] for source in held_out if source not in trained}
-    lines = []
-    for split, found, count in (
-        ("val", held_out, config.n_val),
-        ("train", trained, config.n_sources),
-    ):
-        if not found:
-            raise UserError(
-                f"{show_path(data.path)} has no question of its own in {split}; prepare it anew, "
-                "or pass another --dataset="
-            )
-        if count > len(found):
-            print(f"{split}: all {len(found):,} sources, there are no {count:,}")
-        chosen = heapq.nsmallest(
-            count,
-            found,
-            key=lambda source: hashlib.sha256(f"{config.seed} {source}".encode()).digest(),
+    if not (trained and held_out):
+        raise UserError(
+            f"{show_path(data.path)} has no question of one turn in train, or none in val that is "
+            "not in train, too; pass another --dataset="
         )
-        lines += [{"split": split, "source": s, "reference": found[s]} for s in chosen]
-    return lines
+
+    def rank(source: str) -> bytes:
+        return hashlib.sha256(f"{config.seed} {source}".encode()).digest()
+
+    splits = [("val", held_out, config.n_val), ("train", trained, config.n_sources)]
+    return [
+        {"split": split, "source": source, "reference": reference_of[source]}
+        for split, reference_of, count in splits
+        for source in heapq.nsmallest(count, reference_of, key=rank)
+    ]
 
 
-def pairs_of(data: Dataset, split: str) -> dict[str, str]:
-    """Source -> reference of a split's conversations; those of several turns are no such pairs."""
-    pairs, others = {}, 0
-    for turns in data.conversations(split):
-        if len(turns) == 2:
-            pairs.setdefault(turns[0]["content"], turns[1]["content"])
-        else:
-            others += 1
-    if others:
-        print(f"{split}: {others:,} conversations of several turns are no sources")
-    return pairs
+def references(data: Dataset, split: str) -> dict[str, str]:
+    """Source -> reference of a split's conversations of one turn."""
+    conversations = data.conversations(split)
+    pairs = [turns for turns in conversations if len(turns) == 2]
+    if len(pairs) < len(conversations):
+        print(f"{split}: {len(conversations) - len(pairs):,} conversations of several turns unused")
+    return {ask["content"]: answer["content"] for ask, answer in reversed(pairs)}
 
 
 # --- samples -------------------------------------------------------------------------------------
 
 
 def sample_all(
-    config: Settings, checkpoint: "Checkpoint", data: Dataset, sources: list[dict]
+    config: Settings, checkpoint: Checkpoint, data: Dataset, sources: list[dict]
 ) -> list[dict]:
     """The sources with their samples: those of samples.jsonl, to which the missing ones are
-    appended. UserError where it was begun with other settings or another model."""
-    from miniglm.answer_file import resume
-    from miniglm.generation import Sampling
-    from miniglm.text import complete
-
-    names = ("max_new_tokens", "temperature", "top_p", "seed")
-    sampling = Sampling(**{name: getattr(config, name) for name in names})
-    path = config.folder / "samples.jsonl"
-    resume(path, what_of(config, checkpoint, data))
-    _, *lines = whole_lines(path, "weights_sha256", "source")
-    check_sources(path, lines, sources)
+    appended. Raises UserError if it was begun with other settings or another model."""
+    path, header = config.folder / "samples.jsonl", header_of(config, checkpoint, data)
+    lines = jsonl.resume(path, header)
     size = max(1, ROUND * config.batch_size // config.num_samples)
-    if len(lines) < len(sources) and len(lines) % size:
+    if len(lines) < len(sources):
         del lines[len(lines) // size * size :]
-        keep_lines(path, 1 + len(lines))
+        jsonl.write(path, [header, *lines])
     bar = tqdm(desc="sampling", total=len(sources), initial=len(lines), unit="source")
     for first in range(len(lines), len(sources), size):
         part = sources[first : first + size]
         prompts = [checkpoint.tokenizer.render_prompt(prompt_of(line)) for line in part]
-        rest = config.num_samples, config.batch_size
-        outputs = complete(checkpoint, prompts, sampling, *rest, first_prompt=first)
+        outputs = complete(
+            checkpoint, prompts, config, config.num_samples, config.batch_size, first
+        )
         for line, samples in zip(part, outputs, strict=True):
-            # without the blanks around them, as all messages are kept
-            texts, ended = [one.text.strip() for one in samples], [one.ended for one in samples]
+            # stripped, as all messages are kept
+            texts, ended = [s.text.strip() for s in samples], [s.ended for s in samples]
             scores = [chrf(text, line["reference"]) for text in texts]
             lines.append(line | {"samples": texts, "ended": ended, "chrf": scores})
-            append(path, lines[-1:])
+            jsonl.append(path, lines[-1:])
             bar.update()
     bar.close()
     return lines
 
 
-def keep_lines(path: Path, count: int) -> None:
-    """Cuts a file off behind its first lines."""
-    lines = path.read_bytes().split(b"\n")[:count]
-    with written_aside(path) as aside:
-        aside.write_bytes(b"".join(line + b"\n" for line in lines))
-
-
-def check_sources(path: Path, lines: list[dict], sources: list[dict]) -> None:
-    """UserError where samples are not those of the sources in the same places."""
-    for number, line in enumerate(lines, 2):
-        source = sources[number - 2] if number - 2 < len(sources) else {}
-        if not source or {name: line.get(name) for name in source} != source:
-            raise UserError(
-                f"{show_path(path)}, line {number} is not of its source; delete it to begin anew"
-            )
-
-
-def what_of(config: Settings, checkpoint: "Checkpoint", data: Dataset) -> dict:
+def header_of(config: Settings, checkpoint: Checkpoint, data: Dataset) -> dict:
     """What the samples depend on. On batch_size, too: rows of another batch are rounded a little
     differently, by which 8 of 1,440 samples of a translator took another turn."""
-    from miniglm.checkpoint import weights_sha256
-
     names = ("n_val", "n_sources", "num_samples", "batch_size")
-    names += ("max_new_tokens", "temperature", "top_p", "seed")
-    fingerprints = [data.meta["splits"][split]["fingerprint"] for split in ("train", "val")]
-    about = {
-        "weights_sha256": weights_sha256(checkpoint.path),
-        "tokenizer_sha256": checkpoint.tokenizer.sha256,
-        "dataset_fingerprints": fingerprints,
+    splits = data.meta["splits"]
+    return fingerprint(checkpoint, config) | {
+        **{name: getattr(config, name) for name in names},
+        "dataset_fingerprints": [splits[split]["fingerprint"] for split in ("train", "val")],
     }
-    return about | {name: getattr(config, name) for name in names}
 
 
 # --- scores --------------------------------------------------------------------------------------
 
+CHRF_PLUS = CHRF(word_order=2)
+
 
 def chrf(text: str, reference: str) -> float:
     """chrF++ of a sentence, 0 to 100 (Popović 2017)."""
-    from miniglm.translation_scores import METRICS  # here, since files of pairs need no sacrebleu
-
-    return round(METRICS["chrf"].sentence_score(text, [reference]).score, 4)
+    return round(CHRF_PLUS.sentence_score(text, [reference]).score, 4)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Scores of some translations of a source, as COMET or a judge is asked for them."""
+    """The question to COMET or a judge: scores of some translations of a source."""
 
     by: str
     source: str
@@ -317,12 +243,9 @@ Take = Callable[[Asked, list[float] | None], None]  # None: the scores could not
 
 
 def open_judge(config: Settings) -> object:
-    """What gives other scores than chrF++: COMET's model, or an endpoint's client. UserError where
-    it is not there."""
+    """COMET's model or an endpoint's client. Raises UserError if it is not there."""
     if config.rank == "comet":
-        from miniglm.translation_scores import load_comet
-
-        return load_comet(config.model or COMET)
+        return comet.load_comet(config.model or comet.MODEL)
     return open_client(config) if config.rank == "endpoint" else None
 
 
@@ -336,30 +259,30 @@ def score_all(
             [line["chrf"][line["samples"].index(text)] for text in texts]
             for line, texts in zip(lines, texts_of, strict=True)
         ]
+    path = config.folder / "scores.jsonl"
+    known = {line["call"]: line["scores"] for line in jsonl.recover(path, "call")}
     asked = [
         Asked(config.by, line["source"], line["reference"], tuple(texts))
         for line, texts in zip(lines, texts_of, strict=True)
     ]
-    path = config.folder / "scores.jsonl"
-    known = {line["call"]: line["scores"] for line in whole_lines(path, "call")}
-    todo = [one for one in asked if len(one.texts) > 1 and one.id not in known]
+    todo = [call for call in asked if len(call.texts) > 1 and call.id not in known]
 
-    def take(one: Asked, scores: list[float] | None) -> None:
-        append(path, [{"call": one.id, "by": one.by, "scores": scores}])
-        known[one.id] = scores
+    def take(call: Asked, scores: list[float] | None) -> None:
+        jsonl.append(path, [{"call": call.id, "by": call.by, "scores": scores}])
+        known[call.id] = scores
 
     if todo:
         {"comet": ask_comet, "endpoint": ask_endpoint}[config.rank](config, judge, todo, take)
-    # what has no other to be compared with needs no score
-    return [known[one.id] if len(one.texts) > 1 else [0.0] * len(one.texts) for one in asked]
+    # a text with nothing to compare it to needs no score
+    return [known[call.id] if len(call.texts) > 1 else [0.0] * len(call.texts) for call in asked]
 
 
 def ask_endpoint(config: Settings, client: object, todo: list[Asked], take: Take) -> None:
     counts = Counter()
 
-    def parse(one: Asked, text: str) -> str:
-        scores = parse_scores(text, len(one.texts))
-        take(one, scores)
+    def parse(call: Asked, text: str) -> str:
+        scores = parse_scores(text, len(call.texts))
+        take(call, scores)
         counts["unreadable"] += scores is None
         return f"{counts['unreadable']} unreadable"
 
@@ -372,8 +295,8 @@ def ask_endpoint(config: Settings, client: object, todo: list[Asked], take: Take
 
 
 def parse_scores(text: str, count: int) -> list[float] | None:
-    """The numbers of a judge's answer, that is a JSON array of `count` from 0 to 100, in a fence
-    perhaps; None where it is anything else."""
+    """A judge's answer, a JSON array of `count` numbers from 0 to 100, perhaps fenced; None if it
+    is anything else."""
     match = re.fullmatch(r"(?:```(?:json)?\s*)?(\[[^\[\]]*\])(?:\s*```)?", text.strip())
     try:
         scores = json.loads(match[1]) if match else []
@@ -385,69 +308,61 @@ def parse_scores(text: str, count: int) -> list[float] | None:
 
 
 def ask_comet(config: Settings, model: object, todo: list[Asked], take: Take) -> None:
-    """Scores by COMET (Rei et al., 2022), times 100."""
-    import torch
-
-    gpus = int(torch.cuda.is_available())
+    """Scores by COMET, times 100."""
     for first in tqdm(range(0, len(todo), CHUNK), "COMET"):
         part = todo[first : first + CHUNK]
-        rows = [
-            {"src": one.source, "mt": text, "ref": one.reference}
-            for one in part
-            for text in one.texts
-        ]
-        found = model.predict(rows, batch_size=config.batch_size, gpus=gpus, progress_bar=False)
-        scores = iter(found.scores)
-        for one in part:
-            take(one, [round(100 * next(scores), 4) for _ in one.texts])
+        rows = [(call.source, text, call.reference) for call in part for text in call.texts]
+        scores = iter(comet.predict(model, rows, config.batch_size, progress_bar=False))
+        for call in part:
+            take(call, [round(100 * next(scores), 4) for _ in call.texts])
 
 
 # --- pairs ---------------------------------------------------------------------------------------
 
 
 class Result(NamedTuple):
-    """Of a source: its line, its usable samples' scores, its pair, or why it has none."""
+    """Of a source: its line, its pair and their scores, or why it has none."""
 
     line: dict
-    scores: dict[str, float]
     pair: tuple[str, str] | None
+    scores: tuple[float, float] | None
     why: str
 
 
 def rank_all(
-    config: Settings, judge: object, tokenizer: Tokenizer, lines: list[dict]
+    config: Settings, judge: object, tokenizer: Tokenizer, lines: list[dict], max_tokens: int
 ) -> list[Result]:
     good = [
-        usable(prompt_of(line), line["samples"], line["ended"], tokenizer, config.max_tokens)
+        usable(prompt_of(line), line["samples"], line["ended"], tokenizer, max_tokens)
         for line in lines
     ]
-    given = score_all(config, judge, lines, [texts for texts, _ in good])
+    all_scores = score_all(config, judge, lines, [texts for texts, _ in good])
     results = []
-    for line, (texts, faults), scores in zip(lines, good, given, strict=True):
+    for line, (texts, faults), scores in zip(lines, good, all_scores, strict=True):
         if scores is None:
-            results.append(Result(line, {}, None, "unreadable scores"))
+            results.append(Result(line, None, None, "unreadable scores"))
             continue
         score_of = dict(zip(texts, scores, strict=True))
-        pair, why = best_and_worst(score_of, faults, margin_of(config))
-        results.append(Result(line, score_of, pair, why))
+        pair, why = best_and_worst(score_of, faults, config.margin)
+        results.append(Result(line, pair, pair and tuple(map(score_of.get, pair)), why))
     return results
 
 
-def tell(split: str, results: list[Result]) -> dict:
-    """Prints what came of a split's sources, and returns it for meta.json. UserError where no pair
-    did."""
-    mine = [one for one in results if one.line["split"] == split]
-    pairs = [one for one in mine if one.pair]
-    whys = Counter(one.why for one in mine if not one.pair)
+def summarize(split: str, results: list[Result]) -> dict:
+    """Prints and returns, for meta.json, what a split's sources gave. Raises UserError if they gave
+    no pair."""
+    results = [result for result in results if result.line["split"] == split]
+    scores = [result.scores for result in results if result.pair]
+    whys = Counter(result.why for result in results if not result.pair)
     left_out = ", ".join(f"{n:,} {why}" for why, n in whys.most_common())
-    if not pairs:
+    if not scores:
         raise UserError(
-            f"none of {len(mine):,} {split} sources gave a pair ({left_out}); lower --margin=, or "
-            "raise --num_samples= or --temperature="
+            f"none of {len(results):,} {split} sources gave a pair ({left_out}); lower --margin=, "
+            "or raise --num_samples= or --temperature="
         )
-    means = [sum(one.scores[one.pair[side]] for one in pairs) / len(pairs) for side in (0, 1)]
+    best, worst = (sum(side) / len(scores) for side in zip(*scores, strict=True))
     print(
-        f"{split}: {len(mine):,} sources gave {len(pairs):,} pairs, scores "
-        f"{means[0]:.1f} and {means[1]:.1f} on average" + (f"; others: {left_out}" * bool(whys))
+        f"{split}: {len(results):,} sources gave {len(scores):,} pairs, scores {best:.1f} and "
+        f"{worst:.1f} on average" + f"; others: {left_out}" * bool(whys)
     )
-    return {"sources": len(mine), "pairs": len(pairs)} | dict(whys.most_common())
+    return {"sources": len(results), "pairs": len(scores)} | dict(whys.most_common())

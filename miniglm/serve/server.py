@@ -159,7 +159,7 @@ class Server:
                 f"{sampling.max_new_tokens} new tokens are more than this server's limit of "
                 f"{self.max_new_tokens}"
             )
-        default_temperature(self.checkpoint, sampling)
+        sampling = default_temperature(self.checkpoint, sampling)
         request = Request(prompt, sampling, 0, sample_index, alternatives)
         text = TextStream(self.checkpoint.tokenizer, sampling.stop)
         job = Job(self, stream, len(stream.jobs), request, text)

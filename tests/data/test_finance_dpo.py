@@ -1,11 +1,10 @@
 """Preferences of a model's own answers: what is sampled, ranked and kept, by a model that has
-learnt a little, a judge behind a real endpoint, and files."""
+learnt a little, and by a judge behind a real endpoint."""
 
 import json
 import math
 import random
 import shutil
-import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,32 +12,27 @@ from pathlib import Path
 import pytest
 from sacrebleu.metrics import CHRF
 
-import sample
 from configurator import UserError, locked
-from data.custom import prepare_dpo as custom
 from data.finance import prepare_dpo as finance
 from data_utils import Dataset
+from miniglm.checkpoint import weights_sha256
+from miniglm.generation import Sampling
 from miniglm.prep import ranking
-from miniglm.prep.forms import BadRecord, is_validation
-from miniglm.prep.preferences import best_and_worst, ranked, usable
-from miniglm.prep.ranking import chrf, parse_scores
+from miniglm.prep.ranking import parse_scores
 from miniglm.prep.writer import write_sft
 from miniglm.text import complete, load_for_sampling
 from tests.data.test_generate_qa import endpoint
-from tests.helpers import dialogue, tiny_tokenizer
+from tests.helpers import dialogue
 from tests.runs import (
-    ROOT,
     contents,
     error_line,
     log,
     questions,
     read_json,
     run,
-    start,
     toy_tokenizer,
     train_here,
 )
-from tests.test_checkpoint import posix, wait_for
 
 N = {"train": 90, "val": 24, "test": 16}
 
@@ -54,7 +48,7 @@ def answers(toys) -> Path:
 
 
 def argv(folder: Path, out: Path, *words: str) -> list[str]:
-    common = [f"--out_dir={folder / 'answers'}", f"--out={out}", "--device=cpu", "--max_tokens=32"]
+    common = [f"--out_dir={folder / 'answers'}", f"--out={out}", "--device=cpu"]
     common += ["--n_sources=60", "--n_val=20", "--max_new_tokens=20", "--temperature=1"]
     return [*common, "--batch_size=4", *words]
 
@@ -79,9 +73,12 @@ def lines_of(folder: Path, name: str = "samples.jsonl") -> list[dict]:
 
 def pairs_of(data: Dataset, split: str) -> dict[str, tuple[str, str]]:
     """Source -> chosen, rejected."""
-    rows = [[turn["content"] for turn in turns] for turns in data.conversations(split)]
-    assert all(one[0] == other[0] for one, other in zip(rows[::2], rows[1::2], strict=True))
-    return {one[0]: (one[1], other[1]) for one, other in zip(rows[::2], rows[1::2], strict=True)}
+    pairs = {}
+    for turns in data.conversations(split):
+        source, answer = (turn["content"] for turn in turns)
+        pairs[source] = (*pairs.get(source, ()), answer)
+    assert all(len(pair) == 2 for pair in pairs.values())
+    return pairs
 
 
 # --- what is sampled -----------------------------------------------------------------------------
@@ -91,13 +88,13 @@ def test_each_source_has_its_samples_and_they_are_the_models_own(answers, whole)
     lines = lines_of(whole)
     assert Counter(line["split"] for line in lines) == {"val": 20, "train": 60}
     checkpoint = load_for_sampling(str(answers / "answers"), "cpu")
-    sampling = sample.Sampling(20, temperature=1.0)
+    sampling = Sampling(20, temperature=1.0)
     for number in (0, 19, 20, 79):
         prompt = checkpoint.tokenizer.render_prompt(dialogue(lines[number]["source"]))
         [outputs] = complete(checkpoint, [prompt], sampling, 4, first_prompt=number)
-        assert lines[number]["samples"] == [one.text.strip() for one in outputs]
-        assert lines[number]["ended"] == [one.ended for one in outputs]
-    ended = [one for line in lines for one in line["ended"]]
+        assert lines[number]["samples"] == [output.text.strip() for output in outputs]
+        assert lines[number]["ended"] == [output.ended for output in outputs]
+    ended = [e for line in lines for e in line["ended"]]
     assert len(ended) == 320 and sum(ended) / 320 > 0.5
 
 
@@ -121,16 +118,16 @@ def test_a_validation_source_that_is_trained_too_is_no_held_out_source(answers, 
     write_sft(tmp_path / "asked", toy_tokenizer(), splits, ["a test"], max_tokens=32)
     config = finance.Settings(out_dir="x", n_val=99, n_sources=99)
     lines = ranking.choose_sources(config, Dataset(str(tmp_path / "asked")))
-    found = [line["source"] for line in lines if line["split"] == "val"]
-    assert sorted(found) == sorted(turns[0]["content"] for turns in held_out)
+    chosen = [line["source"] for line in lines if line["split"] == "val"]
+    assert sorted(chosen) == sorted(turns[0]["content"] for turns in held_out)
 
 
 def test_sources_are_a_choice_by_the_seed(answers):
     data = Dataset(str(answers / "asked"))
 
     def sources(**settings: int) -> list[dict]:
-        given = {"out_dir": "x", "n_val": 5, "n_sources": 30}
-        return ranking.choose_sources(finance.Settings(**given | settings), data)
+        settings = {"n_val": 5, "n_sources": 30} | settings
+        return ranking.choose_sources(finance.Settings(**settings), data)
 
     assert sources(n_sources=12) == sources()[: 5 + 12]
     assert [line["split"] for line in sources()] == ["val"] * 5 + ["train"] * 30
@@ -138,64 +135,36 @@ def test_sources_are_a_choice_by_the_seed(answers):
     assert len({line["source"] for line in sources(n_sources=999)}) == 5 + 90
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_one_others(answers, whole, tmp_path):
-    prepared(answers, tmp_path / "same")
-    assert contents(tmp_path / "same") == contents(whole)
-    prepared(answers, tmp_path / "other", "--seed=3")
-    one, other = (lines_of(folder) for folder in (whole, tmp_path / "other"))
-    source = next(line["source"] for line in one if line["split"] == "train")
-    assert source not in [line["source"] for line in other[:21]]
-    assert contents(tmp_path / "other")["train.bin"] != contents(whole)["train.bin"]
-
-
 # --- interrupted ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kept", [1, 100, 0.3, 0.99, 1.0])
+@pytest.mark.parametrize("kept", [1, 0.3, 0.99, 1.0])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(answers, whole, tmp_path, kept, monkeypatch):
     calls = []
 
-    def noted(*given, first_prompt: int):
-        calls.append((first_prompt, len(given[1])))
-        return complete(*given, first_prompt=first_prompt)
+    def noted(*arguments):
+        calls.append((arguments[-1], len(arguments[1])))
+        return complete(*arguments)
 
-    monkeypatch.setattr("miniglm.text.complete", noted)
+    monkeypatch.setattr(ranking, "complete", noted)
     content = (whole / "samples.jsonl").read_bytes()
     (tmp_path / "out").mkdir()
     place = int(kept * len(content)) if isinstance(kept, float) else kept
     (tmp_path / "out" / "samples.jsonl").write_bytes(content[:place])
     prepared(answers, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(whole)
-    # in rounds of 16 batches of 4 rows, whole ones, since rounding hangs on the rows beside
+    # in rounds of 16 batches of 4 rows, whole ones, since rounding depends on the rows beside it
     rounds = [(first, 16) for first in range(0, 80, 16)]
     assert calls == rounds[content[:place].count(b"\n", content.index(b"\n") + 1) // 16 :]
-
-
-@posix
-def test_a_killed_run_leaves_lines_of_which_the_next_makes_the_same_bytes(answers, whole, tmp_path):
-    out = tmp_path / "out"
-    script = "data/finance/prepare_dpo.py"
-    process = start(script, *argv(answers, out))
-    wait_for(lambda: (out / "samples.jsonl").is_file() and len(lines_of(out)) > 5, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    before = (out / "samples.jsonl").read_bytes()
-    assert len(lines_of(out)) < 80 and not (out / "meta.json").exists()
-    prepared(answers, out)
-    (out / "samples.jsonl.lock").unlink(missing_ok=True)
-    assert contents(out) == contents(whole)
-    assert (whole / "samples.jsonl").read_bytes().startswith(before[: before.rfind(b"\n") + 1])
 
 
 @pytest.mark.parametrize(
     ("words", "names"),
     [
-        (["--temperature=0.9"], "temperature"),
         (["--seed=3", "--top_p=0.9"], "top_p, seed"),
-        (["--num_samples=3"], "num_samples"),
+        (["--num_samples=3", "--batch_size=5"], "num_samples, batch_size"),
         (["--n_val=19", "--n_sources=59"], "n_val, n_sources"),
-        (["--batch_size=5"], "batch_size"),
-        (["--max_new_tokens=21"], "max_new_tokens"),
+        (["--temperature=0.9", "--max_new_tokens=21"], "max_new_tokens, temperature"),
         (["--out_dir={}/answers2"], "weights_sha256"),
         (["--dataset={}/questions"], "dataset_fingerprints"),
     ],
@@ -205,21 +174,10 @@ def test_samples_of_another_run_are_not_mixed_in(answers, whole, words, names):
         common = {"dataset": answers / "asked", "init_from": answers / "base"}
         train_here(out_dir=answers / "answers2", max_iters=2, **common)
     before = contents(whole)
-    message = rf"whole/samples\.jsonl was begun with other {names}; delete it to begin anew"
+    message = rf"whole/samples\.jsonl was begun with other {names}; delete it to start over"
     with pytest.raises(UserError, match=message):
         prepared(answers, whole, *(word.format(answers) for word in words))
     assert contents(whole) == before
-
-
-def test_samples_that_were_edited_are_noticed(answers, whole, tmp_path):
-    out = shutil.copytree(whole, tmp_path / "out")
-    lines = (out / "samples.jsonl").read_text(encoding="utf-8").split("\n")
-    (out / "samples.jsonl").write_text("\n".join(lines[:5] + lines[6:]), encoding="utf-8")
-    with pytest.raises(UserError, match=r"samples\.jsonl, line 6 is not of its source; delete it"):
-        prepared(answers, out)
-    (out / "samples.jsonl").write_text("\n".join([*lines[:5], "{", *lines[6:]]), encoding="utf-8")
-    with pytest.raises(UserError, match=r"samples\.jsonl, line 6 is damaged"):
-        prepared(answers, out)
 
 
 def test_a_second_run_into_the_same_folder_is_refused(answers, tmp_path):
@@ -231,49 +189,7 @@ def test_a_second_run_into_the_same_folder_is_refused(answers, tmp_path):
 # --- what is ranked ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "score"),
-    [
-        ("甲乙", 100),
-        ("丙丁", 0),
-        # one of two characters; no pair, no word: precision and recall (1/2 + 0 + 0) / 3
-        ("甲丙", 100 / 6),
-        # precision (2/4 + 1/3 + 0) / 3, recall (1 + 1 + 0) / 3, of which F2 weighs recall 4 times
-        ("甲乙甲乙", 100 * 5 * (5 / 18) * (2 / 3) / (4 * 5 / 18 + 2 / 3)),
-    ],
-)
-def test_chrf_worked_by_hand(text, score):
-    assert chrf(text, "甲乙") == pytest.approx(score, abs=1e-4)
-
-
-def test_the_best_and_the_worst_are_those_by_hand():
-    scores = {text: chrf(text, "甲乙") for text in ("甲丙", "甲乙甲乙", "甲乙", "丙丁")}
-    assert best_and_worst(scores, Counter(), 100.0) == (("甲乙", "丙丁"), "")
-    del scores["甲乙"], scores["丙丁"]  # 52.0833 and 16.6667 are left
-    assert best_and_worst(scores, Counter(), 35.4) == (("甲乙甲乙", "甲丙"), "")
-    assert best_and_worst(scores, Counter(), 35.5) == (None, "too alike")
-    assert best_and_worst({"甲": 3.0, "乙": 3.0}, Counter(), 0.0) == (None, "too alike")
-    assert best_and_worst({"甲": 3.0}, Counter(), 0.0) == (None, "equal")
-    assert best_and_worst({}, Counter(empty=1, unfinished=3), 0.0) == (None, "unfinished")
-
-
-def test_what_cannot_be_a_side_of_a_pair_has_a_reason():
-    tokenizer, prompt = tiny_tokenizer(), dialogue("谁弄权？")
-    long = "温德殿。" * 9
-    limit = len(tokenizer.render([*prompt, *dialogue("", long)[1:]])[0])
-    texts = ["曹节。", "曹节", "", " ", "窦\ufffd", "窦\0武", "曹节。", long, long + "帝"]
-    ended = [True, False, *[True] * 7]
-    good, faults = usable(prompt, texts, ended, tokenizer, limit)
-    assert good == ["曹节。", long]
-    assert faults == {
-        "unfinished": 1,
-        "empty": 2,
-        "broken characters": 2,
-        "longer than --max_tokens": 1,
-    }
-
-
-@pytest.mark.parametrize("margin", [0, 10, 30])
+@pytest.mark.parametrize("margin", [0, 10])
 def test_the_pairs_are_those_of_a_slow_loop(answers, whole, tmp_path, margin, capsys):
     out = shutil.copytree(whole, tmp_path / "out")
     before = (out / "samples.jsonl").read_bytes()
@@ -286,7 +202,7 @@ def test_the_pairs_are_those_of_a_slow_loop(answers, whole, tmp_path, margin, ca
             for text, ended in zip(line["samples"], line["ended"], strict=True)
             if ended and text and "\ufffd" not in text
         ]
-        rated.sort(key=lambda one: one[0])
+        rated.sort()
         if len({text for _, text in rated}) < 2:
             whys["one"] += 1
         elif rated[-1][0] - rated[0][0] >= max(margin, 1e-4):
@@ -295,45 +211,25 @@ def test_the_pairs_are_those_of_a_slow_loop(answers, whole, tmp_path, margin, ca
         else:
             whys["too alike"] += 1
     for split in ("train", "val"):
-        found = pairs_of(data, split)
-        assert found.keys() == wanted[split].keys() and found
-        for source, (chosen, rejected) in found.items():
+        pairs = pairs_of(data, split)
+        assert pairs.keys() == wanted[split].keys() and pairs
+        for source, (chosen, rejected) in pairs.items():
             assert chosen in wanted[split][source][0] and rejected in wanted[split][source][1]
     counts = data.meta["pairs_from"].values()
-    assert sum(one["pairs"] for one in counts) == sum(map(len, wanted.values()))
-    assert sum(one.get("too alike", 0) for one in counts) == whys["too alike"]
-    assert all(one["sources"] == sum(one.values()) - one["sources"] for one in counts)
+    assert sum(split["pairs"] for split in counts) == sum(map(len, wanted.values()))
+    assert sum(split.get("too alike", 0) for split in counts) == whys["too alike"]
+    assert all(split["sources"] == sum(split.values()) - split["sources"] for split in counts)
     assert data.meta["margin"] == margin
     printed = capsys.readouterr().out
     assert printed.count("\n    better: ") == printed.count("\n    worse:  ") == 3
-
-
-def test_an_unfinished_sample_is_in_no_pair(answers, tmp_path):
-    data = prepared(answers, tmp_path, "--max_new_tokens=5", "--margin=0", "--num_samples=6")
-    lines = {line["source"]: line for line in lines_of(tmp_path)}
-    assert sum(not ended for line in lines.values() for ended in line["ended"]) > 10
-    for split in ("train", "val"):
-        for source, both in pairs_of(data, split).items():
-            line = lines[source]
-            for text in both:
-                places = [n for n, one in enumerate(line["samples"]) if one == text]
-                assert any(line["ended"][place] for place in places)
-    with pytest.raises(UserError, match=r"none of 60 train sources gave a pair \(60 unfinished\)"):
-        prepared(answers, tmp_path / "none", "--max_new_tokens=1")
 
 
 def test_meta_says_of_which_model_and_how(answers, whole):
     meta, name = read_json(whole / "meta.json"), (answers / "answers" / "best").read_text().strip()
     assert meta["model"].endswith(f"answers/{name}")
     assert meta["samples"] == json.loads((whole / "samples.jsonl").read_bytes().split(b"\n")[0])
-    assert (
-        meta["samples"]["weights_sha256"]
-        == ranking.what_of(
-            finance.Settings(out_dir="x"),
-            load_for_sampling(str(answers / "answers"), "cpu"),
-            Dataset(str(answers / "asked")),
-        )["weights_sha256"]
-    )
+    assert meta["samples"]["weights_sha256"] == weights_sha256(answers / "answers" / name)
+    assert meta["max_tokens"] == 32  # the model's block_size, below --max_tokens=
     assert (meta["samples"]["seed"], meta["samples"]["temperature"]) == (1337, 1.0)
     assert (meta["rank"], meta["margin"], meta["kind"]) == ("chrF++", 5.0, "dpo")
     assert meta["pairs_from"]["train"]["pairs"] == meta["splits"]["train"]["pairs"]
@@ -359,9 +255,8 @@ def by_length(_: int, prompt: str, __: int) -> str:
 
 
 def judged(folder: Path, out: Path, url: str, *words: str) -> Dataset:
-    return prepared(
-        folder, out, "--rank=endpoint", "--model=m", f"--base_url={url}", "--margin=1", *words
-    )
+    judge = ["--rank=endpoint", "--model=m", f"--base_url={url}", "--margin=1"]
+    return prepared(folder, out, *judge, *words)
 
 
 @pytest.fixture
@@ -404,7 +299,7 @@ def test_what_a_judge_says_unreadably_is_counted_and_not_asked_again(answers, ou
         unread = [line for line in lines_of(out, "scores.jsonl") if line["scores"] is None]
         assert unread
         counts = data.meta["pairs_from"]
-        assert sum(one.get("unreadable scores", 0) for one in counts.values()) == len(unread)
+        assert sum(split.get("unreadable scores", 0) for split in counts.values()) == len(unread)
         asked = len(requests)
         judged(answers, out, url)
         assert len(requests) == asked
@@ -427,30 +322,23 @@ def test_a_judge_that_fails_at_times_is_asked_the_rest_by_the_same_command(answe
     with endpoint(by_length) as (url, again):
         judged(answers, out, url)
     assert len(again) == len(requests) - done
-    one, other = contents(out), contents(out.with_name("sound"))
-    lines = [sorted(files.pop("scores.jsonl").splitlines()) for files in (one, other)]
+    resumed, sound = contents(out), contents(out.with_name("sound"))
+    lines = [sorted(files.pop("scores.jsonl").splitlines()) for files in (resumed, sound)]
     assert lines[0] == lines[1]  # in another order
-    assert one == other
+    assert resumed == sound
 
 
 @pytest.mark.parametrize(
     ("text", "scores"),
     [
         ("[1, 2.5, 100]", [1, 2.5, 100]),
-        (" [0,0,0]\n", [0, 0, 0]),
         ("```json\n[1, 2, 3]\n```", [1, 2, 3]),
-        ("```\n[1, 2, 3]```", [1, 2, 3]),
         ("[1, 2]", None),
-        ("[1, 2, 3, 4]", None),
         ("[1, 2, 101]", None),
-        ("[1, 2, -1]", None),
         ("[1, 2, NaN]", None),
         ('[1, 2, "3"]', None),
         ("[1, 2, true]", None),
-        ("[1, 2, [3]]", None),
-        ("[1, 2, 3", None),
         ("得分：[1, 2, 3]", None),
-        ("1, 2, 3", None),
         ("", None),
     ],
 )
@@ -472,159 +360,28 @@ def test_what_a_ranking_needs_is_said_before_anything_is_sampled(answers, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-# --- files ---------------------------------------------------------------------------------------
-
-
-def write_lines(path: Path, lines: list) -> Path:
-    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def from_files(folder: Path, out: Path, *words: str) -> Dataset:
-    given = [f"--tokenizer={folder / 'asked'}", f"--out={out}", "--max_tokens=32", "--val=0.3"]
-    finance.main([*given, *words])
-    return Dataset(str(out))
-
-
-def test_samples_that_were_scored_elsewhere_give_the_same_pairs(answers, whole, tmp_path, capsys):
-    lines = [line | {"scores": line["chrf"]} for line in lines_of(whole)]
-    file = write_lines(tmp_path / "scored.jsonl", lines)
-    data = from_files(answers, tmp_path / "out", f"--ranked={file}", "--margin=5")
-    for name, content in contents(whole).items():
-        if name.endswith(".bin"):
-            assert (tmp_path / "out" / name).read_bytes() == content, name
-    assert data.meta["records"] == 80
-    counts = Counter()
-    for one in Dataset(str(whole)).meta["pairs_from"].values():
-        counts.update(one)
-    not_taken = {w: n for w, n in counts.items() if w not in ("sources", "pairs")}
-    assert data.meta["not_taken"] == not_taken
-    assert "80 good records; of these not taken: " in capsys.readouterr().out
-
-
-def test_answers_in_order_need_no_scores(answers, tmp_path):
-    lines = [
-        {name: f"刘备到{n}？", "ranked": ["荆州。", "徐州。", f"洛阳{n}。"]}
-        for n, name in enumerate(["prompt", "source"] * 20)
-    ]
-    lines[4]["prompt"] = dialogue(lines[4]["prompt"])
-    file = write_lines(tmp_path / "ranked.jsonl", lines)
-    data = from_files(answers, tmp_path / "out", f"--ranked={file}", "--margin=10")
-    for split in ("train", "val"):
-        found = pairs_of(data, split)
-        assert {
-            source for source in found if is_validation(dialogue(source), 0.3) == (split == "val")
-        } == {*found}
-        assert all(pair == ("荆州。", f"洛阳{source[3:-1]}。") for source, pair in found.items())
-    assert sum(data.meta["splits"][split]["pairs"] for split in ("train", "val")) == 40
-
-
-@pytest.mark.parametrize(
-    ("value", "reason"),
-    [
-        ({"prompt": "谁？", "samples": ["甲", "乙"]}, "no scores"),
-        ({"prompt": "谁？", "samples": ["甲", "乙"], "scores": [1]}, "wrong type"),
-        ({"prompt": "谁？", "samples": ["甲", "乙"], "scores": [1, "2"]}, "wrong type"),
-        ({"prompt": "谁？", "samples": ["甲", "乙"], "scores": [1, True]}, "wrong type"),
-        ({"prompt": "谁？", "samples": ["甲", "乙"], "scores": [1, math.nan]}, "wrong type"),
-        ({"prompt": "谁？", "ranked": ["甲", "乙"], "ended": [1, 0]}, "wrong type"),
-        ({"prompt": "谁？", "ranked": ["甲", "乙"], "split": "test"}, "unknown split"),
-        ({"prompt": "谁？", "ranked": ["甲"]}, "fewer than two answers"),
-        ({"prompt": "谁？", "ranked": "甲"}, "wrong type"),
-        ({"prompt": "谁？", "ranked": ["甲", None]}, "wrong type"),
-        ({"prompt": " ", "ranked": ["甲", "乙"]}, "empty question"),
-        ({"prompt": 3, "ranked": ["甲", "乙"]}, "wrong type"),
-        ({"ranked": ["甲", "乙"]}, "missing field"),
-        ({"prompt": "谁？", "chosen": "甲", "rejected": "乙"}, "missing field"),
-        ("谁？", "wrong type"),
-    ],
-)
-def test_bad_ranked_records_have_a_reason(value, reason):
-    with pytest.raises(BadRecord) as error:
-        ranked(value)
-    assert error.value.reason == reason
-
-
-def forms_of_pairs(count: int) -> dict[str, list]:
-    """The same pairs as MiniMind writes them, as prompt, chosen and rejected, and as marks."""
-    pairs = [(f"刘备到{n}？", f"荆州{n}。", f"徐州{n}。") for n in range(count)]
-    return {
-        "minimind": [
-            {"chosen": dialogue(ask, one), "rejected": dialogue(ask, other)}
-            for ask, one, other in pairs
-        ],
-        "plain": [{"prompt": ask, "chosen": one, "rejected": other} for ask, one, other in pairs],
-        "marks": [
-            {"prompt": dialogue(ask), name: text}
-            for ask, *both in pairs
-            for name, text in zip(("chosen", "rejected"), both, strict=True)
-        ],
-    }
-
-
-@pytest.mark.parametrize("form", ["minimind", "plain", "marks"])
-def test_files_of_pairs_become_what_the_custom_script_makes_of_them(answers, tmp_path, form):
-    file = write_lines(tmp_path / "pairs.jsonl", forms_of_pairs(40)[form])
-    from_files(answers, tmp_path / "finance", f"--input={file}")
-    words = [f"--input={file}", f"--tokenizer={answers / 'asked'}", f"--out={tmp_path / 'custom'}"]
-    custom.main([*words, "--max_tokens=32", "--val=0.3"])
-    assert contents(tmp_path / "finance") == contents(tmp_path / "custom")
-    data = Dataset(str(tmp_path / "custom"))
-    found = pairs_of(data, "train") | pairs_of(data, "val")
-    assert found == {f"刘备到{n}？": (f"荆州{n}。", f"徐州{n}。") for n in range(40)}
-
-
-def test_files_need_no_torch(answers, tmp_path):
-    file = write_lines(tmp_path / "pairs.jsonl", forms_of_pairs(40)["plain"])
-    code = (
-        "import sys; from data.finance import prepare_dpo; prepare_dpo.main(sys.argv[1:])\n"
-        "assert not {'torch', 'sacrebleu', 'openai'} & {*sys.modules}\n"
-    )
-    (tmp_path / "script.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}")
-    words = [f"--input={file}", f"--tokenizer={answers / 'asked'}", f"--out={tmp_path / 'out'}"]
-    done = run("script.py", *words, "--max_tokens=32", "--val=0.3", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-
-
 # --- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "pass one of --out_dir= .*; there is none"),
-        (["--out_dir=x", "--input=y"], "there is out_dir and input"),
-        (["--input=x", "--temperature=0.5"], "--temperature= means nothing beside --input="),
-        (["--ranked=x", "--rank=comet"], "--rank= means nothing beside --ranked="),
-        (["--input=x", "--margin=3"], "--margin= means nothing beside --input="),
-        (["--out_dir=x", "--val=0.3"], "--val= means nothing beside --out_dir="),
-        (["--out_dir=x", "--model=m"], "--model= means nothing beside --rank=chrf"),
-        (
-            ["--out_dir=x", "--rank=comet", "--model=m", "--retries=1"],
-            "--retries= means nothing beside --rank=comet",
-        ),
-        (["--out_dir=x", "--num_samples=1"], "num_samples=1 must be 2 or more"),
-        (["--out_dir=x", "--n_sources=0"], "n_sources=0 must be 1 or more"),
-        (["--out_dir=x", "--temperature=0"], "temperature=0 makes all samples"),
-        (["--out_dir=x", "--margin=-1"], "margin=-1.0 must be 0 or more"),
-        (["--out_dir=x", "--rank=bleu"], "rank='bleu' must be one of chrf, comet, endpoint"),
-        (["--out_dir=x", "--parallel=0"], "parallel=0 must be 1 or more"),
-        (["--out_dir=x"], "no checkpoint in x; train first, or pass --out_dir="),
-        (["--input=none.jsonl"], "no file none.jsonl"),
+        (["--out_dir=x", "--model=m"], "--model= names a judge; pass --rank=comet or"),
+        (["--num_samples=1"], "num_samples=1 must be 2 or more"),
+        (["--temperature=0"], "temperature=0 must be above 0"),
+        (["--rank=bleu"], "rank='bleu' must be one of chrf, comet, endpoint"),
+        (["--parallel=0"], "parallel=0 must be 1 or more"),
         (["--out_dir={}/base"], "base continues texts, it has learnt no answers"),
-        (["--out_dir={}/answers", "--max_tokens=32", "--top_p=2"], "top_p=2.0 must be"),
+        (["--out_dir={}/answers", "--top_p=2"], "top_p=2.0 must be"),
         (["--out_dir={}/answers", "--dataset={}/text"], "has no questions with references"),
-        (["--out_dir={}/answers", "--max_tokens=33"], "pass --max_tokens=32"),
-        (["--out_dir={}/answers", "--max_tokens=32", "--margin=100"], "none of 60 train sources"),
+        (["--out_dir={}/answers", "--margin=100"], "none of 60 train sources"),
     ],
 )
 def test_bad_settings_are_one_line(answers, tmp_path, words, message):
     words = [word.format(answers) for word in words]
-    if any("{}" in word or str(answers) in word for word in words):
-        words += [f"--out={tmp_path / 'out'}", "--device=cpu", "--n_sources=60", "--n_val=20"]
+    common = [f"--out={tmp_path / 'out'}", "--device=cpu", "--n_sources=60", "--n_val=20"]
     with pytest.raises(UserError, match=message) as error:
-        finance.main(words)
+        finance.main([*common, *words])
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out" / "meta.json").exists()
 

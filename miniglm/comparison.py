@@ -1,0 +1,126 @@
+"""The phases of a translator beside each other: `python evaluations.py --compare=RUNS`.
+
+Reads what evaluations.py, and perhaps comet.py, wrote about each run; writes the tables, and some
+sentences side by side, to comparison.md and comparison.json.
+"""
+
+import itertools
+import re
+from pathlib import Path
+
+from configurator import UserError, repo_path, show_path, written_aside
+from miniglm import jsonl, metrics
+from miniglm.comet import TEXTS
+from miniglm.scoring import report_name, score_translations
+
+SHARES = ("empty", "unfinished", "simplified")
+
+
+def compare(runs: list[str], datasets: list[str], split: str, examples: int, folder: Path) -> None:
+    """Prints the scores of the runs, in their order, and writes comparison.md and .json."""
+    phases_of = {dataset: [read_phase(run, dataset, split) for run in runs] for dataset in datasets}
+    parts = []
+    for dataset, phases in phases_of.items():
+        check_same(phases, dataset, split)
+        parts.append(compared(dataset, phases, examples))
+        print(f"{dataset}, {split}, {parts[-1]['n']} sentences\n\n{table(parts[-1])}\n")
+    report = {"split": split, "datasets": parts}
+    jsonl.write_report(folder / "comparison.json", report)
+    with written_aside(folder / "comparison.md") as path:
+        path.write_text(markdown(report), encoding="utf-8")
+    print(f"written to {show_path(folder)}/comparison.md")
+
+
+Phase = tuple[dict, list[dict]]  # a run's scores on a split, and a record for each sentence
+
+
+def read_phase(run: str, dataset: str, split: str) -> Phase:
+    remedy = f"run python evaluations.py --out_dir={run} --dataset={dataset} --split={split}"
+    folder, name = repo_path(run), report_name(Path(dataset).name, split)
+    records = jsonl.read_records(folder / f"answers-{name}.jsonl", TEXTS, remedy)
+    kinds = {"checkpoint": str, "perplexity": int | float}
+    report = jsonl.read_report(folder / f"evaluation-{name}.json", kinds, remedy)
+    copied = {key: report[key] for key in (*kinds, "comet", "comet_model") if key in report}
+    return {"run": show_path(folder)} | copied | score_translations(records), records
+
+
+def check_same(phases: list[Phase], dataset: str, split: str) -> None:
+    """Raises UserError unless all phases translated the same sentences in the same order."""
+    first, wanted = phases[0]
+    for row, records in phases[1:]:
+        pairs = itertools.zip_longest(wanted, records, fillvalue={})
+        for number, (a, b) in enumerate(pairs, 1):
+            if any(a.get(key) != b.get(key) for key in ("question", "reference")):
+                raise UserError(
+                    f"{row['run']} translated other sentences than {first['run']}, from number "
+                    f"{number} on; run python evaluations.py --out_dir={row['run']} "
+                    f"--dataset={dataset} --split={split}, and the same with {first['run']}"
+                )
+
+
+def compared(dataset: str, phases: list[Phase], examples: int) -> dict:
+    """comparison.json's part of a dataset: scores of each phase, p of its difference from the phase
+    before, and sentences evenly from the whole split."""
+    rows, records = [row for row, _ in phases], phases[0][1]
+    answers = [[record["answer"] for record in translated] for _, translated in phases]
+    references = [record["reference"] for record in records]
+    for row, (before, after) in zip(rows[1:], itertools.pairwise(answers), strict=True):
+        for key, metric in metrics.METRICS.items():
+            row[f"{key}_p"] = metrics.p_value(metric, before, after, references)
+    n, count = len(records), min(examples, len(records))
+    return {
+        "dataset": dataset,
+        "n": n,
+        "phases": rows,
+        "examples": [
+            {key: records[i][key] for key in ("question", "reference")}
+            | {"number": i + 1, "answers": [texts[i] for texts in answers]}
+            for i in (number * n // count for number in range(count))
+        ],
+    }
+
+
+def table(part: dict) -> str:
+    """The scores of a dataset's phases as a Markdown table."""
+    models = dict.fromkeys(row["comet_model"] for row in part["phases"] if "comet" in row)
+    scores = [word for key in metrics.METRICS for word in (f"{metrics.NAMES[key]} (95 %)", "p")]
+    comets = [f"COMET by {model}" for model in models]
+    head = ["phase", "perplexity", *scores, *comets, "empty", "unfinished", "Simplified"]
+    lines = [head, [":--", *["--:"] * (len(head) - 1)]]
+    for row in part["phases"]:
+        cells = [plain(row["run"]), f"{row['perplexity']:.2f}"]
+        for key in metrics.METRICS:
+            low, high = row[f"{key}_low"], row[f"{key}_high"]
+            cells.append(f"{row[key]:.2f} ({low:.2f} to {high:.2f})")
+            cells.append(f"{row[f'{key}_p']:.4f}" if f"{key}_p" in row else "")
+        cells += [f"{row['comet']:.4f}" if row.get("comet_model") == m else "" for m in models]
+        cells += [f"{row[key]:.1%}" for key in SHARES]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plain(text: str) -> str:
+    """A text as a cell of a Markdown table that shows it as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>|#~$&])", r"\\\1", text).replace("\n", "<br>")
+
+
+def markdown(report: dict) -> str:
+    """comparison.md: tables, what they mean, and the sentences side by side."""
+    parts = [
+        "# Translations by phase",
+        f"Split {plain(report['split'])}. p is that of the difference from the phase above, by "
+        f"two-sided approximate randomization with {metrics.EXCHANGES:,} exchanges; intervals are "
+        f"those of {metrics.RESAMPLES:,} resamples of sentences.",
+    ]
+    for part in report["datasets"]:
+        parts.append(f"## {plain(part['dataset'])}, {part['n']} sentences")
+        parts.append(table(part))
+        row = part["phases"][0]
+        parts += [f"{name}: `{row[f'{key}_signature']}`" for key, name in metrics.NAMES.items()]
+        for example in part["examples"]:
+            names = ["source", "reference", *(plain(row["run"]) for row in part["phases"])]
+            texts = [example["question"], example["reference"], *example["answers"]]
+            pairs = zip(names, map(plain, texts), strict=True)
+            rows = "\n".join(f"| {name} | {text} |" for name, text in pairs)
+            parts.append(f"| sentence {example['number']} | |\n| :-- | :-- |\n{rows}")
+    return "\n\n".join(parts) + "\n"

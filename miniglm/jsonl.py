@@ -1,0 +1,129 @@
+"""JSON Lines: an object a line, in UTF-8; and JSON reports, an object a file.
+
+Long commands append to a file of lines as they go. Killed at any moment, the same command resumes:
+a last line that was cut short is removed, and where the file has a header, its first line, that
+tells whether the file belongs to the same run. What is written whole is written aside and renamed.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from configurator import UserError, show_path, written_aside
+
+
+def read_text(path: Path, remedy: str) -> str:
+    """A file's text. Raises UserError, with the remedy, if it is missing, empty or not UTF-8."""
+    if not path.is_file():
+        raise UserError(f"no file {show_path(path)}; {remedy}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{show_path(path)} is not UTF-8 ({error}); {remedy}") from None
+    if not text.strip():
+        raise UserError(f"{show_path(path)} is empty; {remedy}")
+    return text
+
+
+def read_lines(path: Path, remedy: str) -> list[tuple[int, str]]:
+    """(number, line) of the lines that are not blank."""
+    # no splitlines: JSON leaves U+2028 and U+0085 inside its texts as they are
+    lines = enumerate(read_text(path, remedy).split("\n"), 1)
+    return [(number, line.strip()) for number, line in lines if line.strip()]
+
+
+def read_records(
+    path: Path, texts: Sequence[str], remedy: str, optional: Sequence[str] = ()
+) -> list[dict]:
+    """The objects of a file, each with a text under these keys; those under the optional ones may
+    be missing. Raises UserError at the first other line."""
+    records = []
+    for number, line in read_lines(path, remedy):
+        try:
+            record = json.loads(line)
+            given = [key for key in optional if record.get(key) is not None]
+            "".join([record[key] for key in (*texts, *given)]).encode()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise UserError(
+                f"{show_path(path)}, line {number}: no object with texts under "
+                f"{', '.join(texts)}; {remedy}"
+            ) from None
+        records.append(record)
+    return records
+
+
+def read_report(path: Path, kinds: dict[str, type], remedy: str) -> dict:
+    """A file's one object, whose values under these keys have these types."""
+    try:
+        report = json.loads(read_text(path, remedy))
+        wrong = [key for key, kind in kinds.items() if not isinstance(report.get(key), kind)]
+    except (ValueError, AttributeError):
+        raise UserError(f"{show_path(path)} is damaged; {remedy}") from None
+    if wrong:
+        raise UserError(f"{show_path(path)} has no {wrong[0]}; {remedy}")
+    return report
+
+
+def dumps(records: Iterable[dict]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def write(path: Path, records: Iterable[dict]) -> None:
+    with written_aside(path) as aside:
+        aside.write_text(dumps(records), encoding="utf-8", newline="\n")
+
+
+def write_report(path: Path, report: dict) -> None:
+    with written_aside(path) as aside:
+        text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
+        aside.write_text(text, encoding="utf-8", newline="\n")
+
+
+# --- files that are appended to ------------------------------------------------------------------
+
+
+def append(path: Path, records: Iterable[dict]) -> None:
+    """Raises UserError if the disk is full."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(dumps(records))
+    except OSError as error:
+        raise UserError(
+            f"cannot write {show_path(path)}: {error.strerror}; make room and run the same command "
+            "again, which resumes"
+        ) from None
+
+
+def recover(path: Path, key: str = "") -> list[dict]:
+    """The records of a file that was appended to, [] if there is none; a last line that was cut
+    short is removed from the file. Raises UserError if another line is damaged or lacks the key."""
+    content = path.read_bytes() if path.is_file() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    records = []
+    for number, line in enumerate(whole.decode("utf-8", "replace").split("\n")[:-1], 1):
+        try:
+            records.append(json.loads(line))
+            if not isinstance(records[-1], dict) or (key and key not in records[-1]):
+                raise ValueError
+        except ValueError:
+            raise UserError(f"{show_path(path)}, line {number} is damaged; delete it") from None
+    return records
+
+
+def resume(path: Path, header: dict) -> list[dict]:
+    """The records behind the header of a file that is appended to; begins it if there is none.
+    Raises UserError if it was begun with another header."""
+    begun, *records = recover(path) or [None]
+    if begun is None:
+        append(path, [header])
+    elif begun != header:
+        different = [key for key in header if begun.get(key) != header[key]]
+        raise UserError(
+            f"{show_path(path)} was begun with other {', '.join(different)}; delete it to start "
+            "over"
+        )
+    return records

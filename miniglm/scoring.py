@@ -1,0 +1,197 @@
+"""A checkpoint's answers to conversations, their scores, and the files of a report.
+
+Scores of texts are metrics.py's; what is asked, a split or a file, is evaluations.py's.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from configurator import show_path
+from data_utils import IGNORE, collate
+from miniglm import jsonl
+from miniglm.checkpoint import Checkpoint
+from miniglm.devices import to_device
+from miniglm.generation import Sampling
+from miniglm.losses import target_losses
+from miniglm.metrics import METRICS, distinct, look_up, mean, repeated, rouge_l, score, signature
+from miniglm.prep.parallel import TO_SIMPLIFIED, traditional
+from miniglm.text import complete
+from miniglm.tokenizer import Tokenizer
+
+# --- answers and losses ------------------------------------------------------------------------
+
+Ask = Callable[[Tokenizer, list[dict]], tuple[list[int], list[int]]]
+
+
+def in_chat(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
+    """Ids that ask for the last answer, and those of the answer with its end token."""
+    ids, prompt = tokenizer.render(messages)[0], tokenizer.render_prompt(messages[:-1])
+    return prompt, ids[len(prompt) :]
+
+
+def in_text(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
+    """The same for a model that only continues texts and so has not learnt the chat format: as
+    miniglm/prep/parallel.py writes them, the source in a line and its translation in the next."""
+    source, target = (message["content"] for message in messages)
+    prompt = [tokenizer.end_of_text, *tokenizer.encode(f"{source}\n")]
+    return prompt, [*tokenizer.encode(target), tokenizer.end_of_text]
+
+
+def reference_losses(
+    checkpoint: Checkpoint, conversations: list[list[dict]], batch_size: int, ask: Ask = in_chat
+) -> list[tuple[float, int, int]]:
+    """For each conversation's last answer, its end token included: the sum of -log p in nats, its
+    tokens, its UTF-8 bytes."""
+    tokenizer, device = checkpoint.tokenizer, str(checkpoint.model.wte.weight.device)
+    losses = []
+    for first in range(0, len(conversations), batch_size):
+        rendered = []
+        for messages in conversations[first : first + batch_size]:
+            prompt, answer = ask(tokenizer, messages)
+            rendered.append((prompt + answer, [0] * len(prompt) + [1] * len(answer)))
+        batch = collate(rendered)
+        nats = target_losses(checkpoint.model, *to_device(batch, device)).cpu().double()
+        for row, targets in zip(nats.sum(dim=1).tolist(), batch[1], strict=True):
+            trained = targets[targets != IGNORE]
+            losses.append((row, len(trained), int(tokenizer.bytes_per_id[trained].sum())))
+    return losses
+
+
+def answer_all(
+    checkpoint: Checkpoint,
+    conversations: list[list[dict]],
+    sampling: Sampling,
+    batch_size: int,
+    label: str,
+    ask: Ask = in_chat,
+) -> tuple[list[dict], dict]:
+    """A record for each conversation: question, reference, the model's answer, the reference's
+    perplexity; and per_token of all the references. label: of the progress bar."""
+    prompts = [ask(checkpoint.tokenizer, messages)[0] for messages in conversations]
+    outputs = complete(checkpoint, prompts, sampling, 1, batch_size)
+    answers = [output for [output] in tqdm(outputs, label, total=len(prompts), unit="answer")]
+    losses = reference_losses(checkpoint, conversations, batch_size, ask)
+    records = [
+        {
+            "question": messages[-2]["content"],
+            "reference": messages[-1]["content"],
+            "answer": answer.text,
+            "perplexity": math.exp(nats / tokens),
+            "ended": answer.ended,
+        }
+        for messages, answer, (nats, tokens, _) in zip(conversations, answers, losses, strict=True)
+    ]
+    return records, per_token(*(sum(column) for column in zip(*losses, strict=True)))
+
+
+def per_token(nats: float, tokens: int, n_bytes: int) -> dict[str, float]:
+    """A report's figures of the tokens scored, from the sum of their -log p."""
+    return {
+        "tokens": tokens,
+        "bytes": n_bytes,
+        "perplexity": math.exp(nats / tokens),
+        "bits_per_byte": nats / math.log(2) / n_bytes,
+    }
+
+
+# --- scores ------------------------------------------------------------------------------------
+
+
+def score_answers(asked: list[dict], seen: list[dict], known: list[tuple[str, str]]) -> dict:
+    """A report's figures of answers to questions: asked are those of the split or file, seen are
+    trained ones. Adds rouge_l to each record."""
+    for record in asked + seen:
+        record["rouge_l"] = rouge_l(record["answer"], record["reference"])
+    nearest = look_up([r["question"] for r in asked], known) if known else []
+    return {
+        "n": len(asked),
+        "rouge_l": mean([record["rouge_l"] for record in asked]),
+        "n_seen": len(seen),
+        "rouge_l_seen": mean([record["rouge_l"] for record in seen]),
+        "rouge_l_lookup": mean(
+            [rouge_l(text, r["reference"]) for text, r in zip(nearest, asked, strict=bool(known))]
+        ),
+        "ended": mean([record["ended"] for record in asked]),
+    } | lengths_and_repetition(asked)
+
+
+def score_translations(asked: list[dict]) -> dict:
+    """A report's figures of translations. A look-up among tens of thousands of sentences would
+    take minutes, and a sentence of the training set is no translation of another one."""
+    answers = [record["answer"] for record in asked]
+    report = {"n": len(asked)}
+    for name, metric in METRICS.items():
+        scores = score(metric, answers, [record["reference"] for record in asked])
+        report[name], report[f"{name}_low"], report[f"{name}_high"] = scores
+        report[f"{name}_signature"] = signature(metric)
+    return (
+        report
+        | {
+            "empty": mean([not answer.strip() for answer in answers]),
+            "unfinished": mean([not record["ended"] for record in asked]),
+            "simplified": mean([bool(simplified(answer)) for answer in answers]),
+        }
+        | lengths_and_repetition(asked)
+    )
+
+
+def lengths_and_repetition(asked: list[dict]) -> dict:
+    texts = [record["answer"] for record in asked]
+    return {
+        "distinct_2": distinct(texts),
+        "repeated_4grams": repeated(texts),
+        "answer_characters": mean([len(text) for text in texts]),
+        "reference_characters": mean([len(record["reference"]) for record in asked]),
+    }
+
+
+def simplified(text: str) -> str:
+    """The Simplified characters of a text: those that conversion as in the datasets
+    (miniglm/prep/parallel.py) replaces, and that are not Traditional characters themselves.
+
+    Conversion also replaces Traditional ones: variants that Hong Kong does not write (臺, 裡, which
+    going to Simplified changes), and ones that Simplified writes for others, too (后, 布, 余). So
+    以后 for 以後 is not found, and 皇后, 公布 and 余先生 count as the Traditional that they are.
+    """
+    replaced = Counter(text) - Counter(traditional(text))
+    return "".join(c for c in replaced if TO_SIMPLIFIED.convert(c) == c and not is_traditional(c))
+
+
+def is_traditional(char: str) -> bool:
+    """Whether a character is among Big5's 5,401 common ones (its first level), or one of those that
+    its second level calls rare, but Hong Kong writes: 年息五厘, 永恒."""
+    code = char.encode("big5", errors="ignore")
+    return b"\xa4\x40" <= code <= b"\xc6\x7e" or char in "厘恒熏蚝涂"
+
+
+# --- the files of a report ---------------------------------------------------------------------
+
+
+def report_name(dataset: str, split: str) -> str:
+    """A dataset's split in the names of its report's files."""
+    return re.sub(r"[^\w.-]", "_", f"{dataset}-{split}")
+
+
+def write_report(
+    checkpoint: Checkpoint, report: dict, asked: list[dict], seen: list[dict] | None
+) -> None:
+    """Writes evaluation.json and answers.jsonl, each with a copy named after dataset and split, and
+    answers-seen.jsonl; prints the report. asked: empty if there are no answers. seen: None if there
+    are no questions."""
+    out_dir = checkpoint.out_dir
+    report = {"checkpoint": checkpoint.path.name} | report
+    name = report_name(report["dataset"], report["split"])
+    if asked:
+        jsonl.write(out_dir / "answers.jsonl", asked)
+        jsonl.write(out_dir / f"answers-{name}.jsonl", asked)
+    if seen is not None:
+        jsonl.write(out_dir / "answers-seen.jsonl", seen)
+    jsonl.write_report(out_dir / "evaluation.json", report)
+    jsonl.write_report(out_dir / f"evaluation-{name}.json", report)
+    for key, value in report.items():
+        print(f"{key:<20}  {value:.4g}" if isinstance(value, float) else f"{key:<20}  {value}")
+    print(f"written to {show_path(out_dir)}/evaluation.json")

@@ -1,0 +1,168 @@
+"""Files of preferences through data/custom/prepare_dpo.py: pairs, marks and ranked answers."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from configurator import ROOT, UserError
+from data.custom import prepare_dpo
+from data_utils import Dataset
+from miniglm.prep.forms import BadRecord, is_validation
+from miniglm.prep.preferences import best_and_worst, ranked, usable
+from tests.data.test_finance_dpo import pairs_of
+from tests.helpers import dialogue, tiny_tokenizer
+from tests.runs import run, toy_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    toy_tokenizer().save(path)
+    return path.parent
+
+
+def words_of(tokenizer: Path, out: Path, *words: str) -> list[str]:
+    return [f"--tokenizer={tokenizer}", f"--out={out}", "--max_tokens=32", "--val=0.3", *words]
+
+
+def prepared(tokenizer: Path, out: Path, *words: str) -> Dataset:
+    prepare_dpo.main(words_of(tokenizer, out, *words))
+    return Dataset(str(out))
+
+
+def write_lines(path: Path, lines: list) -> Path:
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_best_and_the_worst_are_those_by_hand():
+    scores = {"甲丙": 16.6667, "甲乙甲乙": 52.0833, "甲乙": 100.0, "丙丁": 0.0}
+    assert best_and_worst(scores, Counter(), 100.0) == (("甲乙", "丙丁"), "")
+    del scores["甲乙"], scores["丙丁"]
+    assert best_and_worst(scores, Counter(), 35.4) == (("甲乙甲乙", "甲丙"), "")
+    assert best_and_worst(scores, Counter(), 35.5) == (None, "too alike")
+    assert best_and_worst({"甲": 3.0, "乙": 3.0}, Counter(), 0.0) == (None, "too alike")
+    assert best_and_worst({"甲": 3.0}, Counter(), 0.0) == (None, "equal")
+    assert best_and_worst({}, Counter(empty=1, unfinished=3), 0.0) == (None, "unfinished")
+
+
+def test_what_cannot_be_a_side_of_a_pair_has_a_reason():
+    tokenizer, prompt = tiny_tokenizer(), dialogue("谁弄权？")
+    long = "温德殿。" * 9
+    limit = len(tokenizer.render([*prompt, *dialogue("", long)[1:]])[0])
+    texts = ["曹节。", "曹节", "", " ", "窦\ufffd", "窦\0武", "曹节。", long, long + "帝"]
+    ended = [True, False, *[True] * 7]
+    good, faults = usable(prompt, texts, ended, tokenizer, limit)
+    assert good == ["曹节。", long]
+    assert faults == {
+        "unfinished": 1,
+        "empty": 2,
+        "broken characters": 2,
+        "longer than --max_tokens": 1,
+    }
+
+
+def test_answers_with_scores_are_pairs_by_their_margin(tokenizer, tmp_path, capsys):
+    lines = [
+        {"source": f"刘备到{n}？", "samples": ["荆州。", "徐州。", "洛阳"], "scores": [n, 5, 99]}
+        | {"ended": [True, True, False], "split": "val" if n % 4 == 0 else "train"}
+        for n in range(12)
+    ]
+    file = write_lines(tmp_path / "scored.jsonl", lines)
+    data = prepared(tokenizer, tmp_path / "out", f"--ranked={file}", "--margin=3")
+    pairs = pairs_of(data, "train") | pairs_of(data, "val")
+    wanted = {n: ("徐州。", "荆州。") if n < 5 else ("荆州。", "徐州。") for n in range(12)}
+    assert pairs == {f"刘备到{n}？": wanted[n] for n in range(12) if abs(n - 5) >= 3}
+    assert {*pairs_of(data, "val")} == {"刘备到0？", "刘备到8？"}
+    assert (data.meta["records"], data.meta["not_taken"]) == (12, {"too alike": 5})
+    assert "12 good records; of these not taken: " in capsys.readouterr().out
+
+
+def test_answers_in_order_need_no_scores(tokenizer, tmp_path):
+    lines = [
+        {name: f"刘备到{n}？", "ranked": ["荆州。", "徐州。", f"洛阳{n}。"]}
+        for n, name in enumerate(["prompt", "source"] * 20)
+    ]
+    lines[4]["prompt"] = dialogue(lines[4]["prompt"])
+    file = write_lines(tmp_path / "ranked.jsonl", lines)
+    data = prepared(tokenizer, tmp_path / "out", f"--ranked={file}", "--margin=10")
+    for split in ("train", "val"):
+        pairs = pairs_of(data, split)
+        assert all(is_validation(dialogue(source), 0.3) == (split == "val") for source in pairs)
+        assert all(pair == ("荆州。", f"洛阳{source[3:-1]}。") for source, pair in pairs.items())
+    assert sum(data.meta["splits"][split]["pairs"] for split in ("train", "val")) == 40
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({"prompt": "谁？", "samples": ["甲", "乙"]}, "no scores"),
+        ({"prompt": "谁？", "samples": ["甲", "乙"], "scores": [1]}, "wrong type"),
+        ({"prompt": "谁？", "samples": ["甲", "乙"], "scores": [1, True]}, "wrong type"),
+        ({"prompt": "谁？", "samples": ["甲", "乙"], "scores": [1, math.nan]}, "wrong type"),
+        ({"prompt": "谁？", "ranked": ["甲", "乙"], "ended": [1, 0]}, "wrong type"),
+        ({"prompt": "谁？", "ranked": ["甲", "乙"], "split": "test"}, "unknown split"),
+        ({"prompt": "谁？", "ranked": ["甲"]}, "fewer than two answers"),
+        ({"prompt": "谁？", "ranked": ["甲", None]}, "wrong type"),
+        ({"prompt": " ", "ranked": ["甲", "乙"]}, "empty question"),
+        ({"ranked": ["甲", "乙"]}, "missing field"),
+        ({"prompt": "谁？", "chosen": "甲", "rejected": "乙"}, "missing field"),
+        ("谁？", "wrong type"),
+    ],
+)
+def test_bad_ranked_records_have_a_reason(value, reason):
+    with pytest.raises(BadRecord) as error:
+        ranked(value)
+    assert error.value.reason == reason
+
+
+@pytest.mark.parametrize("form", ["minimind", "plain", "marks"])
+def test_pairs_of_each_form_are_the_same_pairs(tokenizer, tmp_path, form):
+    pairs = [(f"刘备到{n}？", f"荆州{n}。", f"徐州{n}。") for n in range(40)]
+    lines = []
+    for ask, chosen, rejected in pairs:
+        if form == "minimind":
+            lines.append({"chosen": dialogue(ask, chosen), "rejected": dialogue(ask, rejected)})
+        elif form == "plain":
+            lines.append({"prompt": ask, "chosen": chosen, "rejected": rejected})
+        else:
+            lines.append({"prompt": dialogue(ask), "chosen": chosen})
+            lines.append({"prompt": dialogue(ask), "rejected": rejected})
+    file = write_lines(tmp_path / "pairs.jsonl", lines)
+    data = prepared(tokenizer, tmp_path / "out", f"--input={file}")
+    assert pairs_of(data, "train") | pairs_of(data, "val") == {ask: (a, b) for ask, a, b in pairs}
+
+
+def test_files_need_no_torch(tokenizer, tmp_path):
+    lines = [
+        {"prompt": f"刘备到{n}？", "chosen": "荆州。", "rejected": "徐州。"} for n in range(40)
+    ]
+    file = write_lines(tmp_path / "pairs.jsonl", lines)
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from data.custom import prepare_dpo; prepare_dpo.main(sys.argv[1:])\n"
+        "assert not {'torch', 'sacrebleu', 'openai'} & {*sys.modules}\n"
+    )
+    (tmp_path / "script.py").write_text(code)
+    words = words_of(tokenizer, tmp_path / "out", f"--input={file}")
+    done = run("script.py", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no input; name a file"),
+        (["--input=none.jsonl"], r"no file none\.jsonl"),
+        (["--input=x", "--ranked=y"], "--input= and --ranked= take different records"),
+        (["--input=x", "--margin=3"], "--margin= needs scores; pass --ranked= with it"),
+        (["--ranked=x", "--margin=-1"], r"margin=-1 must be 0 or more"),
+    ],
+)
+def test_bad_settings_are_one_line(tokenizer, tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        prepared(tokenizer, tmp_path / "out", *words)

@@ -1,0 +1,69 @@
+"""Files of JSON lines: what is read, what is refused in one line, and what a kill leaves."""
+
+import json
+
+import pytest
+
+from configurator import UserError
+from miniglm.jsonl import append, dumps, read_records, recover, resume
+
+RECORDS = [{"a": "谁？", "b": 1}, {"a": "x\u2028y\x85\v\r\nz"}, {"a": "", "c": "何时"}]
+
+
+@pytest.mark.parametrize("mark, newline", [(b"", b"\n"), (b"\xef\xbb\xbf", b"\r\n")])
+def test_records_are_those_that_were_written(tmp_path, mark, newline):
+    lines = dumps(RECORDS).encode().splitlines(keepends=False)
+    (tmp_path / "a.jsonl").write_bytes(mark + (newline * 2).join(lines))
+    assert read_records(tmp_path / "a.jsonl", ("a",), "", optional=("c",)) == RECORDS
+
+
+@pytest.mark.parametrize("bad", ["{", "[1]", '"a"', "3", "{}", '{"a": 3}', '{"a": "\\ud800"}'])
+def test_a_bad_line_is_named_by_its_number(tmp_path, bad):
+    (tmp_path / "a.jsonl").write_text(f'{{"a": "x"}}\n\n{bad}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"a\.jsonl, line 3: .*; mend it$"):
+        read_records(tmp_path / "a.jsonl", ("a",), "mend it")
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, "no file"),
+        (b"", "is empty"),
+        (b"\xef\xbb\xbf \n", "is empty"),
+        ("谁？".encode("gbk"), "is not UTF-8"),
+    ],
+)
+def test_a_file_without_text_is_one_line(tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=f"{words}.*; mend it$") as error:
+        read_records(tmp_path / "a.jsonl", ("a",), "mend it")
+    assert "a.jsonl" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_that_is_cut_at_any_byte_keeps_its_whole_lines(tmp_path):
+    path = tmp_path / "new" / "a.jsonl"
+    assert resume(path, {"seed": 1}) == []
+    append(path, RECORDS[:1])
+    append(path, RECORDS[1:])
+    content = path.read_bytes()
+    for size in range(len(content) + 1):
+        path.write_bytes(content[:size])
+        whole = content[:size].count(b"\n")
+        assert resume(path, {"seed": 1}) == RECORDS[: max(0, whole - 1)]
+        append(path, RECORDS[max(0, whole - 1) :])
+        assert path.read_bytes() == content
+
+
+def test_what_another_run_began_or_a_hand_damaged_is_left_as_it_is(tmp_path):
+    path = tmp_path / "a.jsonl"
+    append(path, [{"seed": 1, "size": 2}, *RECORDS])
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"a\.jsonl was begun with other seed; delete it to start"):
+        resume(path, {"seed": 3, "size": 2})
+    with pytest.raises(UserError, match="line 1 is damaged; delete it"):
+        recover(path, "a")
+    assert path.read_bytes() == before
+    path.write_bytes(before + json.dumps([1]).encode() + b"\n")
+    with pytest.raises(UserError, match="line 5 is damaged"):
+        resume(path, {"seed": 1, "size": 2})
