@@ -1,143 +1,140 @@
-"""The speed of generation: beside Hugging Face's and llama.cpp's, beside recomputing, beside
-memory's own rate."""
+"""The speed of greedy generation, beside Hugging Face's and llama.cpp's on the same weights.
 
+    python -m bench generate --rounds=3                            random weights
+    python -m bench generate --out_dir=out-sanguo-sft --rounds=3   a trained model
+    python -m bench generate --out_dir=out-sanguo-sft --llama_cpp=llama-venv/bin/python
+
+Ids are compared first, up to the first near tie. One prompt: ours in float32 and with 8-bit
+weights, Hugging Face's, and the rate at which memory is read (a token reads all weights, and the
+cache at its mean length); then many prompts at once. Of a trained model also the time from the
+command to the first character. bench/llama.py says how to build llama.cpp's environment.
+"""
+
+import contextlib
 import copy
-import json
-import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Annotated, Literal
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from bench import timing
 from bench.llama import LlamaCpp
-from bench.peers import with_our_weights
 from bench.timing import measure, report, speed_ratio
-from configurator import ROOT, UserError, repo_path
+from configurator import ROOT, UserError, at_least, repo_path
 from export import write_gguf
-from miniglm.checkpoint import load_checkpoint
-from miniglm.decoding import Int8Linear, PackedLinear, pack, quantize
+from miniglm.checkpoint import Checkpoint, load_checkpoint
+from miniglm.decoding import pack, quantize
 from miniglm.generation import Sampling, generate
+from miniglm.interop.hugging_face import shape_of, to_hugging_face
 from miniglm.text import load_for_sampling, stream
 from model import GPT, ModelConfig
 
 MEMORY = 2**29  # bytes whose reading is timed
-KINDS = {
-    "products": r"^mkldnn::|^aten::linear$",
-    "attention": r"scaled_dot_product",
-    "norms": r"vector_norm|square_|rsqrt_|aten::add_$",
-    "choice of the id": r"argmax|aten::item",
-}
+RATIOS = [
+    ("ours", "Hugging Face"),
+    ("ours, int8", "ours"),
+    ("sample.py", "llama.cpp"),
+]
+EXACT = ("ours", "Hugging Face", "llama.cpp")  # their ids are compared
 TIE = 1e-4  # two best logits nearer than this may change places between implementations
+START = "却说"
+
+Way = Callable[[], list[list[int]]]  # generates ids, a list a prompt
 
 
-def bench_generate(config) -> dict:
-    """Greedy ids of one prompt and of many: our cache in float32 and with weights of 8 bits,
-    recomputing, and Hugging Face's on the same weights; ids are compared first."""
-    model = random_model(config).to(config.device).eval()
-    peer = with_our_weights(model)
-    n_weights = sum(p.numel() for p in model.blocks.parameters()) + model.lm_head.weight.numel()
+@dataclass
+class Settings(timing.Settings):
+    n_kv_head: Annotated[int | None, at_least(1)] = None  # key and value heads; None is n_head
+    vocab_size: Annotated[int, at_least(2)] = 4096  # ids
+    prompt_tokens: Annotated[int, at_least(1)] = 16  # length of a prompt
+    new_tokens: Annotated[int, at_least(1)] = 512  # after one prompt; after each of many, a quarter
+    prompts: Annotated[int, at_least(1)] = 32  # how many are many
+    out_dir: str = ""  # a trained model, in place of random weights of the shape above
+    llama_cpp: str = ""  # python of an environment with llama-cpp-python; needs out_dir
+    clock: Literal["wall", "cpu"] = "wall"  # cpu: of this process, on all threads
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.llama_cpp and (not self.out_dir or self.clock == "cpu"):
+            raise UserError("--llama_cpp= goes with --out_dir= and --clock=wall")
+
+
+def bench(config: Settings) -> dict:
+    """Speeds and ratios of one prompt and of many, and seconds to the first character."""
+    results, checkpoint = {}, None
+    if config.out_dir:
+        checkpoint = load_checkpoint(repo_path(config.out_dir), device=config.device)
+        results["first character"] = first_character(config, checkpoint)
+    model = checkpoint.model if checkpoint else random_model(config).to(config.device).eval()
+    c = model.config
+    n = min(config.new_tokens, c.block_size - config.prompt_tokens)
+    if n < 1:
+        raise UserError(f"prompt_tokens={config.prompt_tokens} must be below {c.block_size}")
+    print(
+        f"generate: {config.out_dir or 'random weights'}, {c.n_layer} layers x {c.n_embd}, "
+        f"{c.n_head} heads, {c.n_kv_head} for keys and values, vocabulary {c.n_vocab:,}, prompts "
+        f"of {config.prompt_tokens} tokens, {torch.get_num_threads()} threads, {config.rounds} "
+        "turns each"
+    )
     models = {"ours": pack(copy.deepcopy(model))}
     if config.device == "cpu":
         models["ours, int8"] = quantize(copy.deepcopy(model))
-    print(
-        f"generate: {config.n_layer} layers x {config.n_embd}, {config.n_head} heads, "
-        f"{model.config.n_kv_head} for keys and values, vocabulary {config.vocab_size}, "
-        f"prompts of {config.prompt_tokens} tokens, {config.rounds} turns each"
-    )
-    one = one_prompt(config, model, models, peer, 4 * n_weights)
-    return {"one": one, "many": many_prompts(config, model, models, peer)}
+    peer = with_our_weights(model)
+
+    def contenders(prompts: list[list[int]], n: int) -> dict[str, Way]:
+        ways = {name: ours(packed, prompts, n) for name, packed in models.items()}
+        return ways | {"Hugging Face": hugging_face(peer, prompts, n)}
+
+    prompt, *many = torch.randint(c.n_vocab, (1 + config.prompts, config.prompt_tokens)).tolist()
+    with beside_llama_cpp(config, checkpoint, prompt, n) as more:
+        ways = contenders([prompt], n) | more
+        results["one"] = race(config, model, [prompt], n, ways)
+    n = max(1, n // 4)
+    results["many"] = race(config, model, many, n, contenders(many, n))
+    return results
 
 
-def one_prompt(config, model: GPT, models: dict[str, GPT], peer, weights: int) -> dict:
-    """weights: bytes that each token reads of them in float32."""
-    n, prompts = config.new_tokens, random_prompts(config, 1)
-    ways = {name: ours(one, prompts, n) for name, one in models.items()}
-    ways["Hugging Face"] = hugging_face(peer, prompts, n)
-    idx = torch.tensor(prompts, device=config.device)
-    ways["recomputing"] = lambda: [recompute(model, idx, n)]
-    compare(model, prompts, {name: way for name, way in ways.items() if "int8" not in name})
+def race(
+    config: Settings, model: GPT, prompts: list[list[int]], n: int, ways: dict[str, Way]
+) -> dict:
+    """Tokens per second of each way to generate n tokens after each prompt, and ratios."""
+    compare(model, prompts, {name: ways[name] for name in ways if name in EXACT})
     memory = torch.ones(MEMORY // 4, device=config.device)
-    alone = {}
-    if config.device == "cpu":
-        alone = {f"products of {name} alone": products(one, n) for name, one in models.items()}
-    calls = ways | alone | {"memory read": memory.sum}
-    seconds = measure(calls, config.rounds, config.clock, config.device)
+    calls = ways | {"memory read": memory.sum}
+    seconds = measure(calls, config.rounds, config.device, config.clock)
+    ratios = {f"{a} / {b}": speed_ratio(seconds, a, b) for a, b in RATIOS if {a, b} <= {*ways}}
     c = model.config
+    weights = 4 * (sum(p.numel() for p in model.blocks.parameters()) + model.lm_head.weight.numel())
     cache = 4 * 2 * c.n_layer * c.n_kv_head * c.head_dim * (config.prompt_tokens + n / 2)
-    ratios = {
-        "ours / Hugging Face": speed_ratio(seconds, "ours", "Hugging Face"),
-        "ours / recomputing": speed_ratio(seconds, "ours", "recomputing"),
-        "ours, share of memory's rate": speed_ratio(
-            seconds, "ours", "memory read", n * (weights + cache) / MEMORY
-        ),
-    }
-    for name in models if alone else ():
-        other = f"products of {name} alone"
-        ratios[f"{name}: its products' share"] = speed_ratio(seconds, name, other)
-    if "ours, int8" in models:
-        ratios["ours, int8 / ours"] = speed_ratio(seconds, "ours, int8", "ours")
-    print(f" one prompt, {n} tokens")
-    results = report(seconds, list(ways), n, ratios)
-    rate = MEMORY / median(seconds["memory read"])
-    print(f"  memory is read at {rate / 1e9:.1f} GB/s, a token reads {weights / 1e6:.1f} MB")
-    if config.device == "cpu" and weights < processor_cache():
-        size = processor_cache() / 1e6
-        print(f"  they fit in the processor's cache of {size:.1f} MB: memory is not the limit")
-    times = {}
-    if config.device == "cpu":
-        times = by_operation(ways["ours"], n)
-        parts = ", ".join(f"{kind} {microseconds:.0f}" for kind, microseconds in times.items())
-        print(f"  microseconds of a token, under the profiler: {parts}")
-    embeddings = 4 * model.wte.weight.numel()  # stored beside a tied head once matrices are packed
-    sizes = {"ours": embeddings + weights, "ours, int8": embeddings + weights // 4}
-    for name in models:
-        print(f"  weights of {name} in memory: {sizes[name] / 1e6:.1f} MB")
-    return results | {
-        "microseconds": times,
-        "memory_bytes_per_second": rate,
-        "weight_bytes": weights,
-        "mean_cache_bytes": cache,
-        "processor_cache_bytes": processor_cache(),
-    }
-
-
-def many_prompts(config, model: GPT, models: dict[str, GPT], peer) -> dict:
-    n, prompts = max(1, config.new_tokens // 4), random_prompts(config, config.prompts)
-    ways = {name: ours(one, prompts, n) for name, one in models.items()}
-    ways["Hugging Face"] = hugging_face(peer, prompts, n)
-    compare(model, prompts, {name: way for name, way in ways.items() if "int8" not in name})
-    seconds = measure(ways, config.rounds, config.clock, config.device)
-    ratios = {"ours / Hugging Face": speed_ratio(seconds, "ours", "Hugging Face")}
-    if "ours, int8" in models:
-        ratios["ours, int8 / ours"] = speed_ratio(seconds, "ours, int8", "ours")
-    print(f" {len(prompts)} prompts, {n} tokens each")
+    work = n * (weights + len(prompts) * cache) / MEMORY
+    ratios["ours: of the rate at which memory is read"] = speed_ratio(
+        seconds, "ours", "memory read", work
+    )
+    rate = MEMORY / median(seconds["memory read"]) / 1e9
+    print(
+        f" {len(prompts)} prompt(s), {n} tokens each; a step reads {weights / 1e6:.1f} MB of "
+        f"weights, which a processor's cache may hold, and memory is read at {rate:.1f} GB/s"
+    )
     return report(seconds, list(ways), n * len(prompts), ratios)
 
 
-# --- contenders --------------------------------------------------------------------------------
+# --- contenders ----------------------------------------------------------------------------------
 
 
-def random_model(config) -> GPT:
+def random_model(config: Settings) -> GPT:
     """Our default architecture, with random weights that do not repeat one token forever."""
     torch.manual_seed(config.seed)
-    model = GPT(
-        ModelConfig(
-            block_size=max(1024, config.prompt_tokens + config.new_tokens),  # nothing is cut
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            n_kv_head=config.n_kv_head,
-            n_embd=config.n_embd,
-            n_vocab=config.vocab_size,
-            vocab_size=config.vocab_size,
-            init="gpt2",
-        )
-    )
+    names = ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size")
+    shape = {name: getattr(config, name) for name in names}
+    block_size = max(1024, config.prompt_tokens + config.new_tokens)  # nothing is cut
+    model = GPT(ModelConfig(**shape, n_vocab=config.vocab_size, block_size=block_size, init="gpt2"))
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() >= 2:
@@ -145,11 +142,31 @@ def random_model(config) -> GPT:
     return model
 
 
-def random_prompts(config, count: int) -> list[list[int]]:
-    return torch.randint(config.vocab_size, (count, config.prompt_tokens)).tolist()
+def hugging_face_model(config: ModelConfig) -> torch.nn.Module:
+    """A new GPT-2, Llama or Qwen3 of the settings' shape, without dropout."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(
+            "transformers is not installed; run pip install -r requirements-dev.txt"
+        ) from None
+    shape = shape_of(config) | {"bos_token_id": None, "eos_token_id": None}
+    shape |= {name: 0.0 for name in ("resid_pdrop", "embd_pdrop") if name in shape}
+    their_config = transformers.AutoConfig.for_model(**shape)
+    model = transformers.AutoModelForCausalLM.from_config(their_config, attn_implementation="sdpa")
+    model.loss_type = "ForCausalLM"  # GPT-2's default anyway, after a warning
+    return model
 
 
-def ours(model: GPT, prompts: list[list[int]], n: int) -> Callable[[], list[list[int]]]:
+def with_our_weights(model: GPT) -> torch.nn.Module:
+    """Hugging Face's model with the weights of a model of ours, in eval mode."""
+    peer = hugging_face_model(model.config)
+    missing, unexpected = peer.load_state_dict(to_hugging_face(model)[1], strict=False)
+    assert not unexpected and {*missing} <= {"lm_head.weight"}  # a tied one
+    return peer.to(model.wte.weight.device).eval()
+
+
+def ours(model: GPT, prompts: list[list[int]], n: int) -> Way:
     sampling = Sampling(max_new_tokens=n, temperature=0.0)
 
     def run() -> list[list[int]]:
@@ -162,55 +179,39 @@ def ours(model: GPT, prompts: list[list[int]], n: int) -> Callable[[], list[list
     return run
 
 
-def hugging_face(peer, prompts: list[list[int]], n: int) -> Callable[[], list[list[int]]]:
+def hugging_face(peer: torch.nn.Module, prompts: list[list[int]], n: int) -> Way:
     idx = torch.tensor(prompts, device=peer.device)
-    way = {"do_sample": False, "min_new_tokens": n, "max_new_tokens": n}
-    way |= {"attention_mask": torch.ones_like(idx)}
-    return lambda: peer.generate(idx, **way)[:, idx.shape[1] :].tolist()
+    options = {"do_sample": False, "min_new_tokens": n, "max_new_tokens": n}
+    options["attention_mask"] = torch.ones_like(idx)
+    return lambda: peer.generate(idx, **options)[:, idx.shape[1] :].tolist()
 
 
-@torch.inference_mode()
-def recompute(model: GPT, idx: torch.Tensor, n: int) -> list[int]:
-    """Greedy ids that follow idx (1, T), the whole text read anew for each."""
-    T = idx.shape[1]
-    for _ in range(n):
-        best = model.head(model(idx)[:, -1]).argmax(dim=-1, keepdim=True)
-        idx = torch.cat([idx, best], dim=1)
-    return idx[0, T:].tolist()
+@contextlib.contextmanager
+def beside_llama_cpp(
+    config: Settings, checkpoint: Checkpoint | None, prompt: list[int], n: int
+) -> Iterator[dict[str, Way]]:
+    """sample.py's stream of text, and llama.cpp with as many threads; {} without --llama_cpp=."""
+    if not config.llama_cpp:
+        yield {}
+        return
+    packed = load_for_sampling(config.out_dir, config.device)
+    packed.tokenizer.stop_ids = ()  # n tokens, whatever they are
+    sampling, threads = Sampling(n, temperature=0.0), torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.gguf"
+        write_gguf(checkpoint, file)
+        with LlamaCpp(config.llama_cpp, file, len(prompt) + n, threads) as llama:
+            yield {
+                "sample.py": lambda: list(stream(packed, prompt, sampling)),
+                "llama.cpp": lambda: [llama.ask("greedy", ids=prompt, n=n)],
+            }
 
 
-def products(model: GPT, n: int) -> Callable[[], None]:
-    """The products of weights with one row that n tokens need, and nothing else."""
-    linears = [m for m in model.modules() if isinstance(m, PackedLinear | Int8Linear)]
-    pairs = [(linear.forward, torch.randn(1, linear.in_features)) for linear in linears]
-
-    @torch.inference_mode()
-    def run() -> None:
-        for _ in range(n):
-            for product, x in pairs:
-                product(x)
-
-    return run
+# --- ids -----------------------------------------------------------------------------------------
 
 
-def by_operation(run: Callable[[], object], n: int) -> dict[str, float]:
-    """Microseconds of each of n tokens by kind of operation; the profiler lengthens small ones."""
-    run()
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        began = time.perf_counter()
-        run()
-        wall = time.perf_counter() - began
-    times = dict.fromkeys([*KINDS, "other operations", "Python"], 0.0)
-    for event in profiled.events():
-        if event.cpu_parent is None:  # what is inside another counts as that
-            kinds = (kind for kind, names in KINDS.items() if re.search(names, event.name))
-            times[next(kinds, "other operations")] += event.cpu_time_total / n
-    times["Python"] = 1e6 * wall / n - sum(times.values())
-    return times
-
-
-def compare(model: GPT, prompts: list[list[int]], ways: dict[str, Callable]) -> None:
-    """AssertionError where two ways give a row other ids before the first near tie."""
+def compare(model: GPT, prompts: list[list[int]], ways: dict[str, Way]) -> None:
+    """AssertionError if two ways give a row other ids before the first near tie."""
     first, *others = ways
     rows = ways[first]()
     for name in others:
@@ -221,103 +222,35 @@ def compare(model: GPT, prompts: list[list[int]], ways: dict[str, Callable]) -> 
 
 @torch.inference_mode()
 def untied_length(model: GPT, prompt: list[int], ids: list[int]) -> int:
-    """How many of the greedy ids come before the first whose two best logits are a tie."""
+    """How many of the greedy ids come before the first whose two best logits are nearly equal."""
     idx = torch.tensor([prompt + ids], device=model.wte.weight.device)
     best = model.head(model(idx)[0, len(prompt) - 1 : -1]).topk(2).values
     ties = (best[:, 0] - best[:, 1] < TIE).nonzero()
     return int(ties[0]) if len(ties) else len(ids)
 
 
-def processor_cache() -> int:
-    """Bytes of the largest cache that Linux tells of; 0 where it does not."""
-    units = {"K": 2**10, "M": 2**20}
-    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    texts = [path.read_text(encoding="utf-8").strip() for path in sizes]
-    return max((int(text[:-1]) * units[text[-1]] for text in texts), default=0)
+# --- first character -----------------------------------------------------------------------------
 
 
-# --- llama.cpp ---------------------------------------------------------------------------------
+def first_character(config: Settings, checkpoint: Checkpoint) -> float:
+    """Median seconds from sample.py's command to its first character."""
+    words = ["sample.py", f"--out_dir={config.out_dir}", f"--start={START}"]
+    words += [f"--device={config.device}", "--max_new_tokens=8"]
+    echoed = 0 if checkpoint.answers else len(START)  # a text is printed before it is continued
+    turns = [time_command(words, echoed + 1) for _ in range(config.rounds + 1)]
+    seconds = median(turns[1:])  # the first reads files from the disk
+    print(f"first character after {seconds:.2f} s")
+    return seconds
 
 
-def bench_llama(config) -> dict:
-    """Greedy ids of one prompt by sample.py and by llama.cpp, on the same weights of an out_dir in
-    float32, with as many threads as torch has; ids are compared first."""
-    if not config.llama_cpp or config.clock == "cpu":
-        raise UserError(
-            "llama takes --llama_cpp=, the python of an environment with llama-cpp-python "
-            "(bench/llama.py says how to build one), and --clock=wall"
-        )
-    checkpoint = load_for_sampling(config.out_dir, "cpu")
-    unpacked = load_checkpoint(repo_path(config.out_dir))
-    plain, c = unpacked.model, checkpoint.model.config
-    n = min(config.new_tokens, c.block_size - config.prompt_tokens)
-    if n < 1:
-        raise UserError(f"prompt_tokens={config.prompt_tokens} must be below {c.block_size}")
-    checkpoint.tokenizer.stop_ids = ()  # n tokens, whatever they are
-    torch.manual_seed(config.seed)
-    prompt = torch.randint(c.n_vocab, (config.prompt_tokens,)).tolist()
-    sampling = Sampling(max_new_tokens=n, temperature=0.0)
-    print(
-        f"llama: {config.out_dir}, {c.n_layer} layers x {c.n_embd}, {plain.n_params() / 1e6:.2f}M "
-        f"parameters, one prompt of {len(prompt)} tokens, {n} more, {torch.get_num_threads()} "
-        f"threads, {config.rounds} turns each"
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.gguf"
-        write_gguf(unpacked, file)
-        with LlamaCpp(config.llama_cpp, file, len(prompt) + n, torch.get_num_threads()) as llama:
-            ways = {
-                "sample.py": lambda: list(stream(checkpoint, prompt, sampling)),
-                "llama.cpp": lambda: llama.ask("greedy", ids=prompt, n=n),
-            }
-            ids = {
-                "sample.py": ours(checkpoint.model, [prompt], n),
-                "llama.cpp": lambda: [llama.ask("greedy", ids=prompt, n=n)],
-            }
-            compare(plain, [prompt], ids)
-            seconds = measure(ways, config.rounds, config.clock, "cpu")
-    ratios = {"sample.py / llama.cpp": speed_ratio(seconds, "sample.py", "llama.cpp")}
-    return report(seconds, list(ways), n, ratios) | {"threads": torch.get_num_threads()}
-
-
-# --- start -------------------------------------------------------------------------------------
-
-START = """
-import sys, time
-began = time.perf_counter()
-import torch
-laps = {"import torch": time.perf_counter()}
-import sample, watch
-laps["other imports"] = time.perf_counter()
-checkpoint = sample.load_for_sampling(sys.argv[1], sys.argv[2])
-laps["load"] = time.perf_counter()
-text = "却说"
-prompt = sample.prompt_ids(checkpoint, text)
-sampling = sample.default_temperature(checkpoint, sample.Sampling())
-pieces = sample.stream(checkpoint, prompt, sampling)
-while not next(pieces):
-    pass
-laps["first character"] = time.perf_counter()
-seconds = {"interpreter": watch.process_seconds() - (time.perf_counter() - began)}
-for name, now in laps.items():
-    seconds[name], began = now - began, now
-import json
-print(json.dumps(seconds))
-"""
-
-
-def bench_start(config) -> dict:
-    """From the command to the first character of a model's own text, and what it is made of."""
-    turns = []
-    for _ in range(config.rounds + 1):
-        words = [sys.executable, "-c", START, config.out_dir, config.device]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
-        if done.returncode:
-            raise UserError((done.stderr.strip().splitlines() or ["it ended"])[-1])
-        turns.append(json.loads(done.stdout.splitlines()[-1]))
-    turns = turns[1:]  # the first reads files from the disk
-    seconds = {name: median(turn[name] for turn in turns) for name in turns[0]}
-    total = median(sum(turn.values()) for turn in turns)
-    parts = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
-    print(f"start: first character of {config.out_dir} after {total:.2f} s: {parts}")
-    return {"seconds": total, "parts": seconds}
+def time_command(words: list[str], characters: int) -> float:
+    """Seconds until a Python command has printed so many characters, or has ended."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    began = time.perf_counter()
+    with subprocess.Popen([sys.executable, *words], cwd=ROOT, **pipes) as process:
+        process.stdout.read(characters)
+        seconds = time.perf_counter() - began
+        said = process.communicate()[1].strip()
+    if process.returncode:
+        raise UserError(said.splitlines()[-1] if said else f"{words[0]} failed")
+    return seconds

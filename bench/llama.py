@@ -1,10 +1,10 @@
-"""llama.cpp in a process of its own, which bench and the tests ask.
+"""llama.cpp in a process of its own, for bench and the tests.
 
     python -m venv llama-venv                                # once, some 15 minutes on two cores
     CMAKE_ARGS=-DGGML_NATIVE=ON llama-venv/bin/pip install llama-cpp-python==0.3.36
-    python -m bench llama --llama_cpp=llama-venv/bin/python --out_dir=out-sanguo-sft
+    python -m bench generate --llama_cpp=llama-venv/bin/python --out_dir=out-sanguo-sft
 
-That environment's python runs this file: a request a line comes in, its answer goes out, as JSON.
+That environment's python runs this file: it reads a request a line and writes its result, as JSON.
 Keys, values and weights are float32 there, too.
 """
 
@@ -14,18 +14,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-from configurator import UserError
+from configurator import ROOT, UserError
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp, in a process of python's. n_ctx: tokens of the longest text, for
-    which memory is taken. UserError where that fails."""
+    """A GGUF file in llama.cpp, in a process of its own. n_ctx: tokens of the longest text. Raises
+    UserError if the process cannot start."""
 
     def __init__(self, python: str | Path, file: Path, n_ctx: int, threads: int):
-        words = [str(python), __file__, str(file), str(n_ctx), str(threads)]
+        words = [str(python), "-m", "bench.llama", str(file), str(n_ctx), str(threads)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         try:
-            self.process = subprocess.Popen(words, **pipes, encoding="utf-8")
+            self.process = subprocess.Popen(words, cwd=ROOT, **pipes, encoding="utf-8")
         except OSError as error:
             raise UserError(f"llama_cpp={str(python)!r} does not start: {error.strerror}") from None
 
@@ -36,7 +36,7 @@ class LlamaCpp:
         self.process.communicate()
 
     def ask(self, what: str, **arguments: object) -> object:
-        """The answer of one of the functions below."""
+        """The result of one of the functions below. Raises UserError if the process has ended."""
         try:
             self.process.stdin.write(json.dumps([what, arguments]) + "\n")
             self.process.stdin.flush()
@@ -53,7 +53,7 @@ class LlamaCpp:
 
 
 def tokenize(llm, text: str) -> list[int]:
-    """Ids of a text in which names of special tokens are plain text."""
+    """Ids of a text; names of special tokens in it are plain text."""
     return llm.tokenize(text.encode(), add_bos=True, special=False)
 
 
@@ -67,13 +67,13 @@ def chat(llm, messages: list[dict]) -> list[int]:
 
 
 def answer(llm, messages: list[dict], n: int) -> str:
-    """The greedy answer's text, by what a user of llama-cpp-python calls."""
+    """The greedy answer's text, by the call that users of llama-cpp-python make."""
     done = llm.create_chat_completion(messages, temperature=0.0, max_tokens=n, repeat_penalty=1.0)
     return done["choices"][0]["message"]["content"]
 
 
 def greedy(llm, ids: list[int], n: int) -> list[int]:
-    """n ids that follow, without a stop: by the calls of llama.cpp's own programs."""
+    """The next n ids, whatever they are, by the calls of llama.cpp's own programs."""
     import llama_cpp as api
 
     api.llama_memory_clear(api.llama_get_memory(llm.ctx), True)
@@ -90,7 +90,7 @@ def greedy(llm, ids: list[int], n: int) -> list[int]:
 
 
 def logits(llm, ids: list[int]) -> list[float]:
-    """Those of the id that follows."""
+    """Logits of the next id."""
     import llama_cpp as api
 
     greedy(llm, ids, 1)
