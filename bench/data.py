@@ -1,7 +1,7 @@
 """Preparing a large text: speed and memory, beside other ways to do it.
 
     python -m bench data                     1 GB of the novel's lines, and of idioms if fetched
-    python -m bench data --size_mb=100 --only=ours,datasets.map
+    python -m bench data --size_mb=100
 
 Each way is a command of its own, on the same file with the same vocabulary: data/custom/prepare.py
 with one and two processes; all at once (read, encode, np.array); Hugging Face datasets.map, as
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +39,6 @@ BATCH = 1000  # lines that datasets.map takes at a time, its default
 @dataclass
 class Settings:
     size_mb: Annotated[int, at_least(1)] = 1000  # of the text
-    only: list[str] = field(default_factory=list)  # beginnings of the ways' names; none: all
     out: str = "bench-results"  # where the figures are written
 
 
@@ -50,18 +49,13 @@ def bench(config: Settings) -> dict:
     load_tokenizer(VOCABULARY)  # before anything long
     with tempfile.TemporaryDirectory(prefix="bench-data-", dir=ROOT) as path:
         folder = Path(path)
-        ways = commands(folder)
-        for name in config.only:
-            if not any(way.startswith(name) for way in ways):
-                raise UserError(f"only={name!r} begins none of: {'; '.join(ways)}")
         write_text(folder / TEXT, config.size_mb * 10**6)
         size = (folder / TEXT).stat().st_size / 1e6
         print(f"data: {size:,.0f} MB, vocabulary of {VOCABULARY}")
         figures = {}
-        for name, words in ways.items():
-            if not config.only or name.startswith(tuple(config.only)):
-                figures[name] = run(words, folder, size)
-                print(f"  {name:<26}  {show(figures[name])}")
+        for name, words in commands(folder).items():
+            figures[name] = run(words, folder, size)
+            print(f"  {name:<26}  {show(figures[name])}")
         ratios = compare(figures, encoder_rate(folder / TEXT))
     return {"megabytes": size, "ways": figures} | ratios
 

@@ -211,18 +211,16 @@ def peak_bytes() -> int:
 # --- train.py's own step -------------------------------------------------------------------------
 
 
-def own_argv(config: Settings, optimizer: str, dtype: str) -> list[str]:
-    names = ("n_layer", "n_head", "n_embd", "batch_size", "block_size", "dataset", "device", "seed")
-    argv = [f"--{name}={getattr(config, name)}" for name in names]
-    return [*argv, f"--optimizer={optimizer}", f"--dtype={dtype}", "--compile=False", "--dry_run"]
-
-
 def race_own(config: Settings, dtypes: list[str]) -> dict:
     """Speeds with Muon and with AdamW alone; on a CPU also where the time with Muon goes."""
+    names = ("n_layer", "n_head", "n_embd", "batch_size", "block_size", "dataset", "device", "seed")
+    argv = [f"--{name}={getattr(config, name)}" for name in names]
+    argv += ["--compile=False", "--dry_run"]
     calls = {}
     for dtype in dtypes:
-        # freed memory is kept from here on, as in train.py
-        muon, adamw = (training.start(own_argv(config, o, dtype)) for o in ("muon", "adamw"))
+        # from here on the process keeps freed memory, as train.py does
+        muon = training.start([*argv, "--optimizer=muon", f"--dtype={dtype}"])
+        adamw = training.start([*argv, "--optimizer=adamw", f"--dtype={dtype}"])
         calls |= {f"Muon, {dtype}": own_step(muon), f"AdamW, {dtype}": own_step(adamw)}
         matmuls = step_matmuls(muon.model, config.batch_size)
         calls[f"matmuls, {dtype}"] = run_matmuls(matmuls, getattr(torch, dtype))
