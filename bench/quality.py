@@ -33,6 +33,7 @@ from bench.step import own_step
 from bench.timing import measure
 from configurator import ROOT, UserError, above, configure, repo_path, show_path, written_aside
 from miniglm.checkpoint import environment, has_checkpoint, read_log, read_run
+from miniglm.devices import pick_dtype
 from visualize import save_figure, style
 
 EVALUATIONS = 20  # of a run
@@ -242,13 +243,12 @@ def measure_costs(config: Settings, recipes: dict[str, list[str]]) -> dict[str, 
         # a dry run may start in an out_dir that holds a run
         argv = [*argv, f"--out_dir={config.runs}/{name}", "--dry_run"]
         settings = configure(training.Settings, argv)
-        own = str(training.pick_dtype(settings, config.device)).removeprefix("torch.")
+        own = str(pick_dtype(settings.dtype, config.device)).removeprefix("torch.")
         dtypes[name] = list(dict.fromkeys(["float32", own]))
-        # a recipe with short rows has them in half of its steps
-        halves = [0, settings.max_iters] if settings.short_block else [0]
-        for dtype, short_iters in itertools.product(dtypes[name], halves):
-            run = training.start([*argv, f"--dtype={dtype}", f"--short_iters={short_iters}"])
-            calls[name, dtype, short_iters] = own_step(run)
+        # a recipe with short rows has them in the first half of its steps
+        for dtype, rows in itertools.product(dtypes[name], {settings.short_block, None}):
+            words = [*argv, f"--dtype={dtype}", f"--short_block={rows}"]
+            calls[name, dtype, rows], _ = own_step(words)
     print(f"measuring the cost of a step, {config.rounds + 1} turns of {len(calls)} contenders")
     seconds = measure(calls, config.rounds, config.device)
     costs = {}

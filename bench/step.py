@@ -27,7 +27,9 @@ from bench.generate import hugging_face_model
 from bench.timing import measure, print_profiles, profile_kinds, report, speed_ratio
 from configurator import at_least
 from data_utils import open_dataset
-from miniglm.objectives import next_token
+from miniglm.devices import pick_dtype
+from miniglm.losses import next_token
+from miniglm.optim import make_optimizers
 from model import GPT, ModelConfig
 
 ARCHITECTURES = {  # as our settings
@@ -48,7 +50,7 @@ CONTENDERS = [
     *(("ours", "GPT-2"), ("Hugging Face", "GPT-2")),
 ]
 KINDS = {  # kind -> its events, forward and backward
-    "head and loss": r"ChunkedLoss",
+    "head and loss": r"SummedLoss",
     "attention": r"CausalAttention|scaled_dot_product|ScaledDotProduct",
     "Muon": r"^Optimizer\..*#Muon\.",
     "AdamW": r"^Optimizer\..*#AdamW\.",
@@ -74,7 +76,7 @@ def bench(config: Settings) -> dict:
         f"step: {config.n_layer} layers x {config.n_embd}, vocabulary {n_vocab:,}, "
         f"{config.batch_size} x {config.block_size} tokens, {config.rounds} turns each"
     )
-    auto = str(training.pick_dtype(training.Settings(), config.device)).removeprefix("torch.")
+    auto = str(pick_dtype("auto", config.device)).removeprefix("torch.")
     dtypes = list(dict.fromkeys(["float32", auto]))
     results = {dtype: race(config, n_vocab, getattr(torch, dtype)) for dtype in dtypes}
     for dtype, memory in peak_memory(config, n_vocab, dtypes).items():
@@ -119,14 +121,14 @@ def training_step(
 ) -> Callable[[], None]:
     """A step as train.py's: forward, loss, backward, clipping, fused AdamW."""
     settings = training.Settings(optimizer="adamw")
-    [optimizer] = training.make_optimizers(model, settings, config.device)
+    [optimizer] = make_optimizers(model, settings, config.device)
     n_vocab = model.config.vocab_size
     ids = torch.randint(n_vocab, (config.batch_size, config.block_size + 1), device=config.device)
     idx, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def loss() -> torch.Tensor:
         if isinstance(model, GPT):
-            return next_token(model, (idx, targets))["next_token"] / targets.numel()
+            return next_token(model, idx, targets) / targets.numel()
         return model(input_ids=idx, labels=idx, use_cache=False).loss
 
     def step() -> None:
@@ -219,10 +221,10 @@ def race_own(config: Settings, dtypes: list[str]) -> dict:
     calls = {}
     for dtype in dtypes:
         # from here on the process keeps freed memory, as train.py does
-        muon = training.start([*argv, "--optimizer=muon", f"--dtype={dtype}"])
-        adamw = training.start([*argv, "--optimizer=adamw", f"--dtype={dtype}"])
-        calls |= {f"Muon, {dtype}": own_step(muon), f"AdamW, {dtype}": own_step(adamw)}
-        matmuls = step_matmuls(muon.model, config.batch_size)
+        for name in ("Muon", "AdamW"):
+            own = [*argv, f"--optimizer={name.lower()}", f"--dtype={dtype}"]
+            calls[f"{name}, {dtype}"], model = own_step(own)
+        matmuls = step_matmuls(model, config.batch_size)
         calls[f"matmuls, {dtype}"] = run_matmuls(matmuls, getattr(torch, dtype))
     seconds = measure(calls, config.rounds, config.device, config.clock)
     ratios = {}
@@ -240,13 +242,14 @@ def race_own(config: Settings, dtypes: list[str]) -> dict:
     return results
 
 
-def own_step(run: training.Run) -> Callable[[], None]:
-    """train.py's step on the run's next batch, which it makes too."""
-    batches = training.step_batches(run)
+def own_step(argv: list[str]) -> tuple[Callable[[], None], torch.nn.Module]:
+    """train.py's step on a new run's next batch, which it makes too; and the run's model."""
+    run, state = training.start(argv)
+    batches = training.steps(run, state)
 
     def step() -> None:
         with record_function("data"):
             micro, counts, _ = next(batches)
-        training.train_step(run, micro, counts)
+        training.train_step(run, state, micro, counts)
 
-    return step
+    return step, state.model

@@ -28,7 +28,7 @@ def recipes(tmp_path_factory) -> dict[str, list[str]]:
     folder = tmp_path_factory.mktemp("quality")
     dataset = write_novel(folder / "novel", tiny_tokenizer())
     tiny = ["--n_layer=1", "--n_head=2", "--block_size=16", "--device=cpu", "--patience=None"]
-    tiny += [f"--dataset={dataset}", "--warmup_iters=0", "--batch_size=2"]
+    tiny += [f"--dataset={dataset}", "--warmup_iters=0", "--batch_size=2", "--prompts=[]"]
     widths = {"ours": 32, "minimind": 16, "reference": 8}
     recipes = {name: [*tiny, f"--n_embd={width}"] for name, width in widths.items()}
     recipes["ours"].append("--short_block=8")
@@ -39,6 +39,7 @@ def recipes(tmp_path_factory) -> dict[str, list[str]]:
 def toy(recipes, tmp_path, monkeypatch) -> Settings:
     """Settings for runs of these recipes."""
     monkeypatch.setattr(quality, "recipe_argv", lambda _: recipes)
+    monkeypatch.setattr(quality, "EVALUATIONS", 2)
     times = {"ours_minutes": [0.005, 0.01], "minimind_minutes": 0.02, "reference_minutes": 0.02}
     return Settings(**times, minimind_rates=[1e-3], rounds=1, runs=str(tmp_path / "runs"))
 
@@ -72,11 +73,12 @@ def test_a_stopped_run_continues_and_one_of_other_steps_is_refused(toy, recipes,
     shutil.rmtree(out)
     # as Ctrl-C leaves it: a checkpoint in the middle, of a run of that many steps
     argv = [*recipes["ours"], f"--max_iters={steps}", f"--eval_interval={steps // 2}"]
-    half = train.start([*argv, f"--out_dir={out}"])
-    half.progress.iter, half.progress.rows, half.progress.best_val_loss = steps // 2, steps, 9.0
-    batches, counts, _ = next(train.step_batches(half))
-    train.train_step(half, batches, counts)
-    train.save(half, is_best=True)
+    run, state = train.start([*argv, f"--out_dir={out}"])
+    progress = state.progress
+    progress.iter, progress.rows, progress.best_val_loss = steps // 2, steps, 9.0
+    batches, counts, _ = next(train.steps(run, state))
+    train.train_step(run, state, batches, counts)
+    train.save(run, state, is_best=True)
     quality.bench(config)
     assert read_run(out, "latest")["progress"]["iter"] == steps
     assert read_log(out)[0]["iter"] > steps // 2
