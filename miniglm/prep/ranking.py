@@ -2,7 +2,7 @@
 
     samples.jsonl   in the dataset's folder: a header that describes the run, then a line a source,
                     {"split", "source", "reference", "samples", "ended", "chrf"}
-    scores.jsonl    what COMET or a judge gave to them, {"call", "by", "scores"}
+    scores.jsonl    COMET's scores of them, {"call", "by", "scores"}
 
 Training pairs come from sources of the training split, held-out ones from the validation split.
 The model was fine-tuned on the former, so pairs from there would say too little about other
@@ -12,13 +12,10 @@ A sample's random numbers depend on the seed, its source's place and its own num
 depends on the rows beside it, so sources are sampled in rounds; an unfinished round starts over.
 """
 
-import dataclasses
 import hashlib
 import heapq
 import json
-import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -31,8 +28,8 @@ from data_utils import Dataset
 from miniglm import comet, jsonl
 from miniglm.checkpoint import Checkpoint
 from miniglm.generation import Sampling
-from miniglm.prep import endpoint, preferences
-from miniglm.prep.endpoint import ask_all, open_client, short_hash
+from miniglm.prep import preferences
+from miniglm.prep.endpoint import short_hash
 from miniglm.prep.pipeline import print_meta
 from miniglm.prep.preferences import best_and_worst, usable
 from miniglm.text import check_answers, complete, fingerprint, load_for_sampling
@@ -40,17 +37,10 @@ from miniglm.tokenizer import Tokenizer
 
 ROUND = 16  # batches of samples that are begun together; at their end rows stay empty
 CHUNK = 64  # sources whose samples COMET scores before they are written down
-TASK = """\
-下面是一句英文、它的参考译文和{n}个候选译文。请给每个候选译文打分，从0到100：意思准确完整、用词合乎香港金融文件的得高分；漏译、错译或添加了原文没有的内容的得低分。
-只写一个JSON数组，按候选的次序给出{n}个数，不写别的。
-
-英文：{source}
-参考译文：{reference}
-{candidates}"""
 
 
 @dataclass
-class Settings(endpoint.Settings, Sampling):
+class Settings(Sampling):
     out_dir: str = "out"  # the model whose answers are ranked
     out: str = ""  # directory to write
     dataset: str | None = None  # of questions with references; None is what it was trained on
@@ -63,15 +53,10 @@ class Settings(endpoint.Settings, Sampling):
     seed: int = 1337  # of the samples, and of the choice of sources
     batch_size: Annotated[int, at_least(1)] = 64  # rows at once
     device: str = "auto"  # cuda, mps, cpu; auto is the first of them that is there
-    rank: Literal["chrf", "comet", "endpoint"] = "chrf"  # by what; endpoint is a judge, --model=
-    model: str = ""  # the judge: its name at the endpoint; of COMET a name or a checkpoint
+    rank: Literal["chrf", "comet"] = "chrf"  # by what
+    model: str = comet.MODEL  # COMET's: a name on the hub, or a checkpoint
     # by 10 chrF++ 8 % of 511 sources gave a pair, by 5 25 %, by 3 53 %, of that translator
     margin: Annotated[float, at_least(0)] = 5.0  # points of score, of 100, between the two
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.model and self.rank == "chrf":
-            raise UserError("--model= names a judge; pass --rank=comet or --rank=endpoint with it")
 
     @property
     def folder(self) -> Path:
@@ -80,22 +65,22 @@ class Settings(endpoint.Settings, Sampling):
     @property
     def by(self) -> str:
         """Whose scores they are."""
-        model = Path(self.model or comet.MODEL)  # of a file only its name: meta.json may be public
-        model = model.name if model.exists() else self.model or comet.MODEL
-        names = {"chrf": "chrF++", "comet": f"COMET {model}"}
-        return names.get(self.rank, f"endpoint {self.model}")
+        model = Path(self.model)  # of a file only its name: meta.json may be public
+        name = model.name if model.exists() else self.model
+        return f"COMET {name}" if self.rank == "comet" else "chrF++"
 
 
 def prepare(config: Settings) -> None:
     """Samples the model of out_dir, ranks its answers, and writes the dataset."""
-    judge = open_judge(config)  # first, since it says at once what is missing
+    # first, since it says at once what is missing
+    model = comet.load_comet(config.model) if config.rank == "comet" else None
     checkpoint = load_for_sampling(config.out_dir, config.device)
     data = open_data(config, checkpoint)
     sources = choose_sources(config, data)
     max_tokens = min(config.max_tokens, checkpoint.model.config.block_size)
     with locked(config.folder / "samples.jsonl"):
         lines = sample_all(config, checkpoint, data, sources)
-        results = rank_all(config, judge, checkpoint.tokenizer, lines, max_tokens)
+        results = rank_all(config, model, checkpoint.tokenizer, lines, max_tokens)
     counts = {split: summarize(split, results) for split in ("train", "val")}
     # the texts' own sources and languages: their terms hold for what is made of them, too
     more_meta = {name: data.meta[name] for name in ("sources", "languages") if name in data.meta}
@@ -219,9 +204,8 @@ def chrf(text: str, reference: str) -> float:
     return round(CHRF_PLUS.sentence_score(text, [reference]).score, 4)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """The question to COMET or a judge: scores of some translations of a source."""
+class Call(NamedTuple):
+    """The question to COMET: scores of some translations of a source."""
 
     by: str
     source: str
@@ -230,30 +214,14 @@ class Asked:
 
     @property
     def id(self) -> str:
-        return short_hash(json.dumps(dataclasses.astuple(self)))
-
-    @property
-    def prompt(self) -> str:
-        candidates = "\n".join(f"候选{n}：{text}" for n, text in enumerate(self.texts, 1))
-        parts = {"source": self.source, "reference": self.reference, "candidates": candidates}
-        return TASK.format(n=len(self.texts), **parts)
-
-
-Take = Callable[[Asked, list[float] | None], None]  # None: the scores could not be read
-
-
-def open_judge(config: Settings) -> object:
-    """COMET's model or an endpoint's client. Raises UserError if it is not there."""
-    if config.rank == "comet":
-        return comet.load_comet(config.model or comet.MODEL)
-    return open_client(config) if config.rank == "endpoint" else None
+        return short_hash(json.dumps(self))
 
 
 def score_all(
-    config: Settings, judge: object, lines: list[dict], texts_of: list[list[str]]
-) -> list[list[float] | None]:
-    """Scores of each line's texts. Those of COMET or a judge are in scores.jsonl, to which the
-    missing ones are appended."""
+    config: Settings, model: object, lines: list[dict], texts_of: list[list[str]]
+) -> list[list[float]]:
+    """Scores of each line's texts. COMET's are in scores.jsonl, to which the missing ones are
+    appended."""
     if config.rank == "chrf":
         return [
             [line["chrf"][line["samples"].index(text)] for text in texts]
@@ -262,59 +230,21 @@ def score_all(
     path = config.folder / "scores.jsonl"
     known = {line["call"]: line["scores"] for line in jsonl.recover(path, "call")}
     asked = [
-        Asked(config.by, line["source"], line["reference"], tuple(texts))
+        Call(config.by, line["source"], line["reference"], tuple(texts))
         for line, texts in zip(lines, texts_of, strict=True)
     ]
     todo = [call for call in asked if len(call.texts) > 1 and call.id not in known]
 
-    def take(call: Asked, scores: list[float] | None) -> None:
-        jsonl.append(path, [{"call": call.id, "by": call.by, "scores": scores}])
-        known[call.id] = scores
-
-    if todo:
-        {"comet": ask_comet, "endpoint": ask_endpoint}[config.rank](config, judge, todo, take)
-    # a text with nothing to compare it to needs no score
-    return [known[call.id] if len(call.texts) > 1 else [0.0] * len(call.texts) for call in asked]
-
-
-def ask_endpoint(config: Settings, client: object, todo: list[Asked], take: Take) -> None:
-    counts = Counter()
-
-    def parse(call: Asked, text: str) -> str:
-        scores = parse_scores(text, len(call.texts))
-        take(call, scores)
-        counts["unreadable"] += scores is None
-        return f"{counts['unreadable']} unreadable"
-
-    ask_all(client, config, todo, parse, counts, "judge", temperature=0)
-    if counts["failed calls"]:
-        raise UserError(
-            f"{counts['failed calls']:,} of {len(todo):,} calls failed; the same command asks them "
-            "again"
-        )
-
-
-def parse_scores(text: str, count: int) -> list[float] | None:
-    """A judge's answer, a JSON array of `count` numbers from 0 to 100, perhaps fenced; None if it
-    is anything else."""
-    match = re.fullmatch(r"(?:```(?:json)?\s*)?(\[[^\[\]]*\])(?:\s*```)?", text.strip())
-    try:
-        scores = json.loads(match[1]) if match else []
-    except ValueError:
-        return None
-    numbers = [s for s in scores if isinstance(s, int | float) and not isinstance(s, bool)]
-    good = [float(s) for s in numbers if 0 <= s <= 100]
-    return good if len(good) == len(scores) == count else None
-
-
-def ask_comet(config: Settings, model: object, todo: list[Asked], take: Take) -> None:
-    """Scores by COMET, times 100."""
-    for first in tqdm(range(0, len(todo), CHUNK), "COMET"):
+    for first in tqdm(range(0, len(todo), CHUNK), "COMET", disable=not todo):
         part = todo[first : first + CHUNK]
         rows = [(call.source, text, call.reference) for call in part for text in call.texts]
         scores = iter(comet.predict(model, rows, config.batch_size, progress_bar=False))
         for call in part:
-            take(call, [round(100 * next(scores), 4) for _ in call.texts])
+            known[call.id] = [round(100 * next(scores), 4) for _ in call.texts]
+            line = {"call": call.id, "by": call.by, "scores": known[call.id]}
+            jsonl.append(path, [line])
+    # a text with nothing to compare it to needs no score
+    return [known[call.id] if len(call.texts) > 1 else [0.0] * len(call.texts) for call in asked]
 
 
 # --- pairs ---------------------------------------------------------------------------------------
@@ -330,18 +260,15 @@ class Result(NamedTuple):
 
 
 def rank_all(
-    config: Settings, judge: object, tokenizer: Tokenizer, lines: list[dict], max_tokens: int
+    config: Settings, model: object, tokenizer: Tokenizer, lines: list[dict], max_tokens: int
 ) -> list[Result]:
     good = [
         usable(prompt_of(line), line["samples"], line["ended"], tokenizer, max_tokens)
         for line in lines
     ]
-    all_scores = score_all(config, judge, lines, [texts for texts, _ in good])
+    all_scores = score_all(config, model, lines, [texts for texts, _ in good])
     results = []
     for line, (texts, faults), scores in zip(lines, good, all_scores, strict=True):
-        if scores is None:
-            results.append(Result(line, None, None, "unreadable scores"))
-            continue
         score_of = dict(zip(texts, scores, strict=True))
         pair, why = best_and_worst(score_of, faults, config.margin)
         results.append(Result(line, pair, pair and tuple(map(score_of.get, pair)), why))

@@ -1,9 +1,8 @@
 """Preferences of a model's own answers: what is sampled, ranked and kept, by a model that has
-learnt a little, and by a judge behind a real endpoint."""
+learnt a little."""
 
 import json
 import math
-import random
 import shutil
 import sys
 from collections import Counter
@@ -18,10 +17,8 @@ from data_utils import Dataset
 from miniglm.checkpoint import weights_sha256
 from miniglm.generation import Sampling
 from miniglm.prep import ranking
-from miniglm.prep.ranking import parse_scores
 from miniglm.prep.writer import write_sft
 from miniglm.text import complete, load_for_sampling
-from tests.data.test_generate_qa import endpoint
 from tests.helpers import dialogue
 from tests.runs import (
     contents,
@@ -242,121 +239,14 @@ def test_the_dataset_trains_by_dpo(answers, whole, tmp_path):
     assert log(out)[-1]["train_loss"] < math.log(2)
 
 
-# --- a judge -------------------------------------------------------------------------------------
-
-
-def candidates(prompt: str) -> list[str]:
-    lines = prompt.split("\n")
-    return [line.partition("：")[2] for line in lines if line.startswith("候选")]
-
-
-def by_length(_: int, prompt: str, __: int) -> str:
-    return json.dumps([len(text) for text in candidates(prompt)])
-
-
-def judged(folder: Path, out: Path, url: str, *words: str) -> Dataset:
-    judge = ["--rank=endpoint", "--model=m", f"--base_url={url}", "--margin=1"]
-    return prepared(folder, out, *judge, *words)
-
-
-@pytest.fixture
-def out(whole, tmp_path) -> Path:
-    """A folder with the samples alone."""
-    (tmp_path / "out").mkdir()
-    shutil.copy(whole / "samples.jsonl", tmp_path / "out")
-    return tmp_path / "out"
-
-
-def test_a_judge_ranks_what_it_is_shown(answers, out, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    with endpoint(by_length) as (url, requests):
-        data = judged(answers, out, url)
-        assert len(requests) == len(lines_of(out, "scores.jsonl")) > 40
-        before = contents(out)
-        judged(answers, out, url)  # all are known
-        assert contents(out) == before
-        assert len(requests) == len(lines_of(out, "scores.jsonl"))
-        judged(answers, out, url, "--model=other")  # another judge is asked anew
-        assert len(requests) == 2 * len(before["scores.jsonl"].splitlines())
-    assert {(r["temperature"], r["key"]) for r in requests} == {(0, "Bearer secret")}
-    line_of = {line["source"]: line for line in lines_of(out)}
-    pairs = pairs_of(data, "train") | pairs_of(data, "val")
-    for source, (chosen, rejected) in pairs.items():
-        line = line_of[source]
-        lengths = [len(t) for t, e in zip(line["samples"], line["ended"], strict=True) if e and t]
-        assert len(chosen) == max(lengths) and len(rejected) == min(lengths)
-        [prompt] = {r["messages"][0]["content"] for r in requests if source in str(r["messages"])}
-        assert line["reference"] in prompt and {*candidates(prompt)} >= {chosen, rejected}
-    assert data.meta["rank"] == "endpoint m"
-
-
-def test_what_a_judge_says_unreadably_is_counted_and_not_asked_again(answers, out):
-    def answer(line: int, prompt: str, times: int) -> str:
-        return "都很好" if len(candidates(prompt)) == 3 else by_length(line, prompt, times)
-
-    with endpoint(answer) as (url, requests):
-        data = judged(answers, out, url)
-        unread = [line for line in lines_of(out, "scores.jsonl") if line["scores"] is None]
-        assert unread
-        counts = data.meta["pairs_from"]
-        assert sum(split.get("unreadable scores", 0) for split in counts.values()) == len(unread)
-        asked = len(requests)
-        judged(answers, out, url)
-        assert len(requests) == asked
-
-
-def test_a_judge_that_fails_at_times_is_asked_the_rest_by_the_same_command(answers, out):
-    with endpoint(by_length) as (url, _):
-        judged(answers, shutil.copytree(out, out.with_name("sound")), url)
-    chosen = random.Random(0)
-
-    def answer(line: int, prompt: str, times: int) -> str | int:
-        return 500 if chosen.random() < 0.2 else by_length(line, prompt, times)
-
-    refused = pytest.raises(UserError, match=r"\d+ of \d+ calls failed; the same command")
-    with endpoint(answer) as (url, requests), refused:
-        judged(answers, out, url, "--retries=0", "--parallel=1")
-    assert not (out / "meta.json").exists()
-    done = len(lines_of(out, "scores.jsonl"))
-    assert 0 < done < len(requests)
-    with endpoint(by_length) as (url, again):
-        judged(answers, out, url)
-    assert len(again) == len(requests) - done
-    resumed, sound = contents(out), contents(out.with_name("sound"))
-    lines = [sorted(files.pop("scores.jsonl").splitlines()) for files in (resumed, sound)]
-    assert lines[0] == lines[1]  # in another order
-    assert resumed == sound
-
-
-@pytest.mark.parametrize(
-    ("text", "scores"),
-    [
-        ("[1, 2.5, 100]", [1, 2.5, 100]),
-        ("```json\n[1, 2, 3]\n```", [1, 2, 3]),
-        ("[1, 2]", None),
-        ("[1, 2, 101]", None),
-        ("[1, 2, NaN]", None),
-        ('[1, 2, "3"]', None),
-        ("[1, 2, true]", None),
-        ("得分：[1, 2, 3]", None),
-        ("", None),
-    ],
-)
-def test_scores_are_read_strictly(text, scores):
-    assert parse_scores(text, 3) == scores
+# --- COMET ---------------------------------------------------------------------------------------
 
 
 def test_what_a_ranking_needs_is_said_before_anything_is_sampled(answers, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "comet", None)  # what import finds of a missing one
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    for words, message in (
-        (["--rank=comet"], r"COMET is not in this environment .* -r requirements-comet\.txt"),
-        (["--rank=endpoint"], "no model named; pass --model="),
-        (["--rank=endpoint", "--model=m"], "no key; set OPENAI_API_KEY"),
-    ):
-        with pytest.raises(UserError, match=message):
-            prepared(answers, tmp_path / "out", *words)
+    message = r"COMET is not in this environment .* -r requirements-comet\.txt"
+    with pytest.raises(UserError, match=message):
+        prepared(answers, tmp_path / "out", "--rank=comet")
     assert not (tmp_path / "out").exists()
 
 
@@ -366,11 +256,9 @@ def test_what_a_ranking_needs_is_said_before_anything_is_sampled(answers, tmp_pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--out_dir=x", "--model=m"], "--model= names a judge; pass --rank=comet or"),
         (["--num_samples=1"], "num_samples=1 must be 2 or more"),
         (["--temperature=0"], "temperature=0 must be above 0"),
-        (["--rank=bleu"], "rank='bleu' must be one of chrf, comet, endpoint"),
-        (["--parallel=0"], "parallel=0 must be 1 or more"),
+        (["--rank=bleu"], "rank='bleu' must be one of chrf, comet"),
         (["--out_dir={}/base"], "base continues texts, it has learnt no answers"),
         (["--out_dir={}/answers", "--top_p=2"], "top_p=2.0 must be"),
         (["--out_dir={}/answers", "--dataset={}/text"], "has no questions with references"),
