@@ -4,22 +4,19 @@
     python sample_gradio.py --out_dir=out-sanguo-sft --host=0.0.0.0 --auth=user:password
 
 Then open the address that it prints. Nothing is loaded from elsewhere, and nothing is sent. Marks
-(good, bad) go into marks.jsonl in the model's out_dir. The endpoint is api.py's, HTML is
-miniglm/serve/page_html.py's.
+(thumbs up or down) go into marks.jsonl in the model's out_dir. The endpoint is in
+miniglm/serve/api.py, what the page shows in page_html.py and page.css beside it.
 """
 
-import asyncio
-import contextlib
-import errno
+import html
 import json
 import os
 import socket
-import sys
-import threading
 import traceback
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -28,59 +25,54 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
-from configurator import UserError, command, configure, show_path
-from miniglm.generation import Sampling
+from configurator import ROOT, UserError, at_least, at_most, command, configure, show_path
+from miniglm.generation import Request, Sampling
 from miniglm.serve import api, page_html
+from miniglm.serve.api import MOST_SAMPLES
 from miniglm.serve.gate import LOOPBACK, Gate
-from miniglm.serve.page_html import Answer, Chunk, Turn
+from miniglm.serve.page_html import Answer, Turn
 from miniglm.serve.server import Piece, Server, Stream
 from miniglm.text import complete_question, load_for_sampling
 
-MOST_SAMPLES = 5  # side by side
-UPDATE = 0.03  # seconds between two updates of a page
+UPDATE = 0.03  # seconds between two updates of a page, which the browser draws anew
 LONGEST = 200_000  # characters that a box takes; the gate refuses what is much longer
 MOST_TURNS = 50  # shown of a conversation
 ALTERNATIVES = 5  # shown of each token
-MARK_LOCK = threading.Lock()
-Steps = AsyncIterator[None]
 FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
-# a mark's turn, answer and kind stand on its button
-ON_CLICK = """
-element.addEventListener('click', (event) => {
-  const button = event.target.closest('button.mark');
-  if (button && !button.disabled) trigger('mark', {...button.dataset});
-});
-"""
+TITLE = '<span class="name">MiniGLM</span><span class="about">小型中文语言模型</span>'
+CHAT_HINT = """向模型提一个问题，或写一个开头让它续写。
+Ask the model a question, or write a beginning for it to continue."""
+CERTAINTY_HINT = """<div class="empty">每个词元按模型给它的概率着色；指着它，看它的其他可能。<br>
+Each token is shaded by its probability; point at one to see its alternatives.</div>"""
+LOG_HEIGHT = "max(260px, calc(100vh - 315px))"
+# texts as they are; of gradio's buttons those of a message
+PLAIN = {"render_markdown": False, "latex_delimiters": [], "allow_tags": False, "buttons": ["copy"]}
+BARE = {"show_label": False, "container": False}
+QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+STREAMED = {"show_progress": "hidden", "api_visibility": "undocumented"}
+BUSY = gr.update(submit_btn=False, stop_btn="停止 Stop")  # of the box of a prompt
 
 
 @dataclass
 class Settings:
     out_dir: list[str] = field(default_factory=lambda: ["out"])  # of the models, between commas
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 is all of this machine's
-    port: int = 7860  # of the page and of /v1
+    port: Annotated[int, at_least(1), at_most(65535)] = 7860  # of the page and of /v1
     auth: str | None = None  # user:password, asked of everyone
     open: bool = False  # listen beyond this machine without --auth
-    batch_size: int = 16  # requests that one model answers at once
-    max_waiting: int = 64  # requests that wait for one model; more are refused
-    max_new_tokens: int = 512  # longest output that may be asked for, tokens
+    batch_size: Annotated[int, at_least(1)] = 16  # requests that one model answers at once
+    max_waiting: Annotated[int, at_least(0)] = 64  # requests that wait for one model, at most
+    max_new_tokens: Annotated[int, at_least(1)] = 512  # longest output that may be asked for
     device: str = "auto"  # cuda, mps, cpu; auto is the first of them that is there
 
     def __post_init__(self):
-        for name in ("batch_size", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
-        if self.max_waiting < 0:
-            raise UserError(f"max_waiting={self.max_waiting} must not be negative")
-        if not 0 < self.port < 65536:
-            raise UserError(f"port={self.port} must be 1 to 65535")
         if not self.out_dir:
             raise UserError("out_dir names no model; pass --out_dir=A or --out_dir=A,B")
         if self.auth is not None and not all(self.auth.partition(":")):
             raise UserError(f"auth={self.auth!r} must be user:password")
         if self.host not in LOOPBACK and self.auth is None and not self.open:
-            raise UserError(
-                f"host={self.host} lets others in; pass --auth=user:password, or --open=True"
-            )
+            remedy = "pass --auth=user:password, or --open=True"
+            raise UserError(f"host={self.host} lets others in; {remedy}")
 
 
 @dataclass
@@ -90,114 +82,59 @@ class Session:
     turns: list[Turn] = field(default_factory=list)
     stream: Stream | None = None
 
-    def __deepcopy__(self, memo: dict) -> "Session":  # gradio copies it for each page
-        return Session()
-
-    @contextlib.contextmanager
-    def streaming(self) -> Iterator[Stream]:
-        with Stream() as self.stream:
-            try:
-                yield self.stream
-            finally:
-                self.stream = None
-
     def stop(self) -> None:
         if self.stream:
             self.stream.stop()
 
+    def clear(self) -> None:
+        self.stop()
+        self.turns.clear()
+
     def can_start(self, text: str) -> bool:
         """Whether there is something to do, and nothing else is being done."""
-        if self.stream:
+        busy = self.stream is not None and self.stream.open
+        if busy:
             gr.Info("还在回答 / still answering")
-        return bool(text.strip()) and not self.stream
+        return bool(text.strip()) and not busy
+
+    def message(self, index: int) -> tuple[Turn, Answer | None]:
+        """What the Chatbot shows as its message of that index. Raises IndexError if it is gone."""
+        return [(turn, shown) for turn in self.turns for shown in (None, *turn.answers)][index]
 
 
 # --- generating --------------------------------------------------------------------------------
 
 
-def drawn(settings: tuple, server: Server) -> Sampling:
-    """The sampling that the drawer's sliders say; UserError where they say nonsense."""
-    temperature, top_p, max_new_tokens, penalty, seed = settings
-    return Sampling(
-        max_new_tokens=min(int(max_new_tokens), server.max_new_tokens),
-        temperature=float(temperature),
-        top_p=float(top_p),
-        repetition_penalty=float(penalty),
-        seed=int(seed or 0),
-    )
-
-
-def page_temperature(server: Server) -> float:
-    """Answers keep to the point; a little chance makes another try another answer."""
-    return 0.3 if server.checkpoint.answers else 0.8
-
-
-def new_turn(server: Server, text: str, before: list[Turn] = ()) -> Turn:
-    """What is asked with a text: a question with its mark, after the turns before; or a text to be
-    continued."""
-    answers = server.checkpoint.answers
-    prompt = complete_question(server.checkpoint, text) if answers else text
-    messages = []
-    for turn in before if answers else ():
-        if turn.answers_questions and turn.answers and not turn.error:
+def new_turn(server: Server, text: str, n: int = 1, before: Iterable[Turn] = ()) -> Turn:
+    """A question or a beginning, and n answers to come. A model that answers gets the turns before
+    it, too, of each the answer marked good, or the first."""
+    prompt, messages, is_question = text, [], server.checkpoint.answers
+    if is_question:
+        prompt = complete_question(server.checkpoint, text)
+        for turn in before:
             kept = next((a for a in turn.answers if a.mark == "chosen"), turn.answers[0])
-            messages.append({"role": "user", "content": turn.prompt})
-            messages.append({"role": "assistant", "content": kept.text})
+            if turn.is_question and not kept.error:
+                messages.append({"role": "user", "content": turn.prompt})
+                messages.append({"role": "assistant", "content": kept.text})
     messages.append({"role": "user", "content": prompt})
-    return Turn(server.name, answers, prompt, messages)
-
-
-async def fill(stream: Stream, turn: Turn, server: Server, settings: tuple, n: float) -> Steps:
-    """Asks for n answers of a turn and writes them into it as they come; what goes wrong stands
-    in turn.error."""
-    turn.answers, turn.error = [], None
-    try:
-        n = min(max(int(n), 1), MOST_SAMPLES)
-        prompt, sampling = server.prompt(turn.messages), drawn(settings, server)
-        for sample in range(n):
-            server.submit(stream, prompt, sampling, turn.attempt * MOST_SAMPLES + sample)
-        turn.answers = [Answer() for _ in range(n)]
-        yield
-        async for pieces in gathered(stream):
-            for piece in pieces:
-                turn.answers[piece.number].add(piece)
-            yield
-    except Exception as error:
-        turn.error = explain(error)
-
-
-async def gathered(stream: Stream) -> AsyncIterator[list[Piece]]:
-    """The pieces, those of UPDATE seconds at a time: each update is drawn anew by the browser."""
-    async for piece in stream:
-        pieces = [piece]
-        while not stream.pieces.empty():
-            pieces.append(await anext(stream))
-        yield pieces
-        if stream.unfinished:
-            await asyncio.sleep(UPDATE)
+    return Turn(prompt, [Answer(server.name, messages, i) for i in range(n)], is_question)
 
 
 def explain(error: Exception) -> str:
     """What the page says of an error; one that is our own fault is also printed."""
     if not isinstance(error, UserError):
-        traceback.print_exception(error, file=sys.stderr)
+        traceback.print_exception(error)
         return f"出错了 / something went wrong: {error}"
     return f"不行 / not possible: {error}"
 
 
-# --- marks -------------------------------------------------------------------------------------
-
-
-def save_mark(server: Server, turn: Turn, answer: Answer, kind: str) -> Path:
+def save_mark(server: Server, answer: Answer, kind: str) -> Path:
     """Appends a line to marks.jsonl: {"prompt": messages or text, "chosen" or "rejected": text}."""
-    prompt = turn.messages if turn.answers_questions else turn.prompt
+    prompt = answer.messages if server.checkpoint.answers else answer.messages[-1]["content"]
     line = json.dumps({"prompt": prompt, kind: answer.text}, ensure_ascii=False) + "\n"
-    path = page_html.out_dir_of(server) / "marks.jsonl"
-    try:
-        with MARK_LOCK, path.open("ab") as file:
-            file.write(line.encode())
-    except OSError as error:
-        raise UserError(f"cannot write {show_path(path)}: {error.strerror}") from None
+    path = server.checkpoint.out_dir / "marks.jsonl"
+    with path.open("ab") as file:
+        file.write(line.encode())
     answer.mark = kind
     return path
 
@@ -206,257 +143,242 @@ def save_mark(server: Server, turn: Turn, answer: Answer, kind: str) -> Path:
 
 
 class Page:
-    """The handlers of the page's events, and its layout."""
+    """The components of the page, and the handlers of their events. A handler gets the values of
+    several inputs by component, and yields or returns what its outputs show."""
 
     def __init__(self, servers: dict[str, Server]):
         self.servers = servers
 
-    # handlers: each yields or returns what its components show
-
-    async def ask(self, text, session, name, follow, n, *settings):
-        """A new turn; follow: the model is given those before it too. Outputs: log, textbox, stop
-        button."""
-        if not session.can_start(text):
-            yield gr.skip(), gr.skip(), gr.skip()
-            return
-        turn = new_turn(self.servers[name], text, session.turns if follow else ())
-        session.turns = [*session.turns, turn][-MOST_TURNS:]
-        async for log, button in self.fill_shown(session, turn, n, settings):
-            yield log, "", button
-
-    async def again(self, session, n, *settings):
-        """The last turn anew, with the next random numbers. Outputs: log, stop button."""
-        if not session.turns or not session.can_start(session.turns[-1].prompt):
-            yield gr.skip(), gr.skip()
-            return
-        turn = session.turns[-1]
-        turn.attempt += 1
-        if not settings[0]:
-            gr.Info("温度为 0，答案不会变 / at temperature 0 the answer stays the same")
-        async for update in self.fill_shown(session, turn, n, settings):
-            yield update
-
-    async def fill_shown(self, session, turn, n, settings):
-        with session.streaming() as stream:
-            yield page_html.conversation(session.turns), gr.Button(interactive=True)
-            async for _ in fill(stream, turn, self.servers[turn.model], settings, n):
-                yield page_html.conversation(session.turns), gr.skip()
-        yield page_html.conversation(session.turns), gr.Button(interactive=False)
-
-    async def stop(self, session):
-        session.stop()
-
-    async def clear(self, session):
-        session.stop()
-        session.turns = []
-        return page_html.conversation([])
-
-    async def mark(self, session, event: gr.EventData):
+    def submit(self, stream, answer, values, alternatives) -> bool:
+        """Asks for an answer as the drawer says. If that is impossible, its error says why."""
+        settings = {name: values[component] for name, component in self.settings.items()}
+        settings["seed"] = settings["seed"] or 0
+        if answer.temperature is not None:
+            settings["temperature"] = answer.temperature
         try:
-            turn = session.turns[int(event._data["turn"])]
-            answer, kind = turn.answers[int(event._data["answer"])], event._data["kind"]
-        except (KeyError, IndexError, ValueError, TypeError):
-            return gr.skip()  # the page has changed meanwhile
-        if answer.mark is None and answer.finish and kind in ("chosen", "rejected"):
-            try:
-                path = save_mark(self.servers[turn.model], turn, answer, kind)
-                gr.Info(f"已记入 / kept in {show_path(path)}", duration=2)
-            except UserError as error:
-                gr.Warning(str(error))
-        return page_html.conversation(session.turns)
+            server = self.servers[answer.model]
+            prompt, sampling = server.prompt(answer.messages), Sampling(**settings)
+            server.submit(stream, Request(prompt, sampling, 0, answer.sample, alternatives))
+        except Exception as error:
+            answer.error = explain(error)
+        return answer.error is None
 
-    async def compare(self, text, session, one, other, warm, warm_other, *settings):
-        """Two models on one prompt, at once. Outputs: log, stop button."""
-        if not session.can_start(text):
-            yield gr.skip(), gr.skip()
-            return
-        turns = [new_turn(self.servers[name], text) for name in (one, other)]
-        for turn in turns:
-            turn.answers = [Answer()]
-        with session.streaming() as stream:
-            yield page_html.comparison(turns), gr.Button(interactive=True)
-            running = []  # the turn of each request of the stream
-            for turn, temperature in zip(turns, (warm, warm_other), strict=True):
-                server = self.servers[turn.model]
-                try:
-                    prompt, sampling = server.prompt(turn.messages), (temperature, *settings[1:])
-                    server.submit(stream, prompt, drawn(sampling, server))
-                    running.append(turn)
-                except Exception as error:
-                    turn.error = explain(error)
+    async def run(self, values, answers, log, box, draw, alternatives=None):
+        """Asks for the answers and writes them as they come; what goes wrong is kept in their
+        errors. draw gets the new pieces, and gives what the log shows."""
+        with Stream() as stream:
+            values[self.session].stream = stream
+            running = [a for a in answers if self.submit(stream, a, values, alternatives)]
+            yield {log: draw([]), box: BUSY}
             try:
-                async for pieces in gathered(stream):
+                async for pieces in stream.gathered(UPDATE):
                     for piece in pieces:
-                        running[piece.number].answers[0].add(piece)
-                    yield page_html.comparison(turns), gr.skip()
+                        running[piece.number].add(piece)
+                    yield {log: draw(pieces)}
             except Exception as error:
-                for turn in running:
-                    if not turn.answers[0].finish:
-                        turn.error = explain(error)
-        yield page_html.comparison(turns), gr.Button(interactive=False)
+                reason = explain(error)
+                for answer in running:
+                    answer.error = None if answer.finish else reason
+        yield {log: draw([]), box: gr.update(submit_btn=box.submit_btn, stop_btn=False)}
 
-    async def shade(self, text, session, name, *settings):
-        """One output with its probabilities. Outputs: log, stop button."""
-        if not session.can_start(text):
-            yield gr.skip(), gr.skip()
-            return
-        server, chunks, fault = self.servers[name], [], None
-        turn = new_turn(server, text)
-        with session.streaming() as stream:
-            yield gr.skip(), gr.Button(interactive=True)
-            try:
-                prompt, sampling = server.prompt(turn.messages), drawn(settings, server)
-                server.submit(stream, prompt, sampling, alternatives=ALTERNATIVES)
-                async for pieces in gathered(stream):
-                    chunks += [Chunk(piece.text, piece.tokens) for piece in pieces if piece.tokens]
-                    yield page_html.certainty(server, turn.prompt, chunks, None, False), gr.skip()
-            except Exception as error:
-                fault = explain(error)
-        yield page_html.certainty(server, turn.prompt, chunks, fault), gr.Button(interactive=False)
+    def chat(self, values, turns, log, box) -> AsyncIterator[dict]:
+        """The last turn's answers as they come, under the turns before."""
 
-    def choose(self, name):
-        """Another model: its description, and the temperature that suits its kind."""
-        server = self.servers[name]
-        return page_html.description(server), page_temperature(server)
+        def draw(pieces: list[Piece]) -> object:  # an update of a property costs more than a value
+            return page_html.conversation(turns) if pieces else conversation(turns)
+
+        return self.run(values, turns[-1].answers, log, box, draw)
+
+    async def ask(self, values):
+        session, text = values[self.session], values[self.box]
+        if session.can_start(text):
+            server = self.servers[values[self.model]]
+            before = session.turns if values[self.follow] else ()
+            session.turns.append(new_turn(server, text, values[self.samples], before))
+            del session.turns[:-MOST_TURNS]
+            updates = self.chat(values, session.turns, self.log, self.box)
+            yield await anext(updates) | {self.box: BUSY | {"value": ""}}
+            async for update in updates:
+                yield update
+
+    async def edit(self, values, event: gr.EditData):
+        """Asks an edited question; the turns from it on go."""
+        session, text = values[self.session], html.unescape(event.value)
+        if session.can_start(text):
+            turn, _ = session.message(event.index)
+            del session.turns[session.turns.index(turn) :]
+            async for update in self.ask(values | {self.box: text}):
+                yield update
+
+    async def retry(self, values):
+        """The last turn anew, with the next random numbers."""
+        session, n = values[self.session], values[self.samples]
+        if session.turns and session.can_start(session.turns[-1].prompt):
+            turn = session.turns[-1]
+            last, first = turn.answers[0], turn.answers[0].sample + MOST_SAMPLES
+            turn.answers = [Answer(last.model, last.messages, first + i) for i in range(n)]
+            if not values[self.settings["temperature"]]:
+                gr.Info("温度为 0，答案不会变 / at temperature 0 the answer stays the same")
+            async for update in self.chat(values, session.turns, self.log, self.box):
+                yield update
+
+    def undo(self, session):
+        """Takes the last turn away, and its prompt back into the box."""
+        if not session.turns or not session.can_start(session.turns[-1].prompt):
+            return gr.skip(), gr.skip()
+        prompt = session.turns.pop().prompt
+        return conversation(session.turns), prompt
+
+    async def mark(self, session, event: gr.LikeData):
+        try:
+            _, answer = session.message(event.index)
+            if answer and answer.mark is None and answer.finish and answer.text:
+                kind = "chosen" if event.liked else "rejected"
+                path = save_mark(self.servers[answer.model], answer, kind)
+                gr.Info(f"已记入 / kept in {show_path(path)}", duration=2)
+        except IndexError:  # the page has changed meanwhile
+            pass
+        except OSError as error:
+            gr.Warning(f"cannot write {show_path(error.filename)}: {error.strerror}")
+        return conversation(session.turns)
+
+    async def compare(self, values):
+        """Two models on one prompt, at once."""
+        text, answers = values[self.compare_box], []
+        if values[self.session].can_start(text):
+            for model, temperature in self.compared:
+                answers += new_turn(self.servers[values[model]], text).answers
+                answers[-1].temperature = values[temperature]
+            turns, log, box = [Turn(text, answers)], self.compare_log, self.compare_box
+            async for update in self.chat(values, turns, log, box):
+                yield update
+
+    async def shade(self, values):
+        """One output with its probabilities."""
+        text, shown = values[self.certainty_box], []
+        if values[self.session].can_start(text):
+            server = self.servers[values[self.model]]
+            turn = new_turn(server, text)
+
+            def draw(pieces: list[Piece]) -> str:
+                shown.extend(piece for piece in pieces if piece.tokens)
+                return page_html.certainty(server, turn, shown)
+
+            log, box = self.certainty_log, self.certainty_box
+            async for update in self.run(values, turn.answers, log, box, draw, ALTERNATIVES):
+                yield update
+
+    def temperature(self, name):
+        """Answers keep to the point; a little chance makes another try another answer."""
+        return 0.3 if self.servers[name].checkpoint.answers else 0.8
+
+    def facts(self, name):
+        return page_html.facts(self.servers[name])
 
     def report(self, name):
-        return page_html.run_report(self.servers[name])
+        return page_html.report(self.servers[name])
 
     # layout
 
     def blocks(self) -> gr.Blocks:
-        first = next(iter(self.servers.values()))
+        names = list(self.servers)
         with gr.Blocks(title="MiniGLM", analytics_enabled=False) as blocks:
-            session = gr.State(Session())
+            self.session = gr.State(Session())
             with gr.Row(elem_id="head"):
-                shown(TITLE, elem_id="title", min_width=160)
-                name = gr.Dropdown(
-                    list(self.servers),
-                    value=first.name,
-                    label="模型 Model",
-                    show_label=False,
-                    container=False,
-                    min_width=200,
-                    elem_id="model",
-                )
-            facts = shown(page_html.description(first), elem_id="facts")
-            settings, n = self.drawer(first)
-            name.change(self.choose, name, [facts, settings[0]], **QUIET)
-            with gr.Tabs():
-                with gr.Tab("对话 Chat", id="chat"):
-                    self.chat_tab(session, name, n, settings)
-                with gr.Tab("比较 Compare", id="compare"):
-                    self.compare_tab(session, settings)
-                with gr.Tab("把握 Certainty", id="certainty"):
-                    self.certainty_tab(session, name, settings)
-                with gr.Tab("训练 Run", id="run") as run_tab:
-                    report = shown("", elem_id="report")
-                    run_tab.select(self.report, name, report, **QUIET)
-                    name.change(self.report, name, report, **QUIET)
+                own_html(TITLE, "title")
+                self.model = gr.Dropdown(names, min_width=200, elem_id="model", **BARE)
+            facts = own_html(self.facts(names[0]), "facts")
+            with gr.Accordion("设置 Settings", open=False, elem_id="settings"), gr.Row():
+                self.drawer(names[0])
+            with gr.Tab("对话 Chat"):
+                self.chat_tab()
+            with gr.Tab("比较 Compare"):
+                self.compare_tab(names)
+            with gr.Tab("把握 Certainty"):
+                self.certainty_box = prompt_box("certainty-text", "生成 Generate")
+                self.certainty_log = own_html(CERTAINTY_HINT, "certainty-log")
+                inputs = {self.certainty_box, self.model, *self.drawn}
+                self.listen(self.shade, inputs, self.certainty_log, self.certainty_box)
+            with gr.Tab("训练 Run") as run_tab:
+                report = own_html("", "report")
+                run_tab.select(self.report, self.model, report, **QUIET)
+            temperature = self.settings["temperature"]
+            shows = (self.facts, facts), (self.temperature, temperature), (self.report, report)
+            for handler, output in shows:
+                self.model.change(handler, self.model, output, **QUIET)
         limit = sum(server.most_jobs for server in self.servers.values())
         return blocks.queue(max_size=limit, default_concurrency_limit=limit)
 
-    def drawer(self, first: Server) -> tuple[list[gr.components.Component], gr.Slider]:
-        """Temperature, top-p, length, penalty, seed; and the number of samples."""
-        longest, width = first.max_new_tokens, {"min_width": 230}
-        with gr.Accordion("设置 Settings", open=False, elem_id="settings"), gr.Row():
-            settings = [
-                gr.Slider(0, 2, page_temperature(first), step=0.05, label=WARMTH, **width),
-                gr.Slider(0.05, 1, 1, step=0.05, label="top-p", **width),
-                gr.Slider(1, longest, min(256, longest), step=1, label="最长 most tokens", **width),
-                gr.Slider(1, 2, 1, step=0.05, label="重复惩罚 penalty", **width),
-                gr.Number(1337, precision=0, minimum=0, label="随机种子 seed", **width),
-            ]
-            n = gr.Slider(
-                1, MOST_SAMPLES, 1, step=1, label="样本数 samples", elem_id="samples", **width
-            )
-        return settings, n
+    def listen(self, handler: Callable, inputs: set, log, box: gr.Textbox) -> None:
+        box.submit(handler, inputs, [log, box], api_name=handler.__name__, **STREAMED)
+        box.stop(Session.stop, self.session, None, **QUIET)
 
-    def chat_tab(self, session, name, n, settings) -> None:
-        log = shown(page_html.conversation([]), elem_id="log", js_on_load=ON_CLICK, autoscroll=True)
-        with gr.Row(elem_classes="ask"):
-            box = prompt_box("question")
-            send = gr.Button("发送 Send", variant="primary", min_width=100, scale=1, elem_id="send")
-        with gr.Row(elem_classes="tools"):
-            stop = gr.Button(
-                "停止 Stop", interactive=False, size="sm", min_width=80, elem_id="stop"
-            )
-            again = gr.Button("重答 Again", size="sm", min_width=80, elem_id="again")
-            clear = gr.Button("清空 Clear", size="sm", min_width=80, elem_id="clear")
-            # off: a model that was trained on single questions answers worse after others
-            follow = gr.Checkbox(
-                label="接上文 Follow", container=False, min_width=120, elem_id="follow"
-            )
-        outputs = [log, box, stop]
-        asked = [box, session, name, follow, n, *settings]
-        gr.on([box.submit, send.click], self.ask, asked, outputs, api_name="ask", **STREAMED)
-        again.click(self.again, [session, n, *settings], [log, stop], api_name="again", **STREAMED)
-        stop.click(self.stop, session, None, **QUIET)
-        clear.click(self.clear, session, log, **QUIET)
-        log.mark(self.mark, session, log, **QUIET)
+    def drawer(self, name: str) -> None:
+        """Settings of Sampling, the number of samples, and whether to follow."""
+        longest, width = self.servers[name].max_new_tokens, {"min_width": 230}
+        whole = {"step": 1, "precision": 0}
+        length = {"value": min(256, longest), "label": "最长 most tokens"}
+        self.settings = {
+            "temperature": temperature_slider(self.temperature(name)),
+            "top_p": gr.Slider(0.05, 1, 1, step=0.05, label="top-p", **width),
+            "max_new_tokens": gr.Slider(1, longest, **length, **whole, **width),
+            "repetition_penalty": gr.Slider(1, 2, 1, step=0.05, label="重复惩罚 penalty", **width),
+            "seed": gr.Number(1337, precision=0, minimum=0, label="随机种子 seed", **width),
+        }
+        self.samples = gr.Slider(1, MOST_SAMPLES, 1, label="样本数 samples", **whole, **width)
+        # off: a model that was trained on single questions answers worse after others
+        self.follow = gr.Checkbox(label="接上文 Follow", elem_id="follow", **width)
+        self.drawn = {self.session, *self.settings.values()}
 
-    def compare_tab(self, session, settings) -> None:
-        names = list(self.servers)
-        chosen, warmth = [], []
+    def chat_tab(self) -> None:
+        size = {"height": LOG_HEIGHT, "editable": "user"}
+        self.log = answers_side_by_side("chat-log", CHAT_HINT, **size)
+        self.box = prompt_box("chat-text", "发送 Send")
+        inputs = {self.box, self.model, self.follow, self.samples, *self.drawn}
+        self.listen(self.ask, inputs, self.log, self.box)
+        self.log.edit(self.edit, inputs, [self.log, self.box], **STREAMED)
+        self.log.retry(self.retry, inputs, [self.log, self.box], **STREAMED)
+        self.log.undo(self.undo, self.session, [self.log, self.box], **QUIET)
+        self.log.like(self.mark, self.session, self.log, **QUIET)
+        self.log.clear(Session.clear, self.session, None, **QUIET)
+
+    def compare_tab(self, names: list[str]) -> None:
+        self.compared = []  # two models, each with a temperature
         with gr.Row(elem_classes="pair"):
             for number, name in enumerate((names[0], names[1 % len(names)]), 1):
                 with gr.Column(min_width=150):
-                    label, start = f"模型 Model {number}", page_temperature(self.servers[name])
-                    chosen.append(gr.Dropdown(names, value=name, label=label))
-                    warmth.append(gr.Slider(0, 2, start, step=0.05, label=WARMTH))
-                    chosen[-1].change(self.warmth, chosen[-1], warmth[-1], **QUIET)
-        box, run, stop = prompt_row("compare", "比较 Compare")
-        log = shown(page_html.comparison([]), elem_id="compare-log")
-        inputs = [box, session, *chosen, *warmth, *settings]
-        events = [box.submit, run.click]
-        gr.on(events, self.compare, inputs, [log, stop], api_name="compare", **STREAMED)
-        stop.click(self.stop, session, None, **QUIET)
-
-    def warmth(self, name):
-        return page_temperature(self.servers[name])
-
-    def certainty_tab(self, session, name, settings) -> None:
-        box, run, stop = prompt_row("certainty", "生成 Generate")
-        log = shown(page_html.certainty(None, "", [], None), elem_id="certainty-log")
-        inputs = [box, session, name, *settings]
-        events = [box.submit, run.click]
-        gr.on(events, self.shade, inputs, [log, stop], api_name="certainty", **STREAMED)
-        stop.click(self.stop, session, None, **QUIET)
+                    model = gr.Dropdown(names, value=name, label=f"模型 Model {number}")
+                    temperature = temperature_slider(self.temperature(name))
+                    model.change(self.temperature, model, temperature, **QUIET)
+                    self.compared.append((model, temperature))
+        self.compare_box = prompt_box("compare-text", "比较 Compare")
+        hint = "两个模型，同一个开头。\nTwo models, one prompt."
+        self.compare_log = answers_side_by_side("compare-log", hint)
+        inputs = {self.compare_box, *self.compared[0], *self.compared[1], *self.drawn}
+        self.listen(self.compare, inputs, self.compare_log, self.compare_box)
 
 
-TITLE = '<span class="name">MiniGLM</span><span class="about">小型中文语言模型</span>'
-WARMTH = "温度 temperature"
-QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-STREAMED = {"show_progress": "hidden", "api_visibility": "undocumented"}
+def conversation(turns: list[Turn]) -> dict:
+    return gr.update(value=page_html.conversation(turns), feedback_value=page_html.marks(turns))
 
 
-def shown(html: str, **options) -> gr.HTML:
-    """HTML of miniglm/serve/page_html.py's making, in its own style."""
-    return gr.HTML(html, apply_default_css=False, **options)
+def own_html(content: str, elem_id: str) -> gr.HTML:
+    return gr.HTML(content, apply_default_css=False, elem_id=elem_id)
 
 
-def prompt_box(elem_id: str) -> gr.Textbox:
-    return gr.Textbox(
-        placeholder="孔明是谁    却说曹操",
-        lines=1,
-        max_lines=6,
-        max_length=LONGEST,
-        scale=8,
-        min_width=200,
-        show_label=False,
-        container=False,
-        elem_id=elem_id,
-    )
+def temperature_slider(value: float) -> gr.Slider:
+    return gr.Slider(0, 2, value, step=0.05, label="温度 temperature", min_width=150)
 
 
-def prompt_row(kind: str, label: str) -> tuple[gr.Textbox, gr.Button, gr.Button]:
-    with gr.Row(elem_classes="ask"):
-        box = prompt_box(f"{kind}-text")
-        run = gr.Button(label, variant="primary", scale=1, min_width=140, elem_id=f"{kind}-run")
-        stop = gr.Button(
-            "停止 Stop", interactive=False, scale=1, min_width=100, elem_id=f"{kind}-stop"
-        )
-    return box, run, stop
+def answers_side_by_side(elem_id: str, hint: str, **options) -> gr.Chatbot:
+    """A Chatbot of messages of their own, which page.css puts side by side."""
+    options |= {"group_consecutive_messages": False, "layout": "panel", "show_label": False}
+    return gr.Chatbot(elem_id=elem_id, placeholder=hint, **PLAIN, **options)
+
+
+def prompt_box(elem_id: str, submit: str) -> gr.Textbox:
+    size, hint = {"max_lines": 6, "max_length": LONGEST}, "孔明是谁    却说曹操"
+    return gr.Textbox(placeholder=hint, submit_btn=submit, elem_id=elem_id, **size, **BARE)
 
 
 # --- serving -----------------------------------------------------------------------------------
@@ -467,8 +389,7 @@ def load_servers(config: Settings) -> dict[str, Server]:
     for name in dict.fromkeys(name.rstrip("/") for name in config.out_dir):
         checkpoint = load_for_sampling(name, config.device)
         limits = config.batch_size, config.max_waiting, config.max_new_tokens
-        if Path(name).name not in servers:
-            name = Path(name).name
+        name = name if Path(name).name in servers else Path(name).name
         servers[name] = Server(name, checkpoint, *limits)
     return servers
 
@@ -476,21 +397,17 @@ def load_servers(config: Settings) -> dict[str, Server]:
 def make_app(servers: dict[str, Server], config: Settings) -> Gate:
     app = FastAPI(title="MiniGLM", docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(api.make_router(servers))
-    theme = gr.themes.Soft(
-        primary_hue="indigo", neutral_hue="slate", font=FONTS, font_mono=["monospace"]
-    )
     gr.mount_gradio_app(
         app,
         Page(servers).blocks(),
         path="/",
-        theme=theme,
-        css=page_html.CSS,
+        theme=gr.themes.Soft(
+            primary_hue="indigo", neutral_hue="slate", font=FONTS, font_mono=["monospace"]
+        ),
+        css_paths=ROOT / "miniglm/serve/page.css",
         footer_links=[],
         run_history=False,
         show_error=False,
-        max_file_size=1,
-        ssr_mode=False,
-        pwa=False,
     )
     alone = config.host in LOOPBACK and config.auth is None and not config.open
     return Gate(app, config.auth, LOOPBACK if alone else None)
@@ -499,18 +416,10 @@ def make_app(servers: dict[str, Server], config: Settings) -> Gate:
 def listen(config: Settings) -> socket.socket:
     """The socket, taken before anything is loaded: a port in use is said at once."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        sock.bind((config.host, config.port))
+        return socket.create_server((config.host, config.port), family=family)
     except OSError as error:
-        reason = (
-            "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
-        )
-        raise UserError(
-            f"port={config.port} on host={config.host} {reason}; pass --port="
-        ) from None
-    return sock
+        raise UserError(f"cannot listen: {error.strerror}; pass another --port=") from None
 
 
 def main(argv: list[str]) -> None:
@@ -520,8 +429,7 @@ def main(argv: list[str]) -> None:
     app = make_app(servers, config)
     host = f"[{config.host}]" if ":" in config.host else config.host
     print(f"page http://{host}:{config.port}   endpoint http://{host}:{config.port}/v1", flush=True)
-    for server in servers.values():
-        print(f"model {server.name}", flush=True)
+    print("\n".join(f"model {name}" for name in servers), flush=True)
     settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
     uvicorn.Server(settings).run(sockets=[sock])
 

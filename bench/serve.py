@@ -10,7 +10,6 @@ made of it before. First on the endpoint, streamed, then on the page with a brow
 import contextlib
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -32,7 +31,6 @@ from sample import read_start
 
 WARMTH = 0.3  # the page's temperature for answers
 LENGTH = 256  # tokens
-PAGE_TEXT = re.compile(r'<span class="new">(.*?)</span>', re.DOTALL)
 
 Pieces = Callable[[], Iterator[str]]  # asks once: the answer so far, again and again
 
@@ -123,7 +121,8 @@ def page_user(address: str, model: str, question: str, seed: int) -> Pieces:
     config = client.get(f"{address}/config").json()
     number = next(d["id"] for d in config["dependencies"] if d["api_name"] == "ask")
     session = f"{os.getpid()}-{seed}"
-    data = [question, None, model, False, 1, WARMTH, 1.0, LENGTH, 1.0, seed]
+    # in the order in which the page makes its components
+    data = [None, model, WARMTH, 1.0, LENGTH, 1.0, seed, 1, False, question]
     body = {"data": data, "fn_index": number, "session_hash": session}
 
     def ask() -> Iterator[str]:
@@ -148,7 +147,8 @@ def page_user(address: str, model: str, question: str, seed: int) -> Pieces:
 
 def page_text(shown: list) -> str:
     """The newest answer, from what the page's `ask` puts out."""
-    return unescape("".join(PAGE_TEXT.findall(shown[0])[-1:]))
+    log = shown[0]["value"] if isinstance(shown[0], dict) else shown[0]  # an update, or a value
+    return unescape(log[-1]["content"][0]["text"])
 
 
 def crowd(way: str, asks: list[Pieces], texts: list[str], seconds: float) -> dict:

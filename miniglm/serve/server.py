@@ -2,7 +2,7 @@
 
     server = Server("out-sanguo-sft", checkpoint)
     with Stream() as stream:
-        server.submit(stream, prompt, Sampling(temperature=0.3))
+        server.submit(stream, Request(prompt, Sampling(temperature=0.3)))
         async for piece in stream:
             print(piece.text, end="")
 
@@ -12,22 +12,23 @@ HTTP is miniglm/serve/api.py's.
 """
 
 import asyncio
+import contextlib
 import queue
-import sys
 import threading
 import traceback
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from configurator import UserError
 from miniglm.checkpoint import Checkpoint
-from miniglm.generation import Batch, Request, Sampling, Token
+from miniglm.generation import Batch, Request, Token
 from miniglm.text import TextStream, chat_prompt, complete_question, default_temperature, prompt_ids
 
 CHARACTERS_PER_TOKEN = 16  # more than any text has; what is beyond is not even encoded
 
 
 class Busy(UserError):
-    """So many requests wait that another would wait too long."""
+    """Too many requests wait already."""
 
 
 @dataclass
@@ -41,34 +42,38 @@ class Piece:
     finish: str | None = None
 
 
-class Stream:
+class Stream(contextlib.AbstractContextManager):
     """The pieces of some requests, to be read in the event loop that made it."""
 
     def __init__(self):
         self.loop = asyncio.get_running_loop()
         self.pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         self.jobs: list[Job] = []
-        self.unfinished = 0
-
-    def __enter__(self) -> "Stream":
-        return self
+        self.unfinished, self.open = 0, True
 
     def __exit__(self, *_) -> None:
         self.stop()
+        self.open = False
 
-    def __aiter__(self) -> "Stream":
-        return self
-
-    async def __anext__(self) -> Piece:
+    async def __aiter__(self) -> AsyncIterator[Piece]:
         """Raises what a request failed with: UserError, or the model's own error."""
-        if not self.unfinished:
-            raise StopAsyncIteration
-        piece = await self.pieces.get()
-        if isinstance(piece, Exception):
-            raise piece
-        if piece.finish:
-            self.unfinished -= 1
-        return piece
+        while self.unfinished:
+            piece = await self.pieces.get()
+            if isinstance(piece, Exception):
+                raise piece
+            self.unfinished -= piece.finish is not None
+            yield piece
+
+    async def gathered(self, seconds: float) -> AsyncIterator[list[Piece]]:
+        """The pieces of that many seconds at a time."""
+        pieces = []
+        async for piece in self:
+            pieces.append(piece)
+            if self.pieces.empty():
+                yield pieces
+                pieces = []
+                if self.unfinished:
+                    await asyncio.sleep(seconds)
 
     def stop(self) -> None:
         """Ends what runs; the last pieces still come."""
@@ -103,37 +108,33 @@ class Job:
             self.pending = []
 
 
+@dataclass(eq=False, repr=False)
 class Server:
     """One checkpoint. At most batch_size requests run at once and max_waiting wait."""
 
-    def __init__(
-        self,
-        name: str,
-        checkpoint: Checkpoint,
-        batch_size: int = 16,
-        max_waiting: int = 64,
-        max_new_tokens: int = 512,
-    ):
-        self.name, self.checkpoint = name, checkpoint
-        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
-        self.most_jobs = batch_size + max_waiting
+    name: str
+    checkpoint: Checkpoint
+    batch_size: int = 16
+    max_waiting: int = 64
+    max_new_tokens: int = 512  # of one request
+
+    def __post_init__(self):
+        self.most_jobs = self.batch_size + self.max_waiting
         self.jobs: dict[Request, Job] = {}  # all that have not ended
         self.lock = threading.Lock()  # of jobs
-        self.inbox: queue.SimpleQueue[tuple[str, Job]] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self.batch = self._new_batch()
-        threading.Thread(target=self._work, name=f"serving {name}", daemon=True).start()
+        threading.Thread(target=self._work, name=f"serving {self.name}", daemon=True).start()
 
     def prompt(self, messages: list[dict]) -> list[int]:
         """The ids that sample.py would give to the model: the conversation with its last question
-        completed, or for a pretrained model the last message to be continued. UserError where
-        the question is too long."""
+        completed, or for a pretrained model the last message to be continued. Raises UserError
+        if the question is too long."""
         checkpoint, before = self.checkpoint, messages[:-1]
+        if messages[-1]["role"] != "user":
+            raise UserError("the last message must be the user's")
         text, block_size = messages[-1]["content"], checkpoint.model.config.block_size
         room = CHARACTERS_PER_TOKEN * block_size
-        try:
-            "".join(message["content"] for message in messages).encode()
-        except UnicodeEncodeError:
-            raise UserError("the text holds half of a surrogate pair, which is no text") from None
         if not checkpoint.answers:
             return prompt_ids(checkpoint, text[-room:])
         if len(text) > room:
@@ -144,24 +145,14 @@ class Server:
         question = {"role": "user", "content": complete_question(checkpoint, text)}
         return chat_prompt(checkpoint, [*before, question])
 
-    def submit(
-        self,
-        stream: Stream,
-        prompt: list[int],
-        sampling: Sampling,
-        sample_index: int = 0,
-        alternatives: int | None = None,
-    ) -> None:
-        """Adds a request to the stream. UserError where it asks too much, Busy where too many
-        wait."""
-        if sampling.max_new_tokens > self.max_new_tokens:
-            raise UserError(
-                f"{sampling.max_new_tokens} new tokens are more than this server's limit of "
-                f"{self.max_new_tokens}"
-            )
-        sampling = default_temperature(self.checkpoint, sampling)
-        request = Request(prompt, sampling, 0, sample_index, alternatives)
-        text = TextStream(self.checkpoint.tokenizer, sampling.stop)
+    def submit(self, stream: Stream, request: Request) -> None:
+        """Adds a request to the stream. Raises UserError if it asks for too many tokens, Busy if
+        too many requests wait."""
+        request.sampling = default_temperature(self.checkpoint, request.sampling)
+        if request.sampling.max_new_tokens > self.max_new_tokens:
+            asked = f"{request.sampling.max_new_tokens} new tokens"
+            raise UserError(f"{asked} are more than this server's limit of {self.max_new_tokens}")
+        text = TextStream(self.checkpoint.tokenizer, request.sampling.stop)
         job = Job(self, stream, len(stream.jobs), request, text)
         with self.lock:
             if len(self.jobs) >= self.most_jobs:
@@ -169,11 +160,11 @@ class Server:
             self.jobs[request] = job
         stream.jobs.append(job)
         stream.unfinished += 1
-        self.inbox.put(("add", job))
+        self.inbox.put(job)
 
     def cancel(self, job: Job) -> None:
-        """From any thread; nothing happens where it has ended."""
-        self.inbox.put(("cancel", job))
+        """From any thread; nothing happens if it has ended."""
+        self.inbox.put(job)
 
     # --- in the worker's thread ---------------------------------------------------------------
 
@@ -187,17 +178,16 @@ class Server:
                 self._fail(error)
 
     def _read_inbox(self) -> None:
-        """All that lies there; where nothing runs, waits for the first."""
+        """Adds each job that comes, and cancels it if it comes again. Waits if nothing runs."""
         while not self.batch or not self.inbox.empty():
-            what, job = self.inbox.get()
-            if job.request not in self.jobs:  # it has ended meanwhile
-                continue
-            if what == "add":
-                self.batch.add(job.request)
-                job.added = True
-            else:
-                self.batch.cancel(job.request)
-                self._end(job, "", "cancelled")
+            job = self.inbox.get()
+            if job.request in self.jobs:  # else it has ended meanwhile
+                if job.added:
+                    self.batch.cancel(job.request)
+                    self._end(job, "", "cancelled")
+                else:
+                    self.batch.add(job.request)
+                    job.added = True
 
     def _pass_on(self, job: Job, token: Token) -> None:
         job.pending.append(token)
@@ -217,17 +207,16 @@ class Server:
         job.send(text, finish)
 
     def _fail(self, error: Exception) -> None:
-        """The model's own error, as no memory left: all that it was working on get it, what waits
-        goes into a new batch."""
-        traceback.print_exception(error, file=sys.stderr)
+        """After an error of the model's own, such as no memory: the requests in work get it, those
+        that wait go into a new batch."""
+        traceback.print_exception(error)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         waiting = list(self.batch.waiting)
         with self.lock:
             failed = [j for r, j in self.jobs.items() if j.added and r not in waiting]
             for job in failed:
                 del self.jobs[job.request]
-        for job in failed:
-            job.stream.send(RuntimeError(f"the model failed: {reason}"))
+                job.stream.send(RuntimeError(f"the model failed: {reason}"))
         self.batch = None  # its memory, before more is taken
         self.batch = self._new_batch()
         for request in waiting:
