@@ -130,7 +130,6 @@ def test_generation_ends_at_both_end_tokens(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"value_residual": True}, "value_residual=True"),
         ({"mlp": "relu2"}, "mlp='relu2'"),
         ({"bias": True}, "bias=True"),
         ({"position": "learned", "norm": "layernorm", "mlp": "gelu"}, "qk_norm=True"),
@@ -241,7 +240,7 @@ def test_ways_of_cutting_text_have_llama_cpps_names(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"tokenizer": cut_otherwise(r".")}, "its way of cutting text is none"),
+        ({"tokenizer": cut_otherwise(r".")}, "no name for the tokenizer's split pattern"),
         (FAMILIES["gpt2_erf"], "mlp='gelu_erf'"),
         ({"model": "lstm"}, "model='lstm'"),
     ],
