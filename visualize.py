@@ -76,11 +76,6 @@ class Run:
     def evaluated(self) -> bool:
         return len(self.val["iter"]) > 0
 
-    @property
-    def is_paired(self) -> bool:
-        """Whether it was trained on preferences."""
-        return "margin" in self.train
-
 
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
@@ -93,7 +88,7 @@ def main(argv: list[str]) -> None:
     out = repo_path(config.out) if config.out else runs[0].path / "curves.png"
     if out.suffix != ".png":
         raise UserError(f"out={config.out!r} must end in .png")
-    paired = [run.is_paired for run in runs]
+    paired = ["margin" in run.train for run in runs]
     if any(paired):
         if not all(paired) or config.y == "bits_per_byte":
             raise UserError(
@@ -189,10 +184,8 @@ def curves_figure(runs: list[Run], x: X, y: Y) -> Figure:
         speed.yaxis.set_major_formatter(ticker.EngFormatter())
         scaled = ", scaled by val_bits_per_byte / val_loss (exact for validation only)"
         training = "training" + scaled * (y == "bits_per_byte")
-        names = [
-            f"{name}: {best_text(run, x, y)}"
-            for run, name in zip(runs, run_names(runs), strict=True)
-        ]
+        pairs = zip(run_names(runs), runs, strict=True)
+        names = [f"{name}: {best_text(run, x, y)}" for name, run in pairs]
         handles = legend_lines({"validation": VALIDATION, training: TRAINING}, names)
         figure.legend(handles=handles, loc="outside upper center", frameon=False)
     return figure
@@ -284,18 +277,12 @@ def x_format(x: X) -> ticker.Formatter:
 
 def draw_histogram(
     groups: dict[str, list[float]], path: Path, title: str, xlabel: str, log_x: bool = False
-) -> None:
+) -> Figure:
     """Writes a PNG of each group's distribution, in shares of the group, since sizes differ.
 
-    What is not finite is drawn at the highest finite value and counted in the legend.
+    What is not finite is drawn at the highest finite value and counted in the legend. A log axis
+    takes positive values; others get a linear one.
     """
-    save_figure(histogram_figure(groups, title, xlabel, log_x), path)
-
-
-def histogram_figure(
-    groups: dict[str, list[float]], title: str, xlabel: str, log_x: bool = False
-) -> Figure:
-    """The picture of draw_histogram. A log axis takes positive values; others get a linear one."""
     arrays = [np.array(values, float) for values in groups.values()]
     pooled = np.concatenate([[], *(array[np.isfinite(array)] for array in arrays)])
     low, high = (pooled.min(), pooled.max()) if len(pooled) else (1.0, 1.0)
@@ -329,6 +316,7 @@ def histogram_figure(
         axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
         axes.set(title=title, xlabel=xlabel, ylabel="share of the group", ylim=(0, None))
         figure.legend(handles=handles, loc="outside lower center", frameon=False)
+    save_figure(figure, path)
     return figure
 
 
@@ -340,14 +328,11 @@ def style() -> AbstractContextManager:
     return matplotlib.rc_context(
         {
             "font.family": font_families(),
-            "font.size": 10,
             "axes.grid": True,
             "axes.axisbelow": True,
             "axes.spines.top": False,
             "axes.spines.right": False,
             "grid.color": "0.9",
-            "figure.facecolor": "white",
-            "axes.facecolor": "white",
         }
     )
 

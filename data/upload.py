@@ -81,13 +81,10 @@ def main(argv: list[str]) -> None:
 
 def find(name: str) -> Path:
     """The directory of a name: relative to the repository, or a dataset's under data/."""
-    if not name:
-        raise UserError("what is to go up? pass --path=, a dataset or an out_dir")
-    places = repo_path(name), ROOT / "data" / name
-    for path in places:
+    for path in (repo_path(name), ROOT / "data" / name) if name else ():
         if path.is_dir():
             return path
-    raise UserError(f"no directory {show_path(places[0])}; pass another --path=")
+    raise UserError(f"path={name!r} is no directory; pass --path=, a dataset or an out_dir")
 
 
 # --- what goes up ------------------------------------------------------------------------------
@@ -95,17 +92,14 @@ def find(name: str) -> Path:
 
 def gather(path: Path, card: CardSettings) -> Upload:
     """What goes up of a directory. Raises UserError if it is of no known kind, or damaged."""
-    if (path / "meta.json").is_file():
-        upload = of_dataset(path, card)
-    elif (path / "latest").is_file():
-        upload = of_run(path, card)
-    elif (path / "config.json").is_file():
-        upload = of_export(path, card)
-    else:
+    kinds = {"meta.json": of_dataset, "latest": of_run, "config.json": of_export}
+    marks = [mark for mark in kinds if (path / mark).is_file()]
+    if not marks:
         raise UserError(
             f"{show_path(path)} holds no dataset (meta.json), no run (latest), and nothing of "
             "export.py's (config.json); pass another --path="
         )
+    upload = kinds[marks[0]](path, card)
     if (path / "README.md").is_file():
         upload.files["README.md"] = path / "README.md"
     return upload

@@ -4,7 +4,7 @@
     dataset_card    meta.json -> text
     export_card     the config.json of a directory that export.py wrote -> text
 
-The texts are the templates in cards/. data/upload.py sends the card and the files, and takes this
+The text is the template card.md. data/upload.py sends the card and the files, and takes this
 machine's paths out of the figures.
 """
 
@@ -20,15 +20,6 @@ KINDS = {
     "sft": "questions and answers",
     "dpo": "preferences, questions with a chosen and a rejected answer",
 }
-CODE = "MiniGLM, scripts that train small Chinese language models"
-LIMITS = """\
-- It knows a part of what its training data say, and nothing else. Nothing checks what it writes: it
-  is fluent where it is wrong.
-- Nothing was done to keep harmful, private or unfair content of those data from its output."""
-NO_LICENCE = (
-    "Not stated yet. Whoever publishes this states it, here and as `license:` above; that of the "
-    "training data may bind it."
-)
 LSTM_FIELDS = ("model", "block_size", "n_layer", "n_embd", "norm", "norm_eps", "bias")
 LSTM_FIELDS += ("tie_weights", "dropout", "n_vocab", "vocab_size")
 RUN_ONLY = ("resume", "dry_run", "track", "prompts")  # settings that change no bit of a model
@@ -52,23 +43,20 @@ def model_card(
 ) -> str:
     """run: run.json. record: the log's line of the same step, or {}. reports: evaluations of this
     checkpoint."""
-    architecture = run["architecture"]
-    is_lstm = architecture["model"] == "lstm"
-    names = [name for name in architecture if name in LSTM_FIELDS or not is_lstm]
-    data = ModelCardData(pipeline_tag="text-generation", tags=["miniglm", architecture["model"]])
-    return _fill(
-        "model.md",
-        card,
-        data,
-        n_params=n_params,
-        base=run["settings"].get("init_from", "scratch"),
-        answers=run["dataset"]["kind"] in ("sft", "dpo"),
-        architecture=architecture,
-        architecture_text=", ".join(f"`{name}={architecture[name]}`" for name in names),
-        figures=table(["", "figure"], run_figures(run, n_params, record).items()),
-        evaluation=evaluation_table(reports),
-        command=train_command(run),
-    )
+    shape = run["architecture"]
+    names = [name for name in shape if name in LSTM_FIELDS or shape["model"] != "lstm"]
+    values = {
+        "run": run,
+        "n_params": n_params,
+        "base": run["settings"].get("init_from", "scratch"),
+        "answers": run["dataset"]["kind"] in ("sft", "dpo"),
+        "figures": table(["", "figure"], run_figures(run, n_params, record).items()),
+        "architecture": ", ".join(f"`{name}={shape[name]}`" for name in names),
+        "evaluation": evaluation_table(reports),
+        "command": train_command(run),
+    }
+    data = ModelCardData(pipeline_tag="text-generation", tags=["miniglm", shape["model"]])
+    return _fill("model", card, data, values)
 
 
 def run_figures(run: dict, n_params: int, record: dict) -> dict[str, object]:
@@ -111,48 +99,39 @@ def train_command(run: dict) -> str:
 
 def dataset_card(card: CardSettings, meta: dict, n_vocab: int, sources: list[str]) -> str:
     """meta: meta.json. sources: a line each."""
+    splits = meta["splits"].values()
+    rows = [[n, *(sizes.get(n) for sizes in splits)] for n in _names_of(splits, int)]
+    known = ("kind", "tokenizer_sha256", "dtype")
+    totals = {"vocabulary": n_vocab, "ids": meta["dtype"]}
+    totals |= {name: meta[name] for name in _names_of([meta], str | int, known)}
+    totals |= {f"skipped: {reason}": n for reason, n in meta.get("skipped", {}).items()}
+    values = {"meta": meta, "content": KINDS[meta["kind"]], "sources": sources}
+    values["splits"] = table(["", *meta["splits"]], rows)
+    values["totals"] = table(["", "of all"], totals.items())
     data = DatasetCardData(
         pretty_name=card.name,
         task_categories=["text-generation"],
         tags=["miniglm"],
         viewer=False,  # flat arrays of ids are no table
     )
-    splits = meta["splits"].values()
-    rows = [[n, *(sizes.get(n) for sizes in splits)] for n in _names_of(splits, int)]
-    totals = {"vocabulary": n_vocab, "ids": meta["dtype"]}
-    known = ("kind", "tokenizer_sha256", "dtype")
-    totals |= {name: meta[name] for name in _names_of([meta], str | int, known)}
-    totals |= {f"skipped: {reason}": n for reason, n in meta.get("skipped", {}).items()}
-    return _fill(
-        "dataset.md",
-        card,
-        data,
-        content=KINDS[meta["kind"]],
-        meta=meta,
-        splits=table(["", *meta["splits"]], rows),
-        totals=table(["", "of all"], totals.items()),
-        sources=sources,
-    )
+    return _fill("dataset", card, data, values)
 
 
 def export_card(card: CardSettings, config: dict, n_params: int) -> str:
     """config: config.json."""
-    family = config.get("model_type")
-    data = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=["miniglm", family]
-    )
-    shape = {name: config[name] for name in _names_of([config], str | int | float)}
-    figures = {"parameters": n_params} | {k: v for k, v in shape.items() if type(v) is not bool}
-    rows = table(["", "config.json"], figures.items())
-    return _fill("export.md", card, data, family=family, n_params=n_params, figures=rows)
+    names = _names_of([config], str | int | float)
+    shape = {name: config[name] for name in names if type(config[name]) is not bool}
+    rows = table(["", "config.json"], ({"parameters": n_params} | shape).items())
+    tags = ["miniglm", config.get("model_type")]
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags)
+    return _fill("export", card, data, {"config": config, "n_params": n_params, "figures": rows})
 
 
-def _fill(template: str, card: CardSettings, data: CardData, **values: object) -> str:
+def _fill(kind: str, card: CardSettings, data: CardData, values: dict) -> str:
     data.language, data.license = card.language, card.license or None
-    common = {"code": CODE, "limits": LIMITS, "licence": card.license or NO_LICENCE}
-    path = Path(__file__).parent / "cards" / template
-    values |= common | {"repo": card.repo, "name": card.name}
-    return f"{ModelCard.from_template(data, str(path), **values)}\n"
+    template = str(Path(__file__).with_name("card.md"))
+    names = {"kind": kind, "repo": card.repo, "name": card.name}
+    return f"{ModelCard.from_template(data, template, **values | names)}\n"
 
 
 def _names_of(records: Iterable[dict], kinds: type, left_out: Iterable[str] = ()) -> list[str]:
@@ -170,9 +149,8 @@ def table(head: list[str], rows: Iterable[Iterable]) -> str:
 
 def shown(value: object) -> str:
     """A figure as cards show it: 12,345, or four digits of a fraction."""
-    if value is None:
-        return ""
     if isinstance(value, float):
         return f"{value:.4g}"
     # a bar ends a cell, and signatures of scores have some
-    return f"{value:,}" if type(value) is int else str(value).replace("|", "\\|")
+    text = f"{value:,}" if type(value) is int else str(value).replace("|", "\\|")
+    return "" if value is None else text
