@@ -67,7 +67,6 @@ def run_figures(run: dict, n_params: int, record: dict) -> dict[str, object]:
         "parameters": n_params,
         "vocabulary": run["architecture"]["n_vocab"],
         "dataset": f"{run['dataset'].get('name', '')} ({KINDS[run['dataset']['kind']]})",
-        "mixed in": (run.get("mix") or {}).get("name"),
         "adapter, merged into the weights": merged and f"rank {merged['rank']}",
         "steps": progress["iter"],
         "tokens read": progress.get("tokens"),
