@@ -16,6 +16,7 @@ PATH/hub_url.txt.
 """
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -38,9 +39,9 @@ from miniglm.interop.hub import CardSettings, dataset_card, export_card, model_c
 from miniglm.prep.writer import files_of
 
 LINK = "hub_url.txt"
-# a path that is absolute, or leads out of the repository; several stand one behind a comma, with
-# shares behind a colon
-PLACE = re.compile(r"(^|,\s*)((?:~[\w.-]*|\.\.|[A-Za-z]:)?[\\/][^,:]*)")
+# a path that is absolute, or leads out of the repository, and its last part; several stand one
+# behind a comma, with shares behind a colon
+PLACE = re.compile(r"(^|,\s*)(?:~[\w.-]*|\.\.|[A-Za-z]:)?[\\/](?:[^,:]*[\\/])?([^,:\\/]+)[\\/]?")
 EXPORTED = ("config.json", "generation_config.json", "model.safetensors")
 EXPORTED += ("tokenizer.json", "tokenizer_config.json")
 ADVICE = {
@@ -202,14 +203,9 @@ def public(value: object, key: str = "") -> object:
         return {name: public(part, name) for name, part in value.items()}
     if isinstance(value, list):
         return value if key == "prompts" else [public(part) for part in value]
-    return PLACE.sub(_shortened, value) if isinstance(value, str) else value
-
-
-def _shortened(match: re.Match) -> str:
-    before, place = match.groups()
-    if Path(place).is_relative_to(ROOT):
-        return before + show_path(place)
-    return before + re.split(r"[\\/]", place.rstrip("\\/"))[-1]
+    if isinstance(value, str):
+        return PLACE.sub(r"\1\2", value.replace(f"{ROOT}{os.sep}", ""))
+    return value
 
 
 def read_json(file: Path) -> dict:

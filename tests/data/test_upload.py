@@ -316,7 +316,7 @@ def test_a_merged_adapter_goes_up_and_an_adapter_does_not(toys, answers, tmp_pat
     ("value", "left"),
     [
         ("/home/me/texts/novel", "novel"),
-        ("~/novel", "novel"),
+        ("~/novel/", "novel"),
         ("../../elsewhere/novel", "novel"),
         ("C:\\Users\\me\\novel", "novel"),
         ("\\\\server\\share\\novel", "novel"),
