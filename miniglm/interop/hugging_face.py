@@ -18,7 +18,6 @@ have been found.
 import json
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,69 +30,45 @@ from model import GPT, ModelConfig
 Weights = dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Family:
-    class_name: str
-    architecture: dict  # our settings that it fixes
-    settings: dict[str, str]  # ours -> theirs, with the same value
-    modules: dict[str, list[str]]  # ours -> theirs, whose rows ours stacks; {} is the layer
-
-
-LLAMA_SETTINGS = {
-    "block_size": "max_position_embeddings",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_kv_head": "num_key_value_heads",
-    "n_embd": "hidden_size",
-    "n_hidden": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-    "bias": "attention_bias",
-}
-LLAMA_ATTENTION = "model.layers.{}.self_attn"
-LLAMA_MLP = "model.layers.{}.mlp"
-LLAMA_MODULES = {
-    "wte": ["model.embed_tokens"],
-    "blocks.{}.norm_1": ["model.layers.{}.input_layernorm"],
-    "blocks.{}.attn.c_attn": [f"{LLAMA_ATTENTION}.{part}_proj" for part in "qkv"],
-    "blocks.{}.attn.c_proj": [f"{LLAMA_ATTENTION}.o_proj"],
-    "blocks.{}.attn.q_norm": [f"{LLAMA_ATTENTION}.q_norm"],
-    "blocks.{}.attn.k_norm": [f"{LLAMA_ATTENTION}.k_norm"],
-    "blocks.{}.norm_2": ["model.layers.{}.post_attention_layernorm"],
-    "blocks.{}.mlp.c_fc": [f"{LLAMA_MLP}.gate_proj", f"{LLAMA_MLP}.up_proj"],
-    "blocks.{}.mlp.c_proj": [f"{LLAMA_MLP}.down_proj"],
-    "norm": ["model.norm"],
-}
-GPT2_SETTINGS = {
-    "block_size": "n_positions",
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-    "n_hidden": "n_inner",
-    "norm_eps": "layer_norm_epsilon",
-    "dropout": "resid_pdrop",
-}
-GPT2_MODULES = {
-    "wte": ["transformer.wte"],
-    "wpe": ["transformer.wpe"],
-    "blocks.{}.norm_1": ["transformer.h.{}.ln_1"],
-    "blocks.{}.attn.c_attn": ["transformer.h.{}.attn.c_attn"],
-    "blocks.{}.attn.c_proj": ["transformer.h.{}.attn.c_proj"],
-    "blocks.{}.norm_2": ["transformer.h.{}.ln_2"],
-    "blocks.{}.mlp.c_fc": ["transformer.h.{}.mlp.c_fc"],
-    "blocks.{}.mlp.c_proj": ["transformer.h.{}.mlp.c_proj"],
-    "norm": ["transformer.ln_f"],
-}
+# our settings that a family fixes
 ROPE = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu"}
-LEARNED = {"position": "learned", "norm": "layernorm", "qk_norm": False, "bias": True}
 FAMILIES = {
-    "qwen3": Family(
-        "Qwen3ForCausalLM", ROPE | {"qk_norm": True, "bias": False}, LLAMA_SETTINGS, LLAMA_MODULES
-    ),
-    "llama": Family("LlamaForCausalLM", ROPE | {"qk_norm": False}, LLAMA_SETTINGS, LLAMA_MODULES),
-    "gpt2": Family("GPT2LMHeadModel", LEARNED, GPT2_SETTINGS, GPT2_MODULES),
+    "qwen3": ROPE | {"qk_norm": True, "bias": False},
+    "llama": ROPE | {"qk_norm": False},
+    "gpt2": {"position": "learned", "norm": "layernorm", "qk_norm": False, "bias": True},
 }
+CLASSES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
 GELUS = {"gelu": "gelu_new", "gelu_erf": "gelu"}  # our mlp -> GPT-2's activation_function
+
+# names of ours -> those of Llama and Qwen3, those of GPT-2
+SETTINGS = {
+    "block_size": ("max_position_embeddings", "n_positions"),
+    "n_layer": ("num_hidden_layers", "n_layer"),
+    "n_head": ("num_attention_heads", "n_head"),
+    "n_kv_head": ("num_key_value_heads", ""),
+    "n_embd": ("hidden_size", "n_embd"),
+    "n_hidden": ("intermediate_size", "n_inner"),
+    "norm_eps": ("rms_norm_eps", "layer_norm_epsilon"),
+    "rope_theta": ("rope_theta", ""),
+    "bias": ("attention_bias", ""),
+    "dropout": ("", "resid_pdrop"),
+}
+OUTER = {
+    "wte": ("model.embed_tokens", "transformer.wte"),
+    "wpe": ("", "transformer.wpe"),
+    "norm": ("model.norm", "transformer.ln_f"),
+    "lm_head": ("lm_head", "lm_head"),
+}
+LAYER = {  # several names are one stack of rows in ours
+    "norm_1": ("input_layernorm", "ln_1"),
+    "attn.c_attn": ("self_attn.q_proj self_attn.k_proj self_attn.v_proj", "attn.c_attn"),
+    "attn.c_proj": ("self_attn.o_proj", "attn.c_proj"),
+    "attn.q_norm": ("self_attn.q_norm", ""),
+    "attn.k_norm": ("self_attn.k_norm", ""),
+    "norm_2": ("post_attention_layernorm", "ln_2"),
+    "mlp.c_fc": ("mlp.gate_proj mlp.up_proj", "mlp.c_fc"),
+    "mlp.c_proj": ("mlp.down_proj", "mlp.c_proj"),
+}
 # what transformers takes where a config.json does not say
 DEFAULTS = {
     "num_key_value_heads": None,
@@ -115,7 +90,7 @@ def family_of(config: ModelConfig) -> str:
         raise UserError(f"model={config.model!r} has no form that other tools read; gpt has")
     family = "qwen3" if config.qk_norm else "llama"
     family = "gpt2" if config.position == "learned" else family
-    wanted = FAMILIES[family].architecture
+    wanted = FAMILIES[family]
     if family == "gpt2":
         mlp = config.mlp if config.mlp in GELUS else "gelu"
         # biases that are off become zeros
@@ -129,15 +104,25 @@ def family_of(config: ModelConfig) -> str:
     return family
 
 
+def names_in(family: str, table: dict[str, tuple[str, str]]) -> dict[str, str]:
+    """The column of a table that is the family's, without what it lacks."""
+    columns = {ours: theirs[family == "gpt2"] for ours, theirs in table.items()}
+    return {ours: theirs for ours, theirs in columns.items() if theirs}
+
+
 def parameters(c: ModelConfig) -> Iterator[tuple[str, list[str]]]:
     """Each parameter of ours that may exist, and those of theirs whose rows it stacks."""
-    modules = FAMILIES[family_of(c)].modules
-    if not c.tie_weights:
-        modules = modules | {"lm_head": ["lm_head"]}
+    family = family_of(c)
+    modules = {our: [their] for our, their in names_in(family, OUTER).items()}
+    if c.tie_weights:
+        del modules["lm_head"]
+    for layer in range(c.n_layer):
+        prefix = f"transformer.h.{layer}" if family == "gpt2" else f"model.layers.{layer}"
+        for our, names in names_in(family, LAYER).items():
+            modules[f"blocks.{layer}.{our}"] = [f"{prefix}.{name}" for name in names.split()]
     for our, names in modules.items():
-        for layer in range(c.n_layer if "{}" in our else 1):
-            for kind in ("weight", "bias"):
-                yield f"{our.format(layer)}.{kind}", [f"{n.format(layer)}.{kind}" for n in names]
+        for kind in ("weight", "bias"):
+            yield f"{our}.{kind}", [f"{name}.{kind}" for name in names]
 
 
 def transposed(weights: Weights) -> Weights:
@@ -210,16 +195,15 @@ def to_their_names(model: GPT) -> Weights:
 
 def shape_of(c: ModelConfig) -> dict:
     """What config.json says of the architecture."""
-    name = family_of(c)
-    family = FAMILIES[name]
+    family = family_of(c)
     shape = {
-        "architectures": [family.class_name],
-        "model_type": name,
+        "architectures": [CLASSES[family]],
+        "model_type": family,
         "vocab_size": c.n_vocab,
         "tie_word_embeddings": c.tie_weights,
     }
-    shape |= {their: getattr(c, our) for our, their in family.settings.items()}
-    if name == "gpt2":
+    shape |= {theirs: getattr(c, ours) for ours, theirs in names_in(family, SETTINGS).items()}
+    if family == "gpt2":
         more = {"embd_pdrop": c.dropout, "attn_pdrop": 0.0}
     else:  # readers older than rope_parameters look for rope_theta beside it
         more = {"rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}}
@@ -303,7 +287,7 @@ def from_config(config: dict, names: Collection[str], n_vocab: int) -> ModelConf
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     given = config | {"rope_type": rope.get("type")} | rope
     theirs = DEFAULTS | {key: value for key, value in given.items() if value is not None}
-    settings = {our: theirs[their] for our, their in FAMILIES[family].settings.items()}
+    settings = {our: theirs[their] for our, their in names_in(family, SETTINGS).items()}
     if family == "gpt2":
         if theirs["activation_function"] == "gelu_pytorch_tanh":
             theirs["activation_function"] = "gelu_new"  # the same function
@@ -311,7 +295,7 @@ def from_config(config: dict, names: Collection[str], n_vocab: int) -> ModelConf
     tied = theirs.get("tie_word_embeddings", "lm_head.weight" not in names)
     rows = theirs["vocab_size"]
     c = ModelConfig(
-        **settings | FAMILIES[family].architecture,
+        **settings | FAMILIES[family],
         tie_weights=tied,
         n_vocab=n_vocab,
         vocab_size=rows if rows >= n_vocab else None,
