@@ -339,7 +339,8 @@ def style() -> AbstractContextManager:
 
 def font_families() -> list[str]:
     """matplotlib's own font, then the installed ones that have Chinese, for what it lacks."""
-    installed = sorted({font.name for font in fontManager.ttflist})
+    names = {font.name for font in fontManager.ttflist}
+    installed = sorted(names, key=lambda name: ("SC" not in name, name))  # simplified first
     return ["DejaVu Sans", *filter(CJK_FONT.search, installed)]
 
 

@@ -1,17 +1,17 @@
+import dataclasses
 import json
 import logging
 import math
+import re
 
 import matplotlib
 import numpy as np
 import pytest
-from fontTools.fontBuilder import FontBuilder
-from fontTools.pens.ttGlyphPen import TTGlyphPen
-from fontTools.ttLib import TTFont
-from matplotlib.font_manager import FontProperties, findfont, fontManager
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.patches import StepPatch
 from matplotlib.text import Text
 
+import visualize
 from configurator import UserError
 from miniglm.checkpoint import append_log
 from visualize import (
@@ -228,33 +228,12 @@ def test_pictures_are_whole_and_leave_matplotlib_as_it_was(tmp_path):
 # --- Chinese -----------------------------------------------------------------------------------
 
 
-def make_font(path, family, chars):
-    """A font file in which chars are empty glyphs."""
-    names = {ord(char): f"uni{ord(char):04X}" for char in chars}
-    glyphs = [".notdef", *names.values()]
-    font = FontBuilder(1000)
-    font.setupGlyphOrder(glyphs)
-    font.setupCharacterMap(names)
-    font.setupGlyf(dict.fromkeys(glyphs, TTGlyphPen(None).glyph()))
-    font.setupHorizontalMetrics(dict.fromkeys(glyphs, (1000, 0)))
-    font.setupHorizontalHeader(ascent=900, descent=-100)
-    font.setupNameTable({"familyName": family, "styleName": "Regular"})
-    font.setupOS2()
-    font.setupPost()
-    font.save(path)
-
-
-@pytest.fixture(params=["no Chinese font", "a Chinese font"])
-def has_chinese(request, tmp_path, monkeypatch):
-    """Whether a font with 三国 is among those that matplotlib knows; it has both cases."""
-    dejavu = [font for font in fontManager.ttflist if font.name == "DejaVu Sans"]
-    with monkeypatch.context() as patch:
-        patch.setattr(fontManager, "ttflist", dejavu)
-        if request.param == "a Chinese font":
-            make_font(tmp_path / "cjk.ttf", "Noto Sans CJK SC", "三国")
-            fontManager.addfont(tmp_path / "cjk.ttf")
-        yield request.param == "a Chinese font"
-        fontManager.addfont(dejavu[0].fname)  # empties the cache of findfont
+def test_fonts_with_chinese_are_known_by_their_names(monkeypatch):
+    names = ["Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Serif", "SimHei", "DejaVu Serif"]
+    fonts = [dataclasses.replace(fontManager.ttflist[0], name=name) for name in names]
+    monkeypatch.setattr(fontManager, "ttflist", fonts)
+    wanted = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "SimHei"]
+    assert visualize.font_families() == wanted
 
 
 def undrawable(figure):
@@ -262,23 +241,26 @@ def undrawable(figure):
     missing = set()
     for text in figure.findobj(Text):
         paths = [findfont(FontProperties(family=[name])) for name in text.get_fontfamily()]
-        known = set().union(*(TTFont(path).getBestCmap() for path in paths))
+        known = set().union(*(get_font(path).get_charmap() for path in paths))
         missing |= {char for char in text.get_text() if ord(char) not in known}
     return missing
 
 
-def test_no_chinese_name_becomes_a_box(tmp_path, capsys, caplog, has_chinese):
+@pytest.mark.parametrize("font", ["none at all", "STIXGeneral"])
+def test_no_character_becomes_a_box(tmp_path, capsys, caplog, monkeypatch, font):
+    """ⓐ and ⓑ are in STIXGeneral, which matplotlib brings, and not in DejaVu Sans."""
+    monkeypatch.setattr(visualize, "CJK_FONT", re.compile(font))
     caplog.set_level(logging.WARNING)
-    run = write_run(tmp_path / "out-三国")
+    run = write_run(tmp_path / "out-ⓐⓑ")
     main([f"--runs={run}"])  # warnings are errors here
-    printed = capsys.readouterr().out
-    assert ("no font for 三国" in printed) != has_chinese
+    has_font = font == "STIXGeneral"
+    assert ("no font for ⓐⓑ" in capsys.readouterr().out) != has_font
     figure = curves_figure([load_log(run)], "tokens", "loss")
     assert undrawable(figure) == set()
-    name = "out-三国" if has_chinese else r"out-\u4e09\u56fd"
+    name = "out-ⓐⓑ" if has_font else r"out-\u24d0\u24d1"
     assert legend_texts(figure)[2].startswith(f"{name}: best")
 
-    figure = draw_histogram({"三": [1.0]}, tmp_path / "h.png", "三国 🙂", "国")
+    figure = draw_histogram({"ⓐ": [1.0]}, tmp_path / "h.png", "ⓐⓑ 🙂", "ⓑ")
     assert undrawable(figure) == set()
     assert not caplog.records
 
@@ -313,18 +295,18 @@ def test_histogram_shows_shares_of_each_group(tmp_path, log_x):
     assert (figure.axes[0].get_title(), figure.axes[0].get_xlabel()) == ("title", "perplexity")
 
 
+EDGES = [
+    {},
+    {"seen": []},
+    {"seen": [5.0], "unseen": []},
+    {"seen": [math.inf]},
+    {"seen": [1.0, 8.0]},  # in float64, 10 ** log10(8) is below 8
+    {"seen": [0.0, math.nan]},
+]
+
+
 @pytest.mark.parametrize("log_x", [False, True])
-@pytest.mark.parametrize(
-    "groups",
-    [
-        {},
-        {"seen": []},
-        {"seen": [5.0], "unseen": []},
-        {"seen": [math.inf]},
-        {"seen": [1.0, 8.0]},  # in float64, 10 ** log10(8) is below 8
-        {"seen": [0.0, math.nan]},
-    ],
-)
+@pytest.mark.parametrize("groups", EDGES)
 def test_histogram_loses_no_value(tmp_path, groups, log_x):
     drawn = filled_steps(draw_histogram(groups, tmp_path / "h.png", "title", "x", log_x))
     for steps, values in zip(drawn, groups.values(), strict=True):
