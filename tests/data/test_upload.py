@@ -169,17 +169,14 @@ def test_an_exported_model_goes_up_as_it_is(hub, tmp_path):
 
 
 def test_a_second_upload_leaves_nothing_of_the_first(hub, tmp_path):
-    path, lines = tmp_path / "data", TEXT.splitlines()
-    for splits in (
-        {"train": lines[:3], "val": lines[3:4], "test": lines[4:]},
-        {"train": lines[:2], "val": lines[2:]},
-    ):
-        write_pretrain(path, tiny_tokenizer(), splits, ["test"])
-        went_up(path)
+    lines = TEXT.splitlines()
+    parts = {"train": lines[:3], "val": lines[3:4], "test": lines[4:]}
+    for names in (["train", "val", "test"], ["train", "val"]):
+        splits = {name: parts[name] for name in names}
+        write_pretrain(tmp_path / "data", tiny_tokenizer(), splits, ["test"])
+        went_up(tmp_path / "data")
         files = hub.repositories[f"datasets/{REPO}"].files
-        assert ("test.bin" in files) == ("test" in splits)
-        assert files["train.bin"] == (path / "train.bin").read_bytes()
-    assert files[".gitattributes"]
+        assert ("test.bin" in files) == ("test" in names) and ".gitattributes" in files
 
 
 # --- cards -------------------------------------------------------------------------------------
@@ -426,24 +423,23 @@ def test_a_directory_that_holds_nothing_known_is_said(tmp_path, answers, toys):
         upload.gather(tmp_path, CARD)
 
 
-def test_damaged_files_are_named(tmp_path, answers, toys):
-    cut = shutil.copytree(toys / "text", tmp_path / "cut")
-    (cut / "val.bin").unlink()
-    with pytest.raises(UserError, match=r"val\.bin is missing"):
-        upload.gather(cut, CARD)
-    broken = shutil.copytree(answers, tmp_path / "broken")
-    (broken / "evaluation.json").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match=r"evaluation\.json is damaged"):
-        upload.gather(broken, CARD)
-    (broken / pointer(broken, "best") / "model.safetensors").write_bytes(b"cut")
-    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
-        upload.gather(broken, CARD)
-    exported = tmp_path / "exported"
-    exported.mkdir()
-    (exported / "config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(UserError, match=r"is missing; run export\.py again"):
-        upload.gather(exported, CARD)
-    for name in upload.EXPORTED:
-        (exported / name).write_text("{}", encoding="utf-8")
-    with pytest.raises(UserError, match=r"model\.safetensors.*; run export\.py again"):
-        upload.gather(exported, CARD)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("text/val.bin", r"val\.bin is missing"),
+        ("answers/evaluation.json", r"evaluation\.json is damaged"),
+        ("answers/step-000020/model.safetensors", r"model\.safetensors is damaged"),
+        ("exported/tokenizer.json", r"tokenizer\.json is missing; run export\.py again"),
+        ("exported/model.safetensors", r"model\.safetensors.*; run export\.py again"),
+    ],
+)
+def test_a_file_that_is_damaged_or_missing_is_named(toys, answers, tmp_path, name, message):
+    export.main(words(out_dir=answers, to=tmp_path / "exported"))
+    for path in (toys / "text", answers):
+        shutil.copytree(path, tmp_path / path.name)
+    if "missing" in message:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        upload.gather(tmp_path / Path(name).parts[0], CARD)
