@@ -224,10 +224,11 @@ def test_what_llama_cpp_does_not_express_is_named(tmp_path, options, words):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_gguf_file(tmp_path):
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, form):
     out_dir, _ = leave(tmp_path)
     with small_disk(tmp_path / "disk") as (disk, fill):
         fill(40_000)
-        with pytest.raises(UserError, match=r"cannot write .*x\.gguf: the disk is full"):
-            main(["--format=gguf", f"--out_dir={out_dir}", f"--to={disk / 'x.gguf'}"])
+        with pytest.raises(UserError, match=r"cannot write .*/x: the disk is full \(.*\)$"):
+            main([f"--format={form}", f"--out_dir={out_dir}", f"--to={disk / 'x'}"])
         assert [path.name for path in disk.iterdir()] == ["filler"]
