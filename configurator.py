@@ -339,7 +339,8 @@ def _parse(name: str, text: str, hint: type) -> object:
 def _kind(hint: type) -> type:
     """The type of a field's values besides None: int of `int | None`."""
     options = [option for option in typing.get_args(hint) if option is not type(None)]
-    return options[0] if isinstance(hint, types.UnionType) else hint
+    # `Literal[...] | None` is typing's own Union
+    return options[0] if typing.get_origin(hint) in (types.UnionType, typing.Union) else hint
 
 
 def _convert(name: str, value: object, hint: type, where: str) -> object:

@@ -1,9 +1,9 @@
-"""Pictures: the loss curves of runs from their logs, and histograms for evaluations.py.
+"""Pictures: the curves of runs from their logs, and histograms for evaluations.py.
 
 python visualize.py --runs=out-sanguo
 python visualize.py --runs=out-a,out-b --x=seconds --y=bits_per_byte --out=pictures/a-b.png
 
-A run that went on from another one of the list is drawn behind it.
+A run that started from another one in the list is drawn behind it.
 
 Losses per token of different tokenizers do not compare: a longer piece of text in each token is
 harder to predict. Bits per byte do. All numbers come from log.jsonl; nothing is computed anew.
@@ -11,6 +11,7 @@ Runs on preferences (DPO) have a picture of their own: loss, rewards, margin, lo
 """
 
 import math
+import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +19,12 @@ from typing import Literal
 
 import matplotlib
 import numpy as np
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import LogFormatter, PercentFormatter
 
 from configurator import UserError, command, configure, repo_path, show_path, written_aside
 from miniglm.checkpoint import has_checkpoint, read_log, read_run
@@ -36,15 +37,20 @@ X_LABELS = {
     "iter": "steps of the optimizer",
 }
 Y_LABELS = {"loss": "loss (nats per token)", "bits_per_byte": "bits per byte"}
-COLUMNS = ("iter", "tokens", "seconds", "train_loss", "lr", "tokens_per_second")
-EVALUATION = (*COLUMNS, "val_loss", "val_bits_per_byte")
-PAIRED = (*("rewards_chosen", "rewards_rejected", "margin", "accuracy"), "logp_chosen")
-PAIRED += ("logp_rejected",)  # what runs on preferences log
-CJK_FONTS = (
-    *(f"Noto Sans {kind}" for kind in ("CJK SC", "CJK TC", "CJK JP", "SC", "TC")),
-    *("Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei"),
-    *("PingFang SC", "Hiragino Sans GB", "Heiti SC", "Heiti TC", "STHeiti", "Microsoft YaHei"),
-    *("SimHei", "SimSun", "Microsoft JhengHei", "Arial Unicode MS", "Droid Sans Fallback"),
+# the axes of runs on preferences: columns of their logs, the second one dashed
+PREFERENCES = {
+    "loss (nats per pair)": ("loss",),
+    "reward": ("rewards_chosen", "rewards_rejected"),
+    "margin": ("margin",),
+    "accuracy": ("accuracy",),
+    "log p of an answer": ("logp_chosen", "logp_rejected"),
+}
+VALIDATION = {"lw": 2.2, "marker": "o", "ms": 4.5}
+TRAINING = {"lw": 0.9, "alpha": 0.45}
+PAIRED = tuple(name for names in PREFERENCES.values() for name in names if name != "loss")
+CJK_FONT = re.compile(
+    r"(Noto Sans|Source Han Sans) (CJK )?(SC|CN|TC|JP)|WenQuanYi|PingFang SC|Hei\b|Heiti|SimSun"
+    "|Hiragino Sans GB|Arial Unicode MS|Droid Sans Fallback"
 )
 
 
@@ -58,31 +64,17 @@ class Settings:
 
 @dataclass
 class Run:
-    """What log.jsonl holds, a column a key."""
+    """The columns of a log.jsonl: X_LABELS' in both, train_loss and val_loss as loss."""
 
     path: Path
-    tokenizer: str | None  # its sha256; None where nothing was saved yet
-    init_from: str  # scratch, or the out_dir that it went on from
+    tokenizer: str | None  # its sha256; None if nothing is saved yet
+    init_from: str  # scratch, or the out_dir that it started from
     train: dict[str, np.ndarray]  # all lines
     val: dict[str, np.ndarray]  # the lines with an evaluation
 
     @property
     def evaluated(self) -> bool:
         return len(self.val["iter"]) > 0
-
-    @property
-    def is_paired(self) -> bool:
-        """Whether it was trained on preferences."""
-        return "margin" in self.train
-
-    def curves(self, y: Y) -> tuple[np.ndarray, np.ndarray]:
-        """Training and validation curve in the unit y; nan where that takes an evaluation."""
-        if y == "loss":
-            return self.train["train_loss"], self.val["val_loss"]
-        # tokens / (bytes x ln 2) of the validation split: one number for the whole run
-        ratios = self.val["val_bits_per_byte"] / self.val["val_loss"]
-        ratio = ratios[-1] if self.evaluated else math.nan
-        return self.train["train_loss"] * ratio, self.val["val_bits_per_byte"]
 
 
 def main(argv: list[str]) -> None:
@@ -96,25 +88,25 @@ def main(argv: list[str]) -> None:
     out = repo_path(config.out) if config.out else runs[0].path / "curves.png"
     if out.suffix != ".png":
         raise UserError(f"out={config.out!r} must end in .png")
-    paired = [run.is_paired for run in runs]
+    paired = ["margin" in run.train for run in runs]
     if any(paired):
         if not all(paired) or config.y == "bits_per_byte":
             raise UserError(
                 f"{run_names(runs)[paired.index(True)]} is a run on preferences, whose loss is no "
                 "other's; draw such runs by themselves, without --y=bits_per_byte"
             )
-        save_figure(preferences_figure(runs, config.x), out)
-        print(f"{show_path(out)} shows rewards and log-probabilities of {names_of(runs)}")
-        return
-    y = config.y or pick_unit(runs)
-    if y == "bits_per_byte" and not any(run.evaluated for run in runs):
-        raise UserError("bits per byte come from evaluations, and no run has one; pass --y=loss")
-    save_figure(curves_figure(runs, config.x, y), out)
-    print(f"{show_path(out)} shows {Y_LABELS[y]} of {names_of(runs)}")
+        figure, content = preferences_figure(runs, config.x), "rewards and log-probabilities"
+    else:
+        y = config.y or pick_unit(runs)
+        if y == "bits_per_byte" and not any(run.evaluated for run in runs):
+            raise UserError("bits per byte need an evaluation, and no run has one; pass --y=loss")
+        figure, content = curves_figure(runs, config.x, y), Y_LABELS[y]
+    save_figure(figure, out)
+    print(f"{show_path(out)} shows {content} of {', '.join(run_names(runs))}")
 
 
 def load_log(out_dir: Path) -> Run:
-    """UserError where there is no log, or not such a one."""
+    """Raises UserError if there is no log, or it is not of train.py."""
     log = out_dir / "log.jsonl"
     if not log.is_file():
         raise UserError(f"{show_path(log)} is missing; --runs= takes the out_dirs of train.py")
@@ -122,24 +114,33 @@ def load_log(out_dir: Path) -> Run:
         records = read_log(out_dir)
         # an evaluation that gave nan has no place on an axis
         evaluated = [r for r in records if math.isfinite(r.get("val_loss", math.nan))]
-        in_train, in_val = COLUMNS, EVALUATION
-        if records and "margin" in records[0]:
-            in_train, in_val = (*COLUMNS, *PAIRED), (*COLUMNS, "val_loss")
-            in_val += tuple(f"val_{name}" for name in PAIRED)
-        train = {name: np.array([r[name] for r in records], float) for name in in_train}
-        val = {name: np.array([r[name] for r in evaluated], float) for name in in_val}
+        pairs = PAIRED if records and "margin" in records[0] else ()
+        measures = ("loss", *(pairs or ("bits_per_byte",)))
+        others = (*X_LABELS, "lr", "tokens_per_second", *pairs)
+        train = {name: column(records, name) for name in others}
+        train["loss"] = column(records, "train_loss")
+        val = {name: column(evaluated, name) for name in X_LABELS}
+        val |= {name: column(evaluated, f"val_{name}") for name in measures}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{show_path(log)} is not a log of train.py ({reason})") from None
     if not records:
         raise UserError(f"{show_path(log)} is empty; wait for the first line of train.py")
+    if not pairs:
+        # tokens / (bytes x ln 2) of the validation split: one number for the whole run
+        ratio = (val["bits_per_byte"] / val["loss"])[-1] if evaluated else math.nan
+        train["bits_per_byte"] = train["loss"] * ratio
     saved = read_run(out_dir, "latest") if has_checkpoint(out_dir) else {}
     init_from = saved.get("settings", {}).get("init_from", "scratch")
     return Run(out_dir, saved.get("tokenizer_sha256"), init_from, train, val)
 
 
+def column(records: list[dict], name: str) -> np.ndarray:
+    return np.array([record[name] for record in records], float)
+
+
 def follow(runs: list[Run]) -> None:
-    """Moves each run behind the one that it went on from, where that stands before it."""
+    """Moves each run behind the one that it started from, if that comes earlier in the list."""
     before = {}
     for run in runs:
         earlier = before.get(repo_path(run.init_from))
@@ -156,13 +157,9 @@ def pick_unit(runs: list[Run]) -> Y:
 
 
 def run_names(runs: list[Run]) -> list[str]:
-    """The out_dirs' names, or their paths where two have the same name."""
+    """The out_dirs' names, or their paths if two have the same name."""
     unique = len({run.path.name for run in runs}) == len(runs)
     return [run.path.name if unique else show_path(run.path) for run in runs]
-
-
-def names_of(runs: list[Run]) -> str:
-    return ", ".join(run_names(runs))
 
 
 # --- curves ------------------------------------------------------------------------------------
@@ -173,130 +170,106 @@ def curves_figure(runs: list[Run], x: X, y: Y) -> Figure:
 
     The first axes have two lines a run, training and validation, and then the stars.
     """
+    panels = {Y_LABELS[y]: (y,), "learning rate": ("lr",), "tokens / s": ("tokens_per_second",)}
     with style():
-        figure = Figure(figsize=(10, 6.6 + 0.2 * len(runs)), layout="constrained")
-        axes = figure.subplots(3, sharex=True, height_ratios=[4.5, 1.2, 1.2])
-        for index, run in enumerate(runs):
-            (train, val), color = run.curves(y), f"C{index}"
-            every = max(1, len(val) // 40)  # markers that do not touch
-            dash = ("-", "--", ":", "-.")[index % 4]  # equal schedules lie on each other
-            axes[0].plot(run.train[x], train, color=color, alpha=0.45, lw=0.9)
-            axes[0].plot(run.val[x], val, "o-", color=color, lw=2.2, ms=4.5, markevery=every)
-            axes[1].plot(run.train[x], run.train["lr"], dash, color=color, lw=1.4)
-            axes[2].plot(run.train[x], run.train["tokens_per_second"], color=color, lw=0.9)
-        mark_best(axes[0], runs, x, y)
-        axes[0].set(ylabel=Y_LABELS[y], ylim=curve_limits(runs, x, y))
-        axes[1].set(ylabel="learning rate", ylim=(0, None))
-        axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes[2].set(ylabel="tokens / s", ylim=(0, None), xlabel=X_LABELS[x])
-        axes[2].yaxis.set_major_formatter(lambda value, _: short(value))
-        axes[2].xaxis.set_major_formatter(lambda value, _: x_text(value, x))
-        figure.align_ylabels(axes)
-        handles = legend_lines(runs, x, y)
+        figure = panels_figure(runs, x, panels, [4.5, 1.2, 1.2], height=6.6)
+        curves, rate, speed = figure.axes
+        mark_best(curves, runs, x, y)
+        curves.set(ylim=curve_limits(runs, x, y))
+        for index, line in enumerate(rate.lines):  # equal schedules lie on each other
+            line.set(linestyle=("-", "--", ":", "-.")[index % 4], linewidth=1.4)
+        rate.set(ylim=(0, None))
+        rate.yaxis.set_major_formatter("{x:g}")
+        speed.set(ylim=(0, None))
+        speed.yaxis.set_major_formatter(ticker.EngFormatter())
+        scaled = ", scaled by val_bits_per_byte / val_loss (exact for validation only)"
+        training = "training" + scaled * (y == "bits_per_byte")
+        pairs = zip(run_names(runs), runs, strict=True)
+        names = [f"{name}: {best_text(run, x, y)}" for name, run in pairs]
+        handles = legend_lines({"validation": VALIDATION, training: TRAINING}, names)
         figure.legend(handles=handles, loc="outside upper center", frameon=False)
     return figure
 
 
 def preferences_figure(runs: list[Run], x: X) -> Figure:
-    """Axes: loss, rewards, margin, accuracy, log-probabilities; in each, for each run in order, the
-    training and the validation curve, of the chosen answers and then of the rejected ones."""
-    panels = {
-        "loss (nats per pair)": ("loss",),
-        "reward": ("rewards_chosen", "rewards_rejected"),
-        "margin": ("margin",),
-        "accuracy": ("accuracy",),
-        "log p of an answer": ("logp_chosen", "logp_rejected"),
-    }
+    """Axes: PREFERENCES; in each, for each run in order, the training and the validation curve, of
+    the chosen answers and then of the rejected ones."""
     with style():
-        figure = Figure(figsize=(10, 10 + 0.2 * len(runs)), layout="constrained")
-        all_axes = figure.subplots(len(panels), sharex=True, height_ratios=[2, 2, 1.4, 1.2, 2])
-        for axes, (label, names) in zip(all_axes, panels.items(), strict=True):
-            for index, run in enumerate(runs):
-                every = max(1, len(run.val[x]) // 40)
-                for name, dash in zip(names, ("-", "--"), strict=False):
-                    train = run.train["train_loss" if name == "loss" else name]
-                    val, color = run.val[f"val_{name}"], f"C{index}"
-                    axes.plot(run.train[x], train, dash, color=color, alpha=0.45, lw=0.9)
-                    line = {"marker": "o", "ms": 4.5, "markevery": every, "lw": 2.2}
-                    axes.plot(run.val[x], val, dash, color=color, **line)
-            axes.set(ylabel=label)
-        all_axes[-1].set(xlabel=X_LABELS[x])
-        all_axes[-1].xaxis.set_major_formatter(lambda value, _: x_text(value, x))
-        all_axes[3].yaxis.set_major_formatter(PercentFormatter(1))
-        figure.align_ylabels(all_axes)
-        kinds = {"validation": {"lw": 2.2, "marker": "o", "ms": 4.5}, "training": {"lw": 0.9}}
+        figure = panels_figure(runs, x, PREFERENCES, [2, 2, 1.4, 1.2, 2], height=10)
+        figure.axes[3].yaxis.set_major_formatter(ticker.PercentFormatter(1))
+        kinds = {"validation": VALIDATION, "training": TRAINING}
         kinds |= {"chosen": {"ls": "-"}, "rejected": {"ls": "--"}}
-        handles = [Line2D([], [], color="0.35", label=label, **kw) for label, kw in kinds.items()]
-        handles += [
-            Line2D([], [], color=f"C{index}", lw=4, label=name)
-            for index, name in enumerate(legible(run_names(runs)))
-        ]
+        handles = legend_lines(kinds, run_names(runs))
         figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
+def panels_figure(
+    runs: list[Run], x: X, panels: dict[str, tuple[str, ...]], ratios: list[float], height: float
+) -> Figure:
+    """Axes below each other, by their labels, with columns of the runs' logs."""
+    figure = Figure(figsize=(10, height + 0.2 * len(runs)), layout="constrained")
+    all_axes = figure.subplots(len(panels), sharex=True, height_ratios=ratios)
+    for axes, (label, names) in zip(all_axes, panels.items(), strict=True):
+        axes.set(ylabel=label)
+        for index, run in enumerate(runs):
+            for name, dash in zip(names, ("-", "--"), strict=False):
+                look = {"color": f"C{index}", "ls": dash}
+                alpha = TRAINING["alpha"] if name in run.val else 1
+                axes.plot(run.train[x], run.train[name], **look, **TRAINING | {"alpha": alpha})
+                if name in run.val:
+                    every = max(1, len(run.val[x]) // 40)  # markers that do not touch
+                    axes.plot(run.val[x], run.val[name], **look, **VALIDATION, markevery=every)
+    all_axes[-1].set(xlabel=X_LABELS[x])
+    all_axes[-1].xaxis.set_major_formatter(x_format(x))
+    figure.align_ylabels(all_axes)
+    return figure
+
+
+def legend_lines(kinds: dict[str, dict], names: list[str]) -> list[Line2D]:
+    """The kinds of curve, by their looks, then a line a run."""
+    lines = [Line2D([], [], color="0.35", label=label, **look) for label, look in kinds.items()]
+    for index, name in enumerate(legible(names)):
+        lines.append(Line2D([], [], color=f"C{index}", lw=4, label=name))
+    return lines
+
+
+def best_text(run: Run, x: X, y: Y) -> str:
+    if not run.evaluated:
+        return "no evaluation" + ", so no bits per byte" * (y == "bits_per_byte")
+    best = run.val[y].argmin()
+    position = x_format(x)(round(run.val[x][best]))
+    return f"best {run.val[y][best]:.3f} at {position} {'steps' if x == 'iter' else x}"
+
+
 def mark_best(axes: Axes, runs: list[Run], x: X, y: Y) -> None:
-    """A star at each run's best evaluation, and its value: above, or below where that is taken."""
-    curves = [(run.val[x], run.curves(y)[1], f"C{i}") for i, run in enumerate(runs)]
-    stars = [(xs[v.argmin()], v.min(), color) for xs, v, color in curves if len(v)]
+    """A star at each run's best evaluation, and its value: above, or below if that is taken."""
+    evaluated = [(run, f"C{index}") for index, run in enumerate(runs) if run.evaluated]
+    stars = [(run.val[x][run.val[y].argmin()], run.val[y].min(), c) for run, c in evaluated]
     width = max(run.train[x][-1] for run in runs)
     for best_x, best, color in stars:
         higher = sum(v > best and abs(xs - best_x) < 0.08 * width for xs, v, _ in stars)
         axes.plot(best_x, best, "*", color=color, ms=15, mec="white", mew=0.8, zorder=4)
-        axes.annotate(
-            f"{best:.3f}",
-            (best_x, best),
-            xytext=(0, -4 - 12 * higher if higher else 16),
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            color=color,
-            path_effects=[withStroke(linewidth=3, foreground="white")],
-            zorder=5,
-        )
+        look = {"color": color, "ha": "center", "va": "center", "zorder": 5}
+        look["path_effects"] = [withStroke(linewidth=3, foreground="white")]
+        offset = (0, -4 - 12 * higher if higher else 16)  # points
+        position = {"xytext": offset, "textcoords": "offset points"}
+        axes.annotate(f"{best:.3f}", (best_x, best), **position, **look)
 
 
 def curve_limits(runs: list[Run], x: X, y: Y) -> tuple[float, float]:
     """Room for validation and the last 90 % of training: the first steps would flatten the rest."""
-    shown = []
-    for run in runs:
-        (train, val), xs = run.curves(y), run.train[x]
-        shown += [val, train[xs >= xs[0] + 0.1 * (xs[-1] - xs[0])]]
-    values = np.concatenate(shown)
+    late = [run.train[x] >= 0.9 * run.train[x][0] + 0.1 * run.train[x][-1] for run in runs]
+    shown = [run.train[y][mask] for run, mask in zip(runs, late, strict=True)]
+    values = np.concatenate([*shown, *(run.val[y] for run in runs)])
     low, high = np.nanmin(values), np.nanmax(values)
     margin = 0.08 * (high - low) or 0.1
     return low - margin, high + margin
 
 
-def legend_lines(runs: list[Run], x: X, y: Y) -> list[Line2D]:
-    """What the two kinds of curve are, then a line a run with its best value."""
-    scaled = ", scaled by val_bits_per_byte / val_loss (exact for validation only)"
-    training = "training" + scaled * (y == "bits_per_byte")
-    lines = [
-        Line2D([], [], color="0.35", lw=2.2, marker="o", ms=4.5, label="validation"),
-        Line2D([], [], color="0.35", lw=0.9, alpha=0.6, label=training),
-    ]
-    names = legible(run_names(runs))
-    for index, (run, name) in enumerate(zip(runs, names, strict=True)):
-        what = "no evaluation" + ", so no bits per byte" * (y == "bits_per_byte")
-        if run.evaluated:
-            val = run.curves(y)[1]
-            where = x_text(round(run.val[x][val.argmin()]), x)
-            what = f"best {val.min():.3f} at {where} {'steps' if x == 'iter' else x}"
-        lines.append(Line2D([], [], color=f"C{index}", lw=4, label=f"{name}: {what}"))
-    return lines
-
-
-def x_text(value: float, x: X) -> str:
-    return short(value) if x == "tokens" else f"{value:,.10g}"
-
-
-def short(value: float) -> str:
-    """1234567 -> 1.235 M"""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.4g} {unit}"
-    return f"{value:.4g}"
+def x_format(x: X) -> ticker.Formatter:
+    """1234567 as 1.23457 M if they are tokens, else as 1,234,567."""
+    return ticker.EngFormatter() if x == "tokens" else ticker.StrMethodFormatter("{x:,.10g}")
 
 
 # --- histograms --------------------------------------------------------------------------------
@@ -304,23 +277,17 @@ def short(value: float) -> str:
 
 def draw_histogram(
     groups: dict[str, list[float]], path: Path, title: str, xlabel: str, log_x: bool = False
-) -> None:
+) -> Figure:
     """Writes a PNG of each group's distribution, in shares of the group, since sizes differ.
 
-    What is not finite is drawn at the highest finite value and counted in the legend.
+    What is not finite is drawn at the highest finite value and counted in the legend. A log axis
+    takes positive values; others get a linear one.
     """
-    save_figure(histogram_figure(groups, title, xlabel, log_x), path)
-
-
-def histogram_figure(
-    groups: dict[str, list[float]], title: str, xlabel: str, log_x: bool = False, bins: int = 20
-) -> Figure:
-    """The picture of draw_histogram. A log axis takes positive values; others get a linear one."""
     arrays = [np.array(values, float) for values in groups.values()]
     pooled = np.concatenate([[], *(array[np.isfinite(array)] for array in arrays)])
     low, high = (pooled.min(), pooled.max()) if len(pooled) else (1.0, 1.0)
     log_x = log_x and low > 0
-    edges = np.histogram_bin_edges(np.log10([low, high]) if log_x else [low, high], bins)
+    edges = np.histogram_bin_edges(np.log10([low, high]) if log_x else [low, high], bins=20)
     edges = 10**edges if log_x else edges
     title, xlabel, *names = legible([title, xlabel, *groups])
     with style():
@@ -342,13 +309,14 @@ def histogram_figure(
             handles.append(axes.stairs(shares, edges, color=color, lw=1.8, label=label))
         if log_x:
             axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(LogFormatter())
-            axes.xaxis.set_minor_formatter(LogFormatter())
+            axes.xaxis.set_major_formatter(ticker.LogFormatter())
+            axes.xaxis.set_minor_formatter(ticker.LogFormatter())
         else:
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
+            axes.xaxis.set_major_formatter("{x:,.10g}")
+        axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
         axes.set(title=title, xlabel=xlabel, ylabel="share of the group", ylim=(0, None))
         figure.legend(handles=handles, loc="outside lower center", frameon=False)
+    save_figure(figure, path)
     return figure
 
 
@@ -360,22 +328,20 @@ def style() -> AbstractContextManager:
     return matplotlib.rc_context(
         {
             "font.family": font_families(),
-            "font.size": 10,
             "axes.grid": True,
             "axes.axisbelow": True,
             "axes.spines.top": False,
             "axes.spines.right": False,
             "grid.color": "0.9",
-            "figure.facecolor": "white",
-            "axes.facecolor": "white",
         }
     )
 
 
 def font_families() -> list[str]:
     """matplotlib's own font, then the installed ones that have Chinese, for what it lacks."""
-    installed = {font.name for font in fontManager.ttflist}
-    return ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
+    names = {font.name for font in fontManager.ttflist}
+    installed = sorted(names, key=lambda name: ("SC" not in name, name))  # simplified first
+    return ["DejaVu Sans", *filter(CJK_FONT.search, installed)]
 
 
 def legible(texts: list[str]) -> list[str]:

@@ -28,10 +28,10 @@ from bench import timing
 from bench.llama import LlamaCpp
 from bench.timing import measure, report, speed_ratio
 from configurator import ROOT, UserError, at_least, repo_path
-from export import write_gguf
 from miniglm.checkpoint import Checkpoint, load_checkpoint
 from miniglm.decoding import pack, quantize
 from miniglm.generation import Sampling, generate
+from miniglm.interop.gguf import write_gguf
 from miniglm.interop.hugging_face import shape_of, to_hugging_face
 from miniglm.text import load_for_sampling, stream
 from model import GPT, ModelConfig
@@ -199,7 +199,7 @@ def beside_llama_cpp(
     sampling, threads = Sampling(n, temperature=0.0), torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.gguf"
-        write_gguf(checkpoint, file)
+        write_gguf(checkpoint.model, checkpoint.tokenizer, checkpoint.answers, file)
         with LlamaCpp(config.llama_cpp, file, len(prompt) + n, threads) as llama:
             yield {
                 "sample.py": lambda: list(stream(packed, prompt, sampling)),

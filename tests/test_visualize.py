@@ -1,17 +1,17 @@
+import dataclasses
 import json
 import logging
 import math
+import re
 
 import matplotlib
 import numpy as np
 import pytest
-from fontTools.fontBuilder import FontBuilder
-from fontTools.pens.ttGlyphPen import TTGlyphPen
-from fontTools.ttLib import TTFont
-from matplotlib.font_manager import FontProperties, findfont, fontManager
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.patches import StepPatch
 from matplotlib.text import Text
 
+import visualize
 from configurator import UserError
 from miniglm.checkpoint import append_log
 from visualize import (
@@ -19,7 +19,6 @@ from visualize import (
     curves_figure,
     draw_histogram,
     follow,
-    histogram_figure,
     load_log,
     main,
     preferences_figure,
@@ -29,37 +28,41 @@ pytestmark = pytest.mark.filterwarnings("error")
 RATIO = 0.5  # bits per byte of a nat per token
 
 
+def write_log(out_dir, records):
+    out_dir.mkdir()
+    for step, record in enumerate(records, 1):
+        common = {"iter": step, "tokens": 1000 * step, "seconds": 0.5 * step, "lr": 1e-3 / step}
+        append_log(out_dir, common | {"tokens_per_second": 2000 + step} | record)
+    return out_dir
+
+
 def write_run(out_dir, tokenizer=None, steps=30, interval=5, best=25, init_from="scratch"):
     """An out_dir with a log of a loss that falls from 8, and rises after the step `best`."""
-    out_dir.mkdir()
+    records = []
     for step in range(1, steps + 1):
         loss = 4 + 4 * math.exp(-step / 2) + 0.01 * abs(step - best)
-        record = {"iter": step, "tokens": 1000 * step, "seconds": 0.5 * step, "train_loss": loss}
-        record |= {"lr": 1e-3 / step, "grad_norm": 1.0, "tokens_per_second": 2000 + step}
+        records.append({"train_loss": loss})
         if step % interval == 0:
-            record |= {"val_loss": loss + 0.1, "val_bits_per_byte": RATIO * (loss + 0.1)}
-        append_log(out_dir, record)
+            records[-1] |= {"val_loss": loss + 0.1, "val_bits_per_byte": RATIO * (loss + 0.1)}
+    write_log(out_dir, records)
     if tokenizer:
         (out_dir / "step-000030").mkdir()
         run = {"tokenizer_sha256": tokenizer, "settings": {"init_from": str(init_from)}}
-        run = json.dumps(run)
-        (out_dir / "step-000030/run.json").write_text(run, encoding="utf-8")
+        (out_dir / "step-000030/run.json").write_text(json.dumps(run), encoding="utf-8")
         (out_dir / "latest").write_text("step-000030\n", encoding="utf-8")
     return out_dir
 
 
 def write_paired_run(out_dir, steps=10):
     """An out_dir with a log of a run on preferences."""
-    out_dir.mkdir()
+    records = []
     for step in range(1, steps + 1):
-        record = {"iter": step, "tokens": 900 * step, "seconds": 0.5 * step, "lr": 1e-4}
-        record |= {"train_loss": 0.7 / step, "tokens_per_second": 1800}
-        record |= {name: place + 0.1 * step for place, name in enumerate(PAIRED)}
+        record = {"train_loss": 0.7 / step} | {n: k + 0.1 * step for k, n in enumerate(PAIRED)}
         if step % 5 == 0:
             record |= {f"val_{name}": 10 * record[name] for name in PAIRED}
             record["val_loss"] = 0.8 / step
-        append_log(out_dir, record)
-    return out_dir
+        records.append(record)
+    return write_log(out_dir, records)
 
 
 def read_column(out_dir, key):
@@ -71,24 +74,27 @@ def legend_texts(figure):
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
+def assert_lines_are_logs(axes, runs, names, x):
+    """In axes of a figure: for each run, for each of (training's, validation's column), lines."""
+    lines = iter(axes.lines)
+    for index, run in enumerate(runs):
+        for columns in names:
+            for column in columns:
+                line, xs = next(lines), read_column(run, x)
+                has_value = slice(4, None, 5) if column.startswith("val_") else slice(None)
+                np.testing.assert_array_equal(line.get_xdata(), xs[has_value])
+                np.testing.assert_array_equal(line.get_ydata(), read_column(run, column))
+                assert line.get_color() == f"C{index}"
+
+
 @pytest.mark.parametrize("x", ["tokens", "seconds", "iter"])
 def test_curves_are_the_log(tmp_path, x):
     runs = [write_run(tmp_path / "out-a"), write_run(tmp_path / "out-b", steps=20, best=15)]
     figure = curves_figure([load_log(run) for run in runs], x, "loss")
-    curves, rate, speed = figure.axes
-    for i, run in enumerate(runs):
-        train, val = curves.lines[2 * i], curves.lines[2 * i + 1]
-        xs = read_column(run, x)
-        for line in (train, rate.lines[i], speed.lines[i]):
-            np.testing.assert_array_equal(line.get_xdata(), xs)
-        np.testing.assert_array_equal(train.get_ydata(), read_column(run, "train_loss"))
-        np.testing.assert_array_equal(val.get_xdata(), xs[4::5])
-        np.testing.assert_array_equal(val.get_ydata(), read_column(run, "val_loss"))
-        np.testing.assert_array_equal(rate.lines[i].get_ydata(), read_column(run, "lr"))
-        speeds = read_column(run, "tokens_per_second")
-        np.testing.assert_array_equal(speed.lines[i].get_ydata(), speeds)
-        colors = {line.get_color() for line in (train, val, rate.lines[i], speed.lines[i])}
-        assert colors == {f"C{i}"}
+    shown = [[("train_loss", "val_loss")], [("lr",)], [("tokens_per_second",)]]
+    for axes, names in zip(figure.axes, shown, strict=True):
+        assert_lines_are_logs(axes, runs, names, x)
+    curves, _, speed = figure.axes
     assert curves.get_ylabel() == "loss (nats per token)"
     assert x in speed.get_xlabel() or speed.get_xlabel() == "steps of the optimizer"
 
@@ -96,17 +102,10 @@ def test_curves_are_the_log(tmp_path, x):
 def test_the_curves_of_preferences_are_the_log(tmp_path):
     runs = [write_paired_run(tmp_path / "out-a"), write_paired_run(tmp_path / "out-b", 15)]
     figure = preferences_figure([load_log(run) for run in runs], "iter")
-    shown = [("loss",), PAIRED[:2], ("margin",), ("accuracy",), PAIRED[4:]]
-    assert [len(axes.lines) for axes in figure.axes] == [4 * len(names) for names in shown]
+    shown = [["loss"], PAIRED[:2], ["margin"], ["accuracy"], PAIRED[4:]]
     for axes, names in zip(figure.axes, shown, strict=True):
-        lines = iter(axes.lines)
-        for run in runs:
-            for name in names:
-                train, val = next(lines), next(lines)
-                column = "train_loss" if name == "loss" else name
-                np.testing.assert_array_equal(train.get_ydata(), read_column(run, column))
-                np.testing.assert_array_equal(val.get_ydata(), read_column(run, f"val_{name}"))
-                np.testing.assert_array_equal(val.get_xdata()[:2], [5, 10])
+        columns = [("train_loss" if name == "loss" else name, f"val_{name}") for name in names]
+        assert_lines_are_logs(axes, runs, columns, "iter")
     assert legend_texts(figure)[-2:] == ["out-a", "out-b"]
     main([f"--runs={runs[0]}"])
     assert (runs[0] / "curves.png").stat().st_size > 10_000
@@ -198,7 +197,7 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
         (["--runs=" + ",".join("abcdefghijk")], "11 runs are too many"),
         (["--runs=DIR/none"], "none/log.jsonl is missing"),
         (["--runs=DIR/empty"], "empty/log.jsonl is empty"),
-        (["--runs=DIR/other"], "other/log.jsonl is not a log of train.py .KeyError: 'iter'"),
+        (["--runs=DIR/other"], "other/log.jsonl is not a log of train.py .KeyError: 'tokens'"),
         (["--runs=DIR/damaged"], "damaged/log.jsonl is not a log of train.py .JSONDecodeError"),
         (["--runs=DIR/out-a", "--out=DIR/a.pdf"], "must end in .png"),
         (["--runs=DIR/out-a", "--x=token"], "must be one of tokens, seconds, iter; did you mean"),
@@ -229,40 +228,12 @@ def test_pictures_are_whole_and_leave_matplotlib_as_it_was(tmp_path):
 # --- Chinese -----------------------------------------------------------------------------------
 
 
-def make_font(path, family, chars):
-    """A font file in which each of chars is a square."""
-    pen = TTGlyphPen(None)
-    for move, point in zip(
-        [pen.moveTo, pen.lineTo, pen.lineTo, pen.lineTo],
-        [(0, 0), (0, 900), (900, 900), (900, 0)],
-        strict=True,
-    ):
-        move(point)
-    pen.closePath()
-    glyphs = {".notdef": pen.glyph()} | {f"uni{ord(char):04X}": pen.glyph() for char in chars}
-    font = FontBuilder(1000)
-    font.setupGlyphOrder(list(glyphs))
-    font.setupCharacterMap({ord(char): f"uni{ord(char):04X}" for char in chars})
-    font.setupGlyf(glyphs)
-    font.setupHorizontalMetrics(dict.fromkeys(glyphs, (1000, 0)))
-    font.setupHorizontalHeader(ascent=900, descent=-100)
-    font.setupNameTable({"familyName": family, "styleName": "Regular"})
-    font.setupOS2()
-    font.setupPost()
-    font.save(path)
-
-
-@pytest.fixture(params=["no Chinese font", "a Chinese font"])
-def has_chinese(request, tmp_path, monkeypatch):
-    """Whether a font with 三国 is among those that matplotlib knows; it has both cases."""
-    dejavu = [font for font in fontManager.ttflist if font.name == "DejaVu Sans"]
-    with monkeypatch.context() as patch:
-        patch.setattr(fontManager, "ttflist", dejavu)
-        if request.param == "a Chinese font":
-            make_font(tmp_path / "cjk.ttf", "Noto Sans CJK SC", "三国")
-            fontManager.addfont(tmp_path / "cjk.ttf")
-        yield request.param == "a Chinese font"
-        fontManager.addfont(dejavu[0].fname)  # empties the cache of findfont
+def test_fonts_with_chinese_are_known_by_their_names(monkeypatch):
+    names = ["Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Serif", "SimHei", "DejaVu Serif"]
+    fonts = [dataclasses.replace(fontManager.ttflist[0], name=name) for name in names]
+    monkeypatch.setattr(fontManager, "ttflist", fonts)
+    wanted = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "SimHei"]
+    assert visualize.font_families() == wanted
 
 
 def undrawable(figure):
@@ -270,25 +241,27 @@ def undrawable(figure):
     missing = set()
     for text in figure.findobj(Text):
         paths = [findfont(FontProperties(family=[name])) for name in text.get_fontfamily()]
-        known = set().union(*(TTFont(path).getBestCmap() for path in paths))
+        known = set().union(*(get_font(path).get_charmap() for path in paths))
         missing |= {char for char in text.get_text() if ord(char) not in known}
     return missing
 
 
-def test_no_chinese_name_becomes_a_box(tmp_path, capsys, caplog, has_chinese):
+@pytest.mark.parametrize("font", ["none at all", "STIXGeneral"])
+def test_no_character_becomes_a_box(tmp_path, capsys, caplog, monkeypatch, font):
+    """ⓐ and ⓑ are in STIXGeneral, which matplotlib brings, and not in DejaVu Sans."""
+    monkeypatch.setattr(visualize, "CJK_FONT", re.compile(font))
     caplog.set_level(logging.WARNING)
-    run = write_run(tmp_path / "out-三国")
+    run = write_run(tmp_path / "out-ⓐⓑ")
     main([f"--runs={run}"])  # warnings are errors here
-    printed = capsys.readouterr().out
-    assert ("no font for 三国" in printed) != has_chinese
+    has_font = font == "STIXGeneral"
+    assert ("no font for ⓐⓑ" in capsys.readouterr().out) != has_font
     figure = curves_figure([load_log(run)], "tokens", "loss")
     assert undrawable(figure) == set()
-    name = "out-三国" if has_chinese else r"out-\u4e09\u56fd"
+    name = "out-ⓐⓑ" if has_font else r"out-\u24d0\u24d1"
     assert legend_texts(figure)[2].startswith(f"{name}: best")
 
-    figure = histogram_figure({"三": [1.0]}, "三国 🙂", "国")
+    figure = draw_histogram({"ⓐ": [1.0]}, tmp_path / "h.png", "ⓐⓑ 🙂", "ⓑ")
     assert undrawable(figure) == set()
-    draw_histogram({"三": [1.0]}, tmp_path / "h.png", "三国 🙂", "国")
     assert not caplog.records
 
 
@@ -307,9 +280,9 @@ def filled_steps(figure):
 
 
 @pytest.mark.parametrize("log_x", [False, True])
-def test_histogram_shows_shares_of_each_group(log_x):
+def test_histogram_shows_shares_of_each_group(tmp_path, log_x):
     groups = {"seen": [1.0, 1.0, 1.0, 100.0], "unseen": [100.0, math.inf]}
-    figure = histogram_figure(groups, "title", "perplexity", log_x)
+    figure = draw_histogram(groups, tmp_path / "h.png", "title", "perplexity", log_x)
     seen, unseen = filled_steps(figure)
     assert (seen.values[0], seen.values[-1]) == (0.75, 0.25)
     assert (unseen.values[0], unseen.values[-1]) == (0, 1)
@@ -322,20 +295,19 @@ def test_histogram_shows_shares_of_each_group(log_x):
     assert (figure.axes[0].get_title(), figure.axes[0].get_xlabel()) == ("title", "perplexity")
 
 
+EDGES = [
+    {},
+    {"seen": []},
+    {"seen": [5.0], "unseen": []},
+    {"seen": [math.inf]},
+    {"seen": [1.0, 8.0]},  # in float64, 10 ** log10(8) is below 8
+    {"seen": [0.0, math.nan]},
+]
+
+
 @pytest.mark.parametrize("log_x", [False, True])
-@pytest.mark.parametrize(
-    "groups",
-    [
-        {},
-        {"seen": []},
-        {"seen": [5.0], "unseen": []},
-        {"seen": [math.inf]},
-        {"seen": [1.0, 8.0]},  # in float64, 10 ** log10(8) is below 8
-        {"seen": [0.0, math.nan]},
-    ],
-)
+@pytest.mark.parametrize("groups", EDGES)
 def test_histogram_loses_no_value(tmp_path, groups, log_x):
-    draw_histogram(groups, tmp_path / "h.png", "title", "x", log_x)
-    drawn = filled_steps(histogram_figure(groups, "", "", log_x))
+    drawn = filled_steps(draw_histogram(groups, tmp_path / "h.png", "title", "x", log_x))
     for steps, values in zip(drawn, groups.values(), strict=True):
         assert steps.values.sum() == (1 if values else 0)

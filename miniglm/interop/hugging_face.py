@@ -1,55 +1,242 @@
-"""Our weights and settings under Hugging Face's names, both ways: GPT-2, Llama, Qwen3.
+"""Our models as Hugging Face has them, both ways: GPT-2, Llama, Qwen3.
 
-    config, weights = to_hugging_face(model)                        for export.py
-    model_config = from_config(config, names, n_vocab)              for miniglm/interop/foreign.py
+    write_directory(model, tokenizer, answers, path)      for export.py
+    config, weights = to_hugging_face(model)              what that directory says and holds
+    model_config = from_config(config, names, n_vocab)    for miniglm/interop/foreign.py
     weights = from_weights(model_config, weights)
 
-c_attn stacks the queries', keys' and values' rows, SwiGLU's c_fc those of gate and up. GPT-2 keeps
-its matrices transposed, and biases that are off here are zeros there.
+A family is a table of names. c_attn stacks the rows of queries, keys and values, SwiGLU's c_fc
+those of gate and up. GPT-2 stores its matrices transposed, and has zeros for biases that are off
+here.
+
+The chat template writes what miniglm/tokenizer.py's `render` writes: names of special tokens inside
+a message stay plain text. It sets HIDDEN behind each `<` of a message (and whatever else an adopted
+tokenizer's added tokens begin with), and the exported tokenizer removes HIDDEN once special tokens
+have been found.
 """
 
 import json
 import re
 from collections.abc import Collection, Iterator
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from configurator import UserError
-from miniglm.tokenizer import END, HIDDEN, ROLES
+from miniglm.tokenizer import END, END_OF_TEXT, HIDDEN, NFC, ROLES, UNHIDE, Tokenizer
 from model import GPT, ModelConfig
 
 Weights = dict[str, torch.Tensor]
 
-# what an architecture has in each family
-FAMILIES = {
-    "qwen3": {"norm": "rmsnorm", "mlp": "swiglu", "bias": False},
-    "llama": {"norm": "rmsnorm", "mlp": "swiglu"},
-    "gpt2": {"norm": "layernorm", "mlp": "gelu", "qk_norm": False},
-}
-BEYOND = {"logit_soft_cap": 0.0, "value_residual": False, "embedding_skip": False}
-CLASSES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
-GELUS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_erf"}  # theirs -> ours
 
-LLAMA = {  # our module -> theirs, whose rows ours has one below the other
-    "norm_1": ["input_layernorm"],
-    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "attn.c_proj": ["self_attn.o_proj"],
-    "attn.q_norm": ["self_attn.q_norm"],
-    "attn.k_norm": ["self_attn.k_norm"],
-    "norm_2": ["post_attention_layernorm"],
-    "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
-    "mlp.c_proj": ["mlp.down_proj"],
+# our settings that a family fixes
+ROPE = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu"}
+FAMILIES = {
+    "qwen3": ROPE | {"qk_norm": True, "bias": False},
+    "llama": ROPE | {"qk_norm": False},
+    "gpt2": {"position": "learned", "norm": "layernorm", "qk_norm": False, "bias": True},
 }
-GPT2 = {
-    "norm_1": ["ln_1"],
-    "attn.c_attn": ["attn.c_attn"],
-    "attn.c_proj": ["attn.c_proj"],
-    "norm_2": ["ln_2"],
-    "mlp.c_fc": ["mlp.c_fc"],
-    "mlp.c_proj": ["mlp.c_proj"],
+CLASSES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
+GELUS = {"gelu": "gelu_new", "gelu_erf": "gelu"}  # our mlp -> GPT-2's activation_function
+
+# names of ours -> those of Llama and Qwen3, those of GPT-2
+SETTINGS = {
+    "block_size": ("max_position_embeddings", "n_positions"),
+    "n_layer": ("num_hidden_layers", "n_layer"),
+    "n_head": ("num_attention_heads", "n_head"),
+    "n_kv_head": ("num_key_value_heads", ""),
+    "n_embd": ("hidden_size", "n_embd"),
+    "n_hidden": ("intermediate_size", "n_inner"),
+    "norm_eps": ("rms_norm_eps", "layer_norm_epsilon"),
+    "rope_theta": ("rope_theta", ""),
+    "bias": ("attention_bias", ""),
+    "dropout": ("", "resid_pdrop"),
 }
-# what old files keep beside the weights: masks and rotary tables
+OUTER = {
+    "wte": ("model.embed_tokens", "transformer.wte"),
+    "wpe": ("", "transformer.wpe"),
+    "norm": ("model.norm", "transformer.ln_f"),
+    "lm_head": ("lm_head", "lm_head"),
+}
+LAYER = {  # several names are one stack of rows in ours
+    "norm_1": ("input_layernorm", "ln_1"),
+    "attn.c_attn": ("self_attn.q_proj self_attn.k_proj self_attn.v_proj", "attn.c_attn"),
+    "attn.c_proj": ("self_attn.o_proj", "attn.c_proj"),
+    "attn.q_norm": ("self_attn.q_norm", ""),
+    "attn.k_norm": ("self_attn.k_norm", ""),
+    "norm_2": ("post_attention_layernorm", "ln_2"),
+    "mlp.c_fc": ("mlp.gate_proj mlp.up_proj", "mlp.c_fc"),
+    "mlp.c_proj": ("mlp.down_proj", "mlp.c_proj"),
+}
+# what transformers takes where a config.json does not say
+DEFAULTS = {
+    "num_key_value_heads": None,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "attention_bias": False,
+    "activation_function": "gelu_new",
+    "n_inner": None,
+    "layer_norm_epsilon": 1e-5,
+    "resid_pdrop": 0.1,
+}
+# masks and rotary tables that old files keep beside the weights
 CONSTANTS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
+
+
+def family_of(config: ModelConfig) -> str:
+    """qwen3, llama or gpt2. Raises UserError, naming the settings, if none of them fits."""
+    if config.model != "gpt":
+        raise UserError(f"model={config.model!r} has no form that other tools read; gpt has")
+    family = "qwen3" if config.qk_norm else "llama"
+    family = "gpt2" if config.position == "learned" else family
+    wanted = FAMILIES[family]
+    if family == "gpt2":
+        mlp = config.mlp if config.mlp in GELUS else "gelu"
+        # biases that are off become zeros
+        wanted = wanted | {"n_kv_head": config.n_head, "mlp": mlp, "bias": config.bias}
+    other = [f"{k}={getattr(config, k)!r}" for k, v in wanted.items() if getattr(config, k) != v]
+    if other:
+        raise UserError(
+            f"{', '.join(other)}: no architecture of other tools has that beside "
+            f"position={config.position!r}, qk_norm={config.qk_norm}"
+        )
+    return family
+
+
+def names_in(family: str, table: dict[str, tuple[str, str]]) -> dict[str, str]:
+    """The column of a table that is the family's, without what it lacks."""
+    columns = {ours: theirs[family == "gpt2"] for ours, theirs in table.items()}
+    return {ours: theirs for ours, theirs in columns.items() if theirs}
+
+
+def parameters(c: ModelConfig) -> Iterator[tuple[str, list[str]]]:
+    """Each parameter of ours that may exist, and those of theirs whose rows it stacks."""
+    family = family_of(c)
+    modules = {our: [their] for our, their in names_in(family, OUTER).items()}
+    if c.tie_weights:
+        del modules["lm_head"]
+    for layer in range(c.n_layer):
+        prefix = f"transformer.h.{layer}" if family == "gpt2" else f"model.layers.{layer}"
+        for our, names in names_in(family, LAYER).items():
+            modules[f"blocks.{layer}.{our}"] = [f"{prefix}.{name}" for name in names.split()]
+    for our, names in modules.items():
+        for kind in ("weight", "bias"):
+            yield f"{our}.{kind}", [f"{name}.{kind}" for name in names]
+
+
+def transposed(weights: Weights) -> Weights:
+    """With GPT-2's matrices, by their names there, the other way round."""
+    return {
+        name: w.t() if name.startswith(("transformer.h.", "h.")) and w.dim() == 2 else w
+        for name, w in weights.items()
+    }
+
+
+# --- out ---------------------------------------------------------------------------------------
+
+
+def write_directory(model: GPT, tokenizer: Tokenizer, answers: bool, path: Path) -> None:
+    """A directory that transformers loads. answers: whether it is a chat model."""
+    config, weights = to_hugging_face(model)
+    ends = {
+        "eos_token_id": sorted(tokenizer.stop_ids),
+        "pad_token_id": tokenizer.end_of_text,
+        "bos_token_id": None,
+    }
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.config.block_size,
+        "eos_token": END if answers else END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+        # a model that only continues text has no template: all of its text is plain
+        "split_special_tokens": not answers,
+    }
+    if answers:
+        tokenizer_config["chat_template"] = hiding_template(tokenizer.special_names)
+    files = {
+        "config.json": config | ends,
+        "generation_config.json": ends,
+        "tokenizer_config.json": tokenizer_config,
+        "tokenizer.json": unhiding(json.loads(tokenizer.text)),
+    }
+    path.mkdir(parents=True)
+    contiguous = {name: weight.contiguous() for name, weight in weights.items()}
+    save_file(contiguous, path / "model.safetensors", metadata={"format": "pt"})
+    for name, content in files.items():
+        text = json.dumps(content, ensure_ascii=False, indent=1)
+        (path / name).write_text(text, encoding="utf-8", newline="")
+
+
+def to_hugging_face(model: GPT) -> tuple[dict, Weights]:
+    """config.json and the weights, float32, without the padding of the vocabulary."""
+    return shape_of(model.config) | {"dtype": "float32"}, transposed(to_their_names(model))
+
+
+def to_their_names(model: GPT) -> Weights:
+    """The weights by their names in the family, matrices as torch has them."""
+    c = model.config
+    ours = {name: weight.detach().float() for name, weight in model.named_parameters()}
+    for name in {"wte.weight", "lm_head.weight"} & ours.keys():
+        ours[name] = ours[name][: c.n_vocab]
+    has_biases = family_of(c) == "gpt2"
+    kv = c.n_kv_head * c.head_dim
+    rows = {2: [c.n_hidden] * 2, 3: [c.n_embd, kv, kv]}  # of gate, up; queries, keys, values
+    theirs = {}
+    for our, names in parameters(c):
+        weight = ours.get(our)
+        if weight is None and has_biases and our.startswith(("norm.", "blocks.")):
+            weight = torch.zeros(len(ours[our.replace("bias", "weight")]))
+        if weight is not None:
+            theirs |= zip(names, weight.split(rows.get(len(names), len(weight))), strict=True)
+    return theirs
+
+
+def shape_of(c: ModelConfig) -> dict:
+    """What config.json says of the architecture."""
+    family = family_of(c)
+    shape = {
+        "architectures": [CLASSES[family]],
+        "model_type": family,
+        "vocab_size": c.n_vocab,
+        "tie_word_embeddings": c.tie_weights,
+    }
+    shape |= {theirs: getattr(c, ours) for ours, theirs in names_in(family, SETTINGS).items()}
+    if family == "gpt2":
+        more = {"embd_pdrop": c.dropout, "attn_pdrop": 0.0}
+    else:  # readers older than rope_parameters look for rope_theta beside it
+        more = {"rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}}
+    return shape | _implied(c) | more
+
+
+def _implied(c: ModelConfig) -> dict:
+    """What follows from a family or from other settings; a config.json that says otherwise
+    describes a model that is not built here."""
+    if c.position == "learned":
+        return {
+            "activation_function": GELUS[c.mlp],
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        }
+    return {
+        "hidden_act": "silu",
+        "head_dim": c.head_dim,
+        "attention_bias": c.bias,
+        "mlp_bias": c.bias,  # Llama has biases in both or in neither
+        "use_sliding_window": False,
+    }
+
+
+def unhiding(tokenizer: dict) -> dict:
+    """A tokenizer.json that removes HIDDEN after the search for special tokens."""
+    is_nfc = tokenizer["normalizer"] == NFC
+    both = {"type": "Sequence", "normalizers": [UNHIDE, NFC]}
+    return tokenizer | {"normalizer": both if is_nfc else UNHIDE}
+
+
+# --- chat templates ----------------------------------------------------------------------------
 
 
 def chat_template(names: dict[str, str], end: str, content: str) -> str:
@@ -65,15 +252,14 @@ def chat_template(names: dict[str, str], end: str, content: str) -> str:
 
 
 def template_start(names: dict[str, str]) -> str:
-    """What our templates begin with, and no other project's."""
+    """How our templates begin, and no other project's."""
     written = ", ".join(f"'{role}': '{token}'" for role, token in names.items())
     return "{% set names = {" + written + "} %}"
 
 
 def hiding_template(added: Collection[str]) -> str:
-    """The template where the names of tokens in `added` are plain text inside a message: HIDDEN
-    stands behind each character that one begins with, so that none is found, and is taken away
-    again later. UserError where a name has no place for it."""
+    """The template that sets HIDDEN behind each character that a token in `added` begins with, so
+    that none is found inside a message. Raises UserError if a name has no room for it."""
     content = "message['content']"
     for first in sorted({name[:1] for name in added}):
         if first in added:
@@ -86,227 +272,55 @@ def hiding_template(added: Collection[str]) -> str:
     return chat_template(ROLES, END, content)
 
 
-def is_our_template(text: object) -> bool:
-    return isinstance(text, str) and text.startswith(template_start(ROLES))
-
-
-def family_of(config: ModelConfig) -> str:
-    """qwen3, llama or gpt2. UserError, with what stands in the way, where none expresses it."""
-    if config.model != "gpt":
-        raise UserError(f"model={config.model!r} has no form that other tools read; gpt has")
-    family = "qwen3" if config.qk_norm else "llama"
-    family = "gpt2" if config.position == "learned" else family
-    wanted = FAMILIES[family] | BEYOND
-    if family == "gpt2":
-        wanted |= {"n_kv_head": config.n_head}
-        wanted |= {"mlp": config.mlp} if config.mlp in GELUS.values() else {}
-    other = [f"{k}={getattr(config, k)!r}" for k, v in wanted.items() if getattr(config, k) != v]
-    if other:
-        raise UserError(
-            f"{', '.join(other)}: no architecture of other tools has that beside "
-            f"position={config.position!r}, qk_norm={config.qk_norm}"
-        )
-    return family
-
-
-def parameters(c: ModelConfig) -> Iterator[tuple[str, list[str]]]:
-    """Each parameter of ours that may be there, and theirs that it has one below the other."""
-    family = family_of(c)
-    if family == "gpt2":
-        ends = {"wte": "transformer.wte", "wpe": "transformer.wpe", "norm": "transformer.ln_f"}
-        layers, modules = "transformer.h", GPT2
-    else:
-        ends = {"wte": "model.embed_tokens", "norm": "model.norm"}
-        layers, modules = "model.layers", LLAMA
-    pairs = [(our, [their]) for our, their in ends.items()]
-    if not c.tie_weights:
-        pairs.append(("lm_head", ["lm_head"]))
-    for layer in range(c.n_layer):
-        for our, names in modules.items():
-            pairs.append((f"blocks.{layer}.{our}", [f"{layers}.{layer}.{n}" for n in names]))
-    for our, names in pairs:
-        for kind in ("weight", "bias"):
-            yield f"{our}.{kind}", [f"{name}.{kind}" for name in names]
-
-
-# --- out ---------------------------------------------------------------------------------------
-
-
-def to_hugging_face(model: GPT) -> tuple[dict, Weights]:
-    """config.json and the weights, float32; the padding of the vocabulary is left out."""
-    c = model.config
-    shape = shape_of(c)
-    ours = {name: weight.detach().float() for name, weight in model.named_parameters()}
-    for name in ("wte.weight", "lm_head.weight"):
-        if name in ours:
-            ours[name] = ours[name][: c.n_vocab]
-    fill = _without_biases if shape["model_type"] == "gpt2" else dict
-    return shape | {"dtype": "float32"}, _to_theirs(fill(ours), c)
-
-
-def _without_biases(ours: Weights) -> Weights:
-    """With zeros where GPT-2 has a bias and ours has none."""
-    modules = [name.removesuffix(".weight") for name in ours if name.endswith(".weight")]
-    biased = [m for m in modules if m == "norm" or m.startswith("blocks.")]
-    zeros = {f"{m}.bias": torch.zeros(len(ours[f"{m}.weight"])) for m in biased}
-    return zeros | ours
-
-
-def _to_theirs(ours: Weights, c: ModelConfig) -> Weights:
-    kv = c.n_kv_head * c.head_dim
-    rows = {"attn.c_attn": [c.n_embd, kv, kv], "mlp.c_fc": [c.n_hidden, c.n_hidden]}
-    theirs = {}
-    for our, names in parameters(c):
-        if our in ours:
-            module = ".".join(our.split(".")[2:-1])
-            parts = ours[our].split(rows[module] if len(names) > 1 else len(ours[our]))
-            theirs |= dict(zip(names, parts, strict=True))
-    return transposed(theirs)
-
-
-def transposed(theirs: Weights) -> Weights:
-    """GPT-2's matrices the other way round; all else as it is."""
-    return {
-        name: weight.t() if name.startswith("transformer.h.") and weight.dim() == 2 else weight
-        for name, weight in theirs.items()
-    }
-
-
-def shape_of(c: ModelConfig) -> dict:
-    """What a config.json says of the architecture."""
-    family = family_of(c)
-    common = {
-        "architectures": [CLASSES[family]],
-        "model_type": family,
-        "vocab_size": c.n_vocab,
-        "tie_word_embeddings": c.tie_weights,
-    }
-    return common | (_gpt2_shape(c) if family == "gpt2" else _llama_shape(c, family))
-
-
-def _llama_shape(c: ModelConfig, family: str) -> dict:
-    shape = {
-        "hidden_size": c.n_embd,
-        "intermediate_size": c.n_hidden,
-        "num_hidden_layers": c.n_layer,
-        "num_attention_heads": c.n_head,
-        "num_key_value_heads": c.n_kv_head,
-        "head_dim": c.head_dim,
-        "max_position_embeddings": c.block_size,
-        "rms_norm_eps": c.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-        "rope_theta": c.rope_theta,  # where readers older than rope_parameters look
-        "hidden_act": "silu",
-        "attention_bias": c.bias,
-        "attention_dropout": 0.0,
-    }
-    return shape | ({"mlp_bias": c.bias} if family == "llama" else {})
-
-
-def _gpt2_shape(c: ModelConfig) -> dict:
-    return {
-        "n_positions": c.block_size,
-        "n_embd": c.n_embd,
-        "n_layer": c.n_layer,
-        "n_head": c.n_head,
-        "n_inner": c.n_hidden,
-        "activation_function": "gelu" if c.mlp == "gelu_erf" else "gelu_new",
-        "layer_norm_epsilon": c.norm_eps,
-        "resid_pdrop": c.dropout,
-        "embd_pdrop": c.dropout,
-        "attn_pdrop": 0.0,
-    }
-
-
 # --- in ----------------------------------------------------------------------------------------
 
 
 def from_config(config: dict, names: Collection[str], n_vocab: int) -> ModelConfig:
     """The architecture that a config.json describes, with a vocabulary of n_vocab ids. names: those
-    of its weights. KeyError where a size is missing; UserError where ours does not express it."""
+    of its weights. Raises KeyError if a size is missing, UserError if ours does not express it."""
     family = config.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"model_type={family!r} is none of {', '.join(FAMILIES)}")
     if config.get("quantization_config"):
         raise UserError("its weights are quantized; take those in float32, float16 or bfloat16")
-    shape = _of_gpt2(config) if family == "gpt2" else _of_llama(config, family)
-    tied = config.get("tie_word_embeddings")
-    rows = config["vocab_size"]
-    return ModelConfig(
-        **FAMILIES[family] | shape,
-        tie_weights="lm_head.weight" not in names if tied is None else tied,
+    # before transformers 5 rope_parameters were called rope_scaling, and rope_type just type
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    given = config | {"rope_type": rope.get("type")} | rope
+    theirs = DEFAULTS | {key: value for key, value in given.items() if value is not None}
+    settings = {our: theirs[their] for our, their in names_in(family, SETTINGS).items()}
+    if family == "gpt2":
+        if theirs["activation_function"] == "gelu_pytorch_tanh":
+            theirs["activation_function"] = "gelu_new"  # the same function
+        settings["mlp"] = "gelu_erf" if theirs["activation_function"] == "gelu" else "gelu"
+    tied = theirs.get("tie_word_embeddings", "lm_head.weight" not in names)
+    rows = theirs["vocab_size"]
+    c = ModelConfig(
+        **settings | FAMILIES[family],
+        tie_weights=tied,
         n_vocab=n_vocab,
         vocab_size=rows if rows >= n_vocab else None,
     )
+    _refuse_others(theirs, c)
+    return c
 
 
-def _of_llama(config: dict, family: str) -> dict:
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    bias = bool(config.get("attention_bias"))
-    layers = {*(config.get("layer_types") or [])} - {"full_attention"}
-    _refuse_others(
-        hidden_act=(config.get("hidden_act", "silu"), "silu"),
-        rope_type=(rope.get("rope_type", rope.get("type", "default")), "default"),
-        partial_rotary_factor=(rope.get("partial_rotary_factor", 1.0), 1.0),
-        head_dim=(config.get("head_dim") or width // heads, width // heads),
-        # Qwen3's has biases in attention alone, Llama's in both or in neither
-        attention_bias=(bias, bias and family == "llama"),
-        mlp_bias=(bool(config.get("mlp_bias")), bias),
-        use_sliding_window=(bool(config.get("use_sliding_window")), False),
-        layer_types=(sorted(layers), []),
-    )
-    return {
-        "block_size": config["max_position_embeddings"],
-        "n_layer": config["num_hidden_layers"],
-        "n_head": heads,
-        "n_kv_head": config.get("num_key_value_heads") or heads,
-        "n_embd": width,
-        "n_hidden": config["intermediate_size"],
-        "rope_theta": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-        "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "bias": bias,
-        "qk_norm": family == "qwen3",
-    }
-
-
-def _of_gpt2(config: dict) -> dict:
-    activation = config.get("activation_function", "gelu_new")
-    _refuse_others(
-        activation_function=(activation, activation if activation in GELUS else "gelu_new"),
-        scale_attn_weights=(config.get("scale_attn_weights", True), True),
-        scale_attn_by_inverse_layer_idx=(
-            bool(config.get("scale_attn_by_inverse_layer_idx")),
-            False,
-        ),
-        add_cross_attention=(bool(config.get("add_cross_attention")), False),
-    )
-    return {
-        "position": "learned",
-        "block_size": config["n_positions"],
-        "n_layer": config["n_layer"],
-        "n_head": config["n_head"],
-        "n_embd": config["n_embd"],
-        "n_hidden": config.get("n_inner") or 4 * config["n_embd"],
-        "mlp": GELUS[activation],
-        "norm_eps": config.get("layer_norm_epsilon", 1e-5),
-        "bias": True,
-        "dropout": config.get("resid_pdrop", 0.1),
-    }
-
-
-def _refuse_others(**values: tuple) -> None:
-    """name=(theirs, what is built here)."""
-    for name, (theirs, ours) in values.items():
-        if theirs != ours:
-            raise UserError(f"{name}={theirs!r} is not built here; {name}={ours!r} is")
+def _refuse_others(theirs: dict, c: ModelConfig) -> None:
+    built = _implied(c) | {"rope_type": "default", "partial_rotary_factor": 1.0}
+    built["layer_types"] = ["full_attention"]
+    layer_types = sorted({"full_attention", *theirs.get("layer_types", [])})
+    for name, ours in built.items():
+        value = (theirs | {"layer_types": layer_types}).get(name, ours)
+        if value != ours:
+            raise UserError(f"{name}={value!r} is not built here; {name}={ours!r} is")
 
 
 def from_weights(c: ModelConfig, theirs: Weights) -> Weights:
-    """Our weights, float32. UserError where some are missing, or there are others."""
+    """Our weights, float32. theirs: matrices as torch has them. Raises UserError if some of a stack
+    are missing, or there are others."""
     if "wte.weight" in theirs:  # some GPT-2s were saved without the outer module
-        theirs = {_outer(name): weight for name, weight in theirs.items()}
-    theirs = transposed({n: w for n, w in theirs.items() if not CONSTANTS.search(n)})
+        outer = {name: f"transformer.{name}" for name in theirs if not name.startswith("lm_head.")}
+        theirs = {outer.get(name, name): weight for name, weight in theirs.items()}
+    theirs = {name: weight for name, weight in theirs.items() if not CONSTANTS.search(name)}
     if c.tie_weights:
         theirs.pop("lm_head.weight", None)
     if c.n_layer > len(theirs):
@@ -314,18 +328,12 @@ def from_weights(c: ModelConfig, theirs: Weights) -> Weights:
     ours = {}
     for our, names in parameters(c):
         if names[0] in theirs and (c.bias or our.endswith(".weight")):
-            absent = [name for name in names if name not in theirs]
-            _refuse_weights(absent, "are missing")
+            _refuse_weights([name for name in names if name not in theirs], "are missing")
             ours[our] = torch.cat([theirs.pop(name).float() for name in names])
     _refuse_weights(sorted(theirs), "are not built here")
-    for name in ("wte.weight", "lm_head.weight"):
-        if name in ours:
-            ours[name] = _fit_rows(ours[name], c)
+    for name in {"wte.weight", "lm_head.weight"} & ours.keys():
+        ours[name] = _fit_rows(ours[name], c)
     return ours
-
-
-def _outer(name: str) -> str:
-    return name if name.startswith("lm_head.") else f"transformer.{name}"
 
 
 def _refuse_weights(names: list[str], what: str) -> None:
@@ -336,11 +344,10 @@ def _refuse_weights(names: list[str], what: str) -> None:
 
 def _fit_rows(rows: torch.Tensor, c: ModelConfig) -> torch.Tensor:
     """(theirs, n_embd) -> (vocab_size, n_embd): ids that the model has no row for get the mean of
-    all rows, whose logit is the mean of logits, so that nothing chooses them untrained. Rows that
-    are not those of vocab_size stay as they are: their shape tells."""
+    all rows, whose logit is the mean of logits, so that untrained nothing chooses them. Rows that
+    do not belong to vocab_size stay as they are: their shape tells."""
     if len(rows) >= c.n_vocab or c.vocab_size - c.n_vocab >= 64:
         return rows
-    added = rows.mean(dim=0).expand(max(0, c.n_vocab - len(rows)), -1)
-    rows = torch.cat([rows, added])
-    padding = rows.new_zeros(c.vocab_size - len(rows), rows.shape[1])
-    return torch.cat([rows, padding])
+    added = rows.mean(dim=0).expand(c.n_vocab - len(rows), -1)
+    padding = rows.new_zeros(c.vocab_size - c.n_vocab, rows.shape[1])
+    return torch.cat([rows, added, padding])

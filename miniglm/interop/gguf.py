@@ -1,0 +1,121 @@
+"""GGUF, the file that llama.cpp reads.
+
+llama.cpp finds special tokens in messages too and takes nothing away afterwards, so in the file the
+special tokens themselves have HIDDEN in their names, which no message then holds.
+"""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+
+from configurator import UserError
+from miniglm.interop.hugging_face import chat_template, family_of, to_their_names
+from miniglm.tokenizer import (
+    DIGITS_PATTERN,
+    END,
+    GPT2_PATTERN,
+    HIDDEN,
+    LLAMA3_PATTERN,
+    QWEN2_PATTERN,
+    ROLES,
+    Tokenizer,
+)
+from model import GPT, ModelConfig
+
+# llama.cpp's names for split patterns
+PRE_TOKENIZERS = {
+    QWEN2_PATTERN: "qwen2",
+    GPT2_PATTERN: "gpt-2",
+    LLAMA3_PATTERN: "llama-bpe",
+    DIGITS_PATTERN: "smollm",
+}
+
+
+def write_gguf(model: GPT, tokenizer: Tokenizer, answers: bool, path: Path) -> None:
+    """answers: whether it is a chat model. Raises UserError if llama.cpp has no such architecture
+    or split pattern."""
+    c = model.config
+    family = family_of(c)
+    if c.mlp == "gelu_erf":
+        raise UserError("mlp='gelu_erf': llama.cpp's GPT-2 has only the tanh form, mlp='gelu'")
+    values = shape(c) | vocabulary(tokenizer)
+    if answers:
+        roles = {role: hidden(name) for role, name in ROLES.items()}
+        plain = f"message['content'] | replace('{HIDDEN}', '')"
+        values["add_chat_template"] = chat_template(roles, hidden(END), plain)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], c.n_layer)
+    writer = gguf.GGUFWriter(path, family)
+    try:
+        for method, value in values.items():
+            getattr(writer, method)(value)
+        for name, weight in to_their_names(model).items():
+            llama_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            writer.add_tensor(llama_name, for_llama_cpp(name, weight, c, family))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def shape(c: ModelConfig) -> dict:
+    """The architecture, by the writer's methods that take it."""
+    values = {
+        "add_file_type": gguf.LlamaFileType.ALL_F32,
+        "add_block_count": c.n_layer,
+        "add_context_length": c.block_size,
+        "add_embedding_length": c.n_embd,
+        "add_feed_forward_length": c.n_hidden,
+        "add_head_count": c.n_head,
+    }
+    if c.norm == "layernorm":
+        return values | {"add_layer_norm_eps": c.norm_eps}
+    return values | {
+        "add_layer_norm_rms_eps": c.norm_eps,
+        "add_head_count_kv": c.n_kv_head,
+        "add_key_length": c.head_dim,
+        "add_value_length": c.head_dim,
+        "add_rope_dimension_count": c.head_dim,
+        "add_rope_freq_base": c.rope_theta,
+    }
+
+
+def for_llama_cpp(name: str, weight: torch.Tensor, c: ModelConfig, family: str) -> np.ndarray:
+    """A weight, by Hugging Face's name. Llama's rows of queries and keys are reordered so that
+    pairs which rotate together are neighbours: (i, i + head_dim / 2) -> (2 i, 2 i + 1)."""
+    heads = {"q_proj": c.n_head, "k_proj": c.n_kv_head}.get(name.split(".")[-2])
+    if family == "llama" and heads:
+        pairs = weight.view(heads, 2, c.head_dim // 2, *weight.shape[1:])
+        weight = pairs.transpose(1, 2).reshape(weight.shape)
+    return weight.contiguous().numpy()
+
+
+def vocabulary(tokenizer: Tokenizer) -> dict:
+    """The tokenizer, by the writer's methods that take it."""
+    kinds, content = gguf.TokenType, json.loads(tokenizer.text)
+    pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    if pattern not in PRE_TOKENIZERS:
+        raise UserError(f"llama.cpp has no name for the tokenizer's split pattern: {pattern}")
+    special = {token["id"]: hidden(token["content"]) for token in content["added_tokens"]}
+    entries = {id: token for token, id in content["model"]["vocab"].items()} | special
+    ids = range(tokenizer.n_vocab)
+    return {
+        "add_tokenizer_model": "gpt2",  # any byte-level BPE
+        "add_tokenizer_pre": PRE_TOKENIZERS[pattern],
+        "add_token_list": [entries[id] for id in ids],
+        "add_token_types": [kinds.CONTROL if id in special else kinds.NORMAL for id in ids],
+        "add_token_merges": [" ".join(pair) for pair in content["model"]["merges"]],
+        "add_bos_token_id": tokenizer.end_of_text,
+        "add_eos_token_id": tokenizer.end_of_text,
+        "add_eot_token_id": tokenizer.end,
+        "add_pad_token_id": tokenizer.end_of_text,
+        "add_add_bos_token": False,
+    }
+
+
+def hidden(name: str) -> str:
+    """The name of a special token, as no text contains it."""
+    return name[0] + HIDDEN + name[1:]
