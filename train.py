@@ -485,8 +485,10 @@ def sample(run: Run, state: State, view: Checkpoint, prompts: list) -> list[str]
 
 def save(run: Run, state: State, is_best: bool) -> None:
     """A checkpoint of the run as it stands."""
+    settings, defaults = dataclasses.asdict(run.config), dataclasses.asdict(Settings())
     record = {
-        "settings": dataclasses.asdict(run.config),
+        "settings": settings,
+        "changed": [name for name in settings if settings[name] != defaults[name]],
         "dataset": identity(run.data),
         "tokenizer_sha256": run.data.tokenizer.sha256,
         "progress": dataclasses.asdict(state.progress),
