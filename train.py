@@ -220,10 +220,8 @@ def start(
     if world.size > 1:
         startup.lap("processes")
     torch.manual_seed(config.seed)
-    out_dir, objective = (
-        repo_path(config.out_dir),
-        OBJECTIVES[data.kind](config, data, device, world),
-    )
+    out_dir = repo_path(config.out_dir)
+    objective = OBJECTIVES[data.kind](config, data, device, world)
     model, checkpoint = load_model(config, begins, data, world, device)
     adapter = prepare_model(config, begins, model, checkpoint, objective, world)
     if config.shard and world.size > 1:
@@ -240,7 +238,8 @@ def start(
         load_optimizers(checkpoint.path, model, state.optimizers)
         if begins.run["scaler"]:
             state.scaler.load_state_dict(begins.run["scaler"])
-        state.progress = read_progress(begins)
+        saved = begins.run["progress"]
+        state.progress = Progress(**{f.name: saved[f.name] for f in dataclasses.fields(Progress)})
         if world.is_first and not config.dry_run:
             rewind(out_dir)
     preflight.check_same_steps(config, data, state.progress.iter, device, world)
@@ -264,16 +263,6 @@ def read_settings(argv: list[str]) -> tuple[Settings, Start, Dataset | Mixture]:
     if config.dry_run:  # whole rows: short ones take less memory and time
         config = dataclasses.replace(config, short_block=None)
     return config, begins, open_dataset(config.dataset)
-
-
-def read_progress(begins: Start) -> Progress:
-    try:
-        return Progress(**begins.run["progress"])
-    except TypeError:
-        raise UserError(
-            f"{show_path(begins.path)} was written by another version of train.py; train again in "
-            "another --out_dir="
-        ) from None
 
 
 def load_model(
@@ -605,16 +594,11 @@ def explain_memory(run: Run, state: State) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not (reason := no_memory(error)):
             raise
-        config = run.config
-        lower = (
-            f"lower --batch_size={config.batch_size} and raise --gradient_accumulation_steps="
-            f"{config.gradient_accumulation_steps} as much, for steps of as many rows"
-        )
-        if config.model == "gpt" and not config.checkpoint_activations:
-            lower += ", or pass --checkpoint_activations"
         raise UserError(
-            f"out of memory after step {state.progress.iter} ({reason}); {lower}, or lower "
-            f"--block_size={config.block_size}; {what_stays(run.out_dir)}"
+            f"out of memory after step {state.progress.iter} ({reason}); lower --batch_size="
+            f"{run.config.batch_size} and raise --gradient_accumulation_steps="
+            f"{run.config.gradient_accumulation_steps} as much, pass --checkpoint_activations, or "
+            f"lower --block_size={run.config.block_size}; {what_stays(run.out_dir)}"
         ) from None
 
 
