@@ -9,7 +9,7 @@
                            of translations their languages
     tokenizer.json         the vocabulary
 
-A split of more than data_writer.SHARD tokens lies in several files, train-00000.bin, ..., which
+A split of more than 2**28 tokens lies in several files, train-00000.bin, ..., which
 meta.json lists as `shards`. What writes all this is miniglm/prep/writer.py.
 """
 
@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 
 from configurator import ROOT, UserError, repo_path, show_path
-from miniglm.prep.writer import shard_names
 from miniglm.tokenizer import Tokenizer, load_tokenizer
 
 IGNORE = -100  # a target that is not trained; torch's own default
@@ -375,6 +374,13 @@ class Mixture:
         """The whole split of each."""
         for part in self.judged:
             yield from part.eval_batches(split, block_size, batch_size)
+
+
+def shard_names(stem: str, sizes: list[int]) -> list[str]:
+    """The files of a split of these sizes: train.bin, or train-00000.bin, ... if it has several."""
+    if len(sizes) == 1:
+        return [f"{stem}.bin"]
+    return [f"{stem}-{number:05}.bin" for number in range(len(sizes))]
 
 
 def open_dataset(name: str) -> "Dataset | Mixture":

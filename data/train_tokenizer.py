@@ -1,10 +1,10 @@
-"""Trains a vocabulary on files, or shows how one cuts a text.
+"""Trains a vocabulary on files, or shows how one splits a text.
 
     python data/train_tokenizer.py train --out=data/vocab/tokenizer.json 'my/*.txt'
     python data/train_tokenizer.py show --tokenizer=data/vocab --text=孔明是谁？
     python data/train_tokenizer.py show --tokenizer=data/vocab --text=FILE:my/a.txt
 
-Training looks at a sample of the files: passages picked by their hashes.
+Training reads a sample of the files: passages chosen by their hashes.
 """
 
 import sys
@@ -35,12 +35,12 @@ class Settings:
     out: str = "tokenizer.json"  # file to write, relative to the repository
     encoding: str = "auto"  # of the files: utf-8, gb18030, big5, utf-16
     fields: str = ""  # as text=body: which field of a record is its text
-    tokenizer: str = "data/sanguo"  # what to show: gpt2, or where one lies
+    tokenizer: str = "data/sanguo"  # what to show: gpt2, or a path
     text: str = ""  # what to show it on, or FILE:NAME; nothing: its entries
 
 
 def texts_of_files(words: list[str], config: Settings) -> Iterator[str]:
-    """The text of each record of the files; says at the end what was left out."""
+    """The text of each record of the files; prints at the end what was left out."""
     tally, fields = Tally(), parse_fields(config.fields)
     for source in find_sources(words, config.encoding):
         yield from map(text_of, records(source, tally, fields))
@@ -60,14 +60,12 @@ def train(config: Settings, words: list[str]) -> None:
     tokenizer = train_tokenizer(passages, config.vocab_size)
     with written_aside(out) as aside:
         tokenizer.save(aside)
-    print(
-        f"{show_path(out)}: {tokenizer.n_vocab} entries, "
-        f"from {sum(map(len, passages)):,} characters"
-    )
+    characters = sum(map(len, passages))
+    print(f"{show_path(out)}: {tokenizer.n_vocab} entries, from {characters:,} characters")
 
 
 def show(config: Settings, words: list[str]) -> None:
-    """Prints the entries as text, or how a text is cut."""
+    """Prints the entries as text, or how they split a text."""
     if words:
         raise UserError(f"show takes no {words[0]}; pass --tokenizer= and --text=")
     tokenizer = load_tokenizer(config.tokenizer)
@@ -75,16 +73,15 @@ def show(config: Settings, words: list[str]) -> None:
         for id in range(tokenizer.n_vocab):
             print(id, tokenizer.entry(id), sep="\t")
         return
-    texts = [config.text]
     if config.text.startswith("FILE:"):
         texts = texts_of_files([config.text.removeprefix("FILE:")], config)
+    else:
+        texts = [config.text]
+        print(" ".join(map(tokenizer.entry, tokenizer.encode(config.text))))
     characters = size = tokens = 0
     for text in texts:
-        ids = tokenizer.encode(text)
-        if config.text is text:
-            print(" ".join(tokenizer.entry(id) for id in ids))
         characters, size = characters + len(text), size + len(text.encode())
-        tokens += len(ids)
+        tokens += len(tokenizer.encode(text))
     if not tokens:
         raise UserError("there is no text to show it on")
     print(

@@ -4,26 +4,24 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 
 from miniglm.prep import pipeline
-from miniglm.prep.forms import Record
-from miniglm.prep.readers import Source, Tally, find_sources, records
+from miniglm.prep.readers import Source, Tally, records
 
 
-def in_named_files(source: Source, tally: Tally) -> Iterator[tuple[str, Record]]:
+def in_named_files(config: pipeline.Settings, source: Source, tally: Tally) -> pipeline.Reads:
     """The split is the file's name."""
     for record in records(source, tally):
         yield source.path.stem, record
 
 
-def kills_itself(source: Source, tally: Tally) -> Iterator[tuple[str, Record]]:
+def kills_itself(config: pipeline.Settings, source: Source, tally: Tally) -> pipeline.Reads:
     yield "train", "话说天下大势"
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def slowly(source: Source, tally: Tally) -> Iterator[tuple[str, Record]]:
-    for record in pipeline.read_records(source, tally, want=list, val=0.2):
+def slowly(config: pipeline.Settings, source: Source, tally: Tally) -> pipeline.Reads:
+    for record in pipeline.read_records(config, source, tally, want=list):
         time.sleep(0.02)
         yield record
 
@@ -31,5 +29,5 @@ def slowly(source: Source, tally: Tally) -> Iterator[tuple[str, Record]]:
 if __name__ == "__main__":  # FILE OUT TOKENIZER: prepares slowly, so that it can be killed
     pipeline.UNIT = 3000
     file, out, tokenizer = sys.argv[1:]
-    config = pipeline.Settings(out=out, tokenizer=tokenizer, processes=2)
-    pipeline.prepare(config, find_sources([file]), slowly, "sft")
+    config = pipeline.Settings([file], out, tokenizer, val=0.2, processes=2)
+    pipeline.prepare(config, slowly, "sft")

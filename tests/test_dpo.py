@@ -23,7 +23,15 @@ from miniglm.losses import dpo, reference_log_prob, sequence_log_prob
 from miniglm.objectives import Batch, Preferences
 from miniglm.prep import writer as data_writer
 from miniglm.prep.forms import BadRecord, preference
-from miniglm.prep.writer import Form, fit_pair, merge, working_folder, write_dpo, write_unit
+from miniglm.prep.writer import (
+    Form,
+    Skipped,
+    fit_pair,
+    merge,
+    working_folder,
+    write_dpo,
+    write_unit,
+)
 from tests.helpers import dialogue, tiny_model, tiny_tokenizer
 from tests.runs import (
     TINY,
@@ -306,11 +314,13 @@ def test_what_is_long_is_fitted_with_one_prompt_for_both(tokenizer):
         assert how == "cut: answer"
         cut = both[0 if chosen == long else 1][-1]["content"]
         assert long.startswith(cut) and cut.endswith("。") and cut != long
-    assert fit_pair(tokenizer, (prompt, short, long), 12)[:2] == (None, "skipped: too long")
+    with pytest.raises(Skipped, match="too long"):
+        fit_pair(tokenizer, (prompt, short, long), 12)
     # both are cut at the same sentence
     pair = prompt[-1:], "温德殿。" + "一" * 99, "温德殿。" + "二" * 99
     limit = size(prompt[-1], answers[0])
-    assert fit_pair(tokenizer, pair, limit)[:2] == (None, "skipped: equal answers")
+    with pytest.raises(Skipped, match="equal answers"):
+        fit_pair(tokenizer, pair, limit)
 
 
 def test_repeated_pairs_and_equal_answers_are_counted(tmp_path, tokenizer):

@@ -1,17 +1,16 @@
-"""Files of one's own -> data/NAME: text for pretraining, or conversations, whichever they hold.
+"""Your own files -> data/NAME: texts for pretraining or conversations, whichever they hold.
 
     python data/custom/prepare.py --input='my/*.txt' --name=mine
     python data/custom/prepare.py --input=qa.jsonl --name=mine_sft --tokenizer=data/mine
     python data/custom/prepare.py --input=talk.en --target=talk.zh --name=mine_pairs
 
-The forms of files are told in readers.py, those of records in forms.py. The first good
-record says whether all are texts or conversations. A .txt file is cut into documents of some 4,096
-characters at line ends. A document is validation by its hash, a conversation by that of its first
-question: so the split stays when other records are added, and equal questions lie on one side.
+Which files it takes is told in miniglm/prep/readers.py, which records in forms.py. The first good
+record decides whether all are texts or conversations. A .txt file is cut into documents of about
+4,096 characters at line ends. A document is validation by its hash, a conversation by that of its
+first question: so the split stays when records are added, and equal questions lie in one split.
 """
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import UserError, command, configure
 from miniglm.prep import pipeline
-from miniglm.prep.forms import Record, parse_fields
-from miniglm.prep.readers import Source, Tally, find_sources, is_text, records
+from miniglm.prep.forms import parse_fields
+from miniglm.prep.readers import Source, Tally, find_sources, is_text
 
 
 @dataclass
@@ -39,29 +38,24 @@ class Settings(pipeline.Settings):
 
 
 def read(
-    source: Source, tally: Tally, fields: dict, want: type, val: float, val_paths: set
-) -> Iterator[tuple[str, Record]]:
-    """val_paths: the files that are for validation; where there are none, a share is."""
-    if not val_paths:
-        yield from pipeline.read_records(source, tally, fields, want, val)
-        return
-    split = "val" if source.path in val_paths else "train"
-    yield from ((split, record) for record in records(source, tally, fields, want))
+    want: type, val_paths: set[Path], config: Settings, source: Source, tally: Tally
+) -> pipeline.Reads:
+    """val_paths: the files for validation; if there are none, a share of the records is."""
+    for split, record in pipeline.read_records(config, source, tally, want):
+        if val_paths:
+            split = "val" if source.path in val_paths else "train"
+        yield split, record
 
 
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
-    fields = parse_fields(config.fields)
     sources = find_sources(config.input, config.encoding, config.target)
     val_sources = find_sources(config.val_input, config.encoding) if config.val_input else []
     val_paths = {source.path for source in val_sources}
-    sources = [source for source in sources if source.path not in val_paths]
-    texts = is_text([*sources, *val_sources], fields)
-    chosen = partial(
-        read, fields=fields, want=str if texts else list, val=config.val, val_paths=val_paths
-    )
-    kind = "pretrain" if texts else "sft"
-    pipeline.prepare(config, [*sources, *val_sources], chosen, kind)
+    sources = [source for source in sources if source.path not in val_paths] + val_sources
+    texts = is_text(sources, parse_fields(config.fields))
+    chosen = partial(read, str if texts else list, val_paths)
+    pipeline.prepare(config, chosen, "pretrain" if texts else "sft", sources)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Preferences of one's own -> data/NAME: which of two answers to the same prompt is better.
+"""Your own preferences -> data/NAME: which of two answers to a prompt is better.
 
     python data/custom/prepare_dpo.py --input=pairs.jsonl --name=mine_dpo --tokenizer=data/mine_sft
     python data/custom/prepare_dpo.py --input=out-sanguo-sft/marks.jsonl --name=marks_dpo
@@ -24,10 +24,9 @@ class Settings(preferences.Settings):
     ranked: list[str] = field(default_factory=list)  # or files of several ranked answers: a,b
     margin: Annotated[float, at_least(0)] = 0.0  # with ranked: least difference of two scores
     name: str = "mine_dpo"  # the dataset's name under data/
-    tokenizer: str = "data/sanguo_sft"  # where one lies: that of the model to train
+    tokenizer: str = "data/sanguo_sft"  # a path: that of the model to train
 
     def __post_init__(self):
-        super().__post_init__()
         if self.input and self.ranked:
             raise UserError("--input= and --ranked= take different records; pass one of them")
         if self.margin and not self.ranked:

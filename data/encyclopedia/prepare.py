@@ -1,4 +1,4 @@
-"""Entries of an encyclopedia -> data/encyclopedia: title, summary and sections as one text each.
+"""Entries of an encyclopedia -> data/encyclopedia: one text per entry.
 
     python data/encyclopedia/prepare.py --input=baike.jsonl
 
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import command, configure
 from miniglm.prep import pipeline
-from miniglm.prep.forms import BadRecord, Record, interpret
+from miniglm.prep.forms import BadRecord, fields_of, interpret
 
 
 @dataclass
@@ -21,30 +21,26 @@ class Settings(pipeline.Settings):
     out: str = "data/encyclopedia"  # directory to write
 
 
-def entry(value: object) -> Record:
-    """A line each: title, summary, and of the sections those that have a content."""
-    if not isinstance(value, dict):
-        raise BadRecord("wrong type", f"{type(value).__name__}, not an object")
-    sections = value.get("sections") or []
-    if not isinstance(sections, list) or not all(isinstance(one, dict) for one in sections):
-        raise BadRecord("wrong type", "sections are no list of objects")
-    parts = [value.get("summary")]
-    for section in sections:
+def entry(value: object) -> str:
+    """A line each: the title, the summary, and the sections that have a content."""
+    record = fields_of(value)
+    sections = record.get("sections") or []
+    if not isinstance(sections, list):
+        raise BadRecord("wrong type", "sections are no list")
+    parts = [record.get("summary")]
+    for section in map(fields_of, sections):
         if section.get("content"):
             parts += [section.get("title"), section["content"]]
-    parts = [part for part in parts if part]
-    if not parts:
-        raise BadRecord("no summary and no section", value.get("title", ""))
-    parts = [value.get("title") or "", *parts]
+    if not any(parts):
+        raise BadRecord("no summary and no section", record.get("title", ""))
+    parts = [part for part in [record.get("title"), *parts] if part]
     if not all(isinstance(part, str) for part in parts):
         raise BadRecord("wrong type", "a title, summary or content is no text")
-    return interpret("\n".join(filter(None, map(str.strip, parts))), {})
+    return interpret("\n".join(map(str.strip, parts)), {})
 
 
 def main(argv: list[str]) -> None:
-    config = configure(Settings, argv)
-    pipeline.refuse_fields(config)
-    pipeline.prepare_texts(config, entry)
+    pipeline.prepare_texts(configure(Settings, argv), entry)
 
 
 if __name__ == "__main__":

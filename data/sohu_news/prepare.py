@@ -1,8 +1,8 @@
-"""News of Sohu -> data/sohu_news: of each line the text behind the last separator mark `1`2.
+"""Sohu's news -> data/sohu_news: the text behind the last separator mark `1`2 of each line.
 
     python data/sohu_news/prepare.py --input='sohu/*.txt'
 
-A line is one article, as ```1`2title`1`2text``.
+A line is an article: ```1`2title`1`2text``.
 """
 
 import re
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import command, configure
 from miniglm.prep import pipeline
-from miniglm.prep.forms import BadRecord, Record, interpret
+from miniglm.prep.forms import BadRecord, interpret
 
 MARK = re.compile(r"`\d")
 
@@ -24,8 +24,8 @@ class Settings(pipeline.Settings):
     out: str = "data/sohu_news"  # directory to write
 
 
-def article(line: str) -> Record:
-    """The text behind the last mark. BadRecord where there is no mark, or nothing behind it."""
+def article(line: str) -> str:
+    """The text behind the last mark. Raises BadRecord if there is none."""
     *marks, text = MARK.split(line)
     if not marks:
         raise BadRecord("no separator mark", line)
@@ -33,9 +33,7 @@ def article(line: str) -> Record:
 
 
 def main(argv: list[str]) -> None:
-    config = configure(Settings, argv)
-    pipeline.refuse_fields(config)
-    pipeline.prepare_texts(config, article)
+    pipeline.prepare_texts(configure(Settings, argv), article)
 
 
 if __name__ == "__main__":

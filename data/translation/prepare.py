@@ -3,9 +3,9 @@
     python data/fetch_data.py hongkong
     python data/translation/prepare.py
 
-A text is a sentence and, in the next line, its Chinese in Traditional characters. What is left out,
-and which sentences are validation and test, is told in parallel.py. --input= takes files of
-your own: pairs a line, TMX, records {"translation": {"en", "zh"}}, or with --target= aligned lines.
+A text is a sentence and, on the next line, its Chinese in Traditional characters. parallel.py says
+what is left out, and which sentences are validation and test. --input= takes your own files: pairs
+in lines, TMX, records {"translation": {"en", "zh"}}, or with --target= aligned lines.
 """
 
 import sys
@@ -25,7 +25,7 @@ class Settings(parallel.Settings):
 
 
 def main(argv: list[str]) -> None:
-    parallel.prepare(configure(Settings, argv), "pretrain", parallel.FINANCE)
+    parallel.prepare(configure(Settings, argv), "pretrain")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Questions of Zhihu and their answers -> data/zhihu_sft: as questions and answers.
+"""Zhihu's questions and answers -> data/zhihu_sft, as conversations.
 
 python data/zhihu/prepare_sft.py --input='zhihu/*.parquet'
 python data/zhihu/prepare_sft.py --input='zhihu/*.parquet' --keywords=金庸,武侠
@@ -6,29 +6,25 @@ python data/zhihu/prepare_sft.py --input='zhihu/*.parquet' --keywords=金庸,武
 
 import sys
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import command, configure
 from data.zhihu.prepare import read_conversations
-from miniglm.prep.forms import parse_fields
 from miniglm.prep.similar import QuestionSettings, prepare_questions
 
 
 @dataclass
 class Settings(QuestionSettings):
     out: str = "data/zhihu_sft"  # directory to write
-    tokenizer: str = "data/zhihu"  # gpt2, or where one lies: the pretrained model's
+    tokenizer: str = "data/zhihu"  # gpt2, or a path: the pretrained model's
     keywords: list[str] = field(default_factory=list)  # a record has one of them; none: all
 
 
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
-    fields = parse_fields(config.fields)
-    read = partial(read_conversations, fields=fields, keywords=config.keywords, val=config.val)
-    prepare_questions(config, read, about={"keywords": config.keywords})
+    prepare_questions(config, read_conversations, more_meta={"keywords": config.keywords})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """A raw file's bytes and the encoding of its text, both told by the content, not by the name.
 
-gzip and zstd; UTF-8 with or without a mark, GB18030, Big5, UTF-16. Records are readers.py's.
+gzip and zstd; UTF-8 with or without a byte order mark, GB18030, Big5, UTF-16. Records are
+readers.py's business.
 
-A text's encoding is the one in which it can be read: in a wrong one of these a half of the Chinese
-characters or more are rare ones, none at all or private, in the right one a hundredth. That told
-the encoding of 600 samples of 40 characters each, and it stands damage: chardet 7.7 does as well on
-whole texts, but finds no encoding where ten bits of 128,000 bytes are wrong.
+A text's encoding is the one in which it can be read: decoded with a wrong one, at least half of the
+Chinese characters are rare, private or undefined; with the right one, about one in a hundred. This
+got 600 samples of 40 characters each right, and it tolerates damage: chardet 7.7 does as well on
+whole texts, but finds no encoding if ten bits in 128,000 bytes are wrong.
 """
 
 import codecs
@@ -26,7 +27,8 @@ from configurator import UserError, show_path
 
 PIECE = 2**14  # bytes looked at in each of
 PIECES = 16  # places, evenly over the file
-READABLE = 0.7  # the least share of good ones among the characters beyond ASCII
+READABLE = 0.7  # the smallest share of good characters among those beyond ASCII
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # the first bytes of such a file
 MARKS = {
     b"\xef\xbb\xbf": "utf-8",
     b"\xff\xfe": "utf-16-le",
@@ -36,29 +38,34 @@ MARKS = {
 DAMAGED_FILE = (EOFError, gzip.BadGzipFile, zlib.error, zstd.ZstdError)
 
 
+def is_packed(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4).startswith((GZIP, ZSTD))
+
+
 @contextmanager
 def open_bytes(path: Path) -> Iterator[io.BufferedIOBase]:
-    """A file's bytes, decompressed where it begins as gzip or zstd does, whatever its name.
+    """A file's bytes, decompressed if it begins as gzip or zstd does, whatever its name.
 
-    UserError where the compressed data are damaged or end early."""
+    Raises UserError if the compressed data are damaged or end early."""
     with path.open("rb") as raw:
         head = raw.read(4)
         raw.seek(0)
         file = raw
-        if head[:2] == b"\x1f\x8b":
+        if head.startswith(GZIP):
             file = gzip.GzipFile(fileobj=raw)
-        elif head == b"\x28\xb5\x2f\xfd":
+        elif head == ZSTD:
             file = zstd.ZstdFile(raw)
         try:
             yield file
         except DAMAGED_FILE as error:
             raise UserError(
-                f"{show_path(path)} is damaged ({error}); get it again, or unpack what is whole"
+                f"{show_path(path)} is damaged ({error}); get it again, or unpack what is intact"
             ) from None
 
 
 def find_encoding(path: Path, encoding: str = "auto") -> str:
-    """Python's name of a file's encoding, or the given one. UserError where it gives garbage.
+    """Python's name of a file's encoding, found or given. Raises UserError if it gives garbage.
 
     Reads the whole file, and looks at PIECES pieces of it."""
     with open_bytes(path) as file:
@@ -80,16 +87,14 @@ def _known(name: str, head: bytes, pieces: list[tuple[int, bytes]]) -> str:
         "".encode(name)
         name = codecs.lookup(name).name
     except LookupError:
-        raise UserError(
-            f"encoding={name!r} is not known; write utf-8, gb18030, big5, ..."
-        ) from None
-    if name == "utf-16":  # which of the two is in the mark, or seen
+        raise UserError(f"unknown encoding={name!r}; write utf-8, gb18030, big5, ...") from None
+    if name == "utf-16":  # which of the two, the mark tells, or the text
         return MARKS.get(head[:2]) or _best(pieces, ["utf-16-le", "utf-16-be"])[1]
     return {"utf-8-sig": "utf-8"}.get(name, name)
 
 
 def _sample(file: io.BufferedIOBase) -> tuple[bytes, list[tuple[int, bytes]]]:
-    """The first bytes, and up to PIECES pieces that are not ASCII alone, with where they begin."""
+    """The first bytes, and up to PIECES pieces with more than ASCII in them, (position, bytes)."""
     head, pieces, every, seen, position = b"", [], 1, 0, 0
     while piece := file.read(PIECE):
         head = head or piece[:4]
@@ -104,7 +109,7 @@ def _sample(file: io.BufferedIOBase) -> tuple[bytes, list[tuple[int, bytes]]]:
 
 
 def _guess(pieces: list[tuple[int, bytes]]) -> str:
-    """The encoding of pieces without a mark, "" where none makes them readable."""
+    """The encoding of pieces without a mark, "" if none makes them readable."""
     if _is_readable(pieces, "utf-8", share_of_all=0):
         return "utf-8"
     names = ["gb18030", "cp950", "utf-16-le", "utf-16-be"]  # cp950 is Big5 as Windows writes it
@@ -119,14 +124,14 @@ def _best(pieces: list[tuple[int, bytes]], names: list[str]) -> tuple[tuple, str
 
 
 def _is_readable(pieces: list, encoding: str, share_of_all: float = 0.01) -> bool:
-    """Whether bad characters are few among those beyond ASCII, or very few among all: then the
-    records that hold them are left out one by one."""
+    """Whether bad characters are few among those beyond ASCII, or very few among all: then only the
+    records that hold them are left out."""
     share, _, bad, total = _quality(pieces, encoding)
     return share >= READABLE or bad <= share_of_all * total
 
 
 def _quality(pieces: list[tuple[int, bytes]], encoding: str) -> tuple[float, int, int, int]:
-    """The share of good ones among good and bad characters; how many are good, bad, in all."""
+    """The share of good characters among the good and bad ones; how many are good, bad, in all."""
     counts = Counter()
     for position, piece in pieces:
         counts.update(_decode_piece(position, piece, encoding))
@@ -137,15 +142,15 @@ def _quality(pieces: list[tuple[int, bytes]], encoding: str) -> tuple[float, int
         elif char not in "\t\n\r\f\ufeff":
             is_bad = _is_han(char) and char not in common_han()
             is_bad |= unicodedata.category(char) in ("Cc", "Cn", "Co", "Cs") or char == "\ufffd"
-            # Yi, Hangul and others: two bytes of GB18030 or Big5 that are read as UTF-16
+            # Yi, Hangul and others: two bytes of GB18030 or Big5, read as UTF-16
             is_bad |= "\ua000" <= char <= "\ud7ff" and encoding != "utf-8"
             good, bad = good + count * (not is_bad), bad + count * is_bad
     return good / max(1, good + bad), good, bad, counts.total()
 
 
 def _decode_piece(position: int, piece: bytes, encoding: str) -> str:
-    """The characters of a piece, without what stands before and behind its first and last blank or
-    line end, where it may begin or end within a character."""
+    """The characters of a piece between its first and last blank or line end: it may begin or end
+    within a character."""
     if not encoding.startswith("utf-16"):  # no byte below 0x30 is part of a longer character
         edges = [match.start() for match in re.finditer(rb"[\0-\x2f]", piece)] or [0]
         first = edges[0] if position else 0
@@ -161,10 +166,10 @@ def _is_han(char: str) -> bool:
 def common_han() -> frozenset[str]:
     """The 3,755 common characters of GB2312 and the 5,401 of Big5."""
     rows = [("gb2312", 0xB0, 0xD7), ("big5", 0xA4, 0xC6)]
-    found = (
+    chars = (
         bytes([high, low]).decode(encoding, "ignore")
         for encoding, first, last in rows
         for high in range(first, last + 1)
         for low in range(0x40, 0xFF)
     )
-    return frozenset(char for char in found if len(char) == 1 and _is_han(char))
+    return frozenset(char for char in chars if len(char) == 1 and _is_han(char))

@@ -1,19 +1,19 @@
-"""What a value of other people's files means: a text, or a conversation {"role", "content"}.
+"""What a value in other people's files means: a text, or a conversation {"role", "content"}.
 
     "..."   {"text"}                                         a text
     {"question", "answer"}   and others in PAIRS             one question, one answer
-    {"instruction", "input", "output", "history", "system"}  the same with what it refers to
-    {"conversations": [{"role", "content"} or {"from", "value"} or without a role: they alternate]}
+    {"instruction", "input", "output", "history", "system"}  the same, with what it refers to
+    {"conversations": [{"role", "content"} or {"from", "value"}]}; without roles they alternate
     {"prompt", "chosen", "rejected"}                         the chosen answer; texts or messages.
-                                                             `preference` reads both of them
-    {"translation": {"en", "zh"}}                            English is asked, Chinese answers
+                                                             `preference` reads both answers
+    {"translation": {"en", "zh"}}                            English asks, Chinese answers
 
-`messages` is another name of `conversations`; capitals make no difference. Where fields have other
-names, `parse_fields` reads which plays which part. Files are readers.py's.
+`messages` is another name of `conversations`; case makes no difference. If fields have other names,
+`parse_fields` reads which plays which part. Files are the business of readers.py.
 
-What is kept of a text: the line ends CRLF and CR become LF, indents made with U+3000 and blanks at
-line ends go, and at most one of several empty lines stays. Indents of ordinary blanks stay, as
-does U+3000 inside a line. Of a message only the blanks around it go.
+Texts are cleaned: CRLF and CR become LF, indents made with U+3000 and blanks at line ends go, and
+of several empty lines one stays. Indents of ordinary blanks stay, as does U+3000 inside a line.
+Messages lose only the blanks around them.
 """
 
 import ast
@@ -21,6 +21,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections.abc import Callable
 
 from configurator import UserError, nearest
 
@@ -52,7 +53,7 @@ KNOWN_FIELDS = {*itertools.chain(*PAIRS), *TURNS, *FIELDS, "rejected"}
 
 
 class BadRecord(Exception):
-    """reason: what is counted; detail: what else the person at the keyboard sees of it."""
+    """reason: what is counted; detail: what is shown of it besides."""
 
     def __init__(self, reason: str, detail: object = ""):
         detail = " ".join(str(detail).encode(errors="replace").decode().split())[:80]
@@ -66,7 +67,7 @@ def parse_fields(text: str) -> dict[str, str]:
     for part in filter(None, text.split(",")):
         role, equals, name = part.partition("=")
         if role not in FIELDS or not equals or not name:
-            hint = nearest(role, FIELDS) or f"; write PART=NAME, a part is {', '.join(FIELDS)}"
+            hint = nearest(role, FIELDS) or f"; write PART=NAME; parts are {', '.join(FIELDS)}"
             raise UserError(f"fields={text!r}: {part!r} is not understood{hint}")
         fields[role] = name
     whole = {"text", "conversations"} & {*fields} or {"question", "answer"} <= {*fields}
@@ -75,17 +76,28 @@ def parse_fields(text: str) -> dict[str, str]:
     return fields
 
 
-def interpret(value: object, fields: dict[str, str]) -> Record:
-    """The text or the conversation that a value means. BadRecord where it means none."""
-    if isinstance(value, str):
-        return _text(value)
+def interpret(value: object, fields: dict[str, str], want: type | None = None) -> Record:
+    """The text or the conversation that a value means. want: str or list, the one that is wanted.
+
+    Raises BadRecord if it means neither, or the other."""
+    record = _text(value) if isinstance(value, str) else _record(fields_of(value), fields)
+    if want and not isinstance(record, want):
+        raise BadRecord("no conversation" if want is list else "no text")
+    return record
+
+
+def fields_of(value: object) -> dict:
+    """An object's fields, their names in lower case. Raises BadRecord if it is no object."""
     if not isinstance(value, dict):
         raise BadRecord("wrong type", f"{type(value).__name__}, not an object")
-    if isinstance(value.get("translation"), dict):
-        value = value["translation"]
-    record = {str(key).strip().lower(): part for key, part in value.items()}
+    return {str(name).strip().lower(): content for name, content in value.items()}
+
+
+def _record(record: dict, fields: dict[str, str]) -> Record:
+    if isinstance(record.get("translation"), dict):
+        record = fields_of(record["translation"])
     if fields:
-        record = _chosen(record, fields)
+        record = _renamed(record, fields)
     for name in TURNS:
         if name in record:
             return conversation(_with_system(record, _messages(record[name])))
@@ -99,8 +111,8 @@ def interpret(value: object, fields: dict[str, str]) -> Record:
     raise BadRecord("missing field", f"it has {', '.join(record) or 'none'}")
 
 
-def _chosen(record: dict, fields: dict[str, str]) -> dict:
-    """The record with the fields that --fields= names, under the names of their parts."""
+def _renamed(record: dict, fields: dict[str, str]) -> dict:
+    """The fields that --fields= names, under the names of their parts."""
     for name in fields.values():
         if name.lower() not in record:
             raise BadRecord("missing field", name)
@@ -115,7 +127,7 @@ def _text(value: object) -> str:
 
 
 def _string(value: object, what: str) -> str:
-    """A text without the blanks around it, that is characters only; None counts as empty."""
+    """A value that must be text, all of it valid characters; None counts as empty."""
     if value is not None and not isinstance(value, str):
         raise BadRecord("wrong type", f"{what} is {type(value).__name__}, not text")
     if value and not is_whole(value):
@@ -125,15 +137,13 @@ def _string(value: object, what: str) -> str:
 
 def _question_and_answer(record: dict, question: str, answer: str) -> list[dict]:
     """One pair, what it refers to (`input`), the turns before it, and a system message."""
-    asked = [record[question]]
-    if "input" in record and question in ("instruction", "question"):
-        asked.append(record["input"])
     messages = _history(record.get("history"))
     if isinstance(record[question], list):
         messages += _messages(record[question])
     else:
-        parts = [_string(part, "question").strip() for part in asked]
-        messages.append({"role": "user", "content": "\n".join(filter(None, parts))})
+        names = [question, "input"] if question in ("instruction", "question") else [question]
+        texts = [_string(record.get(name), "question").strip() for name in names]
+        messages.append({"role": "user", "content": "\n".join(filter(None, texts))})
     messages.append({"role": "assistant", "content": record[answer]})
     return conversation(_with_system(record, messages))
 
@@ -147,29 +157,26 @@ def _with_system(record: dict, messages: list[dict]) -> list[dict]:
 
 
 def _history(value: object) -> list[dict]:
-    """Earlier turns [[question, answer], ...]; in a table they are written as text."""
-    if isinstance(value, str) and value.strip():
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-            raise BadRecord("wrong type", f"history: {error}") from None
-    if not value:
-        return []
+    """Earlier turns [[question, answer], ...]."""
+    value = _parsed(value, ast.literal_eval, "history") or []
     if not isinstance(value, list) or not all(isinstance(t, list) and len(t) == 2 for t in value):
         raise BadRecord("wrong type", "history is no list of pairs")
-    return [
-        {"role": role, "content": text}
-        for turn in value
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
+    roles = ("user", "assistant")
+    return [{"role": r, "content": c} for turn in value for r, c in zip(roles, turn, strict=True)]
+
+
+def _parsed(value: object, parse: Callable[[str], object], name: str) -> object:
+    """A list, which a table has as text."""
+    try:
+        return parse(value or "[]") if isinstance(value, str) else value
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        raise BadRecord("wrong type", f"{name}: {error}") from None
 
 
 def preference(value: object) -> Preference:
-    """The prompt's messages, the chosen and the rejected answer that a value means. One of them is
-    None where it marks one answer only, as the chat page's marks do."""
-    if not isinstance(value, dict):
-        raise BadRecord("wrong type", f"{type(value).__name__}, not an object")
-    record = {str(key).strip().lower(): part for key, part in value.items()}
+    """The prompt's messages, the chosen and the rejected answer that a value means. If it marks one
+    answer only, as the chat page's marks do, the other is None."""
+    record = fields_of(value)
     sides = [_side(record, name) for name in ("chosen", "rejected")]
     prompts = [messages[:-1] for messages in sides if messages]
     if not prompts:
@@ -195,7 +202,7 @@ def _side(record: dict, name: str) -> list[dict] | None:
 
 
 def _preferred(record: dict) -> list[dict]:
-    """The messages of the better answer, behind the prompt where they do not repeat it."""
+    """The messages of the better answer, behind the prompt unless they repeat it."""
     chosen = _messages(record["chosen"])
     prompt = record.get("prompt")
     if not prompt or any(message["role"] == "user" for message in chosen):
@@ -207,11 +214,7 @@ def _preferred(record: dict) -> list[dict]:
 
 def _messages(value: object) -> list[dict]:
     """Turns {"role", "content"} or {"from", "value"} as messages; without roles they alternate."""
-    if isinstance(value, str):  # as a table has it
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise BadRecord("wrong type", f"turns: {error}") from None
+    value = _parsed(value, json.loads, "turns")
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise BadRecord("wrong type", "turns are no list of objects")
     messages = []
@@ -221,43 +224,50 @@ def _messages(value: object) -> list[dict]:
             raise BadRecord("unknown role", name)
         if "content" not in turn and "value" not in turn:
             raise BadRecord("missing field", "a turn has no content")
-        content = turn["content"] if "content" in turn else turn["value"]
+        content = turn.get("content", turn.get("value"))
         messages.append({"role": ROLES[name.lower()], "content": content})
     return messages
 
 
 def conversation(messages: list[dict]) -> list[dict]:
-    """The messages with their texts, if they are a question and an answer at least."""
-    what = {"user": "question", "assistant": "answer", "system": "system message"}
-    found = []
+    """The messages with their texts. Raises BadRecord if they are not a question and an answer at
+    least."""
+    names = {"user": "question", "assistant": "answer", "system": "system message"}
+    kept = []
     for message in messages:
         role = message["role"]
-        text = _string(message["content"], what[role])
+        text = _string(message["content"], names[role])
         text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
-        if not text and role == "system":
-            continue
-        if not text:
-            raise BadRecord(f"empty {what[role]}")
-        found.append({"role": role, "content": text})
-    turns = [message["role"] for message in found]
-    if turns[:1] == ["system"]:
-        turns = turns[1:]
-    if turns[:1] != ["user"]:
+        if text:
+            kept.append({"role": role, "content": text})
+        elif role != "system":
+            raise BadRecord(f"empty {names[role]}")
+    roles = [message["role"] for message in kept]
+    if "user" not in (roles[:1] if roles[:1] != ["system"] else roles[1:2]):
         raise BadRecord("no question")
-    if turns[-2:] != ["user", "assistant"]:
+    if roles[-2:] != ["user", "assistant"]:
         raise BadRecord("no answer")
-    return found
+    return kept
 
 
 # --- texts ---------------------------------------------------------------------------------------
 
 
 def is_validation(record: Record, share: float) -> bool:
-    """Whether a text's hash, or that of a conversation's first question, is in the share."""
-    if isinstance(record, list):
-        record = next(turn["content"] for turn in record if turn["role"] == "user")
-    digest = hashlib.sha256(record.encode()).digest()
+    """Whether a text is in the share for validation, by its hash; a conversation, by that of its
+    first question."""
+    text = first_question(record) if isinstance(record, list) else record
+    digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8]) < share * 2**64
+
+
+def split_of(record: Record, val: float) -> str:
+    """val or train, `val` being the share for validation."""
+    return "val" if is_validation(record, val) else "train"
+
+
+def first_question(messages: list[dict]) -> str:
+    return next(turn["content"] for turn in messages if turn["role"] == "user")
 
 
 def text_of(record: Record) -> str:
@@ -266,7 +276,7 @@ def text_of(record: Record) -> str:
 
 
 def clean(text: str) -> str:
-    """A text as it is kept: see the head of this file."""
+    """A text as it is kept; the head of this file says how."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = "\n".join(map(clean_line, text.split("\n")))
@@ -284,7 +294,7 @@ def clean_line(line: str) -> str:
 
 
 def is_whole(text: str) -> bool:
-    """Whether a text is characters only: no damaged byte, no half of a surrogate pair, no NUL."""
+    """Whether a text is intact: no damaged byte, no half of a surrogate pair, no NUL."""
     try:
         text.encode()
     except UnicodeEncodeError:

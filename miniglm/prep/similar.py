@@ -1,40 +1,39 @@
-"""Pairs whose questions or sentences are the same, or nearly: by the n-grams they have in common.
+"""Questions or sentences that are equal, or nearly: by the n-grams they have in common.
 
     letters_of("No later than 5 p.m.!")         nolaterthan5pm
-    near_duplicates(pairs, 5, 0.8)              which pairs come after one that is nearly the same
+    near_duplicates(pairs, 5, 0.8)              which pairs nearly repeat an earlier one
 
-For questions and parallel sentences only: of ordinary text, exact duplicates go (writer.py).
-`prepare_questions` is what a prepare script for questions calls.
+For questions and parallel sentences only; of other texts only exact duplicates go (writer.py).
+A prepare script for questions calls `prepare_questions`.
 """
 
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from miniglm.prep import pipeline
-from miniglm.prep.forms import Record, parse_fields
+from miniglm.prep.forms import Record, first_question
 from miniglm.prep.readers import Source, Tally, find_sources
 
-BANDS, ROWS = 10, 3  # of the MinHash; two with 0.8 in common share a band with p = 0.9992
+BANDS, ROWS = 10, 3  # of the MinHash; two texts with 0.8 in common share a band with p = 0.9992
 ODD = np.random.default_rng(1).integers(2**63, size=8, dtype=np.uint64) * 2 + 1
 LIMIT = 300_000  # sentences that later ones are compared with; bounds the memory, to some 1 GB
-EXAMPLES = 10_000  # near duplicates whose texts are kept, to be shown
 QUESTIONS_ALIKE = 0.9  # of questions: one other character in forty, or a 呢 at the end
 
 
 def letters_of(text: str) -> str:
-    """A text's letters and digits, in small letters: what tells it from others."""
+    """A text's letters and digits in lower case, by which it is compared."""
     text = unicodedata.normalize("NFKC", text).lower()
     return "".join(filter(str.isalnum, text))
 
 
 def key_of(record: Record) -> int:
-    """64 bits that tell a record from others."""
+    """64 bits of a record's hash."""
     text = json.dumps(record, ensure_ascii=False).encode(errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
 
@@ -42,13 +41,13 @@ def key_of(record: Record) -> int:
 class NearDuplicates:
     """Remembers sentences, and finds those like them (MinHash in bands, Broder 1997).
 
-    MinHash proposes, and the n-grams themselves decide. `limit` sentences are remembered: later
-    ones are compared with these, but not with each other.
+    MinHash proposes candidates, their n-grams decide. `limit` sentences are remembered: later ones
+    are compared with these, but not with each other.
     """
 
     def __init__(self, n: int, alike: float, limit: int = LIMIT):
-        """n: characters of an n-gram; alike: the share of n-grams in common (Jaccard) from which
-        on two are nearly the same."""
+        """n: characters of an n-gram; alike: two texts with this share of n-grams in common
+        (Jaccard) or more are near duplicates."""
         draw = np.random.default_rng(0)
         self.n, self.alike, self.limit = n, alike, limit
         self.factors = draw.integers(2**63, size=(BANDS * ROWS, 1), dtype=np.uint64) * 2 + 1
@@ -56,8 +55,8 @@ class NearDuplicates:
         self.grams: list[np.ndarray] = []
 
     def like(self, letters: str) -> tuple[float, int]:
-        """The share of n-grams in common with the most similar earlier sentence, 1 for the same
-        one, and the place of that; (0, place) where none is alike, and this one is remembered."""
+        """The share of n-grams in common with the most similar earlier sentence, 1 if it is equal,
+        and its place; or (0, own place) if none is alike, and this one is remembered."""
         grams = ngrams(letters, self.n)
         smallest = (grams * self.factors).min(axis=1).reshape(BANDS, ROWS)
         keys = np.bitwise_xor.reduce(smallest * ODD[:ROWS], axis=1).tolist()
@@ -75,7 +74,7 @@ class NearDuplicates:
 
 
 def ngrams(letters: str, n: int) -> np.ndarray:
-    """The different n-grams of a text as sorted hashes, uint64; a shorter text is one itself."""
+    """The distinct n-grams of a text as sorted hashes, uint64; a shorter text is one itself."""
     codes = np.frombuffer(letters.encode("utf-32-le") or bytes(4), np.uint32).astype(np.uint64)
     n = min(n, len(codes))
     length = len(codes) - n + 1
@@ -85,37 +84,32 @@ def ngrams(letters: str, n: int) -> np.ndarray:
     return np.unique(hashes ^ hashes >> np.uint64(32))
 
 
-def in_common(one: np.ndarray, other: np.ndarray) -> float:
+def in_common(a: np.ndarray, b: np.ndarray) -> float:
     """Jaccard index of two sets of n-grams."""
-    both = len(np.intersect1d(one, other, assume_unique=True))
-    return both / (len(one) + len(other) - both)
+    both = len(np.intersect1d(a, b, assume_unique=True))
+    return both / (len(a) + len(b) - both)
 
 
 # --- datasets of pairs ---------------------------------------------------------------------------
 
 
-def near_duplicates(
-    pairs: Iterable[tuple[str, Record]], n: int, alike: float
-) -> dict[int, tuple[float, str, str]]:
-    """Of pairs (question, record) those that come behind one whose question is nearly the same: the
-    key of the record -> how much they have in common, its question, and the earlier one; of more
-    than EXAMPLES, whose texts would fill the memory, "" in the place of both.
+def near_duplicates(pairs: Iterable[tuple[str, Record]], n: int, alike: float) -> dict[int, float]:
+    """The pairs (question, record) whose question nearly repeats an earlier one: the key of the
+    record -> the share of n-grams in common.
 
-    A record that repeats an earlier one whole is none of these; the writer leaves it out."""
-    known, keys, questions, found = NearDuplicates(n, alike), [], [], {}
+    Records that repeat an earlier one in full are not among them; the writer leaves those out."""
+    known, keys, repeated = NearDuplicates(n, alike), [], {}
     for question, record in pairs:
         key = key_of(record)
         share, place = known.like(letters_of(question))
         if not share:
             if len(keys) == place:
                 keys.append(key)
-                questions.append(question)
         elif keys[place] != key:
-            texts = (question, questions[place]) if len(found) < EXAMPLES else ("", "")
-            found.setdefault(key, (share, *texts))
+            repeated.setdefault(key, share)
     if len(known.grams) == known.limit:
-        print(f"note: near duplicates of the first {known.limit:,} are found, of later ones not")
-    return found
+        print(f"note: only near duplicates of the first {known.limit:,} are found")
+    return repeated
 
 
 @dataclass
@@ -123,37 +117,30 @@ class QuestionSettings(pipeline.Settings):
     near: bool = True  # leave out questions that are nearly the same as an earlier one
 
 
+def read_questions(config: QuestionSettings, source: Source, tally: Tally) -> pipeline.Reads:
+    return pipeline.read_records(config, source, tally, want=list)
+
+
 def prepare_questions(
     config: QuestionSettings,
-    read: pipeline.Read | None = None,
+    read: pipeline.Read = read_questions,
     sources: list[Source] | None = None,
-    about: dict | None = None,
+    more_meta: dict | None = None,
 ) -> dict:
-    """pipeline.prepare for conversations, without near duplicates of their first questions.
-
-    read: None is pipeline.read_records. sources: None is the files of config.input."""
-    if read is None:
-        fields = parse_fields(config.fields)
-        read = partial(pipeline.read_records, fields=fields, want=list, val=config.val)
+    """pipeline.prepare for conversations, without near duplicates of their first questions."""
     sources = sources or find_sources(config.input, config.encoding)
     if config.near:
-        tally = Tally(show=0)
-        found = (pair for source in sources for pair in _questions(read(source, tally)))
-        dropped = near_duplicates(found, 2, QUESTIONS_ALIKE)
-        read = partial(without, read=read, dropped=frozenset(dropped))
-    return pipeline.prepare(config, sources, read, "sft", about=about)
-
-
-def _questions(found: Iterator[tuple[str, Record]]) -> Iterator[tuple[str, Record]]:
-    for _, turns in found:
-        yield next(turn["content"] for turn in turns if turn["role"] == "user"), turns
+        reads = pipeline.read_unit(config, read, sources, Tally(show=0))
+        pairs = ((first_question(turns), turns) for _, turns in reads)
+        read = partial(without, read, {*near_duplicates(pairs, 2, QUESTIONS_ALIKE)})
+    return pipeline.prepare(config, read, "sft", sources, more_meta=more_meta)
 
 
 def without(
-    source: Source, tally: Tally, read: pipeline.Read, dropped: frozenset[int]
-) -> Iterator[tuple[str, Record]]:
-    """What `read` yields but the dropped records, which are counted."""
-    for split, record in read(source, tally):
+    read: pipeline.Read, dropped: set[int], config: QuestionSettings, source: Source, tally: Tally
+) -> pipeline.Reads:
+    """The records that `read` yields, but those whose keys are dropped; they are counted."""
+    for split, record in read(config, source, tally):
         if key_of(record) in dropped:
             tally.aside["question nearly the same as an earlier one"] += 1
         else:

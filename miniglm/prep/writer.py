@@ -1,13 +1,13 @@
 """Records -> the prepared format of data_utils.py, in two steps, in bounded memory. No torch here.
 
-    write_unit   records -> ids, masks and a row of facts a record, in files of a temporary folder
+    write_unit   records -> ids, masks and a row of facts per record, in files of a temporary folder
     merge        these files, in order -> *.bin, *_mask.bin, *_idx.bin, meta.json: duplicates are
                  left out, long splits cut into shards
 
-Units can be written by many processes (pipeline.py does that); what comes out depends on their
-order alone. `write_pretrain`, `write_sft` and `write_dpo` do both steps for records that are at
-hand. Until the end all is written in `prepare.tmp` in the dataset's folder; what a killed run left
-there goes with the next one, and meta.json, without which no dataset is accepted, is renamed last.
+Units can be written by many processes (pipeline.py does that); the result depends on their order
+alone. `write_pretrain`, `write_sft` and `write_dpo` do both steps for records in memory. Everything
+is first written to `prepare.tmp` in the dataset's folder; the next run removes what a killed one
+left there. meta.json, without which no dataset is accepted, is renamed last.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from typing import Literal
 import numpy as np
 
 from configurator import UserError, locked, show_path
+from data_utils import shard_names
+from miniglm.prep.forms import first_question
 from miniglm.tokenizer import Tokenizer
 
 Kind = Literal["pretrain", "sft", "dpo"]
@@ -32,23 +34,23 @@ Pair = tuple[list[dict], str, str]  # a prompt's messages, the chosen answer, th
 Record = str | list[dict] | Pair  # a text, the messages of a conversation, or a preference
 SENTENCE_END = re.compile(r"(?:[。！？…；!?;]|\.(?!\d))+[”’」』）)]*")
 
-SHARD = 2**28  # tokens of a file; a split that has more is cut into several
-BUCKET = 2**20  # rows that are compared at a time
-BLOCK = 2**20  # tokens that are copied at a time
+SHARD = 2**28  # tokens of a file; a longer split is cut into several
+BUCKET = 2**20  # rows compared at a time
+BLOCK = 2**20  # tokens copied at a time
 CUTS = ("", "cut: oldest turns", "cut: answer")
-LEFT_OUT = 255  # in the place of a row's split
+LEFT_OUT = 255  # in place of a row's split
 ROW = np.dtype(
     [  # what is kept of a record beside its ids
         ("key", "u8"),  # both halves of the hash of its text
         ("key2", "u8"),
         ("question", "u8"),  # the hash of a conversation's first question
         ("tokens", "u4"),  # of a pair those of both conversations
-        ("chosen", "u4"),  # of them those of a pair's first conversation
+        ("chosen", "u4"),  # of a pair those of its first conversation
         ("characters", "u4"),
         ("bytes", "u4"),
         ("mark", "u4"),  # the code of the last character of its last question
-        ("cut", "u1"),  # a place in CUTS
-        ("split", "u1"),  # a place in Form.splits
+        ("cut", "u1"),  # an index into CUTS
+        ("split", "u1"),  # an index into Form.splits
     ]
 )
 
@@ -89,8 +91,8 @@ def write_sft(
 ) -> dict:
     """Writes each split's conversations with the mask of their answers, and returns the meta.json.
 
-    What is longer than max_tokens is fitted (see `fit`); repeated conversations are left out, in
-    later splits those of earlier ones too. All of it is counted in meta.json.
+    Conversations longer than max_tokens are fitted (see `fit`); repeated ones are left out, within
+    a split and across splits. All of it is counted in meta.json.
     """
     form = Form("sft", max_tokens, mask, (*conversations,))
     return _write(out, tokenizer, conversations, form, sources)
@@ -105,24 +107,36 @@ def write_dpo(
 ) -> dict:
     """Writes each split's preferences, two rows a pair, and returns the meta.json.
 
-    Pairs are fitted (see `fit_pair`); repeated ones and equal answers are left out, in later splits
-    those of earlier ones too. All of it is counted in meta.json.
+    Pairs are fitted (see `fit_pair`); repeated ones are left out, within a split and across splits,
+    and so are equal answers. All of it is counted in meta.json.
     """
     return _write(out, tokenizer, pairs, Form("dpo", max_tokens, splits=(*pairs,)), sources)
 
 
 def _write(out: Path, tokenizer: Tokenizer, splits: dict, form: Form, sources: list[str]) -> dict:
     records = ((split, record) for split in splits for record in splits[split])
+    return write(out, tokenizer, records, form, lambda: {"sources": sources})
+
+
+def write(
+    out: Path,
+    tokenizer: Tokenizer,
+    records: Iterable[tuple[str, Record]],
+    form: Form,
+    more_meta: Callable[[], dict],
+) -> dict:
+    """Writes (split, record), and returns the meta.json. more_meta: called when all are read, for
+    what else goes into it."""
     with working_folder(out) as folder:
         unit = folder / "unit"
         skipped = write_unit(unit, records, tokenizer, form)
-        return merge(out, [unit], skipped, tokenizer, form, {"sources": sources})
+        return merge(out, [unit], skipped, tokenizer, form, more_meta())
 
 
 @contextmanager
 def working_folder(out: Path) -> Iterator[Path]:
-    """The folder where all is written until it is whole; empty at first, removed at the end.
-    UserError where another run prepares the same dataset."""
+    """The folder where everything is written until it is complete: empty at first, removed at the
+    end. Raises UserError if another run is preparing the same dataset."""
     folder, is_new = out / "prepare.tmp", not out.exists()
     with locked(out):
         shutil.rmtree(folder, ignore_errors=True)
@@ -145,8 +159,7 @@ def write_unit(
 
     Returns how many were skipped: (split, reason) -> n."""
     skipped = Counter()
-    kinds = {"pretrain": encode_text, "sft": encode_conversation, "dpo": encode_pair}
-    encode = kinds[form.kind]
+    encode = {"pretrain": encode_text, "sft": encode_conversation, "dpo": encode_pair}[form.kind]
     dtype = ids_dtype(tokenizer)
     with ExitStack() as stack:
         ids_file, mask_file, rows_file = (
@@ -154,9 +167,10 @@ def write_unit(
             for suffix in (".ids", ".mask", ".rows")
         )
         for split, record in records:
-            ids, mask, row = encode(record, tokenizer, form)
-            if ids is None:
-                skipped[split, row] += 1
+            try:
+                ids, mask, row = encode(record, tokenizer, form)
+            except Skipped as reason:
+                skipped[split, str(reason)] += 1
                 continue
             ids_file.write(np.asarray(ids, dtype))
             mask_file.write(bytes(mask))
@@ -164,10 +178,14 @@ def write_unit(
     return skipped
 
 
+class Skipped(Exception):
+    """Why a record is skipped."""
+
+
 def encode_text(text: str, tokenizer: Tokenizer, form: Form) -> tuple:
-    """Ids, no mask, and the ROW of a text; None, [], and why, where it is skipped."""
+    """Ids, no mask, and the ROW of a text. Raises Skipped if it is empty."""
     if not text.strip():
-        return None, [], "skipped: empty"
+        raise Skipped("skipped: empty")
     body = tokenizer.encode_array(text)
     ids = np.empty(len(body) + 1, ids_dtype(tokenizer))
     ids[:-1], ids[-1] = body, tokenizer.end_of_text
@@ -176,34 +194,29 @@ def encode_text(text: str, tokenizer: Tokenizer, form: Form) -> tuple:
 
 
 def encode_conversation(messages: list[dict], tokenizer: Tokenizer, form: Form) -> tuple:
-    """Ids, mask, and the ROW of a conversation; None, [], and why, where it is skipped."""
-    fitted, how, rendered = _fit(tokenizer, messages, form.max_tokens)
-    if fitted is None:
-        return None, [], how
-    ids, mask = remask(*rendered, form.mask, tokenizer.end, form.max_tokens)
-    return ids, mask, _row(messages, fitted, (len(ids), 0), how)
+    """Ids, mask, and the ROW of a conversation. Raises Skipped if it cannot be fitted."""
+    fitted, how, (ids, mask) = _fit(tokenizer, messages, form.max_tokens)
+    ids, mask = remask(ids, mask, form.mask, tokenizer.end, form.max_tokens)
+    return ids, mask, _row(messages, fitted, len(ids), 0, how)
 
 
 def encode_pair(pair: Pair, tokenizer: Tokenizer, form: Form) -> tuple:
-    """Ids and mask of both conversations of a pair, chosen first, and its ROW; None, [], and why,
-    where it is skipped. Earlier answers are of the prompt, and so not trained."""
+    """Ids and mask of both conversations of a pair, chosen first, and its ROW. Raises Skipped if
+    they cannot be fitted. Earlier answers belong to the prompt and are not trained."""
     both, how, rendered = fit_pair(tokenizer, pair, form.max_tokens)
-    if both is None:
-        return None, [], how
     prompt = len(tokenizer.render_prompt(both[0][:-1]))
     ids = [id for row, _ in rendered for id in row]
-    mask = [one for _, trained in rendered for one in [0] * prompt + trained[prompt:]]
-    return ids, mask, _row(pair[0], both[0] + both[1], (len(ids), len(rendered[0][0])), how)
+    mask = [bit for _, trained in rendered for bit in [0] * prompt + trained[prompt:]]
+    return ids, mask, _row(pair[0], both[0] + both[1], len(ids), len(rendered[0][0]), how)
 
 
-def _row(messages: list[dict], kept: list[dict], sizes: tuple[int, int], how: str) -> tuple:
-    """The ROW, without its split, of messages of which such are kept; sizes: tokens, chosen."""
+def _row(messages: list[dict], kept: list[dict], tokens: int, chosen: int, how: str) -> tuple:
+    """The ROW, without its split, of messages of which `kept` are kept."""
     text = "".join(message["content"] for message in kept)
-    asked = next(message["content"] for message in messages if message["role"] == "user")
     mark = ord(kept[-2]["content"][-1:] or "\0")
     whole = "\0".join(part for turn in kept for part in (turn["role"], turn["content"]))
-    keys = *_key(whole.encode()), _key(asked.encode())[0]
-    return *keys, *sizes, len(text), len(text.encode()), mark, CUTS.index(how)
+    keys = *_key(whole.encode()), _key(first_question(messages).encode())[0]
+    return *keys, tokens, chosen, len(text), len(text.encode()), mark, CUTS.index(how)
 
 
 def _key(data: bytes) -> tuple[int, int]:
@@ -221,13 +234,13 @@ def remask(
     """A conversation's ids and mask, as `render` gives them, with another mask.
 
     answer leaves them alone: the answer and its end token are trained. no_end trains the answer
-    without its end token; padding fills the row to max_tokens with end tokens, all trained. The
-    question q and the answer a b, each with its end token (.), roles left out, max_tokens 8:
+    without its end token; padding fills the row up to max_tokens with end tokens, all trained. For
+    the question q and the answer a b, with end tokens (.), without roles, and max_tokens 8:
 
         q . a b .      answer 0 0 1 1 1      no_end 0 0 1 1 0      padding 0 0 1 1 1 1 1 1
     """
     if mask == "no_end":
-        return ids, [int(one and id != end) for id, one in zip(ids, trained, strict=True)]
+        return ids, [int(bit and id != end) for id, bit in zip(ids, trained, strict=True)]
     if mask == "padding":
         more = max_tokens - len(ids)
         return ids + [end] * more, trained + [1] * more
@@ -235,22 +248,26 @@ def remask(
 
 
 def fit(tokenizer: Tokenizer, messages: list[dict], max_tokens: int) -> tuple[list | None, str]:
-    """Messages of at most max_tokens ids, and what was done: "" where nothing was.
+    """Messages of at most max_tokens ids, and what was done to them, "" for nothing; or None, and
+    why they are skipped.
 
-    The oldest turns go first, then the answer ends at the last sentence end that fits; None where
-    there is none, or where the last two messages are no question and answer.
+    The oldest turns go first, then the answer is cut at the last sentence end that fits. Messages
+    are skipped if there is none, or if the last two are not a question and its answer.
     """
-    return _fit(tokenizer, messages, max_tokens)[:2]
+    try:
+        return _fit(tokenizer, messages, max_tokens)[:2]
+    except Skipped as reason:
+        return None, str(reason)
 
 
 def _fit(
     tokenizer: Tokenizer, messages: list[dict], max_tokens: int
-) -> tuple[list | None, str, tuple]:
-    """The same, and what `render` makes of the messages: most are encoded but once."""
+) -> tuple[list[dict], str, tuple]:
+    """The same, and the result of `render`, so that most are encoded only once. Raises Skipped."""
     if [message["role"] for message in messages[-2:]] != ["user", "assistant"]:
-        return None, "skipped: no question and answer", ()
+        raise Skipped("skipped: no question and answer")
     if not messages[-1]["content"].strip():
-        return None, "skipped: empty answer", ()
+        raise Skipped("skipped: empty answer")
     system = [m for m in messages[:1] if m["role"] == "system"]
     turns = messages[len(system) :]
     how = ""
@@ -267,31 +284,28 @@ def _fit(
         shorter = [*system, *question, answer | {"content": answer["content"][:end]}]
         if len((rendered := tokenizer.render(shorter))[0]) <= max_tokens:
             return shorter, "cut: answer", rendered
-    return None, "skipped: too long", ()
+    raise Skipped("skipped: too long")
 
 
 def fit_pair(
     tokenizer: Tokenizer, pair: Pair, max_tokens: int
-) -> tuple[list[list[dict]] | None, str, list[tuple]]:
-    """Both conversations of a pair as `fit` makes them, on one and the same prompt, what was done,
-    and what `render` makes of them. None where one cannot be fitted or the answers are equal."""
+) -> tuple[list[list[dict]], str, list[tuple]]:
+    """Both conversations of a pair as `fit` makes them, on the same prompt, what was done, and what
+    `render` makes of them. Raises Skipped if one cannot be fitted or the answers are equal."""
     prompt, *answers = pair
-    found = [
+    fits = [
         _fit(tokenizer, [*prompt, {"role": "assistant", "content": answer}], max_tokens)
         for answer in answers
     ]
-    for fitted, how, _ in found:
-        if fitted is None:
-            return None, how, []
     # the shorter answer has kept no fewer turns
-    shortest = min((fitted[:-1] for fitted, _, _ in found), key=len)
-    how = max((how for _, how, _ in found), key=CUTS.index)
-    both = [[*shortest, fitted[-1]] for fitted, _, _ in found]
+    shortest = min((fitted[:-1] for fitted, _, _ in fits), key=len)
+    how = max((how for _, how, _ in fits), key=CUTS.index)
+    both = [[*shortest, fitted[-1]] for fitted, _, _ in fits]
     if both[0] == both[1]:
-        return None, "skipped: equal answers", []
+        raise Skipped("skipped: equal answers")
     rendered = [
         before if messages == fitted else tokenizer.render(messages)
-        for messages, (fitted, _, before) in zip(both, found, strict=True)
+        for messages, (fitted, _, before) in zip(both, fits, strict=True)
     ]
     return both, how, rendered
 
@@ -305,28 +319,26 @@ def merge(
     skipped: Counter,
     tokenizer: Tokenizer,
     form: Form,
-    about: dict,
+    more_meta: dict,
     dedup_val: bool = False,
 ) -> dict:
     """Units of a working folder, as write_unit made them -> the dataset; returns its meta.json.
 
-    skipped: by (split, reason). about: what else goes into meta.json. dedup_val: a validation row
-    whose question is also trained goes to training."""
+    skipped: (split, reason) -> n. more_meta: what else goes into meta.json. dedup_val: a validation
+    row whose question is also trained goes to training."""
     folder = units[0].parent
     dtype = ids_dtype(tokenizer)
     rows, counts = _all_rows(units, folder / "all.rows")
-    repeated = _leave_out_repeated(rows, folder)
+    repeated = _leave_out_repeated(rows)
     meta = {"kind": form.kind, "tokenizer_sha256": tokenizer.sha256, "dtype": dtype.name}
-    meta |= about | form.meta()
-    if common := _common_questions(rows, folder, form, dedup_val):
+    meta |= more_meta | form.meta()
+    if common := _common_questions(rows, form, dedup_val):
         meta["val_questions_moved_to_train" if dedup_val else "val_questions_in_train"] = common
-    writers = [
-        _SplitWriter(folder, number, form, dtype, rows) for number in range(len(form.splits))
-    ]
+    writers = [_SplitWriter(folder, split, form, dtype, rows) for split in form.splits]
     for writer in writers:
         if writer.total == 0:
-            where = f"{show_path(out)}/{writer.split}.bin"
-            raise UserError(f"nothing to write for {where}: {_why_empty(writer.split, skipped)}")
+            name = f"{show_path(out)}/{writer.split}.bin"
+            raise UserError(f"nothing to write for {name}: {_why_empty(writer.split, skipped)}")
     for block, ids, mask in _blocks(rows, counts, units, dtype):
         for writer in writers:
             writer.write(block, ids, mask)
@@ -346,12 +358,12 @@ def merge(
 
 def _why_empty(split: str, skipped: Counter) -> str:
     """Why a split has no row, and what to do."""
-    reasons = [f"{n:,} {why}" for (where, why), n in sorted(skipped.items()) if where == split]
+    reasons = [f"{n:,} {why}" for (name, why), n in sorted(skipped.items()) if name == split]
     if reasons:
         return f"all its records are left out ({', '.join(reasons)}); see --max_tokens="
     return (
-        f"no record is for {split}; change --val= or the input, of which each document or question "
-        "is for one split alone"
+        f"no record is for {split}; change --val= or the input (equal documents or questions all "
+        "go to one split)"
     )
 
 
@@ -370,33 +382,20 @@ def _chunks(rows: np.ndarray) -> Iterator[np.ndarray]:
     return (rows[start : start + BUCKET] for start in range(0, len(rows), BUCKET))
 
 
-def _buckets(rows: np.ndarray, key: str, folder: Path) -> Iterator[np.ndarray]:
-    """The places of all rows in portions of some BUCKET, equal ones of `key` in the same portion,
-    each portion in order."""
-    bits = max(0, (len(rows) - 1) // BUCKET).bit_length()
-    if bits == 0:
-        yield np.arange(len(rows))
-        return
-    paths = [folder / f"{number}.bucket" for number in range(1 << bits)]
-    for first, chunk in enumerate(_chunks(rows)):
-        bucket = chunk[key] >> np.uint64(64 - bits)
-        order = np.argsort(bucket, kind="stable")
-        parts = np.split(
-            order + first * BUCKET, np.cumsum(np.bincount(bucket.astype(np.int64)))[:-1]
-        )
-        for number, places in enumerate(parts):
-            with paths[number].open("ab") as file:
-                file.write(places.tobytes())
-    for path in paths:
-        if path.exists():
-            yield np.fromfile(path, np.int64)
-            path.unlink()
+def _buckets(keys: np.ndarray) -> Iterator[np.ndarray]:
+    """The places of all keys in portions of about BUCKET, each in order: equal keys, which are
+    hashes, lie in one portion."""
+    n = -(-len(keys) // BUCKET)
+    for bucket in range(n):
+        chunks = (chunk % np.uint64(n) == bucket for chunk in _chunks(keys))
+        places = [number * BUCKET + np.flatnonzero(chunk) for number, chunk in enumerate(chunks)]
+        yield np.concatenate(places)
 
 
-def _leave_out_repeated(rows: np.ndarray, folder: Path) -> Counter:
+def _leave_out_repeated(rows: np.ndarray) -> Counter:
     """Marks all but the first of equal rows as left out; how many of each split."""
     repeated = Counter()
-    for places in _buckets(rows, "key", folder):
+    for places in _buckets(rows["key"]):
         part = rows[places]
         order = np.lexsort((part["key2"], part["key"]))  # stable: the first stays first
         same = (np.diff(part["key"][order]) == 0) & (np.diff(part["key2"][order]) == 0)
@@ -406,20 +405,20 @@ def _leave_out_repeated(rows: np.ndarray, folder: Path) -> Counter:
     return repeated
 
 
-def _common_questions(rows: np.ndarray, folder: Path, form: Form, move: bool) -> int:
+def _common_questions(rows: np.ndarray, form: Form, move: bool) -> int:
     """How many validation rows have a first question that is trained too; move: to training."""
     if form.kind == "pretrain" or not {"train", "val"} <= {*form.splits}:
         return 0
     train, val = form.splits.index("train"), form.splits.index("val")
-    found = 0
-    for places in _buckets(rows, "question", folder):
+    count = 0
+    for places in _buckets(rows["question"]):
         part = rows[places]
         trained = part["question"][part["split"] == train]
         common = places[(part["split"] == val) & np.isin(part["question"], trained)]
-        found += len(common)
+        count += len(common)
         if move:
             rows["split"][common] = train
-    return found
+    return count
 
 
 def _blocks(
@@ -442,97 +441,82 @@ def _blocks(
 class _SplitWriter:
     """Writes the rows of one split into shards, and counts them."""
 
-    def __init__(self, folder: Path, number: int, form: Form, dtype: np.dtype, rows: np.ndarray):
-        self.number, self.split, self.form = number, form.splits[number], form
-        self.folder, self.dtype = folder, dtype
-        chosen = (chunk["tokens"][chunk["split"] == number] for chunk in _chunks(rows))
+    def __init__(self, folder: Path, split: str, form: Form, dtype: np.dtype, rows: np.ndarray):
+        self.folder, self.split, self.form = folder, split, form
+        self.number = form.splits.index(split)
+        chosen = (chunk["tokens"][chunk["split"] == self.number] for chunk in _chunks(rows))
         self.total = sum(int(tokens.sum(dtype=np.int64)) for tokens in chosen)
         self.shards = shard_sizes(self.total)
+        self.digest = hashlib.sha256()
+        self.sizes, self.marks = Counter(), Counter()
+        self.position = 0  # tokens written
         self.files = {}
         if form.kind != "pretrain":
-            self.files["_idx"] = (folder / f"{self.split}_idx.bin").open("wb")
+            self.files["_idx"] = (folder / f"{split}_idx.bin").open("wb")
             self.files["_idx"].write(np.uint64(0).tobytes())
-        self.digest, self.sizes, self.marks, self.position = (
-            hashlib.sha256(),
-            Counter(),
-            Counter(),
-            0,
-        )
 
     def write(self, block: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> None:
+        """Writes what is this split's of some rows, their ids and their mask."""
         chosen = block["split"] == self.number
-        if not chosen.any():
-            return
         taken = np.repeat(chosen, block["tokens"])
         block, ids = block[chosen], ids[taken]
         self.sizes[self.form.records] += len(block)
         for name in ("characters", "bytes"):
             self.sizes[name] += int(block[name].sum(dtype=np.int64))
-        if self.form.kind != "pretrain":
-            mask, lengths = mask[taken], self._row_lengths(block)
-            bounds = self.position + np.cumsum(lengths, dtype=np.uint64)
-            self.files["_idx"].write(bounds.tobytes())
-            self.digest.update(interleaved(lengths, ids, mask, bounds))
-            self._write("_mask", mask)
-            for code, n in zip(*np.unique(block["mark"], return_counts=True), strict=True):
-                self.marks[chr(code) if code else ""] += int(n)
-            for code, n in zip(*np.unique(block["cut"], return_counts=True), strict=True):
-                self.sizes[CUTS[code]] += int(n)
-        else:
+        if self.form.kind == "pretrain":
             self.digest.update(ids)
+        else:
+            self._write_rows(block, ids, mask[taken])
         self._write("", ids)
         self.position += len(ids)
 
-    def _row_lengths(self, block: np.ndarray) -> np.ndarray:
-        """Tokens of the rows of these records: a pair has two."""
-        if self.form.kind != "dpo":
-            return block["tokens"]
-        return np.stack([block["chosen"], block["tokens"] - block["chosen"]], axis=1).ravel()
+    def _write_rows(self, block: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> None:
+        """The mask and the bounds of conversations. The digest is that of each row's ids, mask and
+        bound in turn."""
+        lengths = block["tokens"]
+        if self.form.kind == "dpo":  # a pair has two rows
+            lengths = np.stack([block["chosen"], lengths - block["chosen"]], axis=1).ravel()
+        ends = np.cumsum(lengths, dtype=np.uint64)
+        bounds = ends + np.uint64(self.position)
+        start = 0
+        for end, bound in zip(ends.tolist(), bounds, strict=True):
+            self.digest.update(ids[start:end])
+            self.digest.update(mask[start:end])
+            self.digest.update(bound)
+            start = end
+        self.files["_idx"].write(bounds.tobytes())
+        self._write("_mask", mask)
+        self.marks.update(chr(code) if code else "" for code in block["mark"].tolist())
+        self.sizes.update(CUTS[code] for code in block["cut"].tolist())
 
     def _write(self, name: str, part: np.ndarray) -> None:
         """Appends ids or masks, which begin at self.position of the split."""
         at = self.position
         while len(part):
             number, into = divmod(at, self.shards[0])
-            here = part[: self.shards[0] - into]
+            piece = part[: self.shards[0] - into]
             if into == 0:
                 if name in self.files:
                     self.files[name].close()
                 path = self.folder / shard_names(self.split + name, self.shards)[number]
                 self.files[name] = path.open("wb")
-            self.files[name].write(here.tobytes())
-            part, at = part[len(here) :], at + len(here)
+            self.files[name].write(piece.tobytes())
+            part, at = part[len(piece) :], at + len(piece)
 
     def close(self) -> dict:
-        """What meta.json says of the split."""
+        """The split's entry in meta.json."""
         for file in self.files.values():
             file.close()
-        cuts = {how: self.sizes[how] for how in CUTS[1:] if self.sizes[how]}
         names = (self.form.records, "characters", "bytes")
         sizes = {name: self.sizes[name] for name in names} | {"tokens": self.total}
         shards = {"shards": self.shards} if len(self.shards) > 1 else {}
+        cuts = {how: self.sizes[how] for how in CUTS[1:] if self.sizes[how]}
         return sizes | {"fingerprint": self.digest.hexdigest()} | shards | cuts
-
-
-def interleaved(
-    lengths: np.ndarray, ids: np.ndarray, mask: np.ndarray, bounds: np.ndarray
-) -> np.ndarray:
-    """The bytes of rows one after another: each its ids, its mask, and its uint64 bound."""
-    lengths = lengths.astype(np.int64)
-    parts = [(ids, lengths * ids.itemsize), (mask, lengths), (bounds, np.full(len(lengths), 8))]
-    sizes = np.stack([size for _, size in parts], axis=1)
-    starts = (np.cumsum(sizes) - sizes.ravel()).reshape(sizes.shape)
-    out = np.empty(sizes.sum(), np.uint8)
-    for column, (part, size) in enumerate(parts):
-        shift = starts[:, column] - (np.cumsum(size) - size)
-        places = np.arange(size.sum()) + np.repeat(shift, size)
-        out[places] = np.ascontiguousarray(part).view(np.uint8)
-    return out
 
 
 def _question_end(marks: Counter) -> str:
     """The mark that ends nearly all trained questions, if there is one."""
-    [(mark, count)] = marks.most_common(1) or [("", 0)]
+    [(mark, count)] = marks.most_common(1)
     usual = count >= 0.9 * marks.total()
     return mark if usual and not mark.isalnum() else ""
 
@@ -541,19 +525,12 @@ def _question_end(marks: Counter) -> str:
 
 
 def shard_sizes(total: int) -> list[int]:
-    """Tokens of each file of a split: SHARD each, the last what is left."""
+    """Tokens of each file of a split: SHARD each, the last one the remainder."""
     return [min(SHARD, total - start) for start in range(0, total, SHARD)]
 
 
-def shard_names(stem: str, sizes: list[int]) -> list[str]:
-    """train.bin, or train-00000.bin, ... where there are several."""
-    if len(sizes) == 1:
-        return [f"{stem}.bin"]
-    return [f"{stem}-{number:05}.bin" for number in range(len(sizes))]
-
-
 def files_of(meta: dict) -> list[str]:
-    """The files that a meta.json stands for, beside tokenizer.json."""
+    """The files that a meta.json describes, beside tokenizer.json."""
     names = []
     for split, sizes in meta["splits"].items():
         shards = sizes.get("shards", [sizes["tokens"]])
@@ -564,7 +541,7 @@ def files_of(meta: dict) -> list[str]:
 
 
 def _install(folder: Path, out: Path, meta: dict) -> None:
-    """Puts the files in the place of what was there. While they are mixed there is no meta.json."""
+    """Replaces the old files by the new ones. While they are mixed there is no meta.json."""
     final = out / "meta.json"
     try:
         before = files_of(json.loads(final.read_text(encoding="utf-8")))

@@ -44,11 +44,8 @@ def test_text_files_of_two_encodings_become_one_dataset(mine, capsys):
     write_texts(mine / "a.txt")
     write_texts(mine / "b.txt", 50, "gb18030", first=60)
     data = prepared(mine, "--input=*.txt", "--val=0.2")
-    assert capsys.readouterr().out.splitlines()[:3] == [
-        f"utf-8: {mine / 'a.txt'}",
-        f"gb18030: {mine / 'b.txt'}",
-        "550 good records",
-    ]
+    encodings = [f"utf-8: {mine / 'a.txt'}", f"gb18030: {mine / 'b.txt'}"]
+    assert capsys.readouterr().out.splitlines()[:3] == [*encodings, "550 good records"]
     assert data.kind == "pretrain"
     text = {split: data.tokenizer.decode(ids) for split, ids in data.tokens.items()}
     lines = [f"第{n}段。{line}" for n in range(110) for line in LINES]
@@ -68,32 +65,23 @@ def test_each_conversation_lies_on_the_side_of_its_first_question(mine):
 
 
 def test_line_aligned_files_become_conversations(mine):
-    (mine / "a.en").write_text("".join(f"This is line {n}.\n" for n in range(40)))
-    (mine / "a.zh").write_text("".join(f"这是第{n}行。\n" for n in range(40)), encoding="gb18030")
+    pairs = [(f"This is line {n}.", f"这是第{n}行。") for n in range(40)]
+    for name, column in zip(("a.en", "a.zh"), zip(*pairs, strict=True), strict=True):
+        (mine / name).write_text("\n".join(column), encoding="gb18030")
     data = prepared(mine, "--input=a.en", "--target=a.zh", "--val=0.2")
-    found = [turns for split in ("train", "val") for turns in data.conversations(split)]
-    assert sorted(found, key=str) == sorted(
-        (dialogue(f"This is line {n}.", f"这是第{n}行。") for n in range(40)), key=str
-    )
+    found = data.conversations("train") + data.conversations("val")
+    assert sorted(found, key=str) == sorted((dialogue(*pair) for pair in pairs), key=str)
     assert data.meta["sources"] == [str(mine / "a.en"), str(mine / "a.zh")]
 
 
-def test_files_of_their_own_can_be_the_validation_split(mine):
+@pytest.mark.parametrize("given", ["a.jsonl", "*.jsonl"])
+def test_files_of_their_own_can_be_the_validation_split(given, mine):
     write_questions(mine / "a.jsonl", QUESTIONS[:40])
     (mine / "v.jsonl").write_text('{"q": "谁？", "a": ""}\n{"q": "谁？", "a": "孔明。"}\n')
-    data = prepared(mine, "--input=a.jsonl", "--val_input=v.jsonl")
+    data = prepared(mine, f"--input={given}", "--val_input=v.jsonl")
     assert list(data.conversations("train")) == QUESTIONS[:40]
     assert list(data.conversations("val")) == [dialogue("谁？", "孔明。")]
     assert (data.meta["records"], data.meta["skipped"]) == (41, {"empty answer": 1})
-
-
-def test_a_validation_file_that_is_among_the_input_is_read_once(mine):
-    write_questions(mine / "a.jsonl", QUESTIONS[:40])
-    write_questions(mine / "v.jsonl", QUESTIONS[40:])
-    data = prepared(mine, "--input=*.jsonl", "--val_input=v.jsonl")
-    assert list(data.conversations("train")) == QUESTIONS[:40]
-    assert list(data.conversations("val")) == QUESTIONS[40:]
-    assert data.meta["records"] == len(QUESTIONS)
     assert "skipped: duplicate" not in data.meta["splits"]["val"]
 
 
@@ -112,15 +100,11 @@ def test_bad_records_are_counted_once_however_often_they_are_read(own, mine, cap
     assert "60 good records; records left out: 1 " in out
 
 
-def test_preparing_twice_gives_the_same_bytes(mine):
-    write_texts(mine / "a.txt")
-    first = contents(prepared(mine, "--input=a.txt", "--val=0.2").path)
-    assert contents(prepared(mine, "--input=a.txt", "--val=0.2").path) == first
-
-
-def test_questions_take_the_tokenizer_of_another_dataset(mine):
+def test_questions_take_the_tokenizer_of_a_dataset_and_the_same_bytes_come_again(mine):
     write_texts(mine / "a.txt")
     base = prepared(mine, "--input=a.txt", "--val=0.2").path
+    first = contents(base)
+    assert contents(prepared(mine, "--input=a.txt", "--val=0.2").path) == first
     write_questions(mine / "q.jsonl")
     words = ["--input=q.jsonl", f"--tokenizer={base}", "--val=0.2", "--max_tokens=99"]
     prepare.main([*words, f"--out={mine / 'sft'}"])
@@ -134,26 +118,20 @@ def test_questions_take_the_tokenizer_of_another_dataset(mine):
     [
         ([], "no input; name a file"),
         (["--input=no.txt"], "no file no.txt"),
-        (["--input=a.txt", "--val=0"], "val=0.0 must lie between 0 and 1"),
-        (
-            ["--input=a.txt", "--val=1e-9"],
-            "no record is for val; change --val= or the input",
-        ),
+        (["--input=a.txt", "--val=0"], "val=0 must be above 0 and below 1"),
+        (["--input=a.txt", "--val=1e-9"], "no record is for val; change --val= or the input"),
         (["--input=a.txt", "--target=a.txt,b.txt"], "1 files of --input=, but 2 of --target="),
         (["--input=a.txt", "--target=b.txt", "--fields=text=a"], "--target= goes with neither"),
         (["--input=a.txt", "--fields=txt=a"], "'txt=a' is not understood; did you mean 'text'?"),
-        (["--input=a.txt", "--encoding=utf9"], "encoding='utf9' is not known"),
+        (["--input=a.txt", "--encoding=utf9"], "unknown encoding='utf9'"),
         (["--input=a.txt", "--tokenizer=nowhere"], "no tokenizer nowhere"),
         (["--input=q.jsonl", "--strict"], "q.jsonl, line 2: broken JSON (Expecting value"),
         (
             ["--input=c.jsonl", "--max_tokens=3"],
-            "train.bin: all its records are left out (8 skipped: too long); see --max_tokens=",
+            "(8 skipped: too long); see --max_tokens=",
         ),
         (["--input=e.txt"], "there is no record in the input"),
-        (
-            ["--input=w.jsonl"],
-            "2 of 2 records are bad, the first in line 1: missing field (it has x)",
-        ),
+        (["--input=w.jsonl"], "2 of 2 records are bad, the first in line 1: missing field"),
     ],
 )
 def test_what_cannot_be_prepared_is_said_in_a_line_and_writes_nothing(words, message, mine):

@@ -26,7 +26,6 @@ from tests.helpers import TEXT, dialogue, tiny_tokenizer
 from tests.runs import contents
 
 LINES = TEXT.splitlines()
-ENCODINGS = ["utf-8", "utf-8-sig", "gb18030", "utf-16"]
 
 
 @pytest.fixture
@@ -80,64 +79,35 @@ def write_novel(folder: Path, name: str, encoding: str = "utf-8", copies: int = 
     return write_lines(folder / name / "input.txt", lines, encoding)
 
 
-def test_novels_are_taken_by_name_one_several_or_all(mine):
+def test_novels_are_taken_by_name_one_several_or_all(mine, monkeypatch):
+    monkeypatch.setattr(jinyong, "RAW", "novels")
     for name, encoding in (("shediao", "utf-8"), ("baima", "gb18030"), ("xiake", "utf-16")):
         write_novel(mine / "novels", name, encoding)
 
     def names(*words: str) -> set[str]:
-        data = prepared(jinyong, mine, f"--input={mine / 'novels'}", *words)
+        data = prepared(jinyong, mine, *words)
         assert data.meta["records"] == 1000 * len(data.meta["sources"])
         text = "".join(all_documents(data))
-        found = {name for name in jinyong.NOVELS if f"{name}第3段。" in text}
         assert "　" not in text
-        return found
+        return {name for name in ("shediao", "baima", "xiake") if f"{name}第3段。" in text}
 
-    assert names("--novels=baima") == {"baima"}
+    assert names("--novels=baima") == names("--input=novels/b*/*") == {"baima"}
     assert names("--novels=xiake,shediao") == {"xiake", "shediao"}
-    assert names() == {"shediao", "baima", "xiake"}
-
-
-def test_files_of_any_name_are_novels_too(mine):
-    write_novel(mine, "own")
-    data = prepared(jinyong, mine, "--input=own/*.txt")
-    assert "own第59段。" in "".join(all_documents(data))
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--novels=shedia"], "unknown novel 'shedia'; did you mean 'shediao'"),
-        (["--novels=zzz"], "unknown novel 'zzz'; it is one of shediao, shendiao"),
-        (
-            ["--novels=baima,luding"],
-            r"no luding/input.txt \(鹿鼎记\) in .*; the novels are",
-        ),
-        (["--novels=baima", "--input=novels/baima/input.txt"], "goes with one folder in --input="),
-        (["--input=nothing"], "no file nothing"),
-    ],
-)
-def test_a_novel_that_is_not_there_is_one_line(mine, words, message):
-    write_novel(mine / "novels", "baima", copies=1)
-    with pytest.raises(UserError, match=message):
-        prepared(jinyong, mine, "--input=novels", *words)
-    assert not (mine / "out").exists()
-
-
-def test_the_fifteen_novels_have_their_short_names():
-    assert len(jinyong.NOVELS) == 15
-    assert jinyong.NOVELS["yuenv"] == "越女剑"
+    assert names() == names("--input=novels") == {"shediao", "baima", "xiake"}
+    with pytest.raises(UserError, match="no file novels/luding"):
+        names("--novels=baima,luding")
+    with pytest.raises(UserError, match="--novels= goes without --input="):
+        names("--novels=baima", "--input=novels")
 
 
 # --- texts ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
-def test_of_news_the_text_behind_the_last_mark_is_kept(mine, capsys, encoding):
+def test_of_news_the_text_behind_the_last_mark_is_kept(mine, capsys):
     lines = [f"`1`2标题{n}`1`2　　正文{n}。{LINES[n % 5]}" for n in range(40)]
     bad = ["没有标记的一行", "`1`2只有标题`1`2", ""]
-    data = prepared(
-        sohu_news, mine, f"--input={write_lines(mine / 'a.txt', lines + bad, encoding)}"
-    )
+    file = write_lines(mine / "a.txt", lines + bad, "gb18030")
+    data = prepared(sohu_news, mine, f"--input={file}")
     assert all_documents(data) == sorted(f"正文{n}。{LINES[n % 5]}" for n in range(40))
     assert data.meta["skipped"] == {"empty text": 1, "no separator mark": 1}
     assert f"line 41: no separator mark ({bad[0]})" in capsys.readouterr().out
@@ -147,34 +117,20 @@ def test_of_news_the_text_behind_the_last_mark_is_kept(mine, capsys, encoding):
 def test_entries_may_lack_title_summary_or_sections(mine):
     sections = [{"title": "生平", "content": "生于涿县。"}, {"title": "空"}, {"content": "无题。"}]
     entries = {
-        "刘备\n汉昭烈帝。\n生平\n生于涿县。\n无题。": {
-            "title": "刘备",
-            "summary": "汉昭烈帝。",
-            "sections": sections,
-        },
-        "关羽\n字云长。": {"title": "关羽", "summary": "字云长。", "sections": None},
-        "张飞\n字\n翼德。": {"title": "张飞", "sections": [{"title": "字", "content": "翼德。"}]},
-        "没有题目的条目。": {"summary": "没有题目的条目。"},
+        "刘备\n汉昭烈帝。\n生平\n生于涿县。\n无题。": ("刘备", "汉昭烈帝。", sections),
+        "关羽\n字云长。": ("关羽", "字云长。", None),
+        "张飞\n字\n翼德。": ("张飞", None, [{"title": "字", "content": "翼德。"}]),
+        "没有题目的条目。": (None, "没有题目的条目。", []),
     }
-    many = {
-        f"条目{n}\n{LINES[n % 5]}": {"title": f"条目{n}", "summary": LINES[n % 5]}
-        for n in range(30)
-    }
-    bad = [
-        {"title": "只有题目", "sections": []},
-        {"title": "甲", "summary": 3},
-        {"title": "甲", "sections": ["乙"]},
-        ["刘备"],
-        '{"title": ',
-    ]
-    file = write_lines(mine / "a.jsonl", [*entries.values(), *many.values(), *bad])
+    entries |= {f"条目{n}\n{LINES[n % 5]}": (f"条目{n}", LINES[n % 5], []) for n in range(30)}
+    bad = [("只有题目", None, []), ("甲", 3, []), ("甲", None, ["乙"]), ("甲", None, 3)]
+    names = ("title", "summary", "sections")
+    values = [dict(zip(names, parts, strict=True)) for parts in [*entries.values(), *bad]]
+    file = write_lines(mine / "a.jsonl", [*values, {"summary": "没有题目。"}, ["刘备"], "{"])
     data = prepared(encyclopedia, mine, f"--input={file}")
-    assert all_documents(data) == sorted([*entries, *many])
-    assert data.meta["skipped"] == {
-        "broken JSON": 1,
-        "no summary and no section": 1,
-        "wrong type": 3,
-    }
+    assert all_documents(data) == sorted([*entries, "没有题目。"])
+    reasons = {"broken JSON": 1, "no summary and no section": 1, "wrong type": 4}
+    assert data.meta["skipped"] == reasons
 
 
 def test_minimind_texts_lose_the_marks_of_its_chat_format(mine):
@@ -232,14 +188,14 @@ QUESTION_SETS = {
 }
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("script", QUESTION_SETS)
-def test_question_sets_are_read_by_their_own_fields(mine, script, encoding):
+def test_question_sets_are_read_by_their_own_fields(mine, script):
     bad = ['{"Question": ', {"other": "甲"}, 3]
-    file = write_lines(mine / "a.jsonl", [*QUESTION_SETS[script], *bad], encoding)
-    data = prepared(script, mine, f"--input={file}")
-    assert all_conversations(data) == sorted(PAIRS)
-    assert data.meta["skipped"] == {"broken JSON": 1, "missing field": 1, "wrong type": 1}
+    for encoding in ("utf-8-sig", "gb18030", "utf-16"):
+        file = write_lines(mine / "a.jsonl", [*QUESTION_SETS[script], *bad], encoding)
+        data = prepared(script, mine, f"--input={file}")
+        assert all_conversations(data) == sorted(PAIRS)
+        assert data.meta["skipped"] == {"broken JSON": 1, "missing field": 1, "wrong type": 1}
 
 
 @pytest.mark.parametrize("script", [firefly, jinyong_sft, minimind_sft, zhihu, zhihu_sft])
@@ -253,50 +209,36 @@ def test_questions_are_read_by_the_fields_that_are_named(mine, script):
         assert all_conversations(data) == sorted(PAIRS)
 
 
-@pytest.mark.parametrize("script", [jinyong, minimind])
-def test_texts_are_read_by_the_field_that_is_named(mine, script):
+def test_texts_are_read_by_the_field_that_is_named(mine):
     texts = [f"第{n}条。{LINES[n % 5]}" for n in range(30)]
     file = write_lines(mine / "a.jsonl", [{"body": text, "text": "甲"} for text in texts])
-    data = prepared(script, mine, f"--input={file}", "--fields=text=body")
+    data = prepared(jinyong, mine, f"--input={file}", "--fields=text=body")
     assert all_documents(data) == sorted(texts)
 
 
-@pytest.mark.parametrize("script", [encyclopedia, idioms, idioms_sft, sohu_news])
+@pytest.mark.parametrize("script", [encyclopedia, idioms, idioms_sft, minimind, sohu_news])
 def test_where_fields_have_fixed_names_others_are_refused(mine, script):
     file = write_lines(mine / "a.jsonl", [{"body": "甲"}] * 3)
     with pytest.raises(UserError, match="'text=body': the fields of this dataset have fixed names"):
         prepared(script, mine, f"--input={file}", "--fields=text=body")
 
 
-def test_minimind_turns_without_roles_alternate_and_are_all_kept(mine):
-    turns = [{"content": text} for text in ("你好。", "你好！", "天下大势如何？", "分久必合。")]
-    sets = [*QUESTION_SETS[minimind_sft], {"conversations": turns}]
-    data = prepared(minimind_sft, mine, f"--input={write_lines(mine / 'a.jsonl', sets)}")
-    assert tuple(turn["content"] for turn in turns) in all_conversations(data)
-
-
-def test_a_question_that_is_nearly_an_earlier_one_is_left_out(mine, capsys):
-    long = "大将军窦武与太傅陈蕃为什么一起谋诛宦官曹节等人？"
-    extra = [(long, "因为他弄权。"), (long.replace("？", "呢？"), "为了汉室。")]
-    lines = [{"Question": q, "Answer": a} for q, a in [*PAIRS, *extra]]
-    file = write_lines(mine / "a.jsonl", lines)
-    data = prepared(jinyong_sft, mine, f"--input={file}")
-    assert all_conversations(data) == sorted([*PAIRS, extra[0]])
-    assert data.meta["not_taken"] == {"question nearly the same as an earlier one": 1}
-    data = prepared(jinyong_sft, mine, f"--input={file}", "--near=False")
-    assert all_conversations(data) == sorted([*PAIRS, *extra])
-
-
-def test_near_duplicates_are_found_across_parts_and_processes(mine, monkeypatch):
+def test_a_question_that_is_nearly_an_earlier_one_is_left_out(mine, monkeypatch):
     """The same bytes from one process, which reads the file whole, and from two that share it."""
     long = "大将军窦武与太傅陈蕃为什么一起谋诛宦官曹节等人？"
-    extra = [(long.replace("？", "呢？"), f"答案{n}。") for n in range(3)]
-    lines = [{"Question": q, "Answer": a} for q, a in [(long, "因为他弄权。"), *PAIRS, *extra]]
+    first, extra = (
+        (long, "因为他弄权。"),
+        [(long.replace("？", "呢？"), f"{n}。") for n in range(3)],
+    )
+    lines = [{"Question": q, "Answer": a} for q, a in [first, *PAIRS, *extra]]
     file = write_lines(mine / "a.jsonl", lines)
+    data = prepared(jinyong_sft, mine, f"--input={file}", "--near=False")
+    assert all_conversations(data) == sorted([first, *PAIRS, *extra])
     whole = contents(prepared(jinyong_sft, mine, f"--input={file}", "--processes=1").path)
     monkeypatch.setattr(pipeline, "UNIT", file.stat().st_size // 3)
     data = prepared(jinyong_sft, mine, f"--input={file}", "--processes=2")
     assert contents(data.path) == whole
+    assert all_conversations(data) == sorted([first, *PAIRS])
     assert data.meta["not_taken"] == {"question nearly the same as an earlier one": 3}
 
 
@@ -321,9 +263,7 @@ def test_a_file_of_another_form_is_refused_in_one_line(mine, script, text, messa
     assert not (mine / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "script", [encyclopedia, firefly, minimind, minimind_sft, sohu_news, zhihu, zhihu_sft]
-)
+@pytest.mark.parametrize("script", [encyclopedia, firefly, zhihu])
 def test_without_an_input_it_says_so(mine, script):
     with pytest.raises(UserError, match="no input; name a file, a folder, or a glob in quotes"):
         prepared(script, mine)

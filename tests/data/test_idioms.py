@@ -18,11 +18,7 @@ ROWS = [
     ("形单影只", "形容孤独，没有同伴。", "唐·韩愈《祭十二郎文》两世一身，形单影只。”"),
     ("影只形孤", "犹形单影只。只有自己的身体和自己的影子。", "无"),
     ("影只形单", "形容十分孤独。", "无"),
-    (
-        "大手大脚",
-        "原指人手大◇形容花钱不节省。",
-        "清·曹雪芹《红楼梦》第五十一回大手大脚的。”",
-    ),
+    ("大手大脚", "原指人手大◇形容花钱不节省。", "清·曹雪芹《红楼梦》第五十一回大手大脚的。”"),
 ]
 
 
@@ -54,19 +50,16 @@ def prepared(folder: Path, *words: str) -> Dataset:
     return Dataset(str(folder / "out"))
 
 
-@pytest.mark.parametrize(
-    ("origin", "quoted"),
-    [
-        (ROWS[0][2], "《孔丛子·论势》：“燕雀处屋，子母相哺，煦煦焉其相乐也。”"),
-        (ROWS[4][2], "清·曹雪芹《红楼梦》第五十一回：“大手大脚的。”"),
-        ("明·冯梦龙《警世通言》卷十一老婆婆看着。”", "明·冯梦龙《警世通言》卷十一：“老婆婆看着。”"),
-        ("《左传》甲乙。”《史记》丙丁。”", ""),  # two of them: where does the first end?
-        ("", ""),
-        ("见《史记》", ""),
-    ],
-)
-def test_a_quotation_gets_its_opening_mark_back(origin, quoted):
-    assert quotation(origin) == quoted
+def test_a_quotation_gets_its_opening_mark_back():
+    for origin, quoted in {
+        ROWS[0][2]: "《孔丛子·论势》：“燕雀处屋，子母相哺，煦煦焉其相乐也。”",
+        ROWS[4][2]: "清·曹雪芹《红楼梦》第五十一回：“大手大脚的。”",
+        "明·冯梦龙《警世通言》卷十一老婆婆看着。”": "明·冯梦龙《警世通言》卷十一：“老婆婆看着。”",
+        "《左传》甲乙。”《史记》丙丁。”": "",  # two of them: where does the first end?
+        "": "",
+        "见《史记》": "",
+    }.items():
+        assert quotation(origin) == quoted
 
 
 def test_of_an_explanation_stray_marks_go():
@@ -76,15 +69,15 @@ def test_of_an_explanation_stray_marks_go():
 
 
 def test_an_idiom_is_asked_for_its_meaning_its_origin_and_by_its_meaning():
-    idiom = Idiom("燕雀处堂", "比喻处境危险而不自知。", quotation(ROWS[0][2]))
-    pairs = [tuple(turn["content"] for turn in turns) for turns in questions(idiom)]
+    meaning, quoted = "比喻处境危险而不自知。", quotation(ROWS[0][2])
+    pairs = [
+        tuple(turn["content"] for turn in turns)
+        for turns in questions(Idiom("燕雀处堂", meaning, quoted))
+    ]
     assert pairs == [
-        ("“燕雀处堂”是什么意思？", "“燕雀处堂”的意思是：比喻处境危险而不自知。"),
-        (
-            "“燕雀处堂”出自哪里？",
-            "“燕雀处堂”出自《孔丛子·论势》：“燕雀处屋，子母相哺，煦煦焉其相乐也。”",
-        ),
-        ("哪个成语的意思是“比喻处境危险而不自知。”？", "这个成语是“燕雀处堂”。"),
+        ("“燕雀处堂”是什么意思？", f"“燕雀处堂”的意思是：{meaning}"),
+        ("“燕雀处堂”出自哪里？", f"“燕雀处堂”出自{quoted}"),
+        (f"哪个成语的意思是“{meaning}”？", "这个成语是“燕雀处堂”。"),
     ]
     assert len([*questions(Idiom("甲乙丙丁", "甲乙丙丁的意思。"))]) == 1  # it would tell the answer
 
@@ -95,62 +88,43 @@ def test_variants_of_an_idiom_are_one_group():
     assert len({*groups.values()}) == 3
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gb18030", "utf-16"])
-def test_a_table_becomes_questions_split_by_idiom(folder, encoding):
-    table = write_table(folder / "a.csv", many(60), encoding)
+def test_a_table_becomes_questions_split_by_idiom(folder, capsys):
+    bad = [("", "没有成语。", "无"), ("甲乙丙丁", "无", "无")]
+    table = write_table(folder / "a.csv", many(60) + bad, "gb18030")
     data = prepared(folder, f"--input={table}", "--val=0.3")
+    asked = {
+        split: [row[0]["content"] for row in data.conversations(split)] for split in data.tokens
+    }
     words = {
-        split: {
-            turn["content"][1:5]
-            for row in data.conversations(split)
-            for turn in row
-            if turn["content"].endswith("是什么意思？")
-        }
-        for split in ("train", "val")
+        split: {text[1:5] for text in asked[split] if text.endswith("是什么意思？")}
+        for split in asked
     }
     assert not words["train"] & words["val"]
     assert len(words["train"] | words["val"]) == 60
     assert 8 < len(words["val"]) < 30
+    assert data.meta["skipped"] == {"no explanation": 1, "no idiom": 1}
+    data = prepared(folder, f"--input={table}", "--val=0.3", "--n_idioms=20")
+    assert data.meta["not_taken"] == {"beyond --n_idioms": 40}
+    assert sum(sizes["conversations"] for sizes in data.meta["splits"].values()) == 2 * 20
 
 
 def test_texts_hold_out_the_idioms_that_are_asked_in_validation(folder):
-    table = write_table(folder / "a.csv", many(60))
-    asked = prepared(folder, f"--input={table}", "--val=0.3", "--n_idioms=40")
-    prepare.main(
-        [f"--tokenizer={folder}", f"--out={folder / 't'}", f"--input={table}", "--val=0.3"]
-    )
+    words = [f"--input={write_table(folder / 'a.csv', many(60))}", "--val=0.3"]
+    asked = prepared(folder, *words, "--n_idioms=40")
+    prepare.main([f"--tokenizer={folder}", f"--out={folder / 't'}", *words])
     texts = Dataset(str(folder / "t"))
     read = asked.tokenizer.decode(texts.tokens["train"].tolist())
     for split, count in (("train", 1), ("val", 0)):
-        for row in asked.conversations(split):
-            word = next(turn["content"] for turn in row)[1:5]
-            if row[0]["content"].endswith("是什么意思？"):
-                assert read.count(f"{word}：") == count
+        for question, _ in asked.conversations(split):
+            if question["content"].endswith("是什么意思？"):
+                assert read.count(f"{question['content'][1:5]}：") == count
     assert texts.meta["records"] == 60
 
 
-def test_the_number_of_idioms_is_limited_and_the_rest_counted(folder, capsys):
-    table = write_table(folder / "a.csv", many(60))
-    data = prepared(folder, f"--input={table}", "--val=0.3", "--n_idioms=20")
-    assert data.meta["not_taken"] == {"beyond --n_idioms": 40}
-    rows = sum(sizes["conversations"] for sizes in data.meta["splits"].values())
-    assert rows == 2 * 20
-
-
-def test_bad_rows_are_counted_by_reason(folder):
-    bad = [("", "没有成语。", "无"), ("甲乙丙丁", "无", "无")]
-    table = write_table(folder / "a.csv", many(40) + bad)
-    data = prepared(folder, f"--input={table}", "--val=0.3")
-    assert data.meta["skipped"] == {"no explanation": 1, "no idiom": 1}
-
-
-def test_another_table_is_refused(folder):
+def test_another_table_or_none_is_one_line(folder, monkeypatch):
     (folder / "a.csv").write_text("question,answer\n甲,乙\n", encoding="utf-8")
     with pytest.raises(UserError, match="it has no word or explanation or derivation"):
         prepared(folder, f"--input={folder / 'a.csv'}")
-
-
-def test_a_table_that_was_not_fetched_is_one_line(folder, monkeypatch):
     monkeypatch.setattr(prepare_sft, "RAW", "data/raw/idioms/gone.csv")
     with pytest.raises(UserError, match=r"gone\.csv is missing; run python data/fetch_data"):
         prepared(folder)

@@ -53,7 +53,9 @@ def questions(novel, tmp_path_factory):
     folder = tmp_path_factory.mktemp("questions")
     done = run(PREPARE_SFT, f"--out={folder / 'sft'}", f"--tokenizer={novel[0].path}", cwd=folder)
     assert (done.returncode, done.stderr) == (0, "")
-    return Dataset(str(folder / "sft")), done.stdout
+    data = Dataset(str(folder / "sft"))
+    assert data.meta["tokenizer_sha256"] == data.tokenizer.sha256 == novel[0].tokenizer.sha256
+    return data, done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +90,10 @@ def twelve_chapters() -> list[str]:
 def test_no_damage_of_the_source_is_left_in_the_chapters(chapters):
     assert len(chapters) == 120
     for number, text in enumerate(chapters, 1):
-        left = [
-            mark for mark in [*"【】□[]?\t\u3000\r\ufffd", "www", ".com", "..."] if mark in text
-        ]
-        assert not left, f"chapter {number} has {left}"
+        marks = [*"【】□[]?\t\u3000\r\ufffd", "www", ".com", "..."]
+        assert not [mark for mark in marks if mark in text], number
         assert all(line and line == line.strip() for line in text[:-1].split("\n")), number
-        assert text.endswith("。\n") or text.endswith("！\n") or text.endswith("”\n"), number
+        assert text.endswith(("。\n", "！\n", "”\n")), number
 
 
 def test_cleaning_loses_nothing_but_the_descriptions_of_glyphs(chapters):
@@ -139,21 +139,15 @@ def test_the_written_ids_are_the_chapters(name, novel, chapters, tmp_path):
         done = run(PREPARE, "--tokenizer=gpt2", f"--out={tmp_path / 'gpt2'}", cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
         data, output = Dataset(str(tmp_path / "gpt2")), done.stdout
+        assert data.tokenizer.sha256 == load_tokenizer("gpt2").sha256
     tokenizer = data.tokenizer
     assert tokenizer.n_vocab == {"train": 4096, "gpt2": 50261}[name]
-    if name == "gpt2":
-        assert tokenizer.sha256 == load_tokenizer("gpt2").sha256
-    assert data.meta["dtype"] == "uint16"
     for split, texts in prepare.split_chapters(chapters).items():
         tokens = np.memmap(data.path / f"{split}.bin", dtype=np.uint16, mode="r")
         ends = np.flatnonzero(tokens == tokenizer.end_of_text)
         assert [tokenizer.decode(part) for part in np.split(tokens, ends + 1)] == [*texts, ""]
-        sizes = data.meta["splits"][split]
-        assert sizes["documents"] == len(texts)
-        assert sizes["characters"] == sum(map(len, texts))
-        assert sizes["bytes"] == sum(len(text.encode()) for text in texts)
-        assert sizes["bytes"] == tokenizer.bytes_per_id[tokens].sum()
-        assert f"{len(texts)} chapters, {sizes['characters']:,} characters" in output
+        characters = sum(map(len, texts))
+        assert f"{len(texts)} chapters, {characters:,} characters, {len(tokens):,} tok" in output
 
 
 def test_the_tokenizer_has_seen_no_validation_chapter(novel, chapters, tmp_path):
@@ -165,36 +159,26 @@ def test_the_tokenizer_has_seen_no_validation_chapter(novel, chapters, tmp_path)
     assert other.fingerprint == data.fingerprint  # prepared again, the same bits
 
 
-def test_a_tokenizer_that_lies_somewhere_is_used(novel, tmp_path):
-    source = json_file(tmp_path, twelve_chapters())
-    prepare.main([f"--input={source}", f"--out={tmp_path}", f"--tokenizer={novel[0].path}"])
-    assert Dataset(str(tmp_path)).tokenizer.sha256 == novel[0].tokenizer.sha256
-
-
 def test_a_part_of_the_chapters_is_trained_and_validation_stays_whole(novel, tmp_path):
     source = json_file(tmp_path, twelve_chapters())
     argv = [f"--input={source}", f"--out={tmp_path}", f"--tokenizer={novel[0].path}"]
     prepare.main([*argv, "--every=4"])
     data = Dataset(str(tmp_path))
+    assert data.tokenizer.sha256 == novel[0].tokenizer.sha256
     text = {split: data.tokenizer.decode(data.tokens[split]) for split in data.tokens}
     found = {split: re.findall(r"正文(\d+)", text[split]) for split in text}
     assert found == {"train": ["1", "5", "9"], "val": ["10"]}
-    with pytest.raises(UserError, match="every=0 must be 1 or more"):
-        prepare.main([*argv, "--every=0"])
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "input.json is not JSON"),
-        ('["第一回', "input.json is not JSON"),
-        ("{}", "must be a JSON list of texts"),
-        ("[1, 2]", "must be a JSON list of texts"),
-        ('["a", null]', "must be a JSON list of texts"),
-        ("[]", "holds no text"),
-        ('["", " \\n"]', "holds no text"),
+        ("", "input.json: empty file"),
+        ('["第一回', "input.json, line 1: broken JSON"),
+        ('["a", null]', "input.json, line 1: wrong type"),
+        ('["", " \\n"]', "input.json, line 1: empty text"),
         (["一回。"] * 9, "val.bin"),
-        (["半个\ud83d字"] * 12, "input.json"),
+        (["半个\ud83d字"] * 12, "input.json, line 1: damaged characters"),
     ],
 )
 def test_a_wrong_novel_is_refused_and_the_old_dataset_left(content, message, tmp_path):
@@ -242,63 +226,26 @@ def test_questions_are_unique_and_answers_are_one_to_four_sentences(pairs):
 # --- prepare_sft.py ----------------------------------------------------------------------------
 
 
-def test_sizes_add_up_from_the_pairs_to_the_files(questions, pairs, asked):
+def test_the_pairs_that_are_printed_are_those_of_the_dataset(questions, pairs, asked):
     data, output = questions
-    kinds = re.findall(
-        r"^(.+): (\d+) pairs on (\d+) facts, (\d+) of them for validation$", output, re.M
-    )
-    assert [kind[0] for kind in kinds] == [
-        "written by hand",
-        "chapter titles",
-        "who said a line",
-        "other names",
-    ]
-    assert int(kinds[0][1]) == len(pairs)
-    assert int(kinds[0][2]) == len({pair["Fact"] for pair in pairs})
-    assert (int(kinds[1][1]), int(kinds[2][1])) == (2 * 108, 150)
-    drawn = {"all": sum(int(kind[1]) for kind in kinds), "val": sum(int(kind[3]) for kind in kinds)}
-    drawn["train"] = drawn["all"] - drawn["val"]
-    assert 0.05 < drawn["val"] / drawn["all"] < 0.2
-    for split, sizes in data.meta["splits"].items():
+    pattern = r"^(.+): (\d+) pairs on (\d+) facts, (\d+) of them for validation$"
+    kinds = {kind: numbers for kind, *numbers in re.findall(pattern, output, re.M)}
+    assert [*kinds] == ["written by hand", "chapter titles", "who said a line", "other names"]
+    by_hand, titles, lines, _ = ([*map(int, numbers)] for numbers in kinds.values())
+    assert by_hand[:2] == [len(pairs), len({pair["Fact"] for pair in pairs})]
+    assert (titles[0], lines[0]) == (2 * 108, 150)
+    total, held_out = (sum(int(numbers[place]) for numbers in kinds.values()) for place in (0, 2))
+    assert 0.05 < held_out / total < 0.2
+    for split, number in (("train", total - held_out), ("val", held_out)):
+        sizes = data.meta["splits"][split]
         skipped = sum(count for key, count in sizes.items() if key.startswith("skipped"))
-        assert sizes["conversations"] + skipped == drawn[split]
+        assert sizes["conversations"] + skipped == number
         assert len(asked[split]) == sizes["conversations"]
-        text = "".join(question + answer for question, answer in asked[split])
-        assert (sizes["characters"], sizes["bytes"]) == (len(text), len(text.encode()))
-        bounds = np.fromfile(data.path / f"{split}_idx.bin", np.uint64)
-        assert (bounds[0], bounds[-1]) == (0, sizes["tokens"])
-        assert len(bounds) == sizes["conversations"] + 1
-        assert np.diff(bounds.astype(int)).max() <= data.meta["max_tokens"] == 256
-        for name, dtype in ((f"{split}.bin", np.uint16), (f"{split}_mask.bin", np.uint8)):
-            assert len(np.fromfile(data.path / name, dtype)) == sizes["tokens"]
-
-
-def test_questions_carry_no_loss_and_answers_train_their_end(questions, asked):
-    data, _ = questions
-    tokenizer = data.tokenizer
-    for split in ("train", "val"):
-        tokens = np.fromfile(data.path / f"{split}.bin", np.uint16)
-        mask = np.fromfile(data.path / f"{split}_mask.bin", np.uint8)
-        cuts = np.fromfile(data.path / f"{split}_idx.bin", np.uint64).astype(int)[1:-1]
-        rows = zip(asked[split], np.split(tokens, cuts), np.split(mask, cuts), strict=True)
-        for (question, answer), ids, trained in rows:
-            n = len(tokenizer.encode(question)) + 3  # user, its end, assistant
-            assert tokenizer.decode(ids[:n]) == question
-            assert not trained[:n].any()
-            assert tokenizer.decode(ids[n:]) == answer
-            assert trained[n:].all()
-            assert ids[-1] == tokenizer.stop_ids[1]
-            assert (ids == tokenizer.stop_ids[1]).sum() == 2
 
 
 def test_every_pair_written_by_hand_is_asked(asked, pairs):
     everything = set(asked["train"] + asked["val"])
     assert not [pair for pair in pairs if (pair["Question"], pair["Answer"]) not in everything]
-
-
-def test_the_questions_have_the_novels_tokenizer(novel, questions):
-    assert questions[0].meta["tokenizer_sha256"] == novel[0].meta["tokenizer_sha256"]
-    assert questions[0].tokenizer.sha256 == novel[0].tokenizer.sha256
 
 
 def test_preparing_the_questions_again_gives_the_same_files(novel, tmp_path):
@@ -319,17 +266,15 @@ def character_pairs(text: str) -> set[str]:
     return {text[i : i + 2] for i in range(len(text) - 1)}
 
 
-def test_each_fact_is_on_one_side_only(asked, pairs):
+def test_each_fact_and_what_tells_it_is_on_one_side_only(asked, pairs):
+    assert not {question for question, _ in asked["train"]} & {q for q, _ in asked["val"]}
     side = {question: split for split in asked for question, _ in asked[split]}
     sides = {}
     for pair in pairs:
         sides.setdefault(pair["Fact"], set()).add(side[pair["Question"]])
     assert not [fact for fact, both in sides.items() if len(both) > 1]
     assert {split for both in sides.values() for split in both} == {"train", "val"}
-
-
-def test_no_question_is_on_both_sides(asked):
-    assert not {question for question, _ in asked["train"]} & {q for q, _ in asked["val"]}
+    assert not [pair for pair in TOLD_TOGETHER if side[pair[0]] != side[pair[1]]]
 
 
 def test_no_trained_answer_shares_over_half_of_a_validation_answer(asked, pairs):
@@ -359,11 +304,6 @@ def test_no_other_name_of_validation_is_told_in_training(asked):
     for match in filter(None, named):
         told = [(q, a) for q, a in asked["train"] if match[1] in q + a]
         assert not [pair for pair in told for name in match[2].split("、") if name in "".join(pair)]
-
-
-def test_questions_whose_answers_tell_each_other_are_on_one_side(asked):
-    side = {question: split for split in asked for question, _ in asked[split]}
-    assert not [pair for pair in TOLD_TOGETHER if side[pair[0]] != side[pair[1]]]
 
 
 # --- what is drawn from the novel ---------------------------------------------------------------
@@ -447,13 +387,10 @@ GOOD = '{"Question": "谁？", "Answer": "孔明。"}'
 @pytest.mark.parametrize(
     "line",
     [
-        "",
         "[]",
         "孔明",
         '{"Question": "谁？"}',
-        '{"Question": "谁？", "Answer": null}',
         '{"Question": 3, "Answer": "孔明。"}',
-        '{"Question": "谁？", "Answer": ["孔明。"]}',
         '{"Question": "谁？", "Answer": "孔明。", "Fact": null}',
         '{"Question": "谁？\\ud83d", "Answer": "孔明。"}',
     ],
@@ -462,17 +399,14 @@ def test_a_line_that_is_no_pair_is_told_by_its_number(line, novel, tmp_path):
     path = qa_file(tmp_path, GOOD, line)
     argv = [f"--input={path}", f"--tokenizer={novel[0].path}", f"--out={tmp_path / 'out'}"]
     argv.append(f"--novel={json_file(tmp_path, twelve_chapters())}")
-    with pytest.raises(UserError, match=r"qa\.jsonl, line 2") as caught:
+    with pytest.raises(UserError, match=r"qa\.jsonl, line 2: [^\n]+$"):
         prepare_sft.main(argv)
-    assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "out" / "meta.json").exists()
 
 
 def test_pairs_are_lines_and_their_text_may_hold_any_character(tmp_path):
-    path = qa_file(
-        tmp_path, GOOD, '{"Question": "甲\u2028乙\x85？", "Answer": "丙。", "Fact": "丁"}'
-    )
-    assert prepare_sft.read_pairs(path) == [
+    odd = '{"Question": "甲\u2028乙\x85？", "Answer": "丙。", "Fact": "丁"}'
+    assert prepare_sft.read_pairs(qa_file(tmp_path, GOOD, odd)) == [
         {"Question": "谁？", "Answer": "孔明。", "Fact": "谁？"},
         {"Question": "甲\u2028乙\x85？", "Answer": "丙。", "Fact": "丁"},
     ]
@@ -480,53 +414,15 @@ def test_pairs_are_lines_and_their_text_may_hold_any_character(tmp_path):
 
 @pytest.mark.parametrize(
     ("flag", "content"),
-    [
-        ("novel", ["却说没有回目。"] * 12),
-        ("novel", "["),
-        ("people", ""),
-        ("people", "{}"),
-        ("people", "[]"),
-    ],
+    [("novel", ["却说没有回目。"] * 12), ("novel", "["), ("people", ""), ("people", "{}")],
 )
 def test_other_files_that_are_not_what_they_should_be_are_told(flag, content, novel, tmp_path):
     argv = [f"--{flag}={json_file(tmp_path, content)}", f"--tokenizer={novel[0].path}"]
-    with pytest.raises(UserError, match=r"input\.json") as caught:
+    with pytest.raises(UserError, match=r"input\.json[^\n]+$"):
         prepare_sft.main([*argv, f"--out={tmp_path / 'out'}"])
-    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_without_a_tokenizer_nothing_is_written_and_the_reason_is_one_line(tmp_path):
     done = run(PREPARE_SFT, "--tokenizer=nowhere", f"--out={tmp_path / 'out'}", cwd=tmp_path)
     assert "no tokenizer nowhere" in error_line(done)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_small_max_tokens_is_kept_in_meta_and_counted(novel, tmp_path):
-    argv = ["--max_tokens=40", f"--tokenizer={novel[0].path}", f"--out={tmp_path / 'out'}"]
-    prepare_sft.main([*argv, f"--novel={json_file(tmp_path, twelve_chapters())}"])
-    data = Dataset(str(tmp_path / "out"))
-    assert data.meta["max_tokens"] == 40
-    assert np.diff(data.bounds["train"].astype(int)).max() <= 40
-    sizes = data.meta["splits"]["train"]
-    assert sizes["cut: answer"] > 0
-    assert sizes["skipped: too long"] > 0
-    data.check(40, "train")
-    with pytest.raises(UserError, match="--max_tokens=39"):
-        data.check(39, "train")
-
-
-@pytest.mark.parametrize("mask", ["no_end", "padding"])
-def test_another_mask_asks_the_same_questions(mask, novel, questions, tmp_path):
-    argv = [f"--mask={mask}", f"--tokenizer={novel[0].path}", f"--out={tmp_path / mask}"]
-    prepare_sft.main(argv)
-    data = Dataset(str(tmp_path / mask))
-    assert data.meta["mask"] == mask
-    for split in ("train", "val"):
-        assert data.conversations(split) == questions[0].conversations(split)
-    rows, before = len(data.bounds["train"]) - 1, questions[0]
-    tokens = [len(one.tokens["train"]) for one in (before, data)]
-    trained = [int(one.mask["train"].sum()) for one in (before, data)]
-    if mask == "no_end":
-        assert tokens[0] == tokens[1] and trained[0] - trained[1] == rows
-    else:
-        assert tokens[1] == rows * 256 and trained[1] - trained[0] == tokens[1] - tokens[0]
