@@ -9,8 +9,7 @@
                            of translations their languages
     tokenizer.json         the vocabulary
 
-A split of more than 2**28 tokens lies in several files, train-00000.bin, ..., which
-meta.json lists as `shards`. What writes all this is miniglm/prep/writer.py.
+What writes all this is miniglm/prep/writer.py.
 """
 
 import functools
@@ -57,12 +56,11 @@ class Dataset:
         )  # beside: a Mixture's texts
         self.tokens, self.mask, self.bounds = {}, {}, {}
         for split, sizes in self.meta["splits"].items():
-            shards = sizes.get("shards", [sizes["tokens"]])
-            self.tokens[split] = self._map(split, self.meta["dtype"], shards)
+            self.tokens[split] = self._map(split, self.meta["dtype"], sizes["tokens"])
             if self.kind != "pretrain":
                 rows = sizes["conversations"] if self.kind == "sft" else 2 * sizes["pairs"]
-                self.mask[split] = self._map(f"{split}_mask", "uint8", shards)
-                self.bounds[split] = self._map(f"{split}_idx", "uint64", [rows + 1])
+                self.mask[split] = self._map(f"{split}_mask", "uint8", sizes["tokens"])
+                self.bounds[split] = self._map(f"{split}_idx", "uint64", rows + 1)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -225,50 +223,17 @@ class Dataset:
         run = f"run python {show_path(scripts[0])}" if scripts else "prepare it first"
         raise UserError(f"{show_path(path)} is missing; {run}")
 
-    def _map(self, stem: str, dtype: str, shards: list[int]) -> "np.ndarray | Shards":
-        """The entries of a file, or of the shards that stand for it."""
-        maps = []
-        for name, length in zip(shard_names(stem, shards), shards, strict=True):
-            path = self.path / name
-            found = path.stat().st_size / np.dtype(dtype).itemsize if path.is_file() else None
-            if found != length:
-                state = "is missing" if found is None else f"has {found} entries, not {length}"
-                raise UserError(f"{show_path(path)} {state}; run its prepare script again")
-            maps.append(np.memmap(path, dtype, "r"))
-            if stem.startswith("train") and hasattr(mmap, "MADV_RANDOM"):
-                # random access, so disable readahead
-                maps[-1].base.madvise(mmap.MADV_RANDOM)
-        return maps[0] if len(maps) == 1 else Shards(maps)
-
-
-class Shards:
-    """Flat arrays one behind another, read as one array: by a place, a slice, or an array of
-    places. All but the last are of one length."""
-
-    def __init__(self, arrays: list[np.ndarray]):
-        self.arrays, self.size, self.dtype = arrays, len(arrays[0]), arrays[0].dtype
-
-    def __len__(self) -> int:
-        return self.size * (len(self.arrays) - 1) + len(self.arrays[-1])
-
-    def __getitem__(self, places: int | slice | np.ndarray) -> np.ndarray:
-        if isinstance(places, slice):
-            places = np.arange(*places.indices(len(self)))
-        places = np.asarray(places)
-        out = np.empty(places.shape, self.dtype)
-        shard = places // self.size
-        if places.ndim == 2:  # of rows most lie in one shard each: found by row, not by token
-            first, last = shard.min(axis=1), shard.max(axis=1)
-            for number in np.unique(first[first == last]):
-                rows = (first == number) & (last == number)
-                out[rows] = self.arrays[number][places[rows] - number * self.size]
-            rest = np.broadcast_to((first != last)[:, None], places.shape)
-        else:
-            rest = np.ones(places.shape, bool)
-        for number in np.unique(shard[rest]):
-            here = rest & (shard == number)
-            out[here] = self.arrays[number][places[here] - number * self.size]
-        return out[()]
+    def _map(self, stem: str, dtype: str, length: int) -> np.ndarray:
+        """The entries of a file."""
+        path = self.path / f"{stem}.bin"
+        entries = path.stat().st_size / np.dtype(dtype).itemsize if path.is_file() else None
+        if entries != length:
+            state = "is missing" if entries is None else f"has {entries} entries, not {length}"
+            raise UserError(f"{show_path(path)} {state}; run its prepare script again")
+        array = np.memmap(path, dtype, "r")
+        if stem.startswith("train") and hasattr(mmap, "MADV_RANDOM"):
+            array.base.madvise(mmap.MADV_RANDOM)  # random access, so disable readahead
+        return array
 
 
 class Mixture:
@@ -374,13 +339,6 @@ class Mixture:
         """The whole split of each."""
         for part in self.judged:
             yield from part.eval_batches(split, block_size, batch_size)
-
-
-def shard_names(stem: str, sizes: list[int]) -> list[str]:
-    """The files of a split of these sizes: train.bin, or train-00000.bin, ... if it has several."""
-    if len(sizes) == 1:
-        return [f"{stem}.bin"]
-    return [f"{stem}-{number:05}.bin" for number in range(len(sizes))]
 
 
 def open_dataset(name: str) -> "Dataset | Mixture":

@@ -335,7 +335,7 @@ def test_repeated_pairs_and_equal_answers_are_counted(tmp_path, tokenizer):
     assert (val["pairs"], val["skipped: duplicate"]) == (1, 1)
 
 
-def test_pairs_stay_whole_in_units_buckets_and_shards(tmp_path, tokenizer, monkeypatch):
+def test_pairs_stay_whole_in_units_and_buckets(tmp_path, tokenizer, monkeypatch):
     draw = random.Random(0)
     numbers = [draw.randrange(40) for _ in range(90)]
     pairs = [(ask(f"第{n}回？"), "窦武。" * (1 + n % 3), f"陈蕃{n % 7}。") for n in numbers]
@@ -345,7 +345,7 @@ def test_pairs_stay_whole_in_units_buckets_and_shards(tmp_path, tokenizer, monke
     for pair, split in zip(pairs, splits, strict=True):
         wanted[pair[0][0]["content"]] = (pair, split)
     write_dpo(tmp_path / "plain", tokenizer, given, ["test"], 64)
-    for name, size in (("BUCKET", 7), ("BLOCK", 100), ("SHARD", 300)):
+    for name, size in (("BUCKET", 7), ("BLOCK", 100)):
         monkeypatch.setattr(data_writer, name, size)
     form = Form("dpo", 64)
     with working_folder(tmp_path / "out") as folder:
@@ -355,7 +355,6 @@ def test_pairs_stay_whole_in_units_buckets_and_shards(tmp_path, tokenizer, monke
             write_unit(unit, records[9 * number :][:9], tokenizer, form)
         merge(tmp_path / "out", units, Counter(), tokenizer, form, {})
     plain, data = Dataset(str(tmp_path / "plain")), Dataset(str(tmp_path / "out"))
-    assert len(data.meta["splits"]["train"].pop("shards")) > 2
     assert data.meta["splits"]["train"] == plain.meta["splits"]["train"]
     for split in ("train", "val"):
         rows = [

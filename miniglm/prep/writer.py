@@ -2,7 +2,7 @@
 
     write_unit   records -> ids, masks and a row of facts per record, in files of a temporary folder
     merge        these files, in order -> *.bin, *_mask.bin, *_idx.bin, meta.json: duplicates are
-                 left out, long splits cut into shards
+                 left out
 
 Units can be written by many processes (pipeline.py does that); the result depends on their order
 alone. `write_pretrain`, `write_sft` and `write_dpo` do both steps for records in memory. Everything
@@ -24,7 +24,6 @@ from typing import Literal
 import numpy as np
 
 from configurator import UserError, locked, show_path
-from data_utils import shard_names
 from miniglm.prep.forms import first_question
 from miniglm.tokenizer import Tokenizer
 
@@ -34,7 +33,6 @@ Pair = tuple[list[dict], str, str]  # a prompt's messages, the chosen answer, th
 Record = str | list[dict] | Pair  # a text, the messages of a conversation, or a preference
 SENTENCE_END = re.compile(r"(?:[。！？…；!?;]|\.(?!\d))+[”’」』）)]*")
 
-SHARD = 2**28  # tokens of a file; a longer split is cut into several
 BUCKET = 2**20  # rows compared at a time
 BLOCK = 2**20  # tokens copied at a time
 CUTS = ("", "cut: oldest turns", "cut: answer")
@@ -439,20 +437,19 @@ def _blocks(
 
 
 class _SplitWriter:
-    """Writes the rows of one split into shards, and counts them."""
+    """Writes the rows of one split, and counts them."""
 
     def __init__(self, folder: Path, split: str, form: Form, dtype: np.dtype, rows: np.ndarray):
         self.folder, self.split, self.form = folder, split, form
         self.number = form.splits.index(split)
         chosen = (chunk["tokens"][chunk["split"] == self.number] for chunk in _chunks(rows))
         self.total = sum(int(tokens.sum(dtype=np.int64)) for tokens in chosen)
-        self.shards = shard_sizes(self.total)
         self.digest = hashlib.sha256()
         self.sizes, self.marks = Counter(), Counter()
         self.position = 0  # tokens written
-        self.files = {}
-        if form.kind != "pretrain":
-            self.files["_idx"] = (folder / f"{split}_idx.bin").open("wb")
+        names = ("",) if form.kind == "pretrain" else ("", "_mask", "_idx")
+        self.files = {name: (folder / f"{split}{name}.bin").open("wb") for name in names}
+        if "_idx" in self.files:
             self.files["_idx"].write(np.uint64(0).tobytes())
 
     def write(self, block: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> None:
@@ -467,7 +464,7 @@ class _SplitWriter:
             self.digest.update(ids)
         else:
             self._write_rows(block, ids, mask[taken])
-        self._write("", ids)
+        self.files[""].write(ids.tobytes())
         self.position += len(ids)
 
     def _write_rows(self, block: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> None:
@@ -485,23 +482,9 @@ class _SplitWriter:
             self.digest.update(bound)
             start = end
         self.files["_idx"].write(bounds.tobytes())
-        self._write("_mask", mask)
+        self.files["_mask"].write(mask.tobytes())
         self.marks.update(chr(code) if code else "" for code in block["mark"].tolist())
         self.sizes.update(CUTS[code] for code in block["cut"].tolist())
-
-    def _write(self, name: str, part: np.ndarray) -> None:
-        """Appends ids or masks, which begin at self.position of the split."""
-        at = self.position
-        while len(part):
-            number, into = divmod(at, self.shards[0])
-            piece = part[: self.shards[0] - into]
-            if into == 0:
-                if name in self.files:
-                    self.files[name].close()
-                path = self.folder / shard_names(self.split + name, self.shards)[number]
-                self.files[name] = path.open("wb")
-            self.files[name].write(piece.tobytes())
-            part, at = part[len(piece) :], at + len(piece)
 
     def close(self) -> dict:
         """The split's entry in meta.json."""
@@ -509,9 +492,8 @@ class _SplitWriter:
             file.close()
         names = (self.form.records, "characters", "bytes")
         sizes = {name: self.sizes[name] for name in names} | {"tokens": self.total}
-        shards = {"shards": self.shards} if len(self.shards) > 1 else {}
         cuts = {how: self.sizes[how] for how in CUTS[1:] if self.sizes[how]}
-        return sizes | {"fingerprint": self.digest.hexdigest()} | shards | cuts
+        return sizes | {"fingerprint": self.digest.hexdigest()} | cuts
 
 
 def _question_end(marks: Counter) -> str:
@@ -524,20 +506,10 @@ def _question_end(marks: Counter) -> str:
 # --- files ---------------------------------------------------------------------------------------
 
 
-def shard_sizes(total: int) -> list[int]:
-    """Tokens of each file of a split: SHARD each, the last one the remainder."""
-    return [min(SHARD, total - start) for start in range(0, total, SHARD)]
-
-
 def files_of(meta: dict) -> list[str]:
     """The files that a meta.json describes, beside tokenizer.json."""
-    names = []
-    for split, sizes in meta["splits"].items():
-        shards = sizes.get("shards", [sizes["tokens"]])
-        names += shard_names(split, shards)
-        if meta["kind"] != "pretrain":
-            names += [*shard_names(f"{split}_mask", shards), f"{split}_idx.bin"]
-    return names
+    kinds = [""] if meta["kind"] == "pretrain" else ["", "_mask", "_idx"]
+    return [f"{split}{kind}.bin" for split in meta["splits"] for kind in kinds]
 
 
 def _install(folder: Path, out: Path, meta: dict) -> None:

@@ -1,4 +1,4 @@
-"""Units, processes and shards: the same dataset however it is made, and none that is half."""
+"""Units and processes: the same dataset however it is made, and none that is half."""
 
 import hashlib
 import itertools
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from configurator import ROOT, UserError
-from data_utils import Dataset, Shards
+from data_utils import Dataset
 from miniglm.prep import pipeline
 from miniglm.prep import writer as data_writer
 from miniglm.prep.forms import is_validation
@@ -239,7 +239,6 @@ def test_killed_while_files_are_put_in_place_no_mixture_is_accepted(
     def write(texts: list[str]) -> dict:
         return write_pretrain(tmp_path, tokenizer, {"train": texts[:3], "val": texts[3:]}, [])
 
-    monkeypatch.setattr(data_writer, "SHARD", 100)
     old = write(lines)["splits"]["train"]["fingerprint"]
     pid = os.fork()
     if pid == 0:
@@ -339,49 +338,7 @@ def test_a_validation_question_that_is_trained_is_told_or_moved(
     assert "10 validation questions" in capsys.readouterr().out
 
 
-# --- shards --------------------------------------------------------------------------------------
-
-
-def test_shards_are_read_as_one_array():
-    whole = np.arange(100, dtype=np.uint16) * 3
-    for size in (1, 7, 50, 99):
-        shards = Shards(np.split(whole, range(size, 100, size)))
-        assert len(shards) == 100
-        places = np.random.default_rng(0).integers(100, size=(5, 9))
-        assert (shards[places] == whole[places]).all()
-        windows = np.arange(90)[:, None] + np.arange(11)  # within a shard, and across several
-        assert (shards[windows] == whole[windows]).all()
-        assert (shards[13:77] == whole[13:77]).all()
-        assert (shards[:5] == whole[:5]).all()
-        assert shards[99] == whole[99]
-        assert shards[places].dtype == np.uint16
-
-
-@pytest.mark.parametrize("kind", ["pretrain", "sft"])
-def test_batches_of_shards_are_those_of_one_file(kind, tmp_path, small, tokenizer_at, monkeypatch):
-    files = [write_jsonl(tmp_path / "a.jsonl", questions(200, 150))]
-    files = files if kind == "sft" else write_texts(tmp_path)
-    settings = {"tokenizer": str(tokenizer_at), "processes": 1}
-    plain = prepared(tmp_path / "plain", files, kind, **settings)
-    monkeypatch.setattr(data_writer, "SHARD", 1000)
-    data = prepared(tmp_path / "shards", files, kind, **settings)
-    shards = data.meta["splits"]["train"]["shards"]
-    assert shards[:-1] == [1000] * (len(shards) - 1) and len(shards) > 2
-    assert data.fingerprint == plain.fingerprint
-    for start in (0, 8, 300):
-        rows = data.step_rows(1, start, 8, 64)
-        assert rows.tolist() == plain.step_rows(1, start, 8, 64).tolist()
-        assert np.array_equal(data.batch(rows, 64), plain.batch(rows, 64))
-    for split in ("train", "val"):
-        batches = data.eval_batches(split, 64, 8), plain.eval_batches(split, 64, 8)
-        assert all(np.array_equal(a, b) for a, b in zip(*batches, strict=True))
-    file = data.path / "train-00001.bin"
-    file.write_bytes(file.read_bytes()[:-2])
-    with pytest.raises(UserError, match=r"train-00001\.bin has 999\.0 entries, not 1000; run"):
-        Dataset(str(data.path))
-    monkeypatch.undo()
-    prepared(data.path, files, kind, **settings)  # its shards go
-    assert set(contents(data.path)) == set(contents(plain.path))
+# --- fingerprints ------------------------------------------------------------------------------
 
 
 def test_the_fingerprint_is_that_of_rows_one_by_one(tmp_path, small):
