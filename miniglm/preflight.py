@@ -63,22 +63,17 @@ def find_start(config) -> Start:
 def check(config, start: Start, data: Dataset | Mixture, device: str, world: World) -> None:
     """Raises UserError if the run cannot be what its settings say; prints a note if a resumed run
     will not end in the bits of one without a stop."""
-    # a checkpoint's shape cannot be changed; its dropout can, and its block_size be lowered
-    shape = architecture(start.run["architecture"]) if start.run else {}
-    for name, value in shape.items():
-        wanted = getattr(config, name)
-        lowered = name == "block_size" and wanted < value and not start.resumes
-        if wanted != value and name != "dropout" and not lowered:
+    # the shape stays, but for dropout and a lower block_size; a run also keeps its optimizer's kind
+    fixed = architecture(start.run["architecture"]) if start.run else {}
+    fixed.pop("dropout", None)
+    fixed |= {name: start.run["settings"][name] for name in KEPT} if start.resumes else {}
+    for name, before in fixed.items():
+        now = getattr(config, name)
+        lowered = name == "block_size" and now < before and not start.resumes
+        if now != before and not lowered:
             raise UserError(
-                f"{name}={wanted}, but the model in {show_path(start.path)} has {name}={value}; "
-                "leave it out, or train another model from scratch"
-            )
-    for name in KEPT if start.resumes else ():
-        before = start.run["settings"][name]
-        if getattr(config, name) != before:
-            raise UserError(
-                f"{name}={getattr(config, name)}, but {show_path(start.path)} has {name}={before}; "
-                "leave it out, or begin another run with --init_from="
+                f"{name}={now}, but the model in {show_path(start.path)} has {name}={before}; "
+                "leave it out, or train another model in another --out_dir="
             )
 
     for split in ("train", "val"):
