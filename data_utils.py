@@ -50,10 +50,8 @@ class Dataset:
             raise UserError(
                 f"{show_path(self.path)}/meta.json is damaged; prepare it again"
             ) from None
-        self.languages, self.beside = (
-            self.meta.get("languages", []),
-            [],
-        )  # beside: a Mixture's texts
+        self.languages = self.meta.get("languages", [])
+        self.beside = []
         self.tokens, self.mask, self.bounds = {}, {}, {}
         for split, sizes in self.meta["splits"].items():
             self.tokens[split] = self._map(split, self.meta["dtype"], sizes["tokens"])

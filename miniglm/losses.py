@@ -5,6 +5,7 @@ gradient accumulation equals the full batch under any mask.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -45,12 +46,17 @@ def reference_log_prob(
     model: torch.nn.Module, idx: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
     """sequence_log_prob with the model's adapters off, in eval mode, without gradients."""
+    with eval_mode(model), adapters_off(model):
+        return -target_losses(model, idx, targets).sum(dim=1)
+
+
+@contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """The model without dropout, and afterwards as it was."""
     was_training = model.training
     model.eval()
-    with adapters_off(model):
-        losses = target_losses(model, idx, targets)
+    yield
     model.train(was_training)
-    return -losses.sum(dim=1)
 
 
 def dpo(
@@ -177,16 +183,13 @@ def split_sums(
     """
     bytes_per_id = data.tokenizer.bytes_per_id
     nats, count, n_bytes = 0.0, 0, 0
-    was_training = model.training
-    model.eval()
     batches = data.eval_batches(split, model.config.block_size, batch_size)
-    for batch, is_own in world.deal(batches):
-        losses = target_losses(model, *to_device(batch, device))
-        if not is_own:
-            continue
-        trained = batch[1][batch[1] != IGNORE]
-        count += len(trained)
-        n_bytes += int(bytes_per_id[trained].sum())
-        nats += losses.cpu().double().sum().item()
-    model.train(was_training)
+    with eval_mode(model):
+        for batch, is_own in world.deal(batches):
+            losses = target_losses(model, *to_device(batch, device))
+            if is_own:
+                trained = batch[1][batch[1] != IGNORE]
+                count += len(trained)
+                n_bytes += int(bytes_per_id[trained].sum())
+                nats += losses.cpu().double().sum().item()
     return *world.sums([nats]), *world.sums([count, n_bytes])

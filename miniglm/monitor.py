@@ -16,6 +16,7 @@ from data_utils import Dataset
 from miniglm.checkpoint import Checkpoint
 from miniglm.distributed import World
 from miniglm.generation import Sampling
+from miniglm.losses import eval_mode
 from miniglm.text import complete, prompt_ids, show
 
 SAMPLE_TOKENS = 60  # of a sample, at most
@@ -168,7 +169,7 @@ def catch_interrupt(world: World) -> Iterator[list[int]]:
 def sample_prompts(checkpoint: Checkpoint, data: Dataset, texts: list[str] | None) -> list[Prompt]:
     """The prompts of the samples; None is the first of the validation split.
 
-    UserError where a question is longer than the model can read.
+    Raises UserError if a question is longer than the model can read.
     """
     if texts is None:
         return [first_prompt(data, checkpoint.model.config.block_size)]
@@ -200,12 +201,9 @@ def write_samples(
     # step, which is compiled for long jobs, at each evaluation
     compiled |= checkpoint.model.wte.weight.device.type == "cuda"
     eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-    was_training = checkpoint.model.training
-    checkpoint.model.eval()
-    with eager:
-        outputs = list(complete(checkpoint, [ids for _, ids in prompts], sampling))
-    checkpoint.model.train(was_training)
-    return [
-        show(checkpoint, text, output.text)
-        for (text, _), [output] in zip(prompts, outputs, strict=True)
-    ]
+    with eager, eval_mode(checkpoint.model):
+        outputs = complete(checkpoint, [ids for _, ids in prompts], sampling)
+        return [
+            show(checkpoint, text, output.text)
+            for (text, _), [output] in zip(prompts, outputs, strict=True)
+        ]

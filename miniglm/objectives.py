@@ -29,7 +29,14 @@ from data_utils import IGNORE, Dataset, Mixture
 from miniglm.checkpoint import load_reference, save_reference, weights_sha256
 from miniglm.devices import autocast, pick_dtype, to_device
 from miniglm.distributed import ALONE, World
-from miniglm.losses import dpo, next_token, reference_log_prob, sequence_log_prob, split_sums
+from miniglm.losses import (
+    dpo,
+    eval_mode,
+    next_token,
+    reference_log_prob,
+    sequence_log_prob,
+    split_sums,
+)
 
 
 class Batch(NamedTuple):
@@ -298,19 +305,16 @@ class Preferences(Objective):
         return {name: value.sum() for name, value in values.items()}
 
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
-        was_training = model.training
-        model.eval()
         names = ["loss", "loss_sft", *self.measures]
         sums, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
         batches = self.data.pair_batches("val", self.config.batch_size)
-        for (pairs, arrays), is_own in self.world.deal(batches):
-            batch = self.with_reference(Batch("loss", pairs, arrays), "val")
-            with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
+            for (pairs, arrays), is_own in self.world.deal(batches):
+                batch = self.with_reference(Batch("loss", pairs, arrays), "val")
                 values = self.sums(model, self.to_device(batch))
-            for name, count in self.counts([batch]).items() if is_own else ():
-                sums[name] += values[name].item()
-                counts[name] += count
-        model.train(was_training)
+                for name, count in self.counts([batch]).items() if is_own else ():
+                    sums[name] += values[name].item()
+                    counts[name] += count
         totals = self.world.sums(list(sums.values())), self.world.sums(list(counts.values()))
         return {
             f"val_{name}": total / max(1, count)
