@@ -14,55 +14,39 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 
-from configurator import UserError
-from lstm_model import LSTM, StateCache
-from miniglm.decoding import Decoder
+from configurator import Bound, UserError, at_least, at_most, check_bounds
+from lstm_model import LSTM
+from miniglm.decoding import decoder
 from model import GPT, KVCache
 
-LEAST, MOST = 1e-6, 1e4  # of factors: float32 has room for what they make of logits
+LEAST, MOST = 1e-6, 1e4  # factors that leave logits within float32
+FACTOR = Bound(f"{LEAST:g} to {MOST:g}", lambda x: LEAST <= x <= MOST)
+HEAT = Bound(f"0 (greedy), or {FACTOR.words}", lambda x: x == 0 or FACTOR.holds(x))
 
 
 @dataclass
 class Sampling:
     """How the next token is chosen."""
 
-    max_new_tokens: int = 256  # longest output, tokens
-    temperature: float | None = None  # 0 is greedy; None is 0.8 for continuing, 0 for answering
-    top_k: int | None = None  # only the k likeliest tokens; None is all
-    top_p: float = 1.0  # only the likeliest tokens that together have this probability
-    min_p: float = 0.0  # only tokens with this share of the likeliest's probability, or more
-    repetition_penalty: float = 1.0  # above 1 lowers what the text already has (arXiv 1909.05858)
-    no_repeat_ngram: int = 0  # n: no n tokens come twice in prompt and output; 0 is off
-    stop: list[str] = field(default_factory=list)  # texts before which the output ends
-    seed: int = 1337  # same seed, same text
+    max_new_tokens: Annotated[int, at_least(1)] = 256  # longest output, tokens
+    temperature: Annotated[float | None, HEAT] = None  # None is 0.8 to continue, 0 to answer
+    top_k: Annotated[int | None, at_least(1)] = None  # only the k likeliest tokens; None is all
+    top_p: Annotated[float, at_least(LEAST), at_most(1)] = 1.0  # only the likeliest, up to this sum
+    min_p: Annotated[float, at_least(0), at_most(1)] = 0.0  # only from this share of the top one's
+    repetition_penalty: Annotated[float, FACTOR] = 1.0  # above 1 lowers ids of the text so far
+    no_repeat_ngram: Annotated[int, at_least(0)] = 0  # n: no n tokens come twice; 0 is off
+    stop: list[str] = field(default_factory=list)  # the output ends before these texts
+    seed: Annotated[int, at_least(0)] = 1337  # same seed, same text
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens={self.max_new_tokens} must be 1 or more")
-        warm = self.temperature
-        if warm is not None and warm != 0 and not LEAST <= warm <= MOST:
-            raise UserError(f"temperature={warm} must be 0 (greedy), or {LEAST:g} to {MOST:g}")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k={self.top_k} must be 1 or more, or None")
-        if not LEAST <= self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p} must be at least {LEAST:g} and at most 1")
-        if not 0 <= self.min_p <= 1:
-            raise UserError(f"min_p={self.min_p} must be at least 0 and at most 1")
-        if not LEAST <= self.repetition_penalty <= MOST:
-            raise UserError(
-                f"repetition_penalty={self.repetition_penalty} must be {LEAST:g} to {MOST:g}"
-            )
-        if self.no_repeat_ngram < 0:
-            raise UserError(f"no_repeat_ngram={self.no_repeat_ngram} must be 0 (off) or above")
+        check_bounds(type(self), vars(self))
         if not all(self.stop):
             raise UserError("stop has an empty text; leave it out")
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed} must not be negative")
 
 
 class Request:
@@ -130,9 +114,9 @@ class Batch:
         self.block_size, self.device = model.config.block_size, model.wte.weight.device
         static = many and self.device.type == "cuda"
         first = self.block_size if static else min(64, self.block_size)  # tokens; it grows
-        self.cache: KVCache | StateCache = model.new_cache(size, first)
+        self.cache: KVCache = model.new_cache(size, first)
         self.cache.keep_rows(0)
-        self.decode = Decoder(model, static) if isinstance(model, GPT) else model.decode
+        self.decode = decoder(model, static)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # of each row of the cache
 
@@ -194,7 +178,7 @@ class Batch:
         self.running += entering
         return logits[rows]
 
-    def _prefill(self, prompts: list[list[int]]) -> tuple[torch.Tensor, KVCache | StateCache]:
+    def _prefill(self, prompts: list[list[int]]) -> tuple[torch.Tensor, KVCache]:
         """Reads prompts of any lengths in one batch -> logits of what follows, cache."""
         lengths = [len(prompt) for prompt in prompts]
         idx = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)

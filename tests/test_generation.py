@@ -6,10 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 
 from configurator import UserError
 from miniglm.decoding import Decoder, PackedLinear, pack, quantize
 from miniglm.generation import Batch, Request, Sampling, choose, completions, generate, penalize
+from model import ACTIVATIONS, MLP, MLPS, NORMS, Attention, Block, RMSNorm, SwiGLU
 from tests.helpers import ALL_MODELS, ARCHITECTURES, random_ids, tiny_model
 
 BLOCK = 24  # tokens, the tiny model's block_size
@@ -570,7 +572,62 @@ def test_the_decoder_computes_what_the_model_does(options, static):
         Decoder(model, static)(torch.tensor([1]), full)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "beyond_qwen3", "gpt2"])
+class TanhNorm(nn.RMSNorm):
+    """A student's norm: a subclass of a known one that computes something else."""
+
+    def forward(self, x):
+        assert x.dim() > 2  # (B, T, C), as in training
+        return super().forward(x).tanh()
+
+
+class SineGLU(SwiGLU):
+    def forward(self, x):
+        assert x.dim() > 2
+        return super().forward(x).sin()
+
+
+class DoubledLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class DoubledAttention(Attention):
+    def forward(self, *args):
+        return 2 * super().forward(*args)
+
+
+class ParallelBlock(Block):
+    def forward(self, x, *args):
+        h = self.norm_1(x)
+        return x + self.attn(h, *args) + self.mlp(h)
+
+
+@pytest.mark.parametrize(
+    ("options", "swapped"),
+    [
+        ({"norm": "tanh"}, {}),
+        ({"mlp": "sine"}, {}),
+        ({"mlp": "sine_glu"}, {}),
+        ({}, {RMSNorm: TanhNorm}),  # of queries and keys, too
+        ({}, {Attention: DoubledAttention}),
+        ({}, {Block: ParallelBlock}),
+        ({}, {nn.Linear: DoubledLinear}),  # and is not packed
+    ],
+)
+def test_parts_of_a_students_own_decode_as_they_are_trained(monkeypatch, options, swapped):
+    monkeypatch.setitem(NORMS, "tanh", lambda c: TanhNorm(c.n_embd, c.norm_eps))
+    monkeypatch.setitem(ACTIVATIONS, "sine", torch.sin)
+    monkeypatch.setitem(MLPS, "sine", MLP)
+    monkeypatch.setitem(MLPS, "sine_glu", SineGLU)
+    model = tiny_model(**options)
+    for module in model.modules():
+        module.__class__ = swapped.get(type(module), type(module))
+    slow = [slow_generate(model, prompt, GREEDY) for prompt in PROMPTS]
+    assert slow != [slow_generate(tiny_model(), prompt, GREEDY) for prompt in PROMPTS]
+    assert fast_generate(pack(model), PROMPTS, GREEDY) == slow
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
 @torch.inference_mode()
 def test_a_static_step_is_one_graph(name):
     model = tiny_model(**ARCHITECTURES[name]).double()

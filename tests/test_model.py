@@ -28,75 +28,58 @@ gpt_and_lstm = pytest.mark.parametrize(
 )
 
 
-def count(**options) -> int:
-    return GPT(ModelConfig(**options)).n_params()
-
-
-@torch.no_grad()
-def copy_weights(model: GPT, theirs: dict[str, torch.Tensor]) -> None:
-    """Fills every parameter of ours; the vocabulary's padding keeps what it has."""
-    ours = dict(model.named_parameters())
-    assert set(ours) == set(theirs)
-    for name, weight in theirs.items():
-        if name in ("wte.weight", "lm_head.weight"):
-            ours[name][: len(weight)] = weight
-        else:
-            assert ours[name].shape == weight.shape, name
-            ours[name].copy_(weight)
+GPT2_NAMES = {"norm_1": "ln_1", "attn.c_attn": "attn.c_attn", "attn.c_proj": "attn.c_proj"}
+GPT2_NAMES |= {"norm_2": "ln_2", "mlp.c_fc": "mlp.c_fc", "mlp.c_proj": "mlp.c_proj"}
+LLAMA_NAMES = {  # ours -> theirs, which c_attn and c_fc stack
+    "norm_1": ["input_layernorm"],
+    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.c_proj": ["self_attn.o_proj"],
+    "attn.q_norm": ["self_attn.q_norm"],
+    "attn.k_norm": ["self_attn.k_norm"],
+    "norm_2": ["post_attention_layernorm"],
+    "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.c_proj": ["mlp.down_proj"],
+}
 
 
 def from_gpt2(hf: GPT2LMHeadModel) -> dict[str, torch.Tensor]:
     """Hugging Face's GPT-2 keeps its matrices transposed."""
-    h = hf.state_dict()
-    theirs = {"wte.weight": h["transformer.wte.weight"], "wpe.weight": h["transformer.wpe.weight"]}
-    if not hf.config.tie_word_embeddings:
-        theirs["lm_head.weight"] = h["lm_head.weight"]
-    modules = {
-        "norm_1": "ln_1",
-        "attn.c_attn": "attn.c_attn",
-        "attn.c_proj": "attn.c_proj",
-        "norm_2": "ln_2",
-        "mlp.c_fc": "mlp.c_fc",
-        "mlp.c_proj": "mlp.c_proj",
-    }
+    h = {name.removeprefix("transformer."): weight for name, weight in hf.state_dict().items()}
+    theirs = {"wte.weight": h["wte.weight"], "wpe.weight": h["wpe.weight"]}
+    theirs |= {f"norm.{kind}": h[f"ln_f.{kind}"] for kind in ("weight", "bias")}
     for i in range(hf.config.n_layer):
-        for our, their in modules.items():
+        for our, their in GPT2_NAMES.items():
             for kind in ("weight", "bias"):
-                theirs[f"blocks.{i}.{our}.{kind}"] = h[f"transformer.h.{i}.{their}.{kind}"].t()
-    for kind in ("weight", "bias"):
-        theirs[f"norm.{kind}"] = h[f"transformer.ln_f.{kind}"]
-    return theirs
+                theirs[f"blocks.{i}.{our}.{kind}"] = h[f"h.{i}.{their}.{kind}"].t()
+    return theirs | {"lm_head.weight": h["lm_head.weight"]}
 
 
 def from_llama(hf: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Llama's and Qwen3's names; c_attn stacks q, k, v and c_fc gate, up."""
+    """Llama's and Qwen3's."""
     h = {name.removeprefix("model."): weight for name, weight in hf.state_dict().items()}
     theirs = {"wte.weight": h["embed_tokens.weight"], "norm.weight": h["norm.weight"]}
-    if not hf.config.tie_word_embeddings:
-        theirs["lm_head.weight"] = h["lm_head.weight"]
-    modules = {
-        "norm_1": ["input_layernorm"],
-        "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-        "attn.c_proj": ["self_attn.o_proj"],
-        "attn.q_norm": ["self_attn.q_norm"],
-        "attn.k_norm": ["self_attn.k_norm"],
-        "norm_2": ["post_attention_layernorm"],
-        "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
-        "mlp.c_proj": ["mlp.down_proj"],
-    }
     for i in range(hf.config.num_hidden_layers):
-        for our, their in modules.items():
+        for our, their in LLAMA_NAMES.items():
             for kind in ("weight", "bias"):
                 names = [f"layers.{i}.{name}.{kind}" for name in their]
                 if names[0] in h:
                     theirs[f"blocks.{i}.{our}.{kind}"] = torch.cat([h[name] for name in names])
-    return theirs
+    return theirs | {"lm_head.weight": h["lm_head.weight"]}
 
 
-def assert_equal_logits(model: GPT, hf: torch.nn.Module, idx: torch.Tensor) -> None:
-    with torch.no_grad():
-        wanted = hf.eval()(idx).logits
-        got = model.head(model(idx))
+@torch.no_grad()
+def assert_equal_logits(hf: torch.nn.Module, theirs: dict[str, torch.Tensor], **options) -> None:
+    """Every parameter of ours is filled; the padding of the vocabulary keeps what it has."""
+    shape = {"n_layer": 3, "n_head": 4, "n_embd": 48, "block_size": 32, "n_vocab": 100}
+    model = tiny_model(2, **shape | {"norm_eps": 0.01} | options)
+    ours = model.state_dict()  # a tied head, too
+    assert set(ours) == set(theirs)
+    for name, weight in theirs.items():
+        rows = ours[name][: len(weight)] if name in ("wte.weight", "lm_head.weight") else ours[name]
+        assert rows.shape == weight.shape, name
+        rows.copy_(weight)
+    idx = random_ids(3, 32, n_vocab=100)
+    wanted, got = hf.eval()(idx).logits, model.head(model(idx))
     assert wanted.std() > 1  # so 1e-4 is small
     assert got.shape == wanted.shape
     assert (got - wanted).abs().max() < 1e-4
@@ -104,24 +87,11 @@ def assert_equal_logits(model: GPT, hf: torch.nn.Module, idx: torch.Tensor) -> N
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_equal_hugging_faces_gpt2(tied):
-    hf = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=100,
-            n_positions=32,
-            n_embd=48,
-            n_layer=3,
-            n_head=4,
-            layer_norm_epsilon=0.01,
-            tie_word_embeddings=tied,
-            attn_implementation="eager",
-        )
-    )
+    shape = {"vocab_size": 100, "n_positions": 32, "n_embd": 48, "n_layer": 3, "n_head": 4}
+    more = {"layer_norm_epsilon": 0.01, "tie_word_embeddings": tied, "attn_implementation": "eager"}
+    hf = GPT2LMHeadModel(GPT2Config(**shape, **more))
     randomize(hf, 1)
-    options = ARCHITECTURES["gpt2"] | {"tie_weights": tied, "norm_eps": 0.01}
-    shape = {"n_layer": 3, "n_head": 4, "n_embd": 48, "block_size": 32, "n_vocab": 100}
-    model = tiny_model(2, **shape, **options)
-    copy_weights(model, from_gpt2(hf))
-    assert_equal_logits(model, hf, random_ids(3, 32, n_vocab=100))
+    assert_equal_logits(hf, from_gpt2(hf), **ARCHITECTURES["gpt2"] | {"tie_weights": tied})
 
 
 @pytest.mark.parametrize(
@@ -154,47 +124,25 @@ def test_logits_equal_hugging_faces_llama_and_qwen3(family, tied, n_kv_head, the
     else:
         hf = LlamaForCausalLM(LlamaConfig(**shape, attention_bias=bias, mlp_bias=bias))
     randomize(hf, 1)
-    model = tiny_model(
-        2,
-        n_vocab=100,
-        block_size=32,
-        n_layer=3,
-        n_head=4,
-        n_kv_head=n_kv_head,
-        n_embd=48,
-        n_hidden=72,
-        rope_theta=theta,
-        norm_eps=0.01,
-        qk_norm=family == "qwen3",
-        tie_weights=tied,
-        bias=bias,
-    )
-    copy_weights(model, from_llama(hf))
-    assert_equal_logits(model, hf, random_ids(3, 32, n_vocab=100))
+    ours = {"n_kv_head": n_kv_head, "n_hidden": 72, "rope_theta": theta, "bias": bias}
+    ours |= {"qk_norm": family == "qwen3", "tie_weights": tied}
+    assert_equal_logits(hf, from_llama(hf), **ours)
 
 
 def test_the_reference_model_has_45_million_parameters():
-    reference = {
-        "n_layer": 6,
-        "n_head": 8,
-        "n_embd": 512,
-        "block_size": 256,
-        "n_vocab": 50257,
-        "position": "learned",
-        "norm": "layernorm",
-        "mlp": "gelu",
-        "qk_norm": False,
-    }
-    assert ModelConfig(**reference).vocab_size == 50304
-    assert count(**reference) == 44_767_744
+    shape = {"n_layer": 6, "n_head": 8, "n_embd": 512, "block_size": 256, "n_vocab": 50257}
+    options = {"position": "learned", "norm": "layernorm", "mlp": "gelu", "qk_norm": False}
+    config = ModelConfig(**shape, **options)
+    assert config.vocab_size == 50304
+    assert GPT(config).n_params() == 44_767_744
 
 
 def test_parameters_are_those_counted_by_hand():
     # 64 x 8 embedding; a block: two norms of 8, two of a head's 4, q and k and v, output, SwiGLU
     block = 2 * 8 + 2 * 4 + (8 + 4 + 4) * 8 + 8 * 8 + 3 * 8 * 20
-    shape = {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 8, "n_hidden": 20}
-    assert count(n_vocab=33, **shape) == 64 * 8 + 2 * block + 8
-    assert count(n_vocab=33, **shape, tie_weights=False) == 2 * 64 * 8 + 2 * block + 8
+    shape = {"n_vocab": 33, "n_head": 2, "n_kv_head": 1, "n_embd": 8, "n_hidden": 20}
+    assert tiny_model(**shape).n_params() == 64 * 8 + 2 * block + 8
+    assert tiny_model(**shape, tie_weights=False).n_params() == 2 * 64 * 8 + 2 * block + 8
 
 
 @torch.no_grad()
@@ -246,6 +194,7 @@ def test_a_token_changes_its_own_logits_and_later_ones_only(options):
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_padding_of_the_vocabulary_has_no_logits(tied):
     model = tiny_model(n_vocab=50, tie_weights=tied)
+    assert (model.lm_head.weight is model.wte.weight) == tied
     idx = random_ids(1, 5)
     with torch.no_grad():
         before = model.head(model(idx))
@@ -253,13 +202,6 @@ def test_the_padding_of_the_vocabulary_has_no_logits(tied):
         assert model.lm_head.weight.shape[0] == 64
         assert before.shape == (1, 5, 50)
         assert torch.equal(model.head(model(idx)), before)
-
-
-def test_a_tied_head_is_the_embedding():
-    model = tiny_model()
-    assert model.lm_head.weight is model.wte.weight
-    model = tiny_model(tie_weights=False)
-    assert model.lm_head.weight is not model.wte.weight
 
 
 @pytest.mark.parametrize("site", ["embedding", "attention", "mlp"])
@@ -378,32 +320,22 @@ def test_a_context_beyond_block_size_is_refused(lengths, options):
     "options, words",
     [
         ({"n_embd": 100, "n_head": 6}, "n_embd=100 must be a multiple of n_head=6"),
-        ({"n_head": 8, "n_kv_head": 3}, "n_head=8 must be a multiple of n_kv_head=3"),
         ({"n_head": 4, "n_kv_head": 8}, "n_head=4 must be a multiple of n_kv_head=8"),
-        ({"n_head": 0}, "n_head=0"),
-        ({"n_kv_head": 0}, "n_kv_head=0"),
-        ({"n_layer": 0}, "n_layer=0"),
-        ({"n_hidden": -1}, "n_hidden=-1"),
-        ({"block_size": 0}, "block_size=0"),
-        ({"n_embd": 12, "n_head": 4}, "must be even"),
-        ({"dropout": 1.0}, "dropout=1.0"),
-        ({"dropout": -0.1}, "dropout=-0.1"),
+        ({"n_kv_head": 0}, "n_kv_head=0 must be 1 or more"),
+        ({"rope_theta": 0.0}, "rope_theta=0 must be above 0"),
+        ({"n_embd": 12, "n_head": 4}, "n_embd / n_head = 3 must be even"),
+        ({"dropout": 1.0}, "dropout=1 must be 0 or more and below 1"),
+        ({"model": "lstm", "n_layer": 0}, "n_layer=0 must be 1 or more"),
     ],
 )
 def test_an_impossible_shape_is_named_in_one_line(options, words):
-    with pytest.raises(UserError, match=words) as error:
+    with pytest.raises(UserError, match=f"^{words}"):
         ModelConfig(n_vocab=50, **options)
-    assert "\n" not in str(error.value)
 
 
 def test_an_odd_head_is_fine_where_nothing_rotates():
     options = {"n_embd": 12, "n_head": 4, "position": "learned"}
     assert tiny_model(**options)(random_ids(1, 3)).shape == (1, 3, 12)
-
-
-def test_a_rotary_base_that_gives_no_numbers_is_refused():
-    with pytest.raises(UserError, match="rope_theta"):
-        ModelConfig(n_vocab=50, rope_theta=0.0)
 
 
 def test_a_config_survives_the_round_trip_through_a_dict():
@@ -461,15 +393,12 @@ def slow_rotate(x, theta):
     return torch.cat([turned.real, turned.imag], dim=-1)
 
 
-def slow_heads(c, w, name, qkv, first_values):
-    """Attention of one row, a head at a time; returns it and the values of each kv head."""
+def slow_attention(c, w, name, qkv):
+    """Attention of one row, a head at a time."""
     T, D = len(qkv), c.head_dim
     parts = list(qkv.split(D, dim=-1))
     queries, keys = parts[: c.n_head], parts[c.n_head : c.n_head + c.n_kv_head]
     values = parts[c.n_head + c.n_kv_head :]
-    if c.value_residual and first_values:
-        mix = w[f"{name}.mix"]
-        values = [mix[0] * v + mix[1] * f for v, f in zip(values, first_values, strict=True)]
     outputs = []
     for head, q in enumerate(queries):
         k, v = (x[head * c.n_kv_head // c.n_head] for x in (keys, values))
@@ -481,7 +410,7 @@ def slow_heads(c, w, name, qkv, first_values):
         seen = torch.ones(T, T).tril() == 1
         scores = torch.where(seen, (q @ k.t() / D**0.5).exp(), 0.0)
         outputs.append(scores / scores.sum(-1, keepdim=True) @ v)
-    return torch.cat(outputs, dim=-1), first_values or values
+    return torch.cat(outputs, dim=-1)
 
 
 def slow_loss(c, w, ids, targets):
@@ -489,13 +418,10 @@ def slow_loss(c, w, ids, targets):
     x = w["wte.weight"][ids]
     if c.position == "learned":
         x = x + w["wpe.weight"][: len(ids)]
-    embedding, first_values = x, None
     for layer in range(c.n_layer):
         name = f"blocks.{layer}"
-        if c.embedding_skip:
-            x = w[f"{name}.skip"][0] * x + w[f"{name}.skip"][1] * embedding
         qkv = slow_linear(c, w, f"{name}.attn.c_attn", slow_norm(c, w, f"{name}.norm_1", x))
-        y, first_values = slow_heads(c, w, f"{name}.attn", qkv, first_values)
+        y = slow_attention(c, w, f"{name}.attn", qkv)
         x = x + slow_linear(c, w, f"{name}.attn.c_proj", y)
         h = slow_linear(c, w, f"{name}.mlp.c_fc", slow_norm(c, w, f"{name}.norm_2", x))
         if c.mlp == "swiglu":
@@ -510,8 +436,6 @@ def slow_loss(c, w, ids, targets):
         x = x + slow_linear(c, w, f"{name}.mlp.c_proj", h)
     head = w["wte.weight"] if c.tie_weights else w["lm_head.weight"]
     logits = (slow_norm(c, w, "norm", x) @ head.t())[:, : c.n_vocab]
-    if c.logit_soft_cap:
-        logits = c.logit_soft_cap * torch.tanh(logits / c.logit_soft_cap)
     return (logits.exp().sum(-1).log() - logits[torch.arange(len(ids)), targets]).sum()
 
 
