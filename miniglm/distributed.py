@@ -268,14 +268,14 @@ def part_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def gather(model: torch.nn.Module, tensors: Callable[[], dict], world: World) -> dict:
-    """tensors(), which are the model's, whole and on the CPU where they are in parts. The first
-    process gets them, the others help and get nothing."""
+    """tensors(), which belong to the model: for the first process, whole, and on the CPU if they
+    were sharded; nothing for the others, who must call this too.
+
+    torch.distributed.checkpoint.state_dict gives the same bits, by one function for models and
+    another for optimizers, whose setter takes a step to make their state; it is no shorter.
+    """
     if not is_sharded(model):
         return tensors() if world.is_first else {}
-    model.reshard()  # what was computed last may have left some weights whole
-    gathered = {}
-    for name, tensor in tensors().items():
-        tensor = whole(tensor.detach()).cpu()
-        if world.is_first:
-            gathered[name] = tensor
-    return gathered
+    model.reshard()  # the last computation may have left some weights whole
+    wholes = ((name, whole(tensor.detach()).cpu()) for name, tensor in tensors().items())
+    return {name: tensor for name, tensor in wholes if world.is_first}

@@ -106,7 +106,7 @@ def save_run(
 ) -> Path:
     run = {
         "progress": {"iter": 5},
-        "settings": {"dataset": str(dataset)},
+        "settings": {"dataset": str(dataset), "keep_last": 1},
         "dataset": {"kind": kind},
     }
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -76,7 +76,7 @@ def save_step(out_dir: Path, step: int, is_best: bool, tokenizer, **options) -> 
     """A checkpoint of that step; all weights of its last norm are the step's number."""
     model, optimizer = stepped_model(**options)
     model.norm.weight.data.fill_(step)
-    run = {"progress": {"iter": step}, "settings": {}, "dataset": {"kind": "pretrain"}}
+    run = {"progress": {"iter": step}, "settings": {"keep_last": 1}}
     save_checkpoint(out_dir, model, [optimizer], tokenizer, run, is_best)
 
 
