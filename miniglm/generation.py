@@ -1,4 +1,4 @@
-"""Model -> ids: many requests at once, each with its own sampling, its own random stream.
+"""Model -> ids: many requests at once, each with its own sampling and random stream.
 
     batch = Batch(model, stop_ids, size=16)
     batch.add(Request(prompt, Sampling(temperature=0.8)))
@@ -6,13 +6,12 @@
         for request, token in batch.step():
             ...
 
-A step gives each running row one token. A row that has ended leaves its place to the next request
-that waits, so a long queue keeps the batch full. Text is sample.py's.
+A step gives each running row one token. A finished row makes way for the next waiting request, so a
+long queue keeps the batch full. Text is in miniglm/text.py.
 """
 
 import math
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, NamedTuple
 
@@ -50,12 +49,11 @@ class Sampling:
 
 
 class Request:
-    """One sample that is wanted. Its random stream depends on (seed, prompt_index, sample_index)
-    alone.
+    """A sample to generate. Its random stream depends on (seed, prompt_index, sample_index) alone.
 
-    alternatives: how many of the likeliest tokens are reported with each token and its
-    probability; None reports neither. finish: None while it waits or runs, then "stop" (a stop id
-    came), "length" (max_new_tokens) or "cancelled".
+    alternatives: how many of the likeliest tokens to report with each token and its probability;
+    None reports neither. finish: None while it waits or runs, then "stop" (a stop id), "length"
+    (max_new_tokens) or "cancelled".
     """
 
     def __init__(
@@ -67,7 +65,7 @@ class Request:
         alternatives: int | None = None,
     ):
         self.prompt, self.sampling, self.alternatives = prompt, sampling, alternatives
-        self.text = list(prompt)  # and what has come, a stop id included
+        self.text = list(prompt)  # and the new ids, a stop id included
         self.finish: str | None = None
         self.random = np.random.default_rng([sampling.seed, prompt_index, sample_index])
 
@@ -77,7 +75,7 @@ class Request:
 
     @property
     def ids(self) -> list[int]:
-        """What has come so far, without the stop id."""
+        """The new ids so far, without the stop id."""
         end = -1 if self.finish == "stop" else None
         return self.text[len(self.prompt) : end]
 
@@ -96,11 +94,10 @@ class Token(NamedTuple):
 
 
 class Batch:
-    """Requests that are generated together, at most `size` at once, in the order they came.
+    """Requests that are generated together, at most `size` at once, first come, first served.
 
-    A row that fills block_size goes on from its last block_size / 2 tokens, which are read anew.
-    many: so many requests will come that a GPU should first compile the step. One thread may use
-    a Batch.
+    A row that fills block_size continues from its last block_size / 2 tokens, which are read again.
+    many: enough requests will follow to compile the step on a GPU first. Not thread-safe.
     """
 
     def __init__(
@@ -133,7 +130,7 @@ class Batch:
 
     @torch.inference_mode()
     def cancel(self, request: Request) -> None:
-        """Gives up a request; nothing happens where it has ended."""
+        """Gives up a request, unless it has ended."""
         if request in self.running:
             self._drop(self.running.index(request))
         elif request in self.waiting:
@@ -142,7 +139,7 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Request, Token]]:
-        """Lets requests in where there is room; then one token of each that runs."""
+        """Admits waiting requests while there is room, then makes one token of each row."""
         logits = []
         if self.running:
             self._make_room()
@@ -179,7 +176,7 @@ class Batch:
         return logits[rows]
 
     def _prefill(self, prompts: list[list[int]]) -> tuple[torch.Tensor, KVCache]:
-        """Reads prompts of any lengths in one batch -> logits of what follows, cache."""
+        """Reads prompts of any lengths in one batch -> logits of the next token, cache."""
         lengths = [len(prompt) for prompt in prompts]
         idx = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
         for row, prompt in enumerate(prompts):  # right padding: no token before it sees it
@@ -190,8 +187,8 @@ class Batch:
         return self.model.head(last), cache
 
     def _make_room(self) -> None:
-        """Rows that fill block_size keep their last half, all but the newest token, which is read
-        with the other rows'."""
+        """Rows that fill block_size keep their last half, without the newest token, which the next
+        step reads."""
         full = [row for row, length in enumerate(self.cache.lengths) if length == self.block_size]
         if full:
             kept = [self.running[row].text[-max(2, self.block_size // 2) : -1] for row in full]
@@ -226,32 +223,11 @@ class Batch:
         ]
 
 
-def generate(
-    model: GPT | LSTM,
-    prompts: list[list[int]],
-    sampling: Sampling,
-    stop_ids: tuple[int, ...] = (),
-    num_samples: int = 1,
-    first_prompt: int = 0,
-) -> Iterator[list[tuple[int, int]]]:
-    """Yields for each step the (row, id) of all rows that still run; row = prompt x num_samples
-    + sample. A row ends with a stop id, which is yielded too, or after max_new_tokens."""
-    batch = Batch(model, stop_ids, size=len(prompts) * num_samples)
-    row_of = {}
-    for number, prompt in enumerate(prompts):
-        for sample in range(num_samples):
-            request = Request(prompt, sampling, first_prompt + number, sample)
-            batch.add(request)
-            row_of[request] = len(row_of)
-    while batch:
-        yield [(row_of[request], token.id) for request, token in batch.step()]
-
-
 def penalize(
     logits: torch.Tensor, requests: list[Request], stop_ids: tuple[int, ...] = ()
 ) -> torch.Tensor:
-    """(B, n_vocab) logits, each row lowered as its repetition_penalty and no_repeat_ngram say.
-    Stop ids are spared: a conversation has had them before, and must be able to end."""
+    """(B, n_vocab) logits after each row's repetition_penalty and no_repeat_ngram. Stop ids are
+    exempt: a conversation holds them already, and must be able to end."""
     changed = logits
     for row, request in enumerate(requests):
         penalty, n = request.sampling.repetition_penalty, request.sampling.no_repeat_ngram
@@ -263,20 +239,20 @@ def penalize(
             old = logits[row, seen]
             changed[row, seen] = torch.where(old > 0, old / penalty, old * penalty)
         banned = {*completions(request.text, n)}.difference(stop_ids) if n else ()
-        if 0 < len(banned) < logits.shape[-1]:  # where all are banned, none is
+        if 0 < len(banned) < logits.shape[-1]:  # one id must be left
             changed[row, torch.tensor(sorted(banned), device=logits.device)] = -torch.inf
     return changed
 
 
 def completions(text: list[int], n: int) -> list[int]:
-    """The ids that would make the last n tokens a sequence that the text already has."""
+    """The ids that would complete an n-gram which the text already has."""
     start = text[len(text) - n + 1 :]
     return [text[i + n - 1] for i in range(len(text) - n + 1) if text[i : i + n - 1] == start]
 
 
 def choose(logits: torch.Tensor, requests: list[Request]) -> list[int]:
-    """(B, n_vocab) logits -> an id a row: the likeliest, or where a uniform number of the row's
-    own stream falls among the probabilities that top_k, top_p and min_p leave."""
+    """(B, n_vocab) logits -> an id a row: the likeliest, or a sample by one uniform number of the
+    row's own stream, from the probabilities that top_k, top_p and min_p leave."""
     sampled = [row for row, request in enumerate(requests) if request.sampling.temperature]
     ids = logits.argmax(dim=-1).tolist() if len(sampled) < len(requests) else [0] * len(requests)
     if not sampled:
@@ -305,7 +281,7 @@ def choose(logits: torch.Tensor, requests: list[Request]) -> list[int]:
     cumulative = probs.cumsum(dim=-1)
     u = column(*(requests[row].random.random() for row in sampled))
     place = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
-    # u can round up to the whole sum: then the last token that is left
+    # u can round up to the whole sum: then take the last token that is left
     place = torch.minimum(place, (probs > 0).sum(dim=-1, keepdim=True) - 1)
     for row, id in zip(sampled, sorted_ids.gather(1, place).squeeze(1).tolist(), strict=True):
         ids[row] = id

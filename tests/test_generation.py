@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from configurator import UserError
 from miniglm.decoding import Decoder, PackedLinear, pack, quantize
-from miniglm.generation import Batch, Request, Sampling, choose, completions, generate, penalize
+from miniglm.generation import Batch, Request, Sampling, choose, completions, penalize
 from model import ACTIVATIONS, MLP, MLPS, NORMS, Attention, Block, RMSNorm, SwiGLU
 from tests.helpers import ALL_MODELS, ARCHITECTURES, random_ids, tiny_model
 
@@ -98,13 +98,22 @@ def slow_generate(
     return text[len(prompt) :]
 
 
-def fast_generate(model, prompts, sampling, *args, **kwargs) -> list[list[int]]:
-    """The rows of generate."""
-    rows = {}
-    for step in generate(model, prompts, sampling, *args, **kwargs):
-        for row, id in step:
-            rows.setdefault(row, []).append(id)
-    return [rows[row] for row in sorted(rows)]
+def run_batch(model, requests: list[Request], size: int = 100, stop_ids=()) -> list[list[int]]:
+    """The new ids of each request, a stop id included."""
+    batch = Batch(model, stop_ids, size)
+    for request in requests:
+        batch.add(request)
+    most = 0
+    while batch:
+        most = max(most, len(batch.step()))
+    assert most == min(size, len(requests))
+    return [request.text[len(request.prompt) :] for request in requests]
+
+
+def generate(model, prompts, sampling, stop_ids=(), num_samples=1) -> list[list[int]]:
+    samples = range(num_samples)
+    requests = [Request(p, sampling, i, n) for i, p in enumerate(prompts) for n in samples]
+    return run_batch(model, requests, stop_ids=stop_ids)
 
 
 def prompts_of(*lengths: int) -> list[list[int]]:
@@ -124,7 +133,7 @@ def test_cached_ids_equal_uncached(options, way):
     sampling = Sampling(max_new_tokens=40, **way)
     slow = [slow_generate(model, p, sampling, (), (i, 0)) for i, p in enumerate(PROMPTS)]
     assert len(set(itertools.chain(*slow))) > 10
-    assert fast_generate(model, PROMPTS, sampling) == slow
+    assert generate(model, PROMPTS, sampling) == slow
 
 
 @pytest.mark.parametrize("kind", ["gpt", "lstm"])
@@ -133,7 +142,7 @@ def test_a_small_context_goes_on_as_the_slow_one_does(block_size, kind):
     model = tiny_model(block_size=block_size, model=kind).double()
     prompts = prompts_of(1, 2, block_size)
     slow = [slow_generate(model, prompt, GREEDY) for prompt in prompts]
-    assert fast_generate(model, prompts, GREEDY) == slow
+    assert generate(model, prompts, GREEDY) == slow
 
 
 def test_a_context_of_one_token_goes_on_or_is_refused():
@@ -141,14 +150,14 @@ def test_a_context_of_one_token_goes_on_or_is_refused():
         model = tiny_model(block_size=1)
     except UserError:
         return
-    assert len(fast_generate(model, [[3]], GREEDY)[0]) == 40
+    assert len(generate(model, [[3]], GREEDY)[0]) == 40
 
 
 @pytest.mark.parametrize("options", ALL_MODELS.values(), ids=ALL_MODELS)
 def test_float32_ids_equal_uncached_up_to_the_first_near_tie(options):
     model = tiny_model(**options)
     compared = 0
-    for fast, prompt in zip(fast_generate(model, PROMPTS, GREEDY), PROMPTS, strict=True):
+    for fast, prompt in zip(generate(model, PROMPTS, GREEDY), PROMPTS, strict=True):
         text, window = list(prompt), list(prompt)
         for id in fast:
             logits = next_logits(model, window)
@@ -175,34 +184,34 @@ def test_several_samples_equal_those_made_one_by_one(options, way):
         for row, prompt in enumerate(prompts)
         for number in range(3)
     ]
-    assert fast_generate(model, prompts, sampling, (), 3) == slow
+    assert generate(model, prompts, sampling, (), 3) == slow
     if sampling.temperature:
         assert len(set(map(tuple, slow))) == 9
     # the other samples are not there, the samples are the same
-    assert fast_generate(model, prompts, sampling, (), 1) == slow[::3]
+    assert generate(model, prompts, sampling, (), 1) == slow[::3]
 
 
 def test_a_rows_ids_depend_on_its_own_index_alone():
     model = tiny_model().double()
     sampling = Sampling(max_new_tokens=30, temperature=1.0)
     prompts = prompts_of(6, 20, 2)
-    rows = fast_generate(model, prompts, sampling)
+    rows = generate(model, prompts, sampling)
     for index, prompt in enumerate(prompts):
-        assert fast_generate(model, [prompt], sampling, (), 1, index) == [rows[index]]
+        assert run_batch(model, [Request(prompt, sampling, index)]) == [rows[index]]
     others = [prompts_of(9)[0], prompts[1], prompts_of(24)[0]]
-    assert fast_generate(model, others, sampling)[1] == rows[1]
+    assert generate(model, others, sampling)[1] == rows[1]
 
 
 def test_the_order_of_prompts_does_not_matter_to_greedy_ids():
     model = tiny_model().double()
-    rows = fast_generate(model, PROMPTS, GREEDY)
-    assert fast_generate(model, PROMPTS[::-1], GREEDY) == rows[::-1]
+    rows = generate(model, PROMPTS, GREEDY)
+    assert generate(model, PROMPTS[::-1], GREEDY) == rows[::-1]
 
 
 def test_another_seed_gives_another_text_and_the_same_seed_the_same():
     model = tiny_model()
     one, same, other = (
-        fast_generate(model, prompts_of(6), Sampling(20, temperature=1.0, seed=seed))
+        generate(model, prompts_of(6), Sampling(20, temperature=1.0, seed=seed))
         for seed in (1, 1, 2)
     )
     assert one == same != other
@@ -213,7 +222,7 @@ def test_another_seed_gives_another_text_and_the_same_seed_the_same():
 def test_a_stop_id_ends_its_row_and_the_others_go_on(kind, way):
     model = tiny_model(model=kind).double()
     sampling = Sampling(max_new_tokens=40, **way)
-    endless = fast_generate(model, PROMPTS, sampling, (), 2)
+    endless = generate(model, PROMPTS, sampling, (), 2)
     stop_ids = (endless[2][10], endless[7][3])
     slow = [
         slow_generate(model, PROMPTS[row // 2], sampling, stop_ids, (row // 2, row % 2))
@@ -221,22 +230,17 @@ def test_a_stop_id_ends_its_row_and_the_others_go_on(kind, way):
     ]
     assert min(map(len, slow)) < 12
     assert len(set(map(len, slow))) > 1
-    assert fast_generate(model, PROMPTS, sampling, stop_ids, 2) == slow
+    assert generate(model, PROMPTS, sampling, stop_ids, 2) == slow
     for ids in slow:
         assert not set(ids[:-1]) & set(stop_ids)
 
 
-def test_generation_stops_when_every_row_has_ended():
-    model = tiny_model()
-    steps = list(generate(model, PROMPTS, GREEDY, tuple(range(50))))
-    assert len(steps) == 1
-    assert [row for row, _ in steps[0]] == list(range(len(PROMPTS)))
-
-
-@pytest.mark.parametrize("most", [1, 2, 33])
-def test_no_row_is_longer_than_max_new_tokens(most):
-    rows = fast_generate(tiny_model(), PROMPTS, Sampling(most, temperature=0.0))
-    assert [len(ids) for ids in rows] == [most] * len(PROMPTS)
+def test_a_row_ends_at_max_new_tokens_or_at_a_stop_id():
+    for most in (1, 2, 33):
+        rows = generate(tiny_model(), PROMPTS, Sampling(most, temperature=0.0))
+        assert [len(ids) for ids in rows] == [most] * len(PROMPTS)
+    rows = generate(tiny_model(), PROMPTS, GREEDY, stop_ids=tuple(range(50)))
+    assert [len(ids) for ids in rows] == [1] * len(PROMPTS)
 
 
 def test_ids_beyond_the_vocabulary_never_come():
@@ -244,19 +248,19 @@ def test_ids_beyond_the_vocabulary_never_come():
     with torch.no_grad():
         model.lm_head.weight[50:] = 100 * model.lm_head.weight[:14]
     sampling = Sampling(max_new_tokens=30, temperature=5.0)
-    rows = fast_generate(model, PROMPTS, sampling, (), 4)
+    rows = generate(model, PROMPTS, sampling, (), 4)
     assert max(map(max, rows)) < 50
 
 
 def test_dropout_of_a_loaded_model_is_off():
     model = tiny_model(dropout=0.5)
-    assert fast_generate(model, PROMPTS, GREEDY) == fast_generate(tiny_model(), PROMPTS, GREEDY)
+    assert generate(model, PROMPTS, GREEDY) == generate(tiny_model(), PROMPTS, GREEDY)
 
 
 @pytest.mark.parametrize("length", [0, BLOCK + 1])
 def test_a_prompt_of_no_or_too_many_tokens_is_refused(length):
     with pytest.raises(UserError, match=f"{length} tokens.*1 to {BLOCK}"):
-        fast_generate(tiny_model(), [[1], [2] * length], GREEDY)
+        generate(tiny_model(), [[1], [2] * length], GREEDY)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +297,7 @@ def test_an_impossible_setting_is_named(options):
 def test_the_narrowest_choice_is_greedy(options):
     model = tiny_model().double()
     sampling = Sampling(**{"max_new_tokens": 40, "temperature": 3.0} | options)
-    assert fast_generate(model, PROMPTS, sampling) == fast_generate(model, PROMPTS, GREEDY)
+    assert generate(model, PROMPTS, sampling) == generate(model, PROMPTS, GREEDY)
 
 
 def chi_square_is_likely(counts: np.ndarray, probs: np.ndarray) -> bool:
@@ -340,7 +344,7 @@ def test_choices_follow_the_probabilities(options):
 def test_the_samples_streams_are_independent():
     model = tiny_model()
     sampling = Sampling(max_new_tokens=2, temperature=1.0)
-    rows = np.array(fast_generate(model, [[7]], sampling, (), 5000))
+    rows = np.array(generate(model, [[7]], sampling, (), 5000))
     probs = np.zeros(50)
     for id, prob in slow_probs(next_logits(model, [7]), sampling, []).items():
         probs[id] = prob
@@ -415,17 +419,6 @@ def test_what_completes_a_sequence_by_hand():
 
 
 # --- many requests -----------------------------------------------------------------------------
-
-
-def run_batch(model, requests: list[Request], size: int, stop_ids=()) -> list[list[int]]:
-    batch = Batch(model, stop_ids, size)
-    for request in requests:
-        batch.add(request)
-    most = 0
-    while batch:
-        most = max(most, len(batch.step()))
-    assert most == min(size, len(requests))
-    return [request.text[len(request.prompt) :] for request in requests]
 
 
 @pytest.mark.parametrize("kind", ["gpt", "lstm"])
@@ -624,7 +617,7 @@ def test_parts_of_a_students_own_decode_as_they_are_trained(monkeypatch, options
         module.__class__ = swapped.get(type(module), type(module))
     slow = [slow_generate(model, prompt, GREEDY) for prompt in PROMPTS]
     assert slow != [slow_generate(tiny_model(), prompt, GREEDY) for prompt in PROMPTS]
-    assert fast_generate(pack(model), PROMPTS, GREEDY) == slow
+    assert generate(pack(model), PROMPTS, GREEDY) == slow
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2"])
@@ -651,8 +644,8 @@ def test_a_packed_model_computes_the_same(options):
     logits = packed.head(packed(idx))
     assert logits.shape == (3, BLOCK, 50)
     assert (logits - wanted.head(wanted(idx))).abs().max() < 2e-4
-    rows = fast_generate(packed, PROMPTS, Sampling(9, temperature=0.0))
-    assert rows[1][:2] == fast_generate(wanted, PROMPTS, Sampling(9, temperature=0.0))[1][:2]
+    rows = generate(packed, PROMPTS, Sampling(9, temperature=0.0))
+    assert rows[1][:2] == generate(wanted, PROMPTS, Sampling(9, temperature=0.0))[1][:2]
 
 
 @torch.no_grad()
@@ -661,4 +654,4 @@ def test_eight_bits_keep_products_to_a_few_percent():
     x = torch.randn(5, 1, 64, generator=torch.Generator().manual_seed(0))
     exact, ours = (model.blocks[0].mlp.c_fc(x) for model in (wanted, rounded))
     assert 1e-4 < (ours - exact).norm() / exact.norm() < 0.04
-    assert len(fast_generate(rounded, PROMPTS, GREEDY)[0]) == 40
+    assert len(generate(rounded, PROMPTS, GREEDY)[0]) == 40
