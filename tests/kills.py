@@ -34,11 +34,8 @@ ALL = {"max_iters": 100, "eval_interval": 4, "dropout": 0.1, "prompts": "[]"}
 KINDS = {
     "pretraining, Muon": {"dataset": "text"},
     "pretraining, AdamW": {"dataset": "text", "optimizer": "adamw"},
-    "accumulation, short rows first": {
-        "dataset": "text",
-        "gradient_accumulation_steps": 3,
-        "short_block": 8,
-    },
+    "accumulation, short rows first": {"dataset": "text", "short_block": 8}
+    | {"gradient_accumulation_steps": 3},
     "questions with a text": {"dataset": "questions:3,text:1", "init_from": "base"},
     "questions": {"dataset": "questions", "init_from": "base"},
     "adapters": {"dataset": "questions", "init_from": "base", **LORA},
