@@ -201,26 +201,18 @@ class Batch:
 
     def _choose(self, logits: torch.Tensor) -> list[Token]:
         ids = choose(penalize(logits, self.running, self.stop_ids), self.running)
-        wanted = [r.alternatives for r in self.running if r.alternatives is not None]
-        if not wanted:
+        counts = [request.alternatives for request in self.running]
+        if all(count is None for count in counts):
             return [Token(id) for id in ids]
         log_probs = torch.log_softmax(logits, dim=-1)
-        own = log_probs.gather(1, torch.tensor(ids, device=logits.device)[:, None])
-        best = log_probs.topk(min(max(wanted), logits.shape[-1]))
-        rows = zip(
-            self.running,
-            ids,
-            own.squeeze(1).tolist(),
-            best.indices.tolist(),
-            best.values.exp().tolist(),
-            strict=True,
-        )
-        return [
-            Token(id)
-            if request.alternatives is None
-            else Token(id, log_prob, tuple(zip(others, probs, strict=True))[: request.alternatives])
-            for request, id, log_prob, others, probs in rows
-        ]
+        own = log_probs.gather(1, torch.tensor(ids, device=logits.device)[:, None]).squeeze(1)
+        best = log_probs.topk(min(max(count or 0 for count in counts), logits.shape[-1]))
+        others, probs = best.indices.tolist(), best.values.exp().tolist()
+        tokens = []
+        for row, (id, count, log_prob) in enumerate(zip(ids, counts, own.tolist(), strict=True)):
+            pairs = tuple(zip(others[row], probs[row], strict=True))[:count]
+            tokens.append(Token(id) if count is None else Token(id, log_prob, pairs))
+        return tokens
 
 
 def penalize(
