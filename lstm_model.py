@@ -67,12 +67,15 @@ class LSTM(LanguageModel):
         x = self.drop(self.norm_in(self.wte(idx)))
         if new_tokens:  # the recurrence of each row then ends at its own last token
             x = pack_padded_sequence(x, new_tokens, batch_first=True, enforce_sorted=False)
-        state = tuple(x[:, :, 0, 0].contiguous() for x in (cache.k, cache.v)) if cache else None
+        state = None
+        if cache:
+            state = cache.k.flatten(2).contiguous(), cache.v.flatten(2).contiguous()
         x, (h, c) = self.lstm(x, state)
         if new_tokens:
             x, _ = pad_packed_sequence(x, batch_first=True, total_length=T)
         if cache:
-            cache.k[:, :, 0, 0], cache.v[:, :, 0, 0] = h, c
+            cache.k.copy_(h.view_as(cache.k))
+            cache.v.copy_(c.view_as(cache.v))
             added = new_tokens or [T] * B
             cache.lengths = [old + new for old, new in zip(cache.lengths, added, strict=True)]
         return self.norm(self.drop(x))

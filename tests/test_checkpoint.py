@@ -145,12 +145,6 @@ def test_what_is_loaded_does_not_hold_its_files(tmp_path, tokenizer):
 ERROR_ALONE = "from pickle import UnpicklingError"
 
 
-def is_weights_only(call: ast.Call) -> bool:
-    """torch.load that takes tensors and plain values alone."""
-    words = {word.arg: ast.unparse(word.value) for word in call.keywords}
-    return ast.unparse(call.func) == "torch.load" and words.get("weights_only") == "True"
-
-
 def test_nothing_is_unpickled():
     """No source imports a module that unpickles, or calls a function that may run code by it."""
     modules = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -163,10 +157,11 @@ def test_nothing_is_unpickled():
                 assert not modules & {alias.name.partition(".")[0] for alias in node.names}, path
             if isinstance(node, ast.ImportFrom) and ast.unparse(node) != ERROR_ALONE:
                 assert (node.module or "").partition(".")[0] not in modules, path
-            if isinstance(node, ast.Call) and not is_weights_only(node):
-                assert ast.unparse(node.func) not in calls, path
-            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
-                assert ast.unparse(node.value) == "False", path
+            if isinstance(node, ast.Call):
+                words = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                assert words.get("allow_pickle", "False") == "False", path
+                safe = words.get("weights_only") == "True"  # tensors and plain values alone
+                assert safe or ast.unparse(node.func) not in calls, path
 
 
 # --- killed ------------------------------------------------------------------------------------

@@ -127,11 +127,6 @@ def assert_same_course(one: Path, several_: Path, tolerance: float = 1e-5) -> No
     assert contents(one).keys() == contents(several_).keys()
 
 
-def assert_close_weights(one: Path, several_: Path) -> None:
-    theirs = weights(several_)
-    assert all((theirs[name] - w).abs().max() < 1e-3 for name, w in weights(one).items())
-
-
 # --- the same course ---------------------------------------------------------------------------
 
 BASE = {"init_from": "base"}
@@ -141,10 +136,11 @@ PAIRS = {"dataset": "pairs", "init_from": "answers", "learning_rate": 3e-3}
 UNEVEN = {"batch_size": 3, "gradient_accumulation_steps": 3}
 MIXED = BASE | {"dataset": "questions:1,text:1", "mix_weight": 0.5}
 COURSES = {
-    "pretraining with Muon": {"dataset": "text"},
+    "pretraining with Muon": {"dataset": "text", "gradient_accumulation_steps": 4},
     "pretraining with AdamW": {"dataset": "text", "optimizer": "adamw", "bias": True},
     "uneven micro-batches": {"dataset": "text", **UNEVEN},
     "questions": {"dataset": "questions", **BASE},
+    "questions with a text": MIXED,
     "questions, uneven, with a text": MIXED | UNEVEN,
     "adapters": {"dataset": "questions", **LORA},
     "preferences": PAIRS | {"dpo_sft_weight": 0.5},
@@ -153,7 +149,11 @@ COURSES = {
     "short rows first": {"dataset": "text", "short_block": 8},
     "an LSTM": {"dataset": "text", "model": "lstm", "n_head": 8},
 }
-QUICK = {"pretraining with Muon", "questions, uneven, with a text", "preferences by adapters"}
+QUICK = {("pretraining with Muon", False), ("questions, uneven, with a text", False)}
+QUICK |= {("preferences by adapters", False), ("questions with a text", True)}
+WHOLE_ONLY = ("uneven micro-batches", "questions, uneven, with a text", "an LSTM")
+CASES = [(name, shard) for name in COURSES for shard in (False, True)]
+CASES = [(name, shard) for name, shard in CASES if not (shard and name in WHOLE_ONLY)]
 
 
 @pytest.fixture(scope="module")
@@ -175,16 +175,17 @@ def located(world: Path, settings: dict) -> dict:
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=slow) for n in COURSES]
+    ("name", "shard"), [c if c in QUICK else pytest.param(*c, marks=slow) for c in CASES]
 )
-def test_two_processes_take_the_course_of_one(world, several, tmp_path, name):
+def test_two_processes_take_the_course_of_one(world, several, tmp_path, name, shard):
     settings = located(world, COURSES[name])
     one = train_here(out_dir=tmp_path / "one", **settings)
-    two = train_in(several, 2, out_dir=tmp_path / "two", **settings)
+    two = train_in(several, 2, out_dir=tmp_path / "two", shard=shard, **settings)
     assert_same_course(one, two)
     assert saved(one)["progress"]["rows"] == saved(two)["progress"]["rows"]
     assert saved(two)["environment"]["processes"] == 2
-    assert_close_weights(one, two)
+    theirs = weights(two)
+    assert all((theirs[name] - w).abs().max() < 1e-3 for name, w in weights(one).items())
 
 
 def test_a_steps_rows_are_shared_without_gap_or_repeat():
@@ -499,24 +500,6 @@ def one_step(several, world: Path, folder: Path, **settings: object) -> dict:
 
 
 # --- a sharded model ---------------------------------------------------------------------------
-
-SHARDED = COURSES | {
-    "pretraining with Muon": {"dataset": "text", "gradient_accumulation_steps": 4},
-    "questions with a text": MIXED,
-}
-for name in ("uneven micro-batches", "questions, uneven, with a text", "an LSTM"):
-    del SHARDED[name]
-
-
-@pytest.mark.parametrize(
-    "name", [n if n == "questions with a text" else pytest.param(n, marks=slow) for n in SHARDED]
-)
-def test_a_sharded_model_takes_the_course_of_a_whole_one(world, several, tmp_path, name):
-    settings = located(world, SHARDED[name])
-    one = train_here(out_dir=tmp_path / "one", **settings)
-    two = train_in(several, 2, out_dir=tmp_path / "two", shard=True, **settings)
-    assert_same_course(one, two)
-    assert_close_weights(one, two)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", pytest.param("adamw", marks=slow)])

@@ -279,19 +279,6 @@ def test_choices_follow_the_probabilities(options):
     assert not chi_square_is_likely(counts, np.roll(probs, 1) * 0.5 + probs * 0.5 + 1e-9)
 
 
-def test_the_samples_streams_are_independent():
-    model = tiny_model()
-    sampling = Sampling(max_new_tokens=2, temperature=1.0)
-    rows = np.array(generate(model, [[7]], sampling, (), 5000))
-    probs = as_array(slow_probs(next_logits(model, [7]), sampling, []), 50)
-    assert chi_square_is_likely(np.bincount(rows[:, 0], minlength=50), probs)
-    likeliest = int(probs.argmax())
-    after = rows[rows[:, 0] == likeliest, 1]
-    assert len(after) > 300
-    probs = as_array(slow_probs(next_logits(model, [7, likeliest]), sampling, []), 50)
-    assert chi_square_is_likely(np.bincount(after, minlength=50), probs)
-
-
 def edge(u: float, **options) -> Request:
     """A request whose random stream is one number."""
     request = Request([0], Sampling(**options))
@@ -389,12 +376,10 @@ def test_penalties_spare_what_ends_a_text():
         assert penalize(logits, [request])[0, 5] < 1
 
 
-@pytest.mark.parametrize(
-    "options", [{"temperature": 1e-6}, {"temperature": 1e4}, {"top_p": 1e-6}, {"min_p": 1.0}]
-)
-@pytest.mark.parametrize("penalty", [1e-6, 1.0, 1e4])
+@pytest.mark.parametrize("options", [{"temperature": 1e4}, {"top_p": 1e-6}, {"min_p": 1.0}])
+@pytest.mark.parametrize("penalty", [1e-6, 1e4])
 def test_extreme_settings_still_choose(options, penalty):
-    sampling = Sampling(**{"temperature": 1.0, "repetition_penalty": penalty} | options)
+    sampling = Sampling(**{"temperature": 1e-6, "repetition_penalty": penalty} | options)
     logits = 30 * torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
     requests = [Request([3, 5], sampling, n) for n in range(50)]
     ids = choose(penalize(logits, requests), requests)
