@@ -12,6 +12,7 @@ import sample
 from configurator import ROOT, UserError, configure
 from lstm_model import LSTM, SETTINGS
 from miniglm.checkpoint import load_checkpoint
+from miniglm.preflight import architecture
 from model import GPT, Architecture, ModelConfig
 from tests.helpers import random_ids, tiny_model
 from tests.runs import (
@@ -23,7 +24,7 @@ from tests.runs import (
     words,
     write_toys,
 )
-from train import Settings, architecture
+from train import Settings
 
 HERE = {"model": "lstm", "n_head": 8}  # n_head: its default, in place of the toy runs' own
 SHAPES = {
@@ -200,7 +201,7 @@ def test_it_continues_texts_is_fine_tuned_answers_and_is_evaluated(toys, tmp_pat
 def test_the_configs_that_are_compared_have_equally_many_parameters():
     def n_params(config: str, model: type) -> int:
         settings = configure(Settings, [str(ROOT / "config" / config)])
-        return model(ModelConfig(**architecture(settings), n_vocab=4096)).n_params()
+        return model(ModelConfig(**architecture(vars(settings)), n_vocab=4096)).n_params()
 
     lstm, gpt = n_params("lstm_sanguo.py", LSTM), n_params("pretrain_sanguo.py", GPT)
     assert lstm == pytest.approx(gpt, rel=0.01)
