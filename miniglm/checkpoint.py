@@ -161,11 +161,12 @@ def load_checkpoint(
     changes: of the architecture: dropout, or a lower block_size.
     """
     path = _checkpoint_path(out_dir, which)
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path) if is_foreign(path) else None  # its run depends on it
     run = _read_run(path, tokenizer)
     model = _load_model(path, run, device, changes)
     if merged:
         merge(model)
+    tokenizer = tokenizer or load_tokenizer(path)
     return Checkpoint(path, model.eval(), tokenizer, run, model.n_params())
 
 
