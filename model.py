@@ -3,92 +3,111 @@
     hidden = model(idx)              (B, T) -> (B, T, n_embd)
     logits = model.head(hidden)      (..., n_embd) -> (..., n_vocab)
 
-Losses are objectives.py's, sampling is sample.py's. ModelConfig spans the reference architecture
-(GPT-2: learned positions, LayerNorm, GELU, tied head) and the modern one (rotary positions,
-RMSNorm, SwiGLU, grouped-query attention, norm of queries and keys), each option on its own.
+Losses are in miniglm/objectives.py, sampling in miniglm/generation.py. ModelConfig spans GPT-2
+(learned positions, LayerNorm, GELU, tied head) and Qwen3 (rotary positions, RMSNorm, SwiGLU,
+grouped-query attention, norm of queries and keys), each option on its own. A new norm, activation
+or MLP is an entry of NORMS, ACTIVATIONS or MLPS: settings, training and decoding follow.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configurator import UserError
+from configurator import UserError, above, at_least, below, check_bounds
 from miniglm.attention import attend
 
-# what lstm_model.py reads of an Architecture; the GPT reads all
-LSTM_READS = {"model", "block_size", "n_layer", "n_embd", "norm", "norm_eps", "bias"}
-LSTM_READS |= {"tie_weights", "dropout"}
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, which under autocast wants its weight in the input's type."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+NORMS = {  # before attention, MLP and head: a module of a config
+    "rmsnorm": lambda c: RMSNorm(c.n_embd, c.norm_eps),
+    "layernorm": lambda c: nn.LayerNorm(c.n_embd, c.norm_eps, bias=c.bias),
+}
+ACTIVATIONS = {  # between the two Linears of an MLP
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's
+    "gelu_erf": F.gelu,  # the exact one, which nanoGPT has
+    "relu2": lambda x: F.relu(x).square(),  # arXiv 2109.08668
+}
+
+
+class MLP(nn.Module):
+    """Two Linears around one of ACTIVATIONS."""
+
+    def __init__(self, config: "ModelConfig"):
+        super().__init__()
+        self.activation = config.mlp
+        self.c_fc = nn.Linear(config.n_embd, config.n_hidden, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.drop(self.c_proj(ACTIVATIONS[self.activation](self.c_fc(x))))
+
+
+class SwiGLU(nn.Module):
+    """silu(gate) * up (arXiv 2002.05202)."""
+
+    def __init__(self, config: "ModelConfig"):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=config.bias)  # gate, up
+        self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        gate, up = self.c_fc(x).chunk(2, dim=-1)
+        return self.drop(self.c_proj(F.silu(gate) * up))
+
+
+MLPS = {"swiglu": SwiGLU} | dict.fromkeys(ACTIVATIONS, MLP)
 
 
 @dataclass
 class Architecture:
-    """What a user chooses of a model. The defaults are Qwen3's, at a small size."""
+    """The part of a model that a user chooses. The defaults are Qwen3's, at a small size."""
 
     model: Literal["gpt", "lstm"] = "gpt"  # the GPT below, or the baseline of lstm_model.py
-    block_size: int = 256  # longest context, tokens
-    n_layer: int = 6  # blocks
-    n_head: int = 8  # query heads
-    n_kv_head: int | None = None  # key and value heads; None is n_head
-    n_embd: int = 512  # width
-    n_hidden: int | None = None  # width inside the MLP; None is 4 n_embd, for swiglu 8/3 n_embd
+    block_size: Annotated[int, at_least(2)] = 256  # longest context, tokens
+    n_layer: Annotated[int, at_least(1)] = 6  # blocks
+    n_head: Annotated[int, at_least(1)] = 8  # query heads
+    n_kv_head: Annotated[int | None, at_least(1)] = None  # key and value heads; None is n_head
+    n_embd: Annotated[int, at_least(1)] = 512  # width
+    n_hidden: Annotated[int | None, at_least(1)] = None  # MLP width; None: 4 (swiglu 8/3) n_embd
     position: Literal["rope", "learned"] = "rope"  # rotary, or an embedding of positions
-    rope_theta: float = 10000.0  # base of the rotary wavelengths
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # before attention, MLP and head
-    norm_eps: float = 1e-6  # added to the variance
-    mlp: Literal["swiglu", "gelu", "gelu_erf", "relu2"] = "swiglu"  # gelu is GPT-2's tanh form
+    rope_theta: Annotated[float, above(0)] = 10000.0  # base of the rotary wavelengths
+    norm: Literal[tuple(NORMS)] = "rmsnorm"  # before attention, MLP and head
+    norm_eps: Annotated[float, above(0)] = 1e-6  # added to the variance
+    mlp: Literal[tuple(MLPS)] = "swiglu"  # gelu is GPT-2's tanh form
     bias: bool = False  # biases in Linear and LayerNorm
     qk_norm: bool = True  # RMSNorm of each head's queries and keys, as in Qwen3
     tie_weights: bool = True  # the head is the embedding
     init: Literal["fan_in", "gpt2"] = "fan_in"  # std 1 / sqrt(inputs), outputs 0; gpt2: std 0.02
-    # beyond Qwen3's architecture; bits per byte gained in docs/recipe.md: none, 0.014, 0.013
-    logit_soft_cap: float = 0.0  # c: logits become c tanh(logits / c); 0 is off
-    value_residual: bool = False  # each block's values mix with the first's (arXiv 2410.17897)
-    embedding_skip: bool = False  # each block also reads the embedding, with weights of its own
-    dropout: float = 0.0  # of embeddings and of both outputs of a block
+    dropout: Annotated[float, at_least(0), below(1)] = 0.0  # of embeddings and both block outputs
 
     def __post_init__(self):
-        if self.block_size < 2:
-            raise UserError(f"block_size={self.block_size} must be 2 or more")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
-        self._check_above_zero("n_layer", "n_embd", "norm_eps")
-        if self.model == "lstm":
-            return self._refuse_what_only_the_gpt_reads()
+        check_bounds(type(self), vars(self))  # built from a checkpoint's run.json, too
+        if self.model != "gpt":
+            return
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         if self.n_hidden is None:  # SwiGLU has three matrices: 2/3 as wide, in steps of 64
             swiglu = max(64, round(8 / 3 * self.n_embd / 64) * 64)
             self.n_hidden = swiglu if self.mlp == "swiglu" else 4 * self.n_embd
-        self._check_above_zero("n_head", "n_kv_head", "n_hidden", "rope_theta")
-        if self.n_embd % self.n_head:
-            raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
-        if self.n_head % self.n_kv_head:
-            raise UserError(
-                f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}"
-            )
+        for name, part in (("n_embd", "n_head"), ("n_head", "n_kv_head")):
+            value, divisor = getattr(self, name), getattr(self, part)
+            if value % divisor:
+                raise UserError(f"{name}={value} must be a multiple of {part}={divisor}")
         if self.position == "rope" and self.head_dim % 2:
             raise UserError(f"n_embd / n_head = {self.head_dim} must be even for position='rope'")
-        if self.logit_soft_cap < 0:
-            raise UserError(f"logit_soft_cap={self.logit_soft_cap} must be 0 (off) or above")
-
-    def _check_above_zero(self, *names: str) -> None:
-        for name in names:
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)} must be above 0")
-
-    def _refuse_what_only_the_gpt_reads(self) -> None:
-        for field in dataclasses.fields(Architecture):
-            value = getattr(self, field.name)
-            if value != field.default and field.name not in LSTM_READS:
-                raise UserError(
-                    f"{field.name}={value!r} means nothing to model='lstm'; leave one of them out"
-                )
 
     @property
     def head_dim(self) -> int:
@@ -111,39 +130,33 @@ class ModelConfig(Architecture):
 
 class KVCache:
     """Keys and values of B rows, and how many tokens each row holds. A token's slot is its
-    position, so rows may differ in length: what lies beyond `lengths` is not seen, and written
-    over by what comes next. Rows may leave and come, up to the batch_size at first.
+    position, so rows may differ in length: slots beyond `lengths` are not seen, and overwritten by
+    the next tokens. Rows come and go, up to the initial batch size.
 
     k, v: (n_layer, B, n_kv_head, length, head_dim), the first B rows of all_k, all_v;
     lengths: list of B ints.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, length: int, dtype, device):
-        shape = (config.n_layer, batch_size, config.n_kv_head, length, config.head_dim)
-        # zeros, since what a row does not see is weighted with 0, and 0 x NaN is NaN
-        self.all_k = torch.zeros(shape, dtype=dtype, device=device)
-        self.all_v = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = [0] * batch_size
-        self.keep_rows(batch_size)
+    def __init__(self, shape: tuple[int, ...], like: torch.Tensor):
+        """shape: that of all_k; like: a tensor of the wanted dtype and device."""
+        # zeros, since positions that a row does not see get weight 0, and 0 x NaN is NaN
+        self.all_k, self.all_v = like.new_zeros(shape), like.new_zeros(shape)
+        self.lengths = []
+        self.keep_rows(shape[1])
 
     def keep_rows(self, count: int) -> None:
-        """The first `count` rows are there; new ones are empty."""
+        """Keeps the first `count` rows; rows beyond those held so far are empty."""
         self.k, self.v = self.all_k[:, :count], self.all_v[:, :count]
         self.lengths = [*self.lengths[:count], *[0] * (count - len(self.lengths))]
 
     def reserve(self, length: int) -> None:
-        """Makes room for rows of `length` tokens, in powers of two: short rows that lie close
-        together are read faster."""
-        n_layer, batch_size, n_kv_head, room, head_dim = self.all_k.shape
-        if length <= room:
-            return
-        shape = n_layer, batch_size, n_kv_head, 1 << (length - 1).bit_length(), head_dim
-        for name in ("all_k", "all_v"):
-            old = getattr(self, name)
-            new = old.new_zeros(shape)
-            new[:, :, :, :room] = old
-            setattr(self, name, new)
-        self.keep_rows(len(self.lengths))
+        """Makes room for rows of `length` tokens, in powers of two: short rows close together in
+        memory are read faster."""
+        room = self.all_k.shape[3]
+        if length > room:
+            more = (1 << (length - 1).bit_length()) - room
+            self.all_k, self.all_v = (F.pad(x, (0, 0, 0, more)) for x in (self.all_k, self.all_v))
+            self.keep_rows(len(self.lengths))
 
     def append(self, source: "KVCache", rows: list[int]) -> None:
         """Adds rows of another cache."""
@@ -169,11 +182,10 @@ class KVCache:
 
 
 class Span:
-    """Where the T new tokens of each row stand: shared by all layers of one forward pass.
+    """The positions of the T new tokens of each row, shared by all layers of one forward pass.
 
     start: the first position where all rows agree, else None; positions: (B, T) or (T,);
-    end: the longest context after this pass; mask: (B, 1, T, end) or None, True where seen;
-    embedding, first_values: what later blocks read of the start, where an option asks for it.
+    end: the longest context after this pass; mask: (B, 1, T, end) or None, True where seen.
     """
 
     def __init__(self, cache: KVCache | None, B: int, T: int, device):
@@ -192,10 +204,9 @@ class Span:
             seen = torch.arange(self.end, device=device) <= self.positions[..., None]
             self.mask = seen.view(-1, 1, T, self.end)
         self.rows = torch.arange(B, device=device)[:, None]
-        self.embedding = self.first_values = None
 
     def store(self, cached: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """Writes new (B, n_kv_head, T, head_dim) into a layer's cache; returns what is seen."""
+        """Writes new (B, n_kv_head, T, head_dim) into a layer's cache; returns all up to `end`."""
         if self.start is not None:
             cached[:, :, self.start : self.end] = new
         else:
@@ -203,7 +214,23 @@ class Span:
         return cached[:, :, : self.end]
 
 
-class GPT(nn.Module):
+class LanguageModel(nn.Module):
+    """The part that the GPT and its baseline share: `config`, `wte` and `lm_head` are theirs."""
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., n_embd) -> logits (..., n_vocab); the padding of the vocabulary has none."""
+        return self.lm_head(hidden)[..., : self.config.n_vocab]
+
+    def decode(self, idx: torch.Tensor, cache: "KVCache") -> torch.Tensor:
+        """One id a row (B,), added to the cache -> hidden states (B, n_embd)."""
+        return self(idx[:, None], cache)[:, -1]
+
+    def n_params(self) -> int:
+        """Parameters, a tied weight once."""
+        return sum(p.numel() for p in self.parameters())
+
+
+class GPT(LanguageModel):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -215,12 +242,12 @@ class GPT(nn.Module):
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         self.drop = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = make_norm(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = NORMS[config.norm](config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.wte.weight
-        self.checkpoint_activations = False  # keep a block's input only, and compute it again
+        self.checkpoint_activations = False  # keep a block's input only, and recompute the block
         self.init_weights()
 
     def forward(
@@ -231,8 +258,8 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """(B, T) ids -> (B, T, n_embd) hidden states after the last norm.
 
-        With a cache the ids follow those it holds, row by row, and are added to it: the first
-        new_tokens[row] of each row, the rest is padding; None is all T.
+        With a cache the ids continue its rows and are added to it: the first new_tokens[row] ids of
+        each row (None: all T), the others are padding.
         """
         B, T = idx.shape
         span = Span(cache, B, T, idx.device)
@@ -248,7 +275,6 @@ class GPT(nn.Module):
             if span.start is None:
                 rotation = rotation[0].unsqueeze(1), rotation[1].unsqueeze(1)
         x = self.drop(x)
-        span.embedding = x
         for layer, block in enumerate(self.blocks):
             kv = (cache.k[layer], cache.v[layer]) if cache else None
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -260,63 +286,50 @@ class GPT(nn.Module):
             cache.lengths = [old + new for old, new in zip(cache.lengths, added, strict=True)]
         return self.norm(x)
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., n_embd) -> logits (..., n_vocab); the padding of the vocabulary has none."""
-        logits = self.lm_head(hidden)[..., : self.config.n_vocab]
-        cap = self.config.logit_soft_cap
-        return cap * torch.tanh(logits / cap) if cap else logits
-
     def new_cache(self, batch_size: int, length: int | None = None) -> KVCache:
-        """Of batch_size empty rows, for texts of `length` tokens; None is block_size."""
-        length, weight = length or self.config.block_size, self.wte.weight
-        return KVCache(self.config, batch_size, length, weight.dtype, weight.device)
+        """batch_size empty rows, for texts of `length` tokens; None is block_size."""
+        c = self.config
+        shape = c.n_layer, batch_size, c.n_kv_head, length or c.block_size, c.head_dim
+        return KVCache(shape, self.wte.weight)
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Embeddings have std 0.02. Matrices keep the size of what they read (fan_in), and what a
-        block adds starts at zero; gpt2 has 0.02 everywhere, less for the deeper sums."""
+        """Embeddings have std 0.02. fan_in: matrices preserve the scale of their input, and the
+        outputs of a block start at zero. gpt2: std 0.02 everywhere, less for residual outputs."""
         config = self.config
         for name, parameter in self.named_parameters():
-            adds = name.endswith("c_proj.weight")
+            is_output = name.endswith("c_proj.weight")
             if parameter.dim() < 2:  # norms keep their 1, biases are 0
                 if name.endswith("bias"):
                     parameter.zero_()
-            elif config.init == "gpt2" and adds:
+            elif config.init == "gpt2" and is_output:
                 parameter.normal_(std=0.02 / math.sqrt(2 * config.n_layer))
             elif config.init == "gpt2" or name.startswith(("wte", "wpe", "lm_head")):
                 parameter.normal_(std=0.02)
-            elif adds:
+            elif is_output:
                 parameter.zero_()
             else:
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
 
-    def n_params(self) -> int:
-        """Parameters, a tied weight once."""
-        return sum(p.numel() for p in self.parameters())
-
     def flops_per_token(self, T: float) -> float:
-        """Floating-point operations of training on a token in a row of T: 6 for each parameter in
-        matrix products (the head's, not the look-up of embeddings), 4 where it is frozen, and
-        causal attention's."""
+        """Floating-point operations of training on one token in a row of T: 6 for each parameter of
+        a matmul (the head's, not the embedding's lookup), 4 if it is frozen, and causal
+        attention's."""
         c = self.config
         matrices = [p for p in self.blocks.parameters() if p.dim() >= 2]
         return matrix_flops([*matrices, *self.lm_head.parameters()]) + 6 * c.n_layer * c.n_embd * T
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.norm_1 = make_norm(config)
-        self.attn = Attention(config, layer)
-        self.norm_2 = make_norm(config)
-        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else MLP(config)
-        if config.embedding_skip:
-            self.skip = nn.Parameter(torch.tensor([1.0, 0.0]))  # of the stream, of the embedding
+        self.norm_1 = NORMS[config.norm](config)
+        self.attn = Attention(config)
+        self.norm_2 = NORMS[config.norm](config)
+        self.mlp = MLPS[config.mlp](config)
 
     def forward(self, x, rotation, span, kv):
-        if self.config.embedding_skip:
-            x = self.skip[0] * x + self.skip[1] * span.embedding
         x = x + self.attn(self.norm_1(x), rotation, span, kv)
         return x + self.mlp(self.norm_2(x))
 
@@ -324,7 +337,7 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention; n_kv_head < n_head is grouped-query attention (arXiv 2305.13245)."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         width = config.n_embd + 2 * config.n_kv_head * config.head_dim
@@ -334,9 +347,6 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
-        self.mixes = config.value_residual and layer > 0
-        if self.mixes:
-            self.mix = nn.Parameter(torch.tensor([0.5, 0.5]))  # of its own values, of the first's
 
     def forward(self, x, rotation, span, kv):
         c = self.config
@@ -346,10 +356,6 @@ class Attention(nn.Module):
         q, k, v = qkv.split([c.n_head, c.n_kv_head, c.n_kv_head], dim=2)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.mixes:
-            v = self.mix[0] * v + self.mix[1] * span.first_values
-        elif c.value_residual:
-            span.first_values = v
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, T, head_dim)
         if rotation:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
@@ -360,48 +366,14 @@ class Attention(nn.Module):
         return self.drop(self.c_proj(y))
 
 
-ACTIVATIONS = {
-    "gelu": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_erf": F.gelu,  # the exact one, which nanoGPT has
-    "relu2": lambda x: F.relu(x).square(),  # arXiv 2109.08668
-}
-
-
-class MLP(nn.Module):
-    """Two Linears around one of ACTIVATIONS."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.activation = config.mlp
-        self.c_fc = nn.Linear(config.n_embd, config.n_hidden, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
-        self.drop = nn.Dropout(config.dropout)
-
-    def forward(self, x):
-        return self.drop(self.c_proj(ACTIVATIONS[self.activation](self.c_fc(x))))
-
-
-class SwiGLU(nn.Module):
-    """silu(gate) * up (arXiv 2002.05202)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=config.bias)  # gate, up
-        self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
-        self.drop = nn.Dropout(config.dropout)
-
-    def forward(self, x):
-        gate, up = self.c_fc(x).chunk(2, dim=-1)
-        return self.drop(self.c_proj(F.silu(gate) * up))
-
-
 def matrix_flops(matrices: list[nn.Parameter]) -> int:
-    """Of products with each number of them: forward, to what is read, and to itself if trained."""
+    """Floating-point operations a token: the forward matmul, the gradient of its input, and that of
+    the weight if it is trained."""
     return sum(p.numel() * (6 if p.requires_grad else 4) for p in matrices)
 
 
 def pick_device(name: str) -> str:
-    """`auto` is CUDA, else MPS, else CPU; any other name must be a device that is there."""
+    """`auto` is CUDA, else MPS, else CPU. Raises UserError if a named device cannot be used."""
     if name == "auto":
         if torch.cuda.is_available():
             return "cuda"
@@ -412,19 +384,6 @@ def pick_device(name: str) -> str:
         reason = str(error).splitlines()[0]
         raise UserError(f"device={name!r} cannot be used ({reason}); --device=auto picks") from None
     return name
-
-
-class RMSNorm(nn.RMSNorm):
-    """torch's, which under autocast wants its weight in the input's type."""
-
-    def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
-def make_norm(config: ModelConfig) -> nn.Module:
-    if config.norm == "rmsnorm":
-        return RMSNorm(config.n_embd, config.norm_eps)
-    return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
 
 
 def rotary_table(length: int, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -48,7 +48,6 @@ from miniglm.checkpoint import (
     load_optimizers,
     rewind,
     save_checkpoint,
-    tracking_id,
     what_stays,
     whole_model,
 )
@@ -66,7 +65,7 @@ from miniglm.monitor import Stopwatch, Window
 from miniglm.objectives import OBJECTIVES, Batch, Objective
 from miniglm.optim import learning_rate, make_optimizers
 from miniglm.preflight import Start, architecture
-from miniglm.trackers import Tracked, check_trackers, open_trackers
+from miniglm.trackers import Tracked, check_trackers, open_trackers, tracking_id
 from model import Architecture, ModelConfig, pick_device
 
 

@@ -19,7 +19,7 @@ import json
 from types import SimpleNamespace
 
 from configurator import command, configure, repo_path, run_part, show_path, written_aside
-from miniglm.checkpoint import environment
+from miniglm.devices import environment
 
 PARTS = ("step", "generate", "data", "serve", "quality")  # a module each: Settings and bench
 

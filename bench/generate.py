@@ -30,7 +30,7 @@ from bench.timing import measure, report, speed_ratio
 from configurator import ROOT, UserError, at_least, repo_path
 from miniglm.checkpoint import Checkpoint, load_checkpoint
 from miniglm.decoding import pack, quantize
-from miniglm.generation import Sampling, generate
+from miniglm.generation import Batch, Request, Sampling
 from miniglm.interop.gguf import write_gguf
 from miniglm.interop.hugging_face import shape_of, to_hugging_face
 from miniglm.text import load_for_sampling, stream
@@ -170,11 +170,13 @@ def ours(model: GPT, prompts: list[list[int]], n: int) -> Way:
     sampling = Sampling(max_new_tokens=n, temperature=0.0)
 
     def run() -> list[list[int]]:
-        rows = [[] for _ in prompts]
-        for step in generate(model, prompts, sampling):
-            for row, id in step:
-                rows[row].append(id)
-        return rows
+        batch = Batch(model, size=len(prompts))
+        requests = [Request(prompt, sampling) for prompt in prompts]
+        for request in requests:
+            batch.add(request)
+        while batch:
+            batch.step()
+        return [request.ids for request in requests]
 
     return run
 

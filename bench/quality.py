@@ -32,8 +32,8 @@ from bench import timing
 from bench.step import own_step
 from bench.timing import measure
 from configurator import ROOT, UserError, above, configure, repo_path, show_path, written_aside
-from miniglm.checkpoint import environment, has_checkpoint, read_log, read_run
-from miniglm.devices import pick_dtype
+from miniglm.checkpoint import has_checkpoint, read_log, read_run
+from miniglm.devices import environment, pick_dtype
 from visualize import save_figure, style
 
 EVALUATIONS = 20  # of a run

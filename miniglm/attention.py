@@ -1,8 +1,8 @@
 """Attention of queries to keys and values: torch's own, and a faster form for training on a CPU.
 
-torch's scaled_dot_product_attention never stores the (T, T) weights, which pays where memory is
-slow or T is long. On a CPU in bfloat16 its backward pass takes most of the time; there plain
-matrix products that keep the weights for it took half of the time at T = 256, a quarter at 128.
+torch's scaled_dot_product_attention never stores the (T, T) weights, which pays off if memory is
+slow or T is long. On a CPU in bfloat16 its backward pass dominates; plain matmuls that keep the
+weights took half the time at T = 256, a quarter at 128.
 """
 
 import math

@@ -1,28 +1,25 @@
-"""The only reader and writer of an out_dir.
+"""The only reader and writer of checkpoints and logs in an out_dir.
 
     out-x/latest, out-x/best       one line each: the name of a checkpoint
     out-x/step-000500/             model.safetensors (a tied weight once), run.json, tokenizer.json,
-                                   optimizer.safetensors; a LoRA run's has adapter.safetensors in
-                                   the model's place, and run.json names its base, a checkpoint
+                                   optimizer.safetensors; a LoRA run has adapter.safetensors instead
+                                   of the model, and run.json names the base checkpoint
     out-x/log.jsonl                an object a line
-    out-x/bases                    checkpoints that adapters stand on, and whose: never deleted
+    out-x/bases                    checkpoints that adapters need, and whose: never deleted
     out-x/reference.safetensors    a DPO run's log-probabilities before its first step
-    out-x/tracking_id              by which trackers know the run, where it has any
-    out-x/lock                     held by the run that trains; a killed one leaves it, and free
+    out-x/lock                     held by the run that trains; a killed one leaves it, unlocked
 
-A checkpoint is written aside and renamed, then the pointers are replaced, then what no pointer
-names is deleted: killed at any moment, an out_dir still loads. Nothing is unpickled.
+A checkpoint is written aside and renamed, then the pointers are replaced, then checkpoints without
+a pointer are deleted: killed at any moment, an out_dir still loads. Nothing is unpickled.
 
-What loads an out_dir loads models of other projects too, miniglm/interop/foreign.py's.
+Models of other projects load in the same way, by miniglm/interop/foreign.py.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
-import platform
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -56,11 +53,11 @@ class Checkpoint:
     model: GPT | LSTM
     tokenizer: Tokenizer
     run: dict  # run.json: architecture, settings, dataset, progress, losses, environment
-    n_params: int = 0  # of the model, before anything is laid out for generation
+    n_params: int = 0  # of the model, before its weights are packed for generation
 
     @property
     def out_dir(self) -> Path:
-        """Where reports go: beside the checkpoint, but into a directory of another project's."""
+        """The directory of reports: the checkpoint's parent, or another project's own directory."""
         is_alone = is_foreign(self.path) and self.path.is_dir()
         return self.path if is_alone else self.path.parent
 
@@ -71,15 +68,15 @@ class Checkpoint:
 
     @property
     def question_end(self) -> str:
-        """The mark that ended nearly all trained questions; "" where there was none."""
+        """The mark at the end of nearly all trained questions, or ""."""
         return self.run["dataset"].get("question_end", "")
 
 
 @contextmanager
 def claimed(out_dir: Path) -> Iterator[Callable[[], None]]:
-    """out_dir is there, and no other run's until the end. It can be read as ever. UserError where
-    another run holds it, or where nothing can be written. Yields what raises a UserError where the
-    directory has been removed or another one put in its place."""
+    """Makes out_dir and locks it against other runs; reading stays free. Raises UserError if it is
+    locked or cannot be written. Yields a function that raises UserError if the directory has been
+    removed or replaced since."""
     is_new = not out_dir.exists()
     try:
         with ExitStack() as stack:
@@ -98,12 +95,12 @@ def claimed(out_dir: Path) -> Iterator[Callable[[], None]]:
             yield check
     finally:
         if is_new:
-            with suppress(OSError):  # something was written
+            with suppress(OSError):  # it is not empty
                 out_dir.rmdir()
 
 
 def what_stays(out_dir: Path) -> str:
-    """What messages say of the checkpoint that a run which fails leaves."""
+    """The end of a failed run's message: which checkpoint it leaves."""
     kept = _pointer(out_dir, "latest")
     return f"{kept} is whole, --resume goes on from it" if kept else "nothing was saved"
 
@@ -117,11 +114,11 @@ def save_checkpoint(
     is_best: bool,
     world: World = ALONE,
 ) -> None:
-    """Saves step run["progress"]["iter"] as `latest`, and as `best` if it is; deletes the others,
-    but for the bases of adapters. run["adapter"], as `adapter_of` gives it: only A and B are saved.
-    All processes of the world call it, the first one writes.
+    """Saves step run["progress"]["iter"] as `latest`, and as `best` if is_best; deletes older ones,
+    except the bases of adapters. With run["adapter"], see adapter_of, only A and B are saved. All
+    processes of the world call it, the first one writes.
 
-    Raises UserError where the disk is full; the checkpoint before stays whole.
+    Raises UserError if the disk is full; the previous checkpoint stays whole.
     """
     weights = gather(model, partial(_weights, model, "adapter" in run), world)
     moments = gather(model, partial(_optimizer_tensors, model, optimizers), world)
@@ -136,7 +133,7 @@ def save_checkpoint(
         aside.mkdir(parents=True)
         kind = "adapter" if "adapter" in run else "model"
         save_file(_contiguous(weights), aside / f"{kind}.safetensors")
-        if optimizers:  # what miniglm/lora.py merges has none
+        if optimizers:  # a merged adapter has none
             save_file(_contiguous(moments), aside / "optimizer.safetensors")
         tokenizer.save(aside / "tokenizer.json")
         text = json.dumps(run, ensure_ascii=False, indent=1)
@@ -144,7 +141,7 @@ def save_checkpoint(
         for file in aside.iterdir():
             with file.open("rb+") as handle:
                 os.fsync(handle.fileno())
-        # a directory of that name is the rest of a killed save: no pointer names it
+        # a directory of that name is left from a killed save: no pointer names it
         shutil.rmtree(out_dir / name, ignore_errors=True)
         aside.rename(out_dir / name)
         _point(out_dir, "latest", name)
@@ -152,35 +149,30 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         raise _write_fault(out_dir, f"save in {show_path(out_dir)}", error) from None
     finally:
-        _delete_old(out_dir, _keep_last(run))
+        _delete_old(out_dir, run["settings"]["keep_last"])
 
 
 def load_checkpoint(
     out_dir: Path, which: str = "best", device: str = "cpu", merged: bool = True, **changes: float
 ) -> Checkpoint:
-    """The checkpoint that the pointer `which` names, in eval mode. UserError if it is damaged.
+    """The checkpoint that `which` points to, in eval mode. Raises UserError if it is damaged.
 
-    An adapter comes merged into its base; with merged=False it stays apart, and the base frozen.
+    An adapter is merged into its base; with merged=False it stays apart, and the base is frozen.
     changes: of the architecture: dropout, or a lower block_size.
     """
     path = _checkpoint_path(out_dir, which)
-    run, tokenizer = _run_and_tokenizer(path)
+    tokenizer = load_tokenizer(path) if is_foreign(path) else None  # its run depends on it
+    run = _read_run(path, tokenizer)
     model = _load_model(path, run, device, changes)
     if merged:
         merge(model)
+    tokenizer = tokenizer or load_tokenizer(path)
     return Checkpoint(path, model.eval(), tokenizer, run, model.n_params())
 
 
-def _run_and_tokenizer(path: Path) -> tuple[dict, Tokenizer]:
-    if is_foreign(path):
-        tokenizer = load_tokenizer(path)
-        return foreign_run(path, tokenizer), tokenizer
-    return _read_run(path), load_tokenizer(path)
-
-
 def _load_model(path: Path, run: dict, device: str, changes: dict) -> GPT | LSTM:
-    """The model of a checkpoint, of which run.json says `run`; an adapter's is its base with the
-    adapter on it."""
+    """The model of a checkpoint whose run.json is `run`; an adapter's is its base with the adapter
+    added."""
     if is_foreign(path):
         return load_foreign(path, run["architecture"], device, changes)
     if "adapter" in run:
@@ -203,11 +195,11 @@ def _load_model(path: Path, run: dict, device: str, changes: dict) -> GPT | LSTM
 
 def _load_adapter(path: Path, run: dict, device: str, changes: dict) -> GPT | LSTM:
     parts = ("base", "sha256", "rank", "alpha", "targets")
-    where, sha256, *shape = _read(path / "run.json", lambda: [run["adapter"][p] for p in parts])
-    # it may have been trained on shorter rows than its base
-    block_size = _read(path / "run.json", lambda: run["architecture"]["block_size"])
-    changes = {"block_size": block_size} | changes
-    base = Path(os.path.normpath(path.parent.resolve() / where))
+    base, sha256, rank, alpha, targets, block_size = _read(
+        path / "run.json",
+        lambda: [*(run["adapter"][part] for part in parts), run["architecture"]["block_size"]],
+    )
+    base = Path(os.path.normpath(path.parent.resolve() / base))
     if not base.exists():
         raise UserError(
             f"{show_path(path)} is an adapter of {show_path(base)}, which is not there; put it "
@@ -218,9 +210,10 @@ def _load_adapter(path: Path, run: dict, device: str, changes: dict) -> GPT | LS
             f"{show_path(path)} is an adapter of {show_path(base)}, which has changed since; "
             "restore it, or train the adapter again in another --out_dir="
         )
-    model = _load_model(base, _read_run(base), device, changes)
-    merge(model)  # an adapter's base may be an adapter's, too
-    add_adapters(model, *shape)
+    # an adapter may have been trained on shorter rows than its base
+    model = _load_model(base, _read_run(base), device, {"block_size": block_size} | changes)
+    merge(model)  # the base may itself be an adapter
+    add_adapters(model, rank, alpha, targets)
 
     def load() -> None:
         weights = load_file(path / "adapter.safetensors", device=device)
@@ -233,8 +226,8 @@ def _load_adapter(path: Path, run: dict, device: str, changes: dict) -> GPT | LS
 
 
 def whole_model(model: GPT | LSTM, adapter: dict | None, world: World) -> GPT | LSTM:
-    """The model; for the first process one that is shared out is put together, on the CPU, with
-    the help of all. adapter: what run.json says of one on it."""
+    """The model; the first process gets a sharded one whole, on the CPU, and all must call this.
+    adapter: its entry of run.json, if it has one."""
     if not is_sharded(model):
         return model
     weights = gather(model, model.state_dict, world)
@@ -248,38 +241,33 @@ def whole_model(model: GPT | LSTM, adapter: dict | None, world: World) -> GPT | 
 
 
 def adapter_of(out_dir: Path, base: Path, rank: int, alpha: float, targets: list[str]) -> dict:
-    """What run.json says of an adapter in out_dir: the checkpoint that it stands on, from there."""
+    """The entry "adapter" of run.json; its base, a checkpoint, is a path relative to out_dir."""
     try:
-        where = os.path.relpath(base.resolve(), out_dir.resolve())
+        path = os.path.relpath(base.resolve(), out_dir.resolve())
     except ValueError:  # another drive of Windows
-        where = base.resolve()
-    about = {"base": Path(where).as_posix(), "sha256": weights_sha256(base)}
-    return about | {"rank": rank, "alpha": alpha, "targets": targets}
+        path = base.resolve()
+    shape = {"rank": rank, "alpha": alpha, "targets": targets}
+    return {"base": Path(path).as_posix(), "sha256": weights_sha256(base)} | shape
 
 
 def weights_sha256(path: Path) -> str:
-    """That of a checkpoint's weights; an adapter's are A and B, its run.json names the rest."""
-    if is_foreign(path):
-        files = weight_files(path)
-    else:
-        adapter = path / "adapter.safetensors"
-        files = [adapter if adapter.is_file() else path / "model.safetensors"]
-    digest = hashlib.sha256()
+    """The digest of a checkpoint's weights; of an adapter's, only A and B."""
+    adapter, digest = path / "adapter.safetensors", hashlib.sha256()
+    own = [adapter if adapter.is_file() else path / "model.safetensors"]
 
     def add(file: Path) -> None:
         with file.open("rb") as handle:
             hashlib.file_digest(handle, lambda: digest)
 
-    for file in files:
+    for file in weight_files(path) if is_foreign(path) else own:
         _read(file, partial(add, file))
     return digest.hexdigest()
 
 
 def keep_base(base: Path, user: Path) -> None:
-    """From now on a run that goes on beside this checkpoint does not delete it: the adapter in the
-    out_dir `user` stands on it."""
+    """Protects the base of the adapter in the out_dir `user` from being deleted by its own run."""
     if is_foreign(base):
-        return  # nothing here deletes it
+        return  # no run deletes it
     file = base.parent / "bases"
     line = f"{base.name} {show_path(user)}\n"
     try:
@@ -294,7 +282,7 @@ def keep_base(base: Path, user: Path) -> None:
 
 
 def load_optimizers(path: Path, model: GPT | LSTM, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Puts the optimizers' state in the checkpoint at path back, parameter by parameter."""
+    """Restores the optimizers' state from the checkpoint at path, parameter by parameter."""
     file = path / "optimizer.safetensors"
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     owners = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
@@ -317,13 +305,13 @@ def load_optimizers(path: Path, model: GPT | LSTM, optimizers: list[torch.optim.
 
 
 def read_run(out_dir: Path, which: str) -> dict:
-    """run.json of the checkpoint that the pointer names."""
+    """run.json of the checkpoint that the pointer `which` names."""
     return _read_run(_checkpoint_path(out_dir, which))
 
 
 def files_alone(checkpoint: Checkpoint, run: dict) -> dict[str, Path | bytes]:
-    """An out_dir of this checkpoint alone, without what resuming needs: by its name where each file
-    lies, or what it holds. run: what run.json says there."""
+    """An out_dir with this checkpoint alone, without the optimizer: the source or the content of
+    each file, by name. run: its run.json."""
     name = checkpoint.path.name
     files = {which: f"{name}\n".encode() for which in ("latest", "best")}
     for file in ("model.safetensors", "tokenizer.json"):
@@ -336,17 +324,17 @@ def has_checkpoint(out_dir: Path) -> bool:
 
 
 def has_model(path: Path) -> bool:
-    """Whether there is something to start from: an out_dir's checkpoint, or another project's."""
+    """Whether path is an out_dir with a checkpoint, or a model of another project."""
     return has_checkpoint(path) or find_foreign(path) is not None
 
 
 def rewind(out_dir: Path) -> None:
-    """Brings an out_dir back to what it was at `latest`: the pointer `best`, and log.jsonl."""
+    """Resets an out_dir to its state at `latest`: the pointer `best`, and log.jsonl."""
     step, keep_last = 0, 1
     if has_checkpoint(out_dir):
         run = read_run(out_dir, "latest")
         _point(out_dir, "best", run["best"])
-        step, keep_last = run["progress"]["iter"], _keep_last(run)
+        step, keep_last = run["progress"]["iter"], run["settings"]["keep_last"]
     _delete_old(out_dir, keep_last)
     kept = [r for r in read_log(out_dir) if r["iter"] <= step]
     with written_aside(out_dir / "log.jsonl") as path:
@@ -377,38 +365,28 @@ def _write_fault(out_dir: Path, what: str, error: Exception) -> UserError:
 
 
 def read_log(out_dir: Path) -> list[dict]:
-    """The records of log.jsonl; a line that a kill cut short is left out."""
+    """The records of log.jsonl, without a last line that a kill has cut short."""
     path = out_dir / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]
-    records = [json.loads(line) for line in lines[:-2]]
-    try:
-        return records + [json.loads(line) for line in lines[-2:] if line]
-    except json.JSONDecodeError:
-        return records + [json.loads(line) for line in lines[-2:-1] if lines[-1]]
-
-
-def tracking_id(out_dir: Path, new: bool) -> str:
-    """The id by which trackers know the run: kept in the out_dir, another one for a new run."""
-    path = out_dir / "tracking_id"
-    if new or not path.is_file():
-        with written_aside(path) as aside:
-            aside.write_text(f"{uuid.uuid4().hex[:16]}\n", encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    *lines, last = text.splitlines() or [""]
+    records = [json.loads(line) for line in lines]
+    with suppress(json.JSONDecodeError):
+        records.append(json.loads(last))
+    return records
 
 
 def save_reference(out_dir: Path, tensors: dict[str, torch.Tensor], key: dict[str, str]) -> None:
-    """What a DPO run compares with, and of what it is: model and data."""
+    """Writes a DPO run's reference log-probabilities; key: the model and data they depend on."""
     path = out_dir / "reference.safetensors"
     try:
         with written_aside(path) as aside:
             save_file(tensors, aside, metadata=key)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"cannot write {show_path(path)}: {reason}") from None
+        raise _write_fault(out_dir, f"write {show_path(path)}", error) from None
 
 
 def load_reference(out_dir: Path, key: dict[str, str]) -> dict[str, torch.Tensor] | None:
-    """What save_reference wrote with this key, or None."""
+    """The tensors that save_reference wrote with this key, or None."""
     path = out_dir / "reference.safetensors"
     if not path.is_file():
         return None
@@ -422,48 +400,26 @@ def load_reference(out_dir: Path, key: dict[str, str]) -> dict[str, torch.Tensor
     return _read(path, load)
 
 
-def environment(device: str) -> dict:
-    """What equal bits need: a resumed run says where one of these differs."""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else _processor()
-    return {"torch": torch.__version__, "processor": name, "threads": torch.get_num_threads()}
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()} {torch.backends.cpu.get_cpu_capability()}"
-    return f"{platform.processor() or platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-
-
 def _checkpoint_path(out_dir: Path, which: str) -> Path:
-    # killed within its first save, an out_dir has no `best` yet
-    if (name := _pointer(out_dir, which)) is None:
-        name = _pointer(out_dir, "latest")
-    if name is None and (foreign := find_foreign(out_dir)):
+    # killed during its first save, an out_dir has no `best` yet
+    for name in (_pointer(out_dir, which), _pointer(out_dir, "latest")):
+        if name is not None:
+            return out_dir / name
+    if foreign := find_foreign(out_dir):
         return foreign
-    if name is None:
-        raise UserError(f"no checkpoint in {show_path(out_dir)}; train first, or pass --out_dir=")
-    return out_dir / name
+    raise UserError(f"no checkpoint in {show_path(out_dir)}; train first, or pass --out_dir=")
 
 
-def _read_run(path: Path) -> dict:
+def _read_run(path: Path, tokenizer: Tokenizer | None = None) -> dict:
+    """tokenizer: the checkpoint's, if it is loaded already."""
     if is_foreign(path):
-        return foreign_run(path, load_tokenizer(path))
+        return foreign_run(path, tokenizer or load_tokenizer(path))
     file = path / "run.json"
-
-    def load() -> dict:
-        run = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(run, dict):
-            raise TypeError("it holds no object")
-        return run
-
-    return _read(file, load)
+    return _read(file, lambda: {**json.loads(file.read_text(encoding="utf-8"))})
 
 
 def _read(file: Path, read: Callable) -> object:
-    """read(), with its faults as one line that names the file."""
+    """read(). Raises UserError, which names the file, if it fails."""
     try:
         return read()
     except FileNotFoundError:
@@ -510,13 +466,9 @@ def _point(out_dir: Path, which: str, name: str) -> None:
         path.write_text(name + "\n", encoding="utf-8")
 
 
-def _keep_last(run: dict) -> int:
-    return run["settings"].get("keep_last", 1)
-
-
 def _delete_old(out_dir: Path, keep_last: int) -> None:
-    """Deletes the checkpoints that no pointer names and no adapter stands on, except the newest,
-    keep_last with the latest. What a killed save left goes, too."""
+    """Deletes checkpoints that no pointer names and no adapter needs, except the keep_last newest
+    ones up to `latest`; and the remains of killed saves."""
     latest = _pointer(out_dir, "latest")
     named = {latest, _pointer(out_dir, "best")}
     names = [path.name for path in out_dir.glob("step-*")]

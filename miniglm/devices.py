@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import platform
 import re
 import sys
 import time
@@ -9,6 +10,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -174,3 +176,17 @@ def keep_freed_memory() -> None:
     # libraries have no mallopt
     if mallopt and (mallopt(-3, 2**30) or mallopt(-3, 2**25)):
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes free at the heap's end
+
+
+def environment(device: str) -> dict:
+    """What bitwise reproducibility depends on; a resumed run says which of these differ."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else _processor()
+    return {"torch": torch.__version__, "processor": name, "threads": torch.get_num_threads()}
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else ""
+    model = re.search(r"^model name\s*:(.*)", text, re.MULTILINE)
+    name = model[1].strip() if model else platform.processor() or platform.machine()
+    return f"{name} {torch.backends.cpu.get_cpu_capability()}"

@@ -1,14 +1,13 @@
-"""The processes of a run: who they are, what they add up, and one model trained by all of them.
+"""The processes of a run: their ranks and sums, and one model trained by all of them.
 
     torchrun --standalone --nproc_per_node=2 train.py config/pretrain_sanguo.py
 
-torchrun tells each process its place by environment variables. All take the same steps, each with
-its share of a step's rows; the first one writes and speaks for all. Replicas of a model are
-DistributedDataParallel's, one that is shared out among the processes is FSDP2's. A run of one
-process imports nothing for this, and takes none of these paths.
+torchrun sets environment variables that tell each process its rank. All take the same steps, each
+on its share of the rows; the first one writes files and prints. Replicas are those of
+DistributedDataParallel, a sharded model is FSDP2's. A run of one process imports nothing for this
+and takes none of these paths.
 """
 
-import hashlib
 import os
 import sys
 import time
@@ -24,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
 
-PATIENCE = 10  # seconds that a process which fails leaves to the one whose error it may be
+PATIENCE = 10  # seconds that a failed process waits for the error message of another
 
 
 @dataclass(frozen=True)
@@ -42,56 +41,50 @@ class World:
 
     @property
     def launcher(self) -> str:
-        """What a person types before a script's name."""
+        """The command line before a script's name."""
         if self.size == 1:
             return "python"
-        where = f"--standalone --nproc_per_node={self.local_size}"
-        return f"torchrun {where if self.local_size == self.size else '(as before)'}"
+        flags = f"--standalone --nproc_per_node={self.local_size}"
+        return f"torchrun {flags if self.local_size == self.size else '(as before)'}"
 
     def share(self, rows: np.ndarray) -> np.ndarray:
-        """This process's part of what all of them take together; parts differ by one at most."""
+        """This process's share of the rows; sizes of shares differ by one at most."""
         return np.array_split(rows, self.size)[self.rank]
 
     def deal(self, batches: Iterable) -> Iterator[tuple[object, bool]]:
-        """Every size-th batch, and whether it counts. Each process gets as many, since a model that
-        is shared out runs on all of them at once; what is there to fill up does not count."""
+        """Every size-th batch, and whether it counts. All processes get the same number, since a
+        sharded model runs on all of them at once; a filler does not count."""
         batches = iter(batches)
-        while round_ := list(islice(batches, self.size)):
-            counts = self.rank < len(round_)
-            yield round_[self.rank if counts else 0], counts
+        while dealt := list(islice(batches, self.size)):
+            counts = self.rank < len(dealt)
+            yield dealt[self.rank if counts else 0], counts
 
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes of a tensor on the CPU, in its place."""
+        """The sum over all processes of a tensor on the CPU, in place."""
         if self.size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
 
     def sums(self, numbers: list[float]) -> list[float]:
-        """Of each number over all processes: exact for whole numbers, else in float64."""
+        """The sum of each number over all processes: exact for whole numbers, else in float64."""
         if self.size == 1:
             return numbers
-        whole = all(isinstance(number, int) for number in numbers)
-        return self.add(
-            torch.tensor(numbers, dtype=torch.int64 if whole else torch.float64)
-        ).tolist()
+        is_whole = all(isinstance(number, int) for number in numbers)
+        dtype = torch.int64 if is_whole else torch.float64
+        return self.add(torch.tensor(numbers, dtype=dtype)).tolist()
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds in one of the processes. All wait for each other here."""
+        """Whether the flag is set in any process. All wait for each other here."""
         return self.sums([int(flag)])[0] > 0
 
     def check_same(self, facts: dict[str, object]) -> None:
-        """UserError where the processes differ in one of the facts."""
+        """Raises UserError if the processes differ in one of the facts."""
         if self.size == 1:
             return
-        digests = [
-            hashlib.blake2b(repr(f).encode(), digest_size=7).digest() for f in facts.values()
-        ]
-        own = torch.tensor([int.from_bytes(digest) for digest in digests])
-        least, most = own.clone(), own.clone()
-        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
-        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        for name, is_same in zip(facts, (least == most).tolist(), strict=True):
-            if not is_same:
+        everyone = [None] * self.size
+        torch.distributed.all_gather_object(everyone, {n: repr(fact) for n, fact in facts.items()})
+        for name in facts:
+            if any(other[name] != everyone[0][name] for other in everyone):
                 raise UserError(
                     f"the processes differ in their {name}; start them with the same command, and "
                     "let all machines see the same out_dir and data/, on a shared disk"
@@ -102,7 +95,7 @@ ALONE = World()
 
 
 def world_of(environment: dict[str, str]) -> World:
-    """What torchrun says to this process; alone where it says nothing."""
+    """The World that torchrun's variables describe; ALONE without them."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if not all(environment.get(name, "").isdigit() for name in names):
         return ALONE
@@ -111,7 +104,7 @@ def world_of(environment: dict[str, str]) -> World:
 
 @contextmanager
 def together() -> Iterator[World]:
-    """The processes of this run. The first one's output is all that is seen, and so are its errors:
+    """The processes of this run. Only the output and the errors of the first one are shown:
     torchrun ends the others as soon as one has failed."""
     world = world_of(os.environ)
     if world.size == 1:
@@ -125,15 +118,15 @@ def together() -> Iterator[World]:
             if world.is_first:
                 raise
             raise SystemExit(130) from None
-        except SystemExit:  # a signal has stopped all, or this one when another had failed
+        except SystemExit:  # a signal has stopped all, or this one after another had failed
             with suppress(RuntimeError):
                 _leave(world)
             raise
         except Exception as error:
             lost = _is_lost_connection(error)
             if lost or not world.is_first:
-                time.sleep(PATIENCE)  # it ends here, where the first or the one lost has failed
-                print(file=sys.stderr)  # on from the first one's progress bar
+                time.sleep(PATIENCE)  # torchrun ends it here if the first or the lost one failed
+                print(file=sys.stderr)  # ends the line of the first one's progress bar
             if lost:
                 raise UserError(
                     f"process {world.rank} has lost the others ({_line(error)}); see what they say"
@@ -142,7 +135,7 @@ def together() -> Iterator[World]:
 
 
 def join(world: World, device: str) -> str:
-    """Connects the processes -> the device of this one: the GPU of its number, or the CPU."""
+    """Connects the processes -> the device of this one: the GPU of its local rank, or the CPU."""
     if world.size == 1:
         return device
     if device not in ("cpu", "cuda"):
@@ -157,7 +150,7 @@ def join(world: World, device: str) -> str:
         device = f"cuda:{world.local_rank}"
         torch.cuda.set_device(device)
     try:
-        # sums of numbers are the CPU's: they wait for no GPU
+        # numbers are summed on the CPU, which waits for no GPU
         torch.distributed.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
     except (ValueError, RuntimeError) as error:
         raise UserError(
@@ -169,7 +162,7 @@ def join(world: World, device: str) -> str:
 
 def _leave(world: World) -> None:
     if torch.distributed.is_initialized():
-        world.any(False)  # until the first has written all
+        world.any(False)  # waits until the first has written everything
         torch.distributed.destroy_process_group()
 
 
@@ -194,11 +187,8 @@ def _line(error: Exception) -> str:
 
 
 class LossModule(torch.nn.Module):
-    """What is computed of a model's batches, as a forward pass of its own: the one that
-    DistributedDataParallel wraps, calls, and sums the gradients of.
-
-    Without a batch it is 0, and of every trained parameter.
-    """
+    """The loss as a forward pass of its own, which DistributedDataParallel wraps to reduce the
+    gradients. Without a batch it is 0, and depends on every trained parameter."""
 
     def __init__(self, model: torch.nn.Module, compute: Callable):
         super().__init__()
@@ -212,7 +202,7 @@ class LossModule(torch.nn.Module):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Within it gradients are added up in this process only."""
+        """Gradients inside accumulate in this process only."""
         if is_sharded(self.model):
             self.model.set_requires_gradient_sync(False)
         yield
@@ -221,24 +211,24 @@ class LossModule(torch.nn.Module):
 
 
 def replicate(loss: LossModule) -> DistributedDataParallel:
-    """The same; a backward pass outside of no_sync leaves each gradient's mean over processes."""
+    """The same; a backward pass outside no_sync leaves the mean of gradients over processes."""
     replica = DistributedDataParallel(
         loss, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
-    # After its first backward pass it puts the gradients into other buckets, for good, and a sum
-    # has other bits in another place: the first step after a resume would not be the one that a
-    # run without a stop takes. So the first pass is this one, which moves nothing.
+    # After the first backward pass DDP rearranges its buckets, once, and the bits of a sum depend
+    # on the bucket: the first step after a resume would differ from that of a run without a stop.
+    # So this is the first pass, and it changes nothing.
     replica().backward()
     replica.zero_grad()
     return replica
 
 
-# --- a model that is shared out ----------------------------------------------------------------
+# --- a sharded model ---------------------------------------------------------------------------
 
 
 def shard(model: torch.nn.Module, device: str, world: World) -> None:
-    """Leaves each process a part of each weight, gradient and moment (FSDP2): a block's weights are
-    whole only while they are computed with. A backward pass gives means, as replicate's does."""
+    """Shards weights, gradients and moments over the processes (FSDP2): a block's weights are whole
+    only while they are in use. A backward pass gives means, as in replicate."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -253,12 +243,12 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor of which each process holds a part, in all of them; any other as it is."""
+    """The full tensor if it is sharded, in all processes; any other unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def part_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor that all of them hold, where `like` is in parts."""
+    """This process's shard of a tensor that all of them hold, if `like` is sharded."""
     if not hasattr(like, "full_tensor") or tensor.shape != like.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -268,14 +258,14 @@ def part_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def gather(model: torch.nn.Module, tensors: Callable[[], dict], world: World) -> dict:
-    """tensors(), which are the model's, whole and on the CPU where they are in parts. The first
-    process gets them, the others help and get nothing."""
+    """tensors(), which belong to the model: for the first process, whole, and on the CPU if they
+    were sharded; nothing for the others, who must call this too.
+
+    torch.distributed.checkpoint.state_dict gives the same bits, by one function for models and
+    another for optimizers, whose setter takes a step to make their state; it is no shorter.
+    """
     if not is_sharded(model):
         return tensors() if world.is_first else {}
-    model.reshard()  # what was computed last may have left some weights whole
-    gathered = {}
-    for name, tensor in tensors().items():
-        tensor = whole(tensor.detach()).cpu()
-        if world.is_first:
-            gathered[name] = tensor
-    return gathered
+    model.reshard()  # the last computation may have left some weights whole
+    wholes = ((name, whole(tensor.detach()).cpu()) for name, tensor in tensors().items())
+    return {name: tensor for name, tensor in wholes if world.is_first}

@@ -1,4 +1,4 @@
-"""Model -> ids: many requests at once, each with its own sampling, its own random stream.
+"""Model -> ids: many requests at once, each with its own sampling and random stream.
 
     batch = Batch(model, stop_ids, size=16)
     batch.add(Request(prompt, Sampling(temperature=0.8)))
@@ -6,72 +6,54 @@
         for request, token in batch.step():
             ...
 
-A step gives each running row one token. A row that has ended leaves its place to the next request
-that waits, so a long queue keeps the batch full. Text is sample.py's.
+A step gives each running row one token. A finished row makes way for the next waiting request, so a
+long queue keeps the batch full. Text is in miniglm/text.py.
 """
 
 import math
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 
-from configurator import UserError
-from lstm_model import LSTM, StateCache
-from miniglm.decoding import Decoder
+from configurator import Bound, UserError, at_least, at_most, check_bounds
+from lstm_model import LSTM
+from miniglm.decoding import decoder
 from model import GPT, KVCache
 
-LEAST, MOST = 1e-6, 1e4  # of factors: float32 has room for what they make of logits
+LEAST, MOST = 1e-6, 1e4  # factors that leave logits within float32
+FACTOR = Bound(f"{LEAST:g} to {MOST:g}", lambda x: LEAST <= x <= MOST)
+HEAT = Bound(f"0 (greedy), or {FACTOR.words}", lambda x: x == 0 or FACTOR.holds(x))
 
 
 @dataclass
 class Sampling:
     """How the next token is chosen."""
 
-    max_new_tokens: int = 256  # longest output, tokens
-    temperature: float | None = None  # 0 is greedy; None is 0.8 for continuing, 0 for answering
-    top_k: int | None = None  # only the k likeliest tokens; None is all
-    top_p: float = 1.0  # only the likeliest tokens that together have this probability
-    min_p: float = 0.0  # only tokens with this share of the likeliest's probability, or more
-    repetition_penalty: float = 1.0  # above 1 lowers what the text already has (arXiv 1909.05858)
-    no_repeat_ngram: int = 0  # n: no n tokens come twice in prompt and output; 0 is off
-    stop: list[str] = field(default_factory=list)  # texts before which the output ends
-    seed: int = 1337  # same seed, same text
+    max_new_tokens: Annotated[int, at_least(1)] = 256  # longest output, tokens
+    temperature: Annotated[float | None, HEAT] = None  # None is 0.8 to continue, 0 to answer
+    top_k: Annotated[int | None, at_least(1)] = None  # only the k likeliest tokens; None is all
+    top_p: Annotated[float, at_least(LEAST), at_most(1)] = 1.0  # only the likeliest, up to this sum
+    min_p: Annotated[float, at_least(0), at_most(1)] = 0.0  # only from this share of the top one's
+    repetition_penalty: Annotated[float, FACTOR] = 1.0  # above 1 lowers ids of the text so far
+    no_repeat_ngram: Annotated[int, at_least(0)] = 0  # n: no n tokens come twice; 0 is off
+    stop: list[str] = field(default_factory=list)  # the output ends before these texts
+    seed: Annotated[int, at_least(0)] = 1337  # same seed, same text
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens={self.max_new_tokens} must be 1 or more")
-        warm = self.temperature
-        if warm is not None and warm != 0 and not LEAST <= warm <= MOST:
-            raise UserError(f"temperature={warm} must be 0 (greedy), or {LEAST:g} to {MOST:g}")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k={self.top_k} must be 1 or more, or None")
-        if not LEAST <= self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p} must be at least {LEAST:g} and at most 1")
-        if not 0 <= self.min_p <= 1:
-            raise UserError(f"min_p={self.min_p} must be at least 0 and at most 1")
-        if not LEAST <= self.repetition_penalty <= MOST:
-            raise UserError(
-                f"repetition_penalty={self.repetition_penalty} must be {LEAST:g} to {MOST:g}"
-            )
-        if self.no_repeat_ngram < 0:
-            raise UserError(f"no_repeat_ngram={self.no_repeat_ngram} must be 0 (off) or above")
+        check_bounds(type(self), vars(self))
         if not all(self.stop):
             raise UserError("stop has an empty text; leave it out")
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed} must not be negative")
 
 
 class Request:
-    """One sample that is wanted. Its random stream depends on (seed, prompt_index, sample_index)
-    alone.
+    """A sample to generate. Its random stream depends on (seed, prompt_index, sample_index) alone.
 
-    alternatives: how many of the likeliest tokens are reported with each token and its
-    probability; None reports neither. finish: None while it waits or runs, then "stop" (a stop id
-    came), "length" (max_new_tokens) or "cancelled".
+    alternatives: how many of the likeliest tokens to report with each token and its probability;
+    None reports neither. finish: None while it waits or runs, then "stop" (a stop id), "length"
+    (max_new_tokens) or "cancelled".
     """
 
     def __init__(
@@ -83,7 +65,7 @@ class Request:
         alternatives: int | None = None,
     ):
         self.prompt, self.sampling, self.alternatives = prompt, sampling, alternatives
-        self.text = list(prompt)  # and what has come, a stop id included
+        self.text = list(prompt)  # and the new ids, a stop id included
         self.finish: str | None = None
         self.random = np.random.default_rng([sampling.seed, prompt_index, sample_index])
 
@@ -93,7 +75,7 @@ class Request:
 
     @property
     def ids(self) -> list[int]:
-        """What has come so far, without the stop id."""
+        """The new ids so far, without the stop id."""
         end = -1 if self.finish == "stop" else None
         return self.text[len(self.prompt) : end]
 
@@ -112,11 +94,10 @@ class Token(NamedTuple):
 
 
 class Batch:
-    """Requests that are generated together, at most `size` at once, in the order they came.
+    """Requests that are generated together, at most `size` at once, first come, first served.
 
-    A row that fills block_size goes on from its last block_size / 2 tokens, which are read anew.
-    many: so many requests will come that a GPU should first compile the step. One thread may use
-    a Batch.
+    A row that fills block_size continues from its last block_size / 2 tokens, which are read again.
+    many: enough requests will follow to compile the step on a GPU first. Not thread-safe.
     """
 
     def __init__(
@@ -130,9 +111,9 @@ class Batch:
         self.block_size, self.device = model.config.block_size, model.wte.weight.device
         static = many and self.device.type == "cuda"
         first = self.block_size if static else min(64, self.block_size)  # tokens; it grows
-        self.cache: KVCache | StateCache = model.new_cache(size, first)
+        self.cache: KVCache = model.new_cache(size, first)
         self.cache.keep_rows(0)
-        self.decode = Decoder(model, static) if isinstance(model, GPT) else model.decode
+        self.decode = decoder(model, static)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # of each row of the cache
 
@@ -149,7 +130,7 @@ class Batch:
 
     @torch.inference_mode()
     def cancel(self, request: Request) -> None:
-        """Gives up a request; nothing happens where it has ended."""
+        """Gives up a request, unless it has ended."""
         if request in self.running:
             self._drop(self.running.index(request))
         elif request in self.waiting:
@@ -158,7 +139,7 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Request, Token]]:
-        """Lets requests in where there is room; then one token of each that runs."""
+        """Admits waiting requests while there is room, then makes one token of each row."""
         logits = []
         if self.running:
             self._make_room()
@@ -194,8 +175,8 @@ class Batch:
         self.running += entering
         return logits[rows]
 
-    def _prefill(self, prompts: list[list[int]]) -> tuple[torch.Tensor, KVCache | StateCache]:
-        """Reads prompts of any lengths in one batch -> logits of what follows, cache."""
+    def _prefill(self, prompts: list[list[int]]) -> tuple[torch.Tensor, KVCache]:
+        """Reads prompts of any lengths in one batch -> logits of the next token, cache."""
         lengths = [len(prompt) for prompt in prompts]
         idx = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
         for row, prompt in enumerate(prompts):  # right padding: no token before it sees it
@@ -206,8 +187,8 @@ class Batch:
         return self.model.head(last), cache
 
     def _make_room(self) -> None:
-        """Rows that fill block_size keep their last half, all but the newest token, which is read
-        with the other rows'."""
+        """Rows that fill block_size keep their last half, without the newest token, which the next
+        step reads."""
         full = [row for row, length in enumerate(self.cache.lengths) if length == self.block_size]
         if full:
             kept = [self.running[row].text[-max(2, self.block_size // 2) : -1] for row in full]
@@ -220,54 +201,25 @@ class Batch:
 
     def _choose(self, logits: torch.Tensor) -> list[Token]:
         ids = choose(penalize(logits, self.running, self.stop_ids), self.running)
-        wanted = [r.alternatives for r in self.running if r.alternatives is not None]
-        if not wanted:
+        counts = [request.alternatives for request in self.running]
+        if all(count is None for count in counts):
             return [Token(id) for id in ids]
         log_probs = torch.log_softmax(logits, dim=-1)
-        own = log_probs.gather(1, torch.tensor(ids, device=logits.device)[:, None])
-        best = log_probs.topk(min(max(wanted), logits.shape[-1]))
-        rows = zip(
-            self.running,
-            ids,
-            own.squeeze(1).tolist(),
-            best.indices.tolist(),
-            best.values.exp().tolist(),
-            strict=True,
-        )
-        return [
-            Token(id)
-            if request.alternatives is None
-            else Token(id, log_prob, tuple(zip(others, probs, strict=True))[: request.alternatives])
-            for request, id, log_prob, others, probs in rows
-        ]
-
-
-def generate(
-    model: GPT | LSTM,
-    prompts: list[list[int]],
-    sampling: Sampling,
-    stop_ids: tuple[int, ...] = (),
-    num_samples: int = 1,
-    first_prompt: int = 0,
-) -> Iterator[list[tuple[int, int]]]:
-    """Yields for each step the (row, id) of all rows that still run; row = prompt x num_samples
-    + sample. A row ends with a stop id, which is yielded too, or after max_new_tokens."""
-    batch = Batch(model, stop_ids, size=len(prompts) * num_samples)
-    row_of = {}
-    for number, prompt in enumerate(prompts):
-        for sample in range(num_samples):
-            request = Request(prompt, sampling, first_prompt + number, sample)
-            batch.add(request)
-            row_of[request] = len(row_of)
-    while batch:
-        yield [(row_of[request], token.id) for request, token in batch.step()]
+        own = log_probs.gather(1, torch.tensor(ids, device=logits.device)[:, None]).squeeze(1)
+        best = log_probs.topk(min(max(count or 0 for count in counts), logits.shape[-1]))
+        others, probs = best.indices.tolist(), best.values.exp().tolist()
+        tokens = []
+        for row, (id, count, log_prob) in enumerate(zip(ids, counts, own.tolist(), strict=True)):
+            pairs = tuple(zip(others[row], probs[row], strict=True))[:count]
+            tokens.append(Token(id) if count is None else Token(id, log_prob, pairs))
+        return tokens
 
 
 def penalize(
     logits: torch.Tensor, requests: list[Request], stop_ids: tuple[int, ...] = ()
 ) -> torch.Tensor:
-    """(B, n_vocab) logits, each row lowered as its repetition_penalty and no_repeat_ngram say.
-    Stop ids are spared: a conversation has had them before, and must be able to end."""
+    """(B, n_vocab) logits after each row's repetition_penalty and no_repeat_ngram. Stop ids are
+    exempt: a conversation holds them already, and must be able to end."""
     changed = logits
     for row, request in enumerate(requests):
         penalty, n = request.sampling.repetition_penalty, request.sampling.no_repeat_ngram
@@ -279,20 +231,20 @@ def penalize(
             old = logits[row, seen]
             changed[row, seen] = torch.where(old > 0, old / penalty, old * penalty)
         banned = {*completions(request.text, n)}.difference(stop_ids) if n else ()
-        if 0 < len(banned) < logits.shape[-1]:  # where all are banned, none is
+        if 0 < len(banned) < logits.shape[-1]:  # one id must be left
             changed[row, torch.tensor(sorted(banned), device=logits.device)] = -torch.inf
     return changed
 
 
 def completions(text: list[int], n: int) -> list[int]:
-    """The ids that would make the last n tokens a sequence that the text already has."""
+    """The ids that would complete an n-gram which the text already has."""
     start = text[len(text) - n + 1 :]
     return [text[i + n - 1] for i in range(len(text) - n + 1) if text[i : i + n - 1] == start]
 
 
 def choose(logits: torch.Tensor, requests: list[Request]) -> list[int]:
-    """(B, n_vocab) logits -> an id a row: the likeliest, or where a uniform number of the row's
-    own stream falls among the probabilities that top_k, top_p and min_p leave."""
+    """(B, n_vocab) logits -> an id a row: the likeliest, or a sample by one uniform number of the
+    row's own stream, from the probabilities that top_k, top_p and min_p leave."""
     sampled = [row for row, request in enumerate(requests) if request.sampling.temperature]
     ids = logits.argmax(dim=-1).tolist() if len(sampled) < len(requests) else [0] * len(requests)
     if not sampled:
@@ -321,7 +273,7 @@ def choose(logits: torch.Tensor, requests: list[Request]) -> list[int]:
     cumulative = probs.cumsum(dim=-1)
     u = column(*(requests[row].random.random() for row in sampled))
     place = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
-    # u can round up to the whole sum: then the last token that is left
+    # u can round up to the whole sum: then take the last token that is left
     place = torch.minimum(place, (probs > 0).sum(dim=-1, keepdim=True) - 1)
     for row, id in zip(sampled, sorted_ids.gather(1, place).squeeze(1).tolist(), strict=True):
         ids[row] = id

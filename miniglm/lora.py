@@ -1,10 +1,10 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) on Linears of a trained model, which stays as it is:
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on Linears of a trained model, which stays frozen:
 
     y = W x + alpha / rank x B A x        A (rank, in) and B (out, rank) are trained, W is not
 
-B starts at zero, so at first y is that of W alone. Training is train.py's (lora_rank and others),
-the files are checkpoint.py's: whatever loads a checkpoint gets W + alpha / rank B A in W's place.
-export.py --format=merged writes that as a checkpoint of its own.
+B starts at zero, so at first y is W x. train.py trains adapters (--lora_rank and others),
+miniglm/checkpoint.py stores them; loading a checkpoint merges them, W + alpha / rank B A replaces
+W. export.py --format=merged writes that as a checkpoint of its own.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ PARTS = ("lora_A", "lora_B")  # names of the trained parameters, under their Lin
 
 
 class LoRALinear(nn.Module):
-    """A Linear whose own weight is frozen, and its adapter. The names of its weights stay.
+    """A Linear with a frozen weight, and its adapter. The names of its weights do not change.
 
-    It is no nn.Linear, so that nothing packs or quantizes it without its adapter.
+    Not a subclass of nn.Linear, so that nothing packs or quantizes it without its adapter.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float):
@@ -44,7 +44,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The one Linear that does the same."""
+        """One Linear with the same output."""
         out_features, in_features = self.weight.shape
         linear = nn.Linear(in_features, out_features, bias=False, device="meta")
         delta = self.scale * (self.lora_B @ self.lora_A)
@@ -53,30 +53,30 @@ class LoRALinear(nn.Module):
 
 
 def find_targets(model: nn.Module, targets: list[str]) -> list[str]:
-    """The names of the Linears that targets mean: c_attn and mlp.c_proj one of each block, blocks.0
-    all of the first block. UserError for a target without one, and for a head that is tied."""
+    """The names of the Linears that match: c_attn and mlp.c_proj one of each block, blocks.0 all of
+    the first block. Raises UserError for a target that matches none, and for a tied head."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    found = []
+    names = {}
     for target in targets:
-        named = [name for name in linears if f".{target}." in f".{name}."]
-        if not named:
+        matches = [name for name in linears if f".{target}." in f".{name}."]
+        if not matches:
             parts = dict.fromkeys(part for name in linears for part in name.split("."))
             words = [part for part in parts if not part.isdigit()]
             near = nearest(target, words) or f"; it has {', '.join(words)}"
             raise UserError(f"lora_targets={target} is no Linear of this model{near}")
-        found += named
-    if "lm_head" in found and model.config.tie_weights:
+        names |= dict.fromkeys(matches)
+    if "lm_head" in names and model.config.tie_weights:
         raise UserError(
             "lora_targets=lm_head: the head is the embedding (tie_weights=True), which an adapter "
-            "would change, too; leave it out"
+            "would change too; leave it out"
         )
-    return list(dict.fromkeys(found))
+    return list(names)
 
 
 def add_adapters(
     model: nn.Module, rank: int, alpha: float, targets: list[str], dropout: float = 0.0
 ) -> None:
-    """Freezes the model and wraps its targets; the adapters are all that is trained."""
+    """Freezes the model and wraps its targets; only the adapters are trained."""
     names = find_targets(model, targets)
     model.requires_grad_(False)
     for name in names:
@@ -90,7 +90,7 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def adapter_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A and B of each adapter, by name; nothing where there is no adapter."""
+    """A and B of each adapter, by name."""
     return {
         f"{name}.{part}": getattr(module, part)
         for name, module in adapters(model).items()
@@ -99,7 +99,7 @@ def adapter_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def merge(model: nn.Module) -> None:
-    """Puts W + alpha / rank B A in the place of each adapter: a plain model, trainable whole."""
+    """Replaces each adapter by W + alpha / rank B A: a plain model, all of it trainable."""
     for name, module in adapters(model).items():
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, module.merged())
@@ -108,7 +108,7 @@ def merge(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was before its adapters were trained."""
+    """The base model, without its adapters."""
     modules = adapters(model).values()
     for module in modules:
         module.is_on = False

@@ -10,8 +10,8 @@ import torch
 
 from configurator import UserError, repo_path, show_path
 from data_utils import Dataset, Mixture
-from miniglm.checkpoint import environment, has_checkpoint, has_model, read_run
-from miniglm.devices import pick_dtype
+from miniglm.checkpoint import has_checkpoint, has_model, read_run
+from miniglm.devices import environment, pick_dtype
 from miniglm.distributed import World
 from model import Architecture
 

@@ -1,23 +1,22 @@
-"""Text <-> token ids, and the one chat format. Files of ids are data_utils.py's.
+"""Text <-> token ids, and the one chat format. Files of ids are in data_utils.py.
 
-A vocabulary is Hugging Face's tokenizer.json: a byte-level BPE, trained on a corpus, GPT-2's or
-another project's. tiktoken does the encoding. Special tokens follow the ordinary ones, and are
-there from pretraining on; their names inside a text are plain text. A conversation is rendered as
+A vocabulary is a tokenizer.json as Hugging Face has it: a byte-level BPE, trained on a corpus,
+GPT-2's or another project's. tiktoken does the encoding. Special tokens follow the ordinary ones
+and exist from pretraining on; their names inside a text are plain text. A conversation becomes
 
     <|user|>孔明是谁？<|end|><|assistant|>孔明是诸葛亮的字。<|end|>
                                         ----------------------- trained (mask 1)
 
-Training looks at SAMPLE characters at most, passages picked by their hashes. The command is
+Training reads at most SAMPLE characters, passages picked by their hashes. The command is
 data/train_tokenizer.py.
 """
 
 import codecs
 import hashlib
 import heapq
-import itertools
 import json
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +24,7 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from configurator import (
-    ROOT,
-    UserError,
-    repo_path,
-    show_path,
-)
+from configurator import ROOT, UserError, repo_path, show_path
 
 END_OF_TEXT = "<|endoftext|>"  # ends a document
 END = "<|end|>"  # ends a message
@@ -44,19 +38,19 @@ QWEN2_PATTERN = (
 )
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|", 1)
-# GPT-2's between digits that each stand alone, as SmolLM has it
+# SmolLM's: each digit alone, and GPT-2's between them
 DIGITS_PATTERN = (
     r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 )
-NFC = {"type": "NFC"}  # Qwen's normalizer, the only one that is built here
-HIDDEN = "\ue000"  # a private character, so that no text has it
-# the normalizer of what export.py writes: its chat template sets HIDDEN into names in a message
+NFC = {"type": "NFC"}  # Qwen's normalizer, the only one supported
+HIDDEN = "\ue000"  # a private character that no text has
+# normalizer of an exported tokenizer: the chat template puts HIDDEN into names inside a message
 UNHIDE = {"type": "Replace", "pattern": {"String": HIDDEN}, "content": ""}
-# what ends a document in vocabularies without END_OF_TEXT, which then is this entry's name here
+# ends of documents in other vocabularies; here they are renamed END_OF_TEXT
 OTHER_ENDS = ("<|end_of_text|>", "</s>")
-SAMPLE = 2_000_000  # characters of the passages that a vocabulary is trained on; bounds the memory
+SAMPLE = 2_000_000  # characters that a vocabulary is trained on; bounds the memory
 PASSAGE = 4096  # characters
-RUN_LENGTH = 4  # characters; Chinese has no blanks, and the trainer is slow on long runs
+RUN_LENGTH = 4  # characters; Chinese has no blanks, and the trainer is slow on long words
 GPT2_FILES = ROOT / "data" / "raw" / "gpt2"
 
 
@@ -65,7 +59,7 @@ class Tokenizer:
     end_of_text: the id that ends documents; stop_ids: the ids that end a generated text."""
 
     def __init__(self, text: str):
-        """text: the content of a tokenizer.json. ValueError if it is not a byte-level BPE."""
+        """text: the content of a tokenizer.json. Raises ValueError if it is no byte-level BPE."""
         self.text = text
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         content = json.loads(text)
@@ -79,22 +73,20 @@ class Tokenizer:
                 for token, id in vocab.items()
                 if token not in special
             }
-            missing = [token for token in SPECIAL_TOKENS if token not in special]
             ids = sorted([*ranks.values(), *special.values()])
-            self._nfc = content["normalizer"] == NFC
-            normalizer = None if self._nfc else content["normalizer"]
-            if missing:
+            if missing := [token for token in SPECIAL_TOKENS if token not in special]:
                 raise ValueError(f"special tokens are missing: {' '.join(missing)}")
             if ids != list(range(len(ids))) or not all(bytes([b]) in ranks for b in range(256)):
                 raise ValueError("an id or a byte is missing or there twice")
-            if normalizer:
+            if content["normalizer"] not in (None, NFC):
                 raise ValueError("it has a normalizer")
+            self._nfc = content["normalizer"] == NFC
             self._encoding = tiktoken.Encoding(
                 "miniglm", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
             )
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"not a byte-level BPE with a split pattern ({error!r})") from None
-        self.n_vocab = max(max(ranks.values()), max(special.values())) + 1
+        self.n_vocab = len(ids)
         self._special = {id: name for name, id in special.items()}
         self._bytes = [b""] * self.n_vocab
         for token, id in ranks.items():
@@ -109,23 +101,23 @@ class Tokenizer:
         return self._encoding.encode_ordinary(self._normalized(text))
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The same ids, uint32; a sixth quicker, since none becomes a Python object."""
+        """The same ids, uint32; a sixth faster, since none becomes a Python object."""
         return self._encoding.encode_to_numpy(self._normalized(text), disallowed_special=())
 
     def _normalized(self, text: str) -> str:
         return unicodedata.normalize("NFC", text) if self._nfc else text
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; special tokens have none, bytes that are no character become U+FFFD."""
+        """Text of ids; special tokens have none, invalid bytes become U+FFFD."""
         return b"".join(self._bytes[id] for id in ids).decode("utf-8", errors="replace")
 
     @property
     def special_names(self) -> list[str]:
-        """Those of all tokens that no text has, in the order of their ids."""
+        """The names of all special tokens, in the order of their ids."""
         return [name for _, name in sorted(self._special.items())]
 
     def entry(self, id: int) -> str:
-        """An entry as one reads it: quoted text, bytes that are no text, or a special name."""
+        """An entry for display: quoted text, bytes in hexadecimal, or a special name."""
         if id in self._special:
             return self._special[id]
         try:
@@ -137,7 +129,7 @@ class Tokenizer:
         return StreamDecoder(self._bytes)
 
     def render(self, messages: list[dict]) -> tuple[list[int], list[int]]:
-        """Messages {"role", "content"} -> ids and mask; 1: an answer's token or its end."""
+        """Messages {"role", "content"} -> ids and mask, 1 for each answer and its end token."""
         ids, mask = [], []
         for message in messages:
             body = self.encode(message["content"])
@@ -146,7 +138,7 @@ class Tokenizer:
         return ids, mask
 
     def render_prompt(self, messages: list[dict]) -> list[int]:
-        """Ids that ask for the next answer; `render` of the answered messages starts with them."""
+        """Ids that ask for the next answer, a prefix of `render` of the answered messages."""
         return [*self.render(messages)[0], self._role_id["assistant"]]
 
     def parse(self, ids: Iterable[int]) -> list[dict]:
@@ -175,12 +167,12 @@ class StreamDecoder:
         return self._decoder.decode(self._bytes[id])
 
     def flush(self) -> str:
-        """What is left; U+FFFD where a character never became whole."""
+        """The rest; U+FFFD for an incomplete character."""
         return self._decoder.decode(b"", final=True)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of vocab_size entries (the special ones included) of the texts' own."""
+    """A byte-level BPE of vocab_size entries, special ones included, trained on the texts."""
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise UserError(f"vocab_size={vocab_size} is too small; it must be {smallest} or more")
@@ -190,68 +182,61 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(itertools.chain.from_iterable(map(_runs, texts)), trainer)
+    runs = (text[i : i + RUN_LENGTH] for text in texts for i in range(0, len(text), RUN_LENGTH))
+    bpe.train_from_iterator(runs, trainer)
     bpe.add_special_tokens(SPECIAL_TOKENS)
     return Tokenizer(bpe.to_str())
 
 
 def sample(texts: Iterable[str], size: int = SAMPLE) -> list[str]:
-    """Different passages of at most size characters together: those with the smallest hashes, so
-    that they come from all over the texts, and are the same in whatever order the texts come."""
-    heap, kept, total = [], set(), 0  # the largest hash on top
-    for text in texts:
-        for start in range(0, len(text), PASSAGE):
-            passage = text[start : start + PASSAGE]
-            digest = hashlib.blake2b(passage.encode(), digest_size=8).digest()
-            key = -int.from_bytes(digest)
-            if key in kept:
-                continue
-            heapq.heappush(heap, (key, passage))
-            kept.add(key)
-            total += len(passage)
-            while total > size:
-                key, last = heapq.heappop(heap)
-                kept.remove(key)
-                total -= len(last)
-    return [passage for _, passage in sorted(heap, reverse=True)]
+    """Distinct passages of at most size characters in all: those with the smallest hashes, so that
+    they come from everywhere in the texts and do not depend on the order of the texts."""
+    heap, passages, total = [], {}, 0  # heap: negated hashes, so that the largest pops first
+    for passage in (text[i : i + PASSAGE] for text in texts for i in range(0, len(text), PASSAGE)):
+        key = -int.from_bytes(hashlib.blake2b(passage.encode(), digest_size=8).digest())
+        if key in passages:
+            continue
+        passages[key] = passage
+        heapq.heappush(heap, key)
+        total += len(passage)
+        while total > size:
+            total -= len(passages.pop(heapq.heappop(heap)))
+    return [passages[key] for key in sorted(heap, reverse=True)]
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """The tokenizer named `gpt2`, or that of a directory or a tokenizer.json. Another project's is
-    adopted; nanoGPT's ckpt.pt, which holds none, has gpt2's."""
+    """The tokenizer `gpt2`, or that of a directory or a tokenizer.json, another project's too;
+    nanoGPT's ckpt.pt, which holds none, has gpt2's. Raises UserError if there is none."""
     path = repo_path(name)
     if str(name) == "gpt2" or (path.suffix == ".pt" and path.is_file()):
         return _gpt2_tokenizer()
     path = path / "tokenizer.json" if path.is_dir() else path
-    if not path.is_file() and (path.parent / "prepare.py").is_file():
-        script = show_path(path.parent / "prepare.py")
-        raise UserError(f"{show_path(path)} is missing; run python {script}")
     if not path.is_file():
+        script = path.parent / "prepare.py"
+        if script.is_file():
+            raise UserError(f"{show_path(path)} is missing; run python {show_path(script)}")
         raise UserError(f"no tokenizer {show_path(path)}; name gpt2, or a directory that holds one")
     try:
         return Tokenizer(adopt(path.read_text(encoding="utf-8")))
     except ValueError as error:
-        reason = " ".join(str(error).split())  # of a bad pattern, it is shown in several lines
+        reason = " ".join(str(error).split())  # several lines for a bad pattern
         raise UserError(f"{show_path(path)} cannot be used as a tokenizer: {reason}") from None
 
 
 def _gpt2_tokenizer() -> Tokenizer:
     """GPT-2's 50,257 entries, and the chat format's four behind them."""
-    vocab_file, merges_file = GPT2_FILES / "encoder.json", GPT2_FILES / "vocab.bpe"
-    if not (vocab_file.is_file() and merges_file.is_file()):
+    files = GPT2_FILES / "encoder.json", GPT2_FILES / "vocab.bpe"
+    if not all(file.is_file() for file in files):
         raise UserError("the gpt2 vocabulary is not here; run python data/fetch_data.py gpt2")
-    vocab = json.loads(vocab_file.read_text(encoding="utf-8"))
-    lines = merges_file.read_text(encoding="utf-8").splitlines()[1:]  # the first names a version
-    merges = [tuple(line.split()) for line in lines if line]
-    bpe = _new_bpe(models.BPE(vocab, merges), GPT2_PATTERN)
+    bpe = _new_bpe(models.BPE(*models.BPE.read_file(*map(str, files))), GPT2_PATTERN)
     bpe.add_special_tokens(SPECIAL_TOKENS)
     return Tokenizer(bpe.to_str())
 
 
 def adopt(text: str) -> str:
-    """Another project's tokenizer.json as one of ours, every id the same: behind its entries come
-    those of SPECIAL_TOKENS that it lacks, and names of its added tokens become plain text too.
-    One of ours stays to the letter. ValueError where ours would give other ids."""
+    """Another project's tokenizer.json as one of ours with the same ids: the SPECIAL_TOKENS that it
+    lacks follow its entries, and names of its added tokens inside a text become plain text. Returns
+    one of ours unchanged. Raises ValueError if ours would give other ids."""
     content = json.loads(text)
     try:
         added = sorted(content["added_tokens"], key=lambda token: token["id"])
@@ -289,7 +274,7 @@ def adopt(text: str) -> str:
 
 
 def _refuse_unmade(entries: Iterable[str], merges: list[tuple[str, str]]) -> None:
-    """ValueError where merges do not make an entry, which tiktoken would give for a whole piece."""
+    """Raises ValueError if no merge makes an entry: tiktoken would use it for a whole word."""
     made = {left + right for left, right in merges}
     unmade = sorted(entry for entry in entries if len(entry) > 1 and entry not in made)
     if unmade:
@@ -302,7 +287,7 @@ def _is_ours(content: dict) -> bool:
 
 
 def _pattern_of(splitter: dict) -> str:
-    """The pattern that cuts a text as a tokenizer.json's pre_tokenizer does."""
+    """The pattern that splits a text as the pre_tokenizer of a tokenizer.json does."""
     parts = splitter.get("pretokenizers", [splitter])
     cut = parts[0] if len(parts) == 2 else None
     by_bytes = {"use_regex": True} | parts[-1]
@@ -316,16 +301,16 @@ def _pattern_of(splitter: dict) -> str:
     if is_bytes and is_split and not cut["invert"] and not by_bytes["use_regex"]:
         return cut["pattern"]["Regex"]
     kinds = " and ".join(part["type"] for part in parts)
-    raise ValueError(f"its way of cutting text, {kinds}, is not built here")
+    raise ValueError(f"its way of splitting text, {kinds}, is not supported")
 
 
 def _is_nfc(normalizer: dict | None) -> bool:
-    """Whether texts are brought to NFC. What export.py adds is left out."""
+    """Whether texts are normalized to NFC; export.py's UNHIDE is ignored."""
     parts = (normalizer or {}).get("normalizers", [normalizer])
     parts = [part for part in parts if part not in (None, UNHIDE)]
     others = [part["type"] for part in parts if part != NFC]
     if others:
-        raise ValueError(f"its normalizer {others[0]} is not built here")
+        raise ValueError(f"its normalizer {others[0]} is not supported")
     return bool(parts)
 
 
@@ -338,12 +323,8 @@ def _new_bpe(model: models.BPE, pattern: str) -> tokenizers.Tokenizer:
     return bpe
 
 
-def _runs(text: str) -> Iterator[str]:
-    return (text[i : i + RUN_LENGTH] for i in range(0, len(text), RUN_LENGTH))
-
-
 def _byte_to_unicode() -> dict[int, str]:
-    """GPT-2's printable character for each byte, in which vocabulary files are written."""
+    """GPT-2's printable character for each byte, as vocabulary files write them."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}

@@ -8,6 +8,7 @@ SWANLAB_MODE=offline, TRACKIO_DIR=... A run keeps its id, so a resumed one goes 
 """
 
 import importlib
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from configurator import UserError, nearest
+from configurator import UserError, nearest, written_aside
 
 PROJECT = "miniglm"
 
@@ -29,6 +30,15 @@ class Tracked:
     folder: Path  # its out_dir
     step: int  # steps done; later steps already logged are discarded
     settings: dict
+
+
+def tracking_id(out_dir: Path, new: bool) -> str:
+    """The id of the run, kept in out_dir/tracking_id; another one for a new run."""
+    path = out_dir / "tracking_id"
+    if new or not path.is_file():
+        with written_aside(path) as aside:
+            aside.write_text(f"{uuid.uuid4().hex[:16]}\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
 
 
 class TensorBoard:

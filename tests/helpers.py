@@ -21,36 +21,18 @@ TEXT = """\
 # every option away from its default at least once
 ARCHITECTURES = {
     "qwen3": {},
-    "gpt2": {
-        "position": "learned",
-        "norm": "layernorm",
-        "mlp": "gelu",
-        "bias": True,
-        "qk_norm": False,
-        "dropout": 0.3,
-    },
+    "gpt2": {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True}
+    | {"qk_norm": False, "dropout": 0.3},
     "llama": {"qk_norm": False, "n_kv_head": 2, "rope_theta": 500.0, "tie_weights": False},
     "one_kv_head": {"n_kv_head": 1, "norm": "layernorm", "mlp": "gelu", "n_hidden": 40},
     "learned_gqa": {"position": "learned", "n_kv_head": 2, "bias": True, "norm_eps": 1e-3}
     | {"mlp": "gelu_erf"},
-    "beyond_qwen3": {
-        "mlp": "relu2",
-        "logit_soft_cap": 3.0,
-        "value_residual": True,
-        "embedding_skip": True,
-    },
+    "relu2": {"mlp": "relu2"},
 }
 ALL_MODELS = ARCHITECTURES | {
     "lstm": {"model": "lstm"},
-    "lstm_untied": {
-        "model": "lstm",
-        "n_layer": 1,
-        "norm": "layernorm",
-        "norm_eps": 1e-3,
-        "bias": True,
-        "tie_weights": False,
-        "dropout": 0.3,
-    },
+    "lstm_untied": {"model": "lstm", "n_layer": 1, "norm": "layernorm", "norm_eps": 1e-3}
+    | {"bias": True, "tie_weights": False, "dropout": 0.3},
 }
 
 
@@ -124,7 +106,7 @@ def save_run(
 ) -> Path:
     run = {
         "progress": {"iter": 5},
-        "settings": {"dataset": str(dataset)},
+        "settings": {"dataset": str(dataset), "keep_last": 1},
         "dataset": {"kind": kind},
     }
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

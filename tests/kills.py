@@ -34,11 +34,8 @@ ALL = {"max_iters": 100, "eval_interval": 4, "dropout": 0.1, "prompts": "[]"}
 KINDS = {
     "pretraining, Muon": {"dataset": "text"},
     "pretraining, AdamW": {"dataset": "text", "optimizer": "adamw"},
-    "accumulation, short rows first": {
-        "dataset": "text",
-        "gradient_accumulation_steps": 3,
-        "short_block": 8,
-    },
+    "accumulation, short rows first": {"dataset": "text", "short_block": 8}
+    | {"gradient_accumulation_steps": 3},
     "questions with a text": {"dataset": "questions:3,text:1", "init_from": "base"},
     "questions": {"dataset": "questions", "init_from": "base"},
     "adapters": {"dataset": "questions", "init_from": "base", **LORA},
@@ -61,6 +58,9 @@ class Outcome:
     in_a_save: int  # of them
     same: bool  # bits
 
+    def __str__(self) -> str:
+        return f"{self.kills:>5}{self.in_a_save:>11}{'yes' if self.same else 'NO':>11}"
+
 
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
@@ -68,26 +68,20 @@ def main(argv: list[str]) -> None:
         raise UserError("this system cannot fork; run it on Linux or macOS")
     torch.set_num_threads(1)
     print(f"{'kind':<38}kills  in a save  same bits  seconds", flush=True)
-    outcomes = []
-    with TemporaryDirectory() as folder:
-        write_world(Path(folder))
+    total = Outcome(0, 0, True)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        write_world(folder)
         for number, kind in enumerate(KINDS):
             began = time.perf_counter()
             count = config.kills // len(KINDS) + (number < config.kills % len(KINDS))
-            done = outlive(
-                Path(folder), Path(folder), kind, count, random.Random(f"{config.seed} {kind}")
-            )
-            outcomes.append(done)
-            print(
-                f"{kind:<38}{done.kills:>5}{done.in_a_save:>11}{'yes' if done.same else 'NO':>11}"
-                f"{time.perf_counter() - began:>9.0f}",
-                flush=True,
-            )
-    print(
-        f"{'all':<38}{sum(o.kills for o in outcomes):>5}{sum(o.in_a_save for o in outcomes):>11}"
-        f"{'yes' if all(o.same for o in outcomes) else 'NO':>11}"
-    )
-    if not all(outcome.same for outcome in outcomes):
+            done = outlive(folder, folder, kind, count, random.Random(f"{config.seed} {kind}"))
+            print(f"{kind:<38}{done}{time.perf_counter() - began:>9.0f}", flush=True)
+            total.kills += done.kills
+            total.in_a_save += done.in_a_save
+            total.same &= done.same
+    print(f"{'all':<38}{total}")
+    if not total.same:
         raise UserError("a run that was killed has other bits")
 
 

@@ -39,13 +39,17 @@ def run_ready(tmp_path_factory):
 # --- the directory of a run --------------------------------------------------------------------
 
 
+def endless(toys: Path, out: Path) -> dict:
+    return TINY | {"dataset": toys / "text", "out_dir": out, "max_iters": 10**6}
+
+
 def test_of_two_runs_into_one_out_dir_the_second_is_refused(toys, tmp_path, run_ready):
     out = tmp_path / "out"
-    endless = TINY | {"dataset": toys / "text", "out_dir": out, "max_iters": 10**6}
-    process = start("train.py", *words(**endless))
+    argv = words(**endless(toys, out))
+    process = start("train.py", *argv)
     try:
         wait_for(lambda: (out / "latest").is_file(), process)
-        for again in (words(**endless), words(out_dir=out, resume=True)):
+        for again in (argv, words(out_dir=out, resume=True)):
             said = error_line(run_ready("train.py", *again))
             assert said == f"another run writes {out}; wait for it, or name another"
         # what only reads is free to
@@ -83,26 +87,6 @@ def test_where_the_out_dir_should_be_lies_a_file(tmp_path, run_ready):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def make_anew(out: Path) -> None:
-    """What another person does who takes the directory for an old one."""
-    out.rename(out.with_name("theirs"))
-    out.mkdir()
-    (out / "lock").touch()
-
-
-@posix
-def test_an_out_dir_that_is_made_anew_is_not_written_to(toys, tmp_path):
-    out = tmp_path / "out"
-    endless = TINY | {"dataset": toys / "text", "out_dir": out, "max_iters": 10**6}
-    process = start("train.py", *words(**endless))
-    wait_for(lambda: (out / "latest").is_file(), process)
-    make_anew(out)
-    stdout, stderr = (part.decode() for part in process.communicate(timeout=120))
-    done = subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-    assert error_line(done).startswith(f"{out} was removed or renamed while this run wrote to it")
-    assert {path.name for path in out.iterdir()} <= {"lock", ".step-000020.tmp"}
-
-
 def test_who_waits_at_a_lock_that_goes_does_not_hold_it(tmp_path):
     lock = tmp_path / "lock"
     with locked(tmp_path, lock) as is_held:
@@ -124,21 +108,30 @@ def remove(out: Path) -> None:
     shutil.rmtree(out.rename(out.with_name("bin")))
 
 
+def make_anew(out: Path) -> None:
+    """Another person takes the directory for an old one."""
+    put_away(out)
+    out.mkdir()
+    (out / "lock").touch()
+
+
 @posix
-@pytest.mark.parametrize("vanish", [remove, put_away])
+@pytest.mark.parametrize("vanish", [remove, put_away, make_anew])
 def test_an_out_dir_that_vanishes_is_said_at_the_next_line_of_the_log(toys, tmp_path, vanish):
-    out = tmp_path / "out"
+    out, away = tmp_path / "out", tmp_path / "away"
     # saves are rare, so that none is under way
-    endless = TINY | {"dataset": toys / "text", "max_iters": 10**6, "eval_interval": 100}
-    process = start("train.py", *words(**endless | {"out_dir": out}))
+    process = start("train.py", *words(**endless(toys, out) | {"eval_interval": 100}))
     wait_for(lambda: (out / "latest").is_file(), process)
     vanish(out)
     stdout, stderr = (part.decode() for part in process.communicate(timeout=120))
     done = subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
     assert error_line(done).startswith(f"{out} was removed or renamed while this run wrote to it")
-    assert not out.exists()
-    if (tmp_path / "away").exists():  # put back, it goes on
-        (tmp_path / "away").rename(out)
+    if vanish is make_anew:
+        assert [path.name for path in out.iterdir()] == ["lock"]
+    else:
+        assert not out.exists()
+    if vanish is put_away:  # put back, it goes on
+        away.rename(out)
         train_here(out_dir=out, resume=True, max_iters=110)
         assert log(out)[-1]["iter"] == 110
 

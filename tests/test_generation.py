@@ -2,14 +2,17 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 
 from configurator import UserError
 from miniglm.decoding import Decoder, PackedLinear, pack, quantize
-from miniglm.generation import Batch, Request, Sampling, choose, completions, generate, penalize
+from miniglm.generation import Batch, Request, Sampling, choose, penalize
+from model import ACTIVATIONS, MLP, MLPS, NORMS, Attention, Block, RMSNorm, SwiGLU
 from tests.helpers import ALL_MODELS, ARCHITECTURES, random_ids, tiny_model
 
 BLOCK = 24  # tokens, the tiny model's block_size
@@ -22,14 +25,8 @@ WAYS = {
     "penalty": {"temperature": 0.0, "repetition_penalty": 1.7},
     "min_p": {"temperature": 1.3, "min_p": 0.3},
     "no_repeat_ngram": {"temperature": 0.0, "no_repeat_ngram": 2},
-    "all": {
-        "temperature": 0.9,
-        "top_k": 9,
-        "top_p": 0.9,
-        "min_p": 0.05,
-        "repetition_penalty": 1.3,
-        "no_repeat_ngram": 3,
-    },
+    "all": {"temperature": 0.9, "top_k": 9, "top_p": 0.9, "min_p": 0.05}
+    | {"repetition_penalty": 1.3, "no_repeat_ngram": 3},
 }
 each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
@@ -61,6 +58,10 @@ def slow_probs(
     most = max(probs.values())
     probs = {id: prob for id, prob in probs.items() if prob >= sampling.min_p * most}
     return {id: prob / sum(probs.values()) for id, prob in probs.items()}
+
+
+def as_array(probs: dict[int, float], n_vocab: int) -> np.ndarray:
+    return np.array([probs.get(id, 0.0) for id in range(n_vocab)])
 
 
 @torch.no_grad()
@@ -96,13 +97,22 @@ def slow_generate(
     return text[len(prompt) :]
 
 
-def fast_generate(model, prompts, sampling, *args, **kwargs) -> list[list[int]]:
-    """The rows of generate."""
-    rows = {}
-    for step in generate(model, prompts, sampling, *args, **kwargs):
-        for row, id in step:
-            rows.setdefault(row, []).append(id)
-    return [rows[row] for row in sorted(rows)]
+def run_batch(model, requests: list[Request], size: int = 100, stop_ids=()) -> list[list[int]]:
+    """The new ids of each request, a stop id included."""
+    batch = Batch(model, stop_ids, size)
+    for request in requests:
+        batch.add(request)
+    most = 0
+    while batch:
+        most = max(most, len(batch.step()))
+    assert most == min(size, len(requests))
+    return [request.text[len(request.prompt) :] for request in requests]
+
+
+def generate(model, prompts, sampling, stop_ids=(), num_samples=1) -> list[list[int]]:
+    samples = range(num_samples)
+    requests = [Request(p, sampling, i, n) for i, p in enumerate(prompts) for n in samples]
+    return run_batch(model, requests, stop_ids=stop_ids)
 
 
 def prompts_of(*lengths: int) -> list[list[int]]:
@@ -115,14 +125,14 @@ PROMPTS = prompts_of(5, 1, BLOCK, 14, BLOCK - 1)
 # --- the same ids ------------------------------------------------------------------------------
 
 
-@each_way
+@pytest.mark.parametrize("way", ["greedy", "all"])
 @pytest.mark.parametrize("options", ALL_MODELS.values(), ids=ALL_MODELS)
 def test_cached_ids_equal_uncached(options, way):
     model = tiny_model(**options).double()
-    sampling = Sampling(max_new_tokens=40, **way)
+    sampling = Sampling(max_new_tokens=40, **WAYS[way])
     slow = [slow_generate(model, p, sampling, (), (i, 0)) for i, p in enumerate(PROMPTS)]
     assert len(set(itertools.chain(*slow))) > 10
-    assert fast_generate(model, PROMPTS, sampling) == slow
+    assert generate(model, PROMPTS, sampling) == slow
 
 
 @pytest.mark.parametrize("kind", ["gpt", "lstm"])
@@ -131,22 +141,14 @@ def test_a_small_context_goes_on_as_the_slow_one_does(block_size, kind):
     model = tiny_model(block_size=block_size, model=kind).double()
     prompts = prompts_of(1, 2, block_size)
     slow = [slow_generate(model, prompt, GREEDY) for prompt in prompts]
-    assert fast_generate(model, prompts, GREEDY) == slow
-
-
-def test_a_context_of_one_token_goes_on_or_is_refused():
-    try:
-        model = tiny_model(block_size=1)
-    except UserError:
-        return
-    assert len(fast_generate(model, [[3]], GREEDY)[0]) == 40
+    assert generate(model, prompts, GREEDY) == slow
 
 
 @pytest.mark.parametrize("options", ALL_MODELS.values(), ids=ALL_MODELS)
 def test_float32_ids_equal_uncached_up_to_the_first_near_tie(options):
     model = tiny_model(**options)
     compared = 0
-    for fast, prompt in zip(fast_generate(model, PROMPTS, GREEDY), PROMPTS, strict=True):
+    for fast, prompt in zip(generate(model, PROMPTS, GREEDY), PROMPTS, strict=True):
         text, window = list(prompt), list(prompt)
         for id in fast:
             logits = next_logits(model, window)
@@ -173,37 +175,11 @@ def test_several_samples_equal_those_made_one_by_one(options, way):
         for row, prompt in enumerate(prompts)
         for number in range(3)
     ]
-    assert fast_generate(model, prompts, sampling, (), 3) == slow
+    assert generate(model, prompts, sampling, (), 3) == slow
     if sampling.temperature:
         assert len(set(map(tuple, slow))) == 9
     # the other samples are not there, the samples are the same
-    assert fast_generate(model, prompts, sampling, (), 1) == slow[::3]
-
-
-def test_a_rows_ids_depend_on_its_own_index_alone():
-    model = tiny_model().double()
-    sampling = Sampling(max_new_tokens=30, temperature=1.0)
-    prompts = prompts_of(6, 20, 2)
-    rows = fast_generate(model, prompts, sampling)
-    for index, prompt in enumerate(prompts):
-        assert fast_generate(model, [prompt], sampling, (), 1, index) == [rows[index]]
-    others = [prompts_of(9)[0], prompts[1], prompts_of(24)[0]]
-    assert fast_generate(model, others, sampling)[1] == rows[1]
-
-
-def test_the_order_of_prompts_does_not_matter_to_greedy_ids():
-    model = tiny_model().double()
-    rows = fast_generate(model, PROMPTS, GREEDY)
-    assert fast_generate(model, PROMPTS[::-1], GREEDY) == rows[::-1]
-
-
-def test_another_seed_gives_another_text_and_the_same_seed_the_same():
-    model = tiny_model()
-    one, same, other = (
-        fast_generate(model, prompts_of(6), Sampling(20, temperature=1.0, seed=seed))
-        for seed in (1, 1, 2)
-    )
-    assert one == same != other
+    assert generate(model, prompts, sampling, (), 1) == slow[::3]
 
 
 @each_way
@@ -211,7 +187,7 @@ def test_another_seed_gives_another_text_and_the_same_seed_the_same():
 def test_a_stop_id_ends_its_row_and_the_others_go_on(kind, way):
     model = tiny_model(model=kind).double()
     sampling = Sampling(max_new_tokens=40, **way)
-    endless = fast_generate(model, PROMPTS, sampling, (), 2)
+    endless = generate(model, PROMPTS, sampling, (), 2)
     stop_ids = (endless[2][10], endless[7][3])
     slow = [
         slow_generate(model, PROMPTS[row // 2], sampling, stop_ids, (row // 2, row % 2))
@@ -219,22 +195,17 @@ def test_a_stop_id_ends_its_row_and_the_others_go_on(kind, way):
     ]
     assert min(map(len, slow)) < 12
     assert len(set(map(len, slow))) > 1
-    assert fast_generate(model, PROMPTS, sampling, stop_ids, 2) == slow
+    assert generate(model, PROMPTS, sampling, stop_ids, 2) == slow
     for ids in slow:
         assert not set(ids[:-1]) & set(stop_ids)
 
 
-def test_generation_stops_when_every_row_has_ended():
-    model = tiny_model()
-    steps = list(generate(model, PROMPTS, GREEDY, tuple(range(50))))
-    assert len(steps) == 1
-    assert [row for row, _ in steps[0]] == list(range(len(PROMPTS)))
-
-
-@pytest.mark.parametrize("most", [1, 2, 33])
-def test_no_row_is_longer_than_max_new_tokens(most):
-    rows = fast_generate(tiny_model(), PROMPTS, Sampling(most, temperature=0.0))
-    assert [len(ids) for ids in rows] == [most] * len(PROMPTS)
+def test_a_row_ends_at_max_new_tokens_or_at_a_stop_id():
+    for most in (1, 2, 33):
+        rows = generate(tiny_model(), PROMPTS, Sampling(most, temperature=0.0))
+        assert [len(ids) for ids in rows] == [most] * len(PROMPTS)
+    rows = generate(tiny_model(), PROMPTS, GREEDY, stop_ids=tuple(range(50)))
+    assert [len(ids) for ids in rows] == [1] * len(PROMPTS)
 
 
 def test_ids_beyond_the_vocabulary_never_come():
@@ -242,46 +213,24 @@ def test_ids_beyond_the_vocabulary_never_come():
     with torch.no_grad():
         model.lm_head.weight[50:] = 100 * model.lm_head.weight[:14]
     sampling = Sampling(max_new_tokens=30, temperature=5.0)
-    rows = fast_generate(model, PROMPTS, sampling, (), 4)
+    rows = generate(model, PROMPTS, sampling, (), 4)
     assert max(map(max, rows)) < 50
-
-
-def test_dropout_of_a_loaded_model_is_off():
-    model = tiny_model(dropout=0.5)
-    assert fast_generate(model, PROMPTS, GREEDY) == fast_generate(tiny_model(), PROMPTS, GREEDY)
 
 
 @pytest.mark.parametrize("length", [0, BLOCK + 1])
 def test_a_prompt_of_no_or_too_many_tokens_is_refused(length):
     with pytest.raises(UserError, match=f"{length} tokens.*1 to {BLOCK}"):
-        fast_generate(tiny_model(), [[1], [2] * length], GREEDY)
+        generate(tiny_model(), [[1], [2] * length], GREEDY)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"max_new_tokens": 0},
-        {"temperature": -0.1},
-        {"top_k": 0},
-        {"top_p": 0.0},
-        {"top_p": 1.1},
-        {"top_p": 1e-50},
-        {"temperature": 1e-50},
-        {"repetition_penalty": 1e-300},
-        {"min_p": -0.1},
-        {"min_p": 1.1},
-        {"no_repeat_ngram": -1},
-        {"stop": ["x", ""]},
-        {"temperature": float("inf")},
-        {"temperature": float("nan")},
-        {"repetition_penalty": float("nan")},
-        {"repetition_penalty": 0.0},
-        {"seed": -1},
-    ],
-)
-def test_an_impossible_setting_is_named(options):
-    with pytest.raises(UserError, match=next(iter(options))):
-        Sampling(**options)
+def test_an_impossible_setting_is_named():
+    impossible = {"max_new_tokens": [0], "top_k": [0], "seed": [-1], "stop": [["x", ""]]}
+    impossible |= {"temperature": [-0.1, 1e-50, math.inf, math.nan], "top_p": [0.0, 1e-50, 1.1]}
+    impossible |= {"min_p": [-0.1, 1.1], "repetition_penalty": [0.0, 1e-300, math.nan]}
+    for name, values in (impossible | {"no_repeat_ngram": [-1]}).items():
+        for value in values:
+            with pytest.raises(UserError, match=f"^{name}"):
+                Sampling(**{name: value})
 
 
 # --- the choice of one id ----------------------------------------------------------------------
@@ -291,7 +240,7 @@ def test_an_impossible_setting_is_named(options):
 def test_the_narrowest_choice_is_greedy(options):
     model = tiny_model().double()
     sampling = Sampling(**{"max_new_tokens": 40, "temperature": 3.0} | options)
-    assert fast_generate(model, PROMPTS, sampling) == fast_generate(model, PROMPTS, GREEDY)
+    assert generate(model, PROMPTS, sampling) == generate(model, PROMPTS, GREEDY)
 
 
 def chi_square_is_likely(counts: np.ndarray, probs: np.ndarray) -> bool:
@@ -310,12 +259,9 @@ def chi_square_is_likely(counts: np.ndarray, probs: np.ndarray) -> bool:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"temperature": 0.5},
         {"temperature": 2.0, "top_k": 7},
-        {"top_p": 0.7},
         {"top_k": 100, "top_p": 0.999},
-        {"min_p": 0.1},
         {"top_k": 6, "top_p": 0.6, "repetition_penalty": 1.5},
         {"top_k": 20, "top_p": 0.9, "min_p": 0.2},
     ],
@@ -324,9 +270,7 @@ def test_choices_follow_the_probabilities(options):
     sampling = Sampling(**{"temperature": 1.0} | options)
     logits = torch.randn(40, generator=torch.Generator().manual_seed(3)) * 1.5
     text = [int(logits.argmax()), int(logits.argmin()), 4]
-    probs = np.zeros(40)
-    for id, prob in slow_probs(logits.numpy(), sampling, text).items():
-        probs[id] = prob
+    probs = as_array(slow_probs(logits.numpy(), sampling, text), 40)
     request = Request(text, sampling)  # 20,000 numbers of one stream
     rows = penalize(logits[None], [request]).expand(20_000, -1)
     counts = np.bincount(choose(rows, [request] * 20_000), minlength=40)
@@ -335,36 +279,10 @@ def test_choices_follow_the_probabilities(options):
     assert not chi_square_is_likely(counts, np.roll(probs, 1) * 0.5 + probs * 0.5 + 1e-9)
 
 
-def test_the_samples_streams_are_independent():
-    model = tiny_model()
-    sampling = Sampling(max_new_tokens=2, temperature=1.0)
-    rows = np.array(fast_generate(model, [[7]], sampling, (), 5000))
-    probs = np.zeros(50)
-    for id, prob in slow_probs(next_logits(model, [7]), sampling, []).items():
-        probs[id] = prob
-    assert chi_square_is_likely(np.bincount(rows[:, 0], minlength=50), probs)
-    likeliest = int(probs.argmax())
-    after = rows[rows[:, 0] == likeliest, 1]
-    assert len(after) > 300
-    probs = np.zeros(50)
-    for id, prob in slow_probs(next_logits(model, [7, likeliest]), sampling, []).items():
-        probs[id] = prob
-    assert chi_square_is_likely(np.bincount(after, minlength=50), probs)
-
-
-class OneNumber:
-    """A random stream that is one number."""
-
-    def __init__(self, u: float):
-        self.u = u
-
-    def random(self) -> float:
-        return self.u
-
-
 def edge(u: float, **options) -> Request:
+    """A request whose random stream is one number."""
     request = Request([0], Sampling(**options))
-    request.random = OneNumber(u)
+    request.random = SimpleNamespace(random=lambda: u)
     return request
 
 
@@ -375,15 +293,6 @@ def test_the_edges_of_the_unit_interval_are_the_first_and_the_last_choice():
         assert choose(logits, [edge(u, temperature=1.0, **options) for u in edges]) == wanted
     halves = [choose(torch.zeros(1, 2), [edge(u, temperature=1.0)]) for u in (0, 0.5)]
     assert halves[0] != halves[1]
-
-
-def test_a_penalty_lowers_positive_and_negative_logits_by_hand():
-    logits = torch.tensor([[3.0, 2.0, -1.0], [-2.0, -3.0, -3.5], [3.0, 2.0, -1.0]])
-    sampling = Sampling(temperature=0.0, repetition_penalty=2.0)
-    requests = [Request(text, sampling) for text in ([0], [0, 0], [1, 2])]
-    wanted = [[1.5, 2, -1], [-4, -3, -3.5], [3, 1, -2]]
-    assert penalize(logits, requests).tolist() == wanted
-    assert choose(penalize(logits, requests), requests) == [1, 1, 0]
 
 
 def test_penalties_equal_hugging_faces():
@@ -404,26 +313,7 @@ def test_penalties_equal_hugging_faces():
     assert torch.equal(penalize(logits, requests), wanted)
 
 
-def test_what_completes_a_sequence_by_hand():
-    text = [1, 2, 3, 1, 2, 4, 1, 2]
-    assert completions(text, 3) == [3, 4]  # 1 2 came before 3 and before 4
-    assert completions(text, 2) == [3, 4]
-    assert sorted(completions(text, 1)) == sorted(text)
-    assert completions(text, 9) == completions([], 2) == []
-
-
 # --- many requests -----------------------------------------------------------------------------
-
-
-def run_batch(model, requests: list[Request], size: int, stop_ids=()) -> list[list[int]]:
-    batch = Batch(model, stop_ids, size)
-    for request in requests:
-        batch.add(request)
-    most = 0
-    while batch:
-        most = max(most, len(batch.step()))
-    assert most == min(size, len(requests))
-    return [request.text[len(request.prompt) :] for request in requests]
 
 
 @pytest.mark.parametrize("kind", ["gpt", "lstm"])
@@ -457,44 +347,24 @@ def test_a_row_that_ends_leaves_its_place_at_once():
     assert [sorted(rows) for rows in running] == [[0, 1], *[[1, 2]] * 2, *[[1, 3]] * 3]
 
 
-def test_a_cancelled_request_ends_and_the_others_do_not_notice():
-    model = tiny_model().double()
-    prompts, sampling = prompts_of(5, 3, 8, 2), Sampling(12, temperature=1.0)
-    requests = [Request(prompt, sampling, i) for i, prompt in enumerate(prompts)]
-    batch = Batch(model, size=3)
-    for request in requests:
-        batch.add(request)
-    for _ in range(4):
-        batch.step()
-    batch.cancel(requests[0])
-    batch.cancel(requests[3])
-    while batch:
-        batch.step()
-    batch.cancel(requests[1])
-    assert [r.finish for r in requests] == ["cancelled", "length", "length", "cancelled"]
-    assert [r.n_new for r in requests] == [4, 12, 12, 0]
-    for number in (1, 2):
-        assert requests[number].ids == slow_generate(
-            model, prompts[number], sampling, (), (number, 0)
-        )
-
-
 @pytest.mark.parametrize("kind", ["gpt", "lstm"])
 @pytest.mark.parametrize("block_size", [100, 65])
-def test_rows_may_be_cancelled_at_any_length(kind, block_size):
+def test_cancelled_requests_end_and_the_others_do_not_notice(kind, block_size):
     model = tiny_model(model=kind, block_size=block_size).double()
     sampling = Sampling(150, temperature=1.0)
-    requests = [Request([3 + n], sampling, n) for n in range(4)]
+    requests = [Request([3 + n], sampling, n) for n in range(5)]
     batch = Batch(model, size=4)
     for request in requests:
         batch.add(request)
+    batch.cancel(requests[4])  # which waits
     for step in range(150):
         batch.step()
         if step in (1, 70, 120):  # before and after the cache has grown, and a text been cut
             batch.cancel(requests[(1, 70, 120).index(step)])
-    assert [r.finish for r in requests] == [*["cancelled"] * 3, "length"]
-    wanted = slow_generate(model, [6], sampling, (), (3, 0))
-    assert requests[3].ids == wanted
+    batch.cancel(requests[3])  # which has ended
+    assert [r.finish for r in requests] == [*["cancelled"] * 3, "length", "cancelled"]
+    assert [r.n_new for r in requests] == [2, 71, 121, 150, 0]
+    assert requests[3].ids == slow_generate(model, [6], sampling, (), (3, 0))
 
 
 def test_penalties_spare_what_ends_a_text():
@@ -506,12 +376,10 @@ def test_penalties_spare_what_ends_a_text():
         assert penalize(logits, [request])[0, 5] < 1
 
 
-@pytest.mark.parametrize(
-    "options", [{"temperature": 1e-6}, {"temperature": 1e4}, {"top_p": 1e-6}, {"min_p": 1.0}]
-)
-@pytest.mark.parametrize("penalty", [1e-6, 1.0, 1e4])
+@pytest.mark.parametrize("options", [{"temperature": 1e4}, {"top_p": 1e-6}, {"min_p": 1.0}])
+@pytest.mark.parametrize("penalty", [1e-6, 1e4])
 def test_extreme_settings_still_choose(options, penalty):
-    sampling = Sampling(**{"temperature": 1.0, "repetition_penalty": penalty} | options)
+    sampling = Sampling(**{"temperature": 1e-6, "repetition_penalty": penalty} | options)
     logits = 30 * torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
     requests = [Request([3, 5], sampling, n) for n in range(50)]
     ids = choose(penalize(logits, requests), requests)
@@ -570,7 +438,62 @@ def test_the_decoder_computes_what_the_model_does(options, static):
         Decoder(model, static)(torch.tensor([1]), full)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "beyond_qwen3", "gpt2"])
+class TanhNorm(nn.RMSNorm):
+    """A student's norm: a subclass of a known one that computes something else."""
+
+    def forward(self, x):
+        assert x.dim() > 2  # (B, T, C), as in training
+        return super().forward(x).tanh()
+
+
+class SineGLU(SwiGLU):
+    def forward(self, x):
+        assert x.dim() > 2
+        return super().forward(x).sin()
+
+
+class DoubledLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class DoubledAttention(Attention):
+    def forward(self, *args):
+        return 2 * super().forward(*args)
+
+
+class ParallelBlock(Block):
+    def forward(self, x, *args):
+        h = self.norm_1(x)
+        return x + self.attn(h, *args) + self.mlp(h)
+
+
+@pytest.mark.parametrize(
+    ("options", "swapped"),
+    [
+        ({"norm": "tanh"}, {}),
+        ({"mlp": "sine"}, {}),
+        ({"mlp": "sine_glu"}, {}),
+        ({}, {RMSNorm: TanhNorm}),  # of queries and keys, too
+        ({}, {Attention: DoubledAttention}),
+        ({}, {Block: ParallelBlock}),
+        ({}, {nn.Linear: DoubledLinear}),  # and is not packed
+    ],
+)
+def test_parts_of_a_students_own_decode_as_they_are_trained(monkeypatch, options, swapped):
+    monkeypatch.setitem(NORMS, "tanh", lambda c: TanhNorm(c.n_embd, c.norm_eps))
+    monkeypatch.setitem(ACTIVATIONS, "sine", torch.sin)
+    monkeypatch.setitem(MLPS, "sine", MLP)
+    monkeypatch.setitem(MLPS, "sine_glu", SineGLU)
+    model = tiny_model(**options)
+    for module in model.modules():
+        module.__class__ = swapped.get(type(module), type(module))
+    slow = [slow_generate(model, prompt, GREEDY) for prompt in PROMPTS]
+    assert slow != [slow_generate(tiny_model(), prompt, GREEDY) for prompt in PROMPTS]
+    assert generate(pack(model), PROMPTS, GREEDY) == slow
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
 @torch.inference_mode()
 def test_a_static_step_is_one_graph(name):
     model = tiny_model(**ARCHITECTURES[name]).double()
@@ -594,8 +517,8 @@ def test_a_packed_model_computes_the_same(options):
     logits = packed.head(packed(idx))
     assert logits.shape == (3, BLOCK, 50)
     assert (logits - wanted.head(wanted(idx))).abs().max() < 2e-4
-    rows = fast_generate(packed, PROMPTS, Sampling(9, temperature=0.0))
-    assert rows[1][:2] == fast_generate(wanted, PROMPTS, Sampling(9, temperature=0.0))[1][:2]
+    rows = generate(packed, PROMPTS, Sampling(9, temperature=0.0))
+    assert rows[1][:2] == generate(wanted, PROMPTS, Sampling(9, temperature=0.0))[1][:2]
 
 
 @torch.no_grad()
@@ -604,4 +527,4 @@ def test_eight_bits_keep_products_to_a_few_percent():
     x = torch.randn(5, 1, 64, generator=torch.Generator().manual_seed(0))
     exact, ours = (model.blocks[0].mlp.c_fc(x) for model in (wanted, rounded))
     assert 1e-4 < (ours - exact).norm() / exact.norm() < 0.04
-    assert len(fast_generate(rounded, PROMPTS, GREEDY)[0]) == 40
+    assert len(generate(rounded, PROMPTS, GREEDY)[0]) == 40

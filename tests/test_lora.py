@@ -16,7 +16,6 @@ from miniglm.checkpoint import has_checkpoint, load_checkpoint, read_run
 from miniglm.decoding import pack
 from miniglm.lora import adapter_weights, adapters, adapters_off, add_adapters, find_targets, merge
 from miniglm.losses import next_token
-from miniglm.optim import make_optimizers
 from tests.helpers import ARCHITECTURES, random_ids, tiny_model
 from tests.runs import (
     assert_same_run,
@@ -30,7 +29,6 @@ from tests.runs import (
     train_here,
     weights,
 )
-from train import Settings
 
 ADAPTER = {"lora_rank": 3, "lora_alpha": 6, "learning_rate": 3e-3}
 UNTIED_LSTM = {"model": "lstm", "tie_weights": False}
@@ -88,14 +86,6 @@ def test_merged_equals_wrapped_and_switched_off_equals_the_base(targets, options
     assert (logits(model, idx) - wrapped).abs().max() < 1e-5 * wrapped.abs().max()
 
 
-def test_the_output_is_the_sum_written_out():
-    model = adapted(["c_fc"])
-    base, one = tiny_model(), model.blocks[1].mlp.c_fc
-    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
-    wanted = x @ base.blocks[1].mlp.c_fc.weight.T + 6 / 3 * x @ (one.lora_B @ one.lora_A).T
-    assert torch.allclose(one(x), wanted, atol=1e-5)
-
-
 def test_outputs_and_gradients_equal_pefts_on_the_same_weights():
     peft = pytest.importorskip("peft")
     ours, theirs = adapted(["c_attn", "mlp"], n_kv_head=2), tiny_model(n_kv_head=2)
@@ -119,15 +109,11 @@ def test_outputs_and_gradients_equal_pefts_on_the_same_weights():
         assert (weight.grad - wanted).abs().max() < 1e-5 * wanted.abs().max(), name
 
 
-def test_only_adapters_get_gradients_and_optimizer_state():
-    model = adapted(["blocks"])
-    idx = random_ids(2, 12)
+def test_only_adapters_get_gradients():
+    model, idx = adapted(["blocks"]), random_ids(2, 12)
     next_token(model, idx[:, :-1], idx[:, 1:]).backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
     assert with_gradient == adapter_weights(model).keys()
-    [adamw] = make_optimizers(model, Settings(optimizer="muon"), "cpu")
-    held = {id(p) for group in adamw.param_groups for p in group["params"]}
-    assert held == {id(weight) for weight in adapter_weights(model).values()}
 
 
 def test_dropout_is_of_what_the_adapter_reads():
@@ -145,11 +131,8 @@ def test_dropout_is_of_what_the_adapter_reads():
 def test_targets_are_parts_of_names():
     model = tiny_model(tie_weights=False)
     assert find_targets(model, ["c_attn"]) == ["blocks.0.attn.c_attn", "blocks.1.attn.c_attn"]
-    assert find_targets(model, ["mlp.c_proj", "lm_head"]) == [
-        "blocks.0.mlp.c_proj",
-        "blocks.1.mlp.c_proj",
-        "lm_head",
-    ]
+    found = find_targets(model, ["mlp.c_proj", "lm_head"])
+    assert found == ["blocks.0.mlp.c_proj", "blocks.1.mlp.c_proj", "lm_head"]
     assert len(find_targets(model, ["blocks.0", "blocks"])) == 8
 
 
@@ -234,13 +217,12 @@ def test_what_loads_an_adapter_gets_a_plain_merged_model(sft):
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.2, "dropout": 0.1}])
-def test_an_adapters_run_in_three_parts_equals_one_in_one(toys, tmp_path, options):
+def test_an_adapters_run_in_two_parts_equals_one_in_one(toys, tmp_path, options):
     common = ADAPTER | options | {"dataset": toys / "questions", "init_from": toys / "base"}
-    common |= {"lr_decay_iters": 15, "eval_interval": 3, "gradient_accumulation_steps": 2}
-    whole = train_here(out_dir=tmp_path / "whole", max_iters=15, **common)
+    common |= {"lr_decay_iters": 9, "eval_interval": 3, "gradient_accumulation_steps": 2}
+    whole = train_here(out_dir=tmp_path / "whole", max_iters=9, **common)
     parts = train_here(out_dir=tmp_path / "parts", max_iters=3, **common)
     train_here(out_dir=parts, resume=True, max_iters=9)
-    train_here(out_dir=parts, resume=True, max_iters=15)
     assert_same_run(whole, parts)
 
 

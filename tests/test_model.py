@@ -18,7 +18,7 @@ from transformers import (
 
 from configurator import UserError
 from miniglm.losses import next_token
-from model import GPT, ModelConfig, pick_device
+from model import ACTIVATIONS, GPT, ModelConfig, pick_device
 from tests.helpers import ALL_MODELS, ARCHITECTURES, random_ids, randomize, tiny_model
 
 each_architecture = pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
@@ -28,75 +28,58 @@ gpt_and_lstm = pytest.mark.parametrize(
 )
 
 
-def count(**options) -> int:
-    return GPT(ModelConfig(**options)).n_params()
-
-
-@torch.no_grad()
-def copy_weights(model: GPT, theirs: dict[str, torch.Tensor]) -> None:
-    """Fills every parameter of ours; the vocabulary's padding keeps what it has."""
-    ours = dict(model.named_parameters())
-    assert set(ours) == set(theirs)
-    for name, weight in theirs.items():
-        if name in ("wte.weight", "lm_head.weight"):
-            ours[name][: len(weight)] = weight
-        else:
-            assert ours[name].shape == weight.shape, name
-            ours[name].copy_(weight)
+GPT2_NAMES = {"norm_1": "ln_1", "attn.c_attn": "attn.c_attn", "attn.c_proj": "attn.c_proj"}
+GPT2_NAMES |= {"norm_2": "ln_2", "mlp.c_fc": "mlp.c_fc", "mlp.c_proj": "mlp.c_proj"}
+LLAMA_NAMES = {  # ours -> theirs, which c_attn and c_fc stack
+    "norm_1": ["input_layernorm"],
+    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.c_proj": ["self_attn.o_proj"],
+    "attn.q_norm": ["self_attn.q_norm"],
+    "attn.k_norm": ["self_attn.k_norm"],
+    "norm_2": ["post_attention_layernorm"],
+    "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.c_proj": ["mlp.down_proj"],
+}
 
 
 def from_gpt2(hf: GPT2LMHeadModel) -> dict[str, torch.Tensor]:
     """Hugging Face's GPT-2 keeps its matrices transposed."""
-    h = hf.state_dict()
-    theirs = {"wte.weight": h["transformer.wte.weight"], "wpe.weight": h["transformer.wpe.weight"]}
-    if not hf.config.tie_word_embeddings:
-        theirs["lm_head.weight"] = h["lm_head.weight"]
-    modules = {
-        "norm_1": "ln_1",
-        "attn.c_attn": "attn.c_attn",
-        "attn.c_proj": "attn.c_proj",
-        "norm_2": "ln_2",
-        "mlp.c_fc": "mlp.c_fc",
-        "mlp.c_proj": "mlp.c_proj",
-    }
+    h = {name.removeprefix("transformer."): weight for name, weight in hf.state_dict().items()}
+    theirs = {"wte.weight": h["wte.weight"], "wpe.weight": h["wpe.weight"]}
+    theirs |= {f"norm.{kind}": h[f"ln_f.{kind}"] for kind in ("weight", "bias")}
     for i in range(hf.config.n_layer):
-        for our, their in modules.items():
+        for our, their in GPT2_NAMES.items():
             for kind in ("weight", "bias"):
-                theirs[f"blocks.{i}.{our}.{kind}"] = h[f"transformer.h.{i}.{their}.{kind}"].t()
-    for kind in ("weight", "bias"):
-        theirs[f"norm.{kind}"] = h[f"transformer.ln_f.{kind}"]
-    return theirs
+                theirs[f"blocks.{i}.{our}.{kind}"] = h[f"h.{i}.{their}.{kind}"].t()
+    return theirs | {"lm_head.weight": h["lm_head.weight"]}
 
 
 def from_llama(hf: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Llama's and Qwen3's names; c_attn stacks q, k, v and c_fc gate, up."""
+    """Llama's and Qwen3's."""
     h = {name.removeprefix("model."): weight for name, weight in hf.state_dict().items()}
     theirs = {"wte.weight": h["embed_tokens.weight"], "norm.weight": h["norm.weight"]}
-    if not hf.config.tie_word_embeddings:
-        theirs["lm_head.weight"] = h["lm_head.weight"]
-    modules = {
-        "norm_1": ["input_layernorm"],
-        "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-        "attn.c_proj": ["self_attn.o_proj"],
-        "attn.q_norm": ["self_attn.q_norm"],
-        "attn.k_norm": ["self_attn.k_norm"],
-        "norm_2": ["post_attention_layernorm"],
-        "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
-        "mlp.c_proj": ["mlp.down_proj"],
-    }
     for i in range(hf.config.num_hidden_layers):
-        for our, their in modules.items():
+        for our, their in LLAMA_NAMES.items():
             for kind in ("weight", "bias"):
                 names = [f"layers.{i}.{name}.{kind}" for name in their]
                 if names[0] in h:
                     theirs[f"blocks.{i}.{our}.{kind}"] = torch.cat([h[name] for name in names])
-    return theirs
+    return theirs | {"lm_head.weight": h["lm_head.weight"]}
 
 
-def assert_equal_logits(model: GPT, hf: torch.nn.Module, idx: torch.Tensor) -> None:
-    with torch.no_grad():
-        wanted = hf.eval()(idx).logits
-        got = model.head(model(idx))
+@torch.no_grad()
+def assert_equal_logits(hf: torch.nn.Module, theirs: dict[str, torch.Tensor], **options) -> None:
+    """Every parameter of ours is filled; the padding of the vocabulary keeps what it has."""
+    shape = {"n_layer": 3, "n_head": 4, "n_embd": 48, "block_size": 32, "n_vocab": 100}
+    model = tiny_model(2, **shape | {"norm_eps": 0.01} | options)
+    ours = model.state_dict()  # a tied head, too
+    assert set(ours) == set(theirs)
+    for name, weight in theirs.items():
+        rows = ours[name][: len(weight)] if name in ("wte.weight", "lm_head.weight") else ours[name]
+        assert rows.shape == weight.shape, name
+        rows.copy_(weight)
+    idx = random_ids(3, 32, n_vocab=100)
+    wanted, got = hf.eval()(idx).logits, model.head(model(idx))
     assert wanted.std() > 1  # so 1e-4 is small
     assert got.shape == wanted.shape
     assert (got - wanted).abs().max() < 1e-4
@@ -104,24 +87,11 @@ def assert_equal_logits(model: GPT, hf: torch.nn.Module, idx: torch.Tensor) -> N
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_equal_hugging_faces_gpt2(tied):
-    hf = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=100,
-            n_positions=32,
-            n_embd=48,
-            n_layer=3,
-            n_head=4,
-            layer_norm_epsilon=0.01,
-            tie_word_embeddings=tied,
-            attn_implementation="eager",
-        )
-    )
+    shape = {"vocab_size": 100, "n_positions": 32, "n_embd": 48, "n_layer": 3, "n_head": 4}
+    more = {"layer_norm_epsilon": 0.01, "tie_word_embeddings": tied, "attn_implementation": "eager"}
+    hf = GPT2LMHeadModel(GPT2Config(**shape, **more))
     randomize(hf, 1)
-    options = ARCHITECTURES["gpt2"] | {"tie_weights": tied, "norm_eps": 0.01}
-    shape = {"n_layer": 3, "n_head": 4, "n_embd": 48, "block_size": 32, "n_vocab": 100}
-    model = tiny_model(2, **shape, **options)
-    copy_weights(model, from_gpt2(hf))
-    assert_equal_logits(model, hf, random_ids(3, 32, n_vocab=100))
+    assert_equal_logits(hf, from_gpt2(hf), **ARCHITECTURES["gpt2"] | {"tie_weights": tied})
 
 
 @pytest.mark.parametrize(
@@ -154,47 +124,25 @@ def test_logits_equal_hugging_faces_llama_and_qwen3(family, tied, n_kv_head, the
     else:
         hf = LlamaForCausalLM(LlamaConfig(**shape, attention_bias=bias, mlp_bias=bias))
     randomize(hf, 1)
-    model = tiny_model(
-        2,
-        n_vocab=100,
-        block_size=32,
-        n_layer=3,
-        n_head=4,
-        n_kv_head=n_kv_head,
-        n_embd=48,
-        n_hidden=72,
-        rope_theta=theta,
-        norm_eps=0.01,
-        qk_norm=family == "qwen3",
-        tie_weights=tied,
-        bias=bias,
-    )
-    copy_weights(model, from_llama(hf))
-    assert_equal_logits(model, hf, random_ids(3, 32, n_vocab=100))
+    ours = {"n_kv_head": n_kv_head, "n_hidden": 72, "rope_theta": theta, "bias": bias}
+    ours |= {"qk_norm": family == "qwen3", "tie_weights": tied}
+    assert_equal_logits(hf, from_llama(hf), **ours)
 
 
 def test_the_reference_model_has_45_million_parameters():
-    reference = {
-        "n_layer": 6,
-        "n_head": 8,
-        "n_embd": 512,
-        "block_size": 256,
-        "n_vocab": 50257,
-        "position": "learned",
-        "norm": "layernorm",
-        "mlp": "gelu",
-        "qk_norm": False,
-    }
-    assert ModelConfig(**reference).vocab_size == 50304
-    assert count(**reference) == 44_767_744
+    shape = {"n_layer": 6, "n_head": 8, "n_embd": 512, "block_size": 256, "n_vocab": 50257}
+    options = {"position": "learned", "norm": "layernorm", "mlp": "gelu", "qk_norm": False}
+    config = ModelConfig(**shape, **options)
+    assert config.vocab_size == 50304
+    assert GPT(config).n_params() == 44_767_744
 
 
 def test_parameters_are_those_counted_by_hand():
     # 64 x 8 embedding; a block: two norms of 8, two of a head's 4, q and k and v, output, SwiGLU
     block = 2 * 8 + 2 * 4 + (8 + 4 + 4) * 8 + 8 * 8 + 3 * 8 * 20
-    shape = {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 8, "n_hidden": 20}
-    assert count(n_vocab=33, **shape) == 64 * 8 + 2 * block + 8
-    assert count(n_vocab=33, **shape, tie_weights=False) == 2 * 64 * 8 + 2 * block + 8
+    shape = {"n_vocab": 33, "n_head": 2, "n_kv_head": 1, "n_embd": 8, "n_hidden": 20}
+    assert tiny_model(**shape).n_params() == 64 * 8 + 2 * block + 8
+    assert tiny_model(**shape, tie_weights=False).n_params() == 2 * 64 * 8 + 2 * block + 8
 
 
 @torch.no_grad()
@@ -246,6 +194,7 @@ def test_a_token_changes_its_own_logits_and_later_ones_only(options):
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_padding_of_the_vocabulary_has_no_logits(tied):
     model = tiny_model(n_vocab=50, tie_weights=tied)
+    assert (model.lm_head.weight is model.wte.weight) == tied
     idx = random_ids(1, 5)
     with torch.no_grad():
         before = model.head(model(idx))
@@ -253,13 +202,6 @@ def test_the_padding_of_the_vocabulary_has_no_logits(tied):
         assert model.lm_head.weight.shape[0] == 64
         assert before.shape == (1, 5, 50)
         assert torch.equal(model.head(model(idx)), before)
-
-
-def test_a_tied_head_is_the_embedding():
-    model = tiny_model()
-    assert model.lm_head.weight is model.wte.weight
-    model = tiny_model(tie_weights=False)
-    assert model.lm_head.weight is not model.wte.weight
 
 
 @pytest.mark.parametrize("site", ["embedding", "attention", "mlp"])
@@ -378,32 +320,22 @@ def test_a_context_beyond_block_size_is_refused(lengths, options):
     "options, words",
     [
         ({"n_embd": 100, "n_head": 6}, "n_embd=100 must be a multiple of n_head=6"),
-        ({"n_head": 8, "n_kv_head": 3}, "n_head=8 must be a multiple of n_kv_head=3"),
         ({"n_head": 4, "n_kv_head": 8}, "n_head=4 must be a multiple of n_kv_head=8"),
-        ({"n_head": 0}, "n_head=0"),
-        ({"n_kv_head": 0}, "n_kv_head=0"),
-        ({"n_layer": 0}, "n_layer=0"),
-        ({"n_hidden": -1}, "n_hidden=-1"),
-        ({"block_size": 0}, "block_size=0"),
-        ({"n_embd": 12, "n_head": 4}, "must be even"),
-        ({"dropout": 1.0}, "dropout=1.0"),
-        ({"dropout": -0.1}, "dropout=-0.1"),
+        ({"n_kv_head": 0}, "n_kv_head=0 must be 1 or more"),
+        ({"rope_theta": 0.0}, "rope_theta=0 must be above 0"),
+        ({"n_embd": 12, "n_head": 4}, "n_embd / n_head = 3 must be even"),
+        ({"dropout": 1.0}, "dropout=1 must be 0 or more and below 1"),
+        ({"model": "lstm", "n_layer": 0}, "n_layer=0 must be 1 or more"),
     ],
 )
 def test_an_impossible_shape_is_named_in_one_line(options, words):
-    with pytest.raises(UserError, match=words) as error:
+    with pytest.raises(UserError, match=f"^{words}"):
         ModelConfig(n_vocab=50, **options)
-    assert "\n" not in str(error.value)
 
 
 def test_an_odd_head_is_fine_where_nothing_rotates():
     options = {"n_embd": 12, "n_head": 4, "position": "learned"}
     assert tiny_model(**options)(random_ids(1, 3)).shape == (1, 3, 12)
-
-
-def test_a_rotary_base_that_gives_no_numbers_is_refused():
-    with pytest.raises(UserError, match="rope_theta"):
-        ModelConfig(n_vocab=50, rope_theta=0.0)
 
 
 def test_a_config_survives_the_round_trip_through_a_dict():
@@ -419,16 +351,8 @@ def test_a_device_that_is_not_there_is_refused():
 
 
 @pytest.mark.parametrize("tie_weights", [True, False])
-def test_flops_per_token_counted_by_hand(tie_weights):
-    shape = {"n_layer": 1, "n_head": 2, "n_embd": 4, "mlp": "gelu", "position": "learned"}
-    model = GPT(ModelConfig(block_size=8, n_vocab=64, tie_weights=tie_weights, **shape))
-    matrices = 4 * 12 + 4 * 4 + 2 * 4 * 16 + 4 * 64  # q k v, output, mlp, head
-    assert model.flops_per_token(8) == 6 * matrices + 12 * 1 * 4 * 8 / 2
-    assert model.flops_per_token(2) == 6 * matrices + 12 * 1 * 4 * 2 / 2
-
-
-def test_flops_per_token_are_torch_s_count_less_the_masked_half_of_attention():
-    model = tiny_model(block_size=16)
+def test_flops_per_token_are_torchs_count_less_the_masked_half_of_attention(tie_weights):
+    model = tiny_model(block_size=16, tie_weights=tie_weights)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.head(model(random_ids(2, 16))).sum().backward()
     c = model.config
@@ -436,99 +360,13 @@ def test_flops_per_token_are_torch_s_count_less_the_masked_half_of_attention():
     assert counter.get_total_flops() == 2 * 16 * (model.flops_per_token(16) + masked)
 
 
-def slow_rms_norm(x, weight, eps):
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
-
-
-def slow_norm(c, w, name, x):
-    if c.norm == "rmsnorm":
-        return slow_rms_norm(x, w[f"{name}.weight"], c.norm_eps)
-    x = x - x.mean(-1, keepdim=True)
-    x = slow_rms_norm(x, w[f"{name}.weight"], c.norm_eps)
-    return x + w[f"{name}.bias"] if c.bias else x
-
-
-def slow_linear(c, w, name, x):
-    y = x @ w[f"{name}.weight"].t()
-    return y + w[f"{name}.bias"] if c.bias else y
-
-
-def slow_rotate(x, theta):
-    """Each pair (i, i + half) of x (T, head_dim) as a complex number, turned by its angle."""
-    half = x.shape[-1] // 2
-    angles = torch.arange(len(x)).double()[:, None] / theta ** (torch.arange(half).double() / half)
-    turned = torch.complex(x[:, :half], x[:, half:]) * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat([turned.real, turned.imag], dim=-1)
-
-
-def slow_heads(c, w, name, qkv, first_values):
-    """Attention of one row, a head at a time; returns it and the values of each kv head."""
-    T, D = len(qkv), c.head_dim
-    parts = list(qkv.split(D, dim=-1))
-    queries, keys = parts[: c.n_head], parts[c.n_head : c.n_head + c.n_kv_head]
-    values = parts[c.n_head + c.n_kv_head :]
-    if c.value_residual and first_values:
-        mix = w[f"{name}.mix"]
-        values = [mix[0] * v + mix[1] * f for v, f in zip(values, first_values, strict=True)]
-    outputs = []
-    for head, q in enumerate(queries):
-        k, v = (x[head * c.n_kv_head // c.n_head] for x in (keys, values))
-        if c.qk_norm:
-            q = slow_rms_norm(q, w[f"{name}.q_norm.weight"], c.norm_eps)
-            k = slow_rms_norm(k, w[f"{name}.k_norm.weight"], c.norm_eps)
-        if c.position == "rope":
-            q, k = slow_rotate(q, c.rope_theta), slow_rotate(k, c.rope_theta)
-        seen = torch.ones(T, T).tril() == 1
-        scores = torch.where(seen, (q @ k.t() / D**0.5).exp(), 0.0)
-        outputs.append(scores / scores.sum(-1, keepdim=True) @ v)
-    return torch.cat(outputs, dim=-1), first_values or values
-
-
-def slow_loss(c, w, ids, targets):
-    """-log p of the targets of one row, from weights by name: every option written out."""
-    x = w["wte.weight"][ids]
-    if c.position == "learned":
-        x = x + w["wpe.weight"][: len(ids)]
-    embedding, first_values = x, None
-    for layer in range(c.n_layer):
-        name = f"blocks.{layer}"
-        if c.embedding_skip:
-            x = w[f"{name}.skip"][0] * x + w[f"{name}.skip"][1] * embedding
-        qkv = slow_linear(c, w, f"{name}.attn.c_attn", slow_norm(c, w, f"{name}.norm_1", x))
-        y, first_values = slow_heads(c, w, f"{name}.attn", qkv, first_values)
-        x = x + slow_linear(c, w, f"{name}.attn.c_proj", y)
-        h = slow_linear(c, w, f"{name}.mlp.c_fc", slow_norm(c, w, f"{name}.norm_2", x))
-        if c.mlp == "swiglu":
-            gate, up = h[:, : c.n_hidden], h[:, c.n_hidden :]
-            h = gate / (1 + (-gate).exp()) * up
-        elif c.mlp == "relu2":
-            h = h.clamp(min=0) ** 2
-        elif c.mlp == "gelu_erf":
-            h = h * (1 + torch.erf(h / 2**0.5)) / 2
-        else:
-            h = h / 2 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (h + 0.044715 * h**3)))
-        x = x + slow_linear(c, w, f"{name}.mlp.c_proj", h)
-    head = w["wte.weight"] if c.tie_weights else w["lm_head.weight"]
-    logits = (slow_norm(c, w, "norm", x) @ head.t())[:, : c.n_vocab]
-    if c.logit_soft_cap:
-        logits = c.logit_soft_cap * torch.tanh(logits / c.logit_soft_cap)
-    return (logits.exp().sum(-1).log() - logits[torch.arange(len(ids)), targets]).sum()
-
-
-@each_architecture
-def test_loss_and_gradients_equal_a_slow_float64_version(options):
-    model = tiny_model(**options | {"dropout": 0.0})
-    idx, targets = random_ids(2, 20), random_ids(2, 20, seed=1)
-    next_token(model, idx, targets).backward()
-    weights = {
-        name: weight.detach().double().requires_grad_() for name, weight in model.named_parameters()
-    }
-    pairs = zip(idx, targets, strict=True)
-    sum(slow_loss(model.config, weights, *pair) for pair in pairs).backward()
-    for name, weight in model.named_parameters():
-        wanted = weights[name].grad
-        assert wanted.abs().max() > 1e-3, name
-        assert (weight.grad - wanted).abs().max() < 1e-5 * max(1, wanted.abs().max()), name
+def test_activations_by_their_formulas():
+    x = torch.linspace(-4, 4, 9, dtype=torch.float64)
+    tanh = torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))
+    wanted = {"gelu": x / 2 * (1 + tanh), "gelu_erf": x * (1 + torch.erf(x / 2**0.5)) / 2}
+    wanted["relu2"] = x.clamp(min=0) ** 2
+    for name, activation in ACTIVATIONS.items():
+        assert torch.allclose(activation(x), wanted[name], atol=1e-12), name
 
 
 @each_architecture

@@ -6,7 +6,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,20 +53,22 @@ NASTY = [
     " " * 3000,
 ]
 PIECES = ["玄德", "曰：“", "…", " ", "  ", "\n", "\r\n", "\t", "\u3000", "1", "23", "４", "½", "a"]
-PIECES += [
-    "'s",
-    "'S",
-    "'ſ",
-    "don't",
-    "😀",
-    "👨‍👩‍👧",
-    "\U00020000",
-    "\U00031350",
-    "e\u0301",
-    "\u0085",
-]
+PIECES += ["'s", "'S", "'ſ", "don't", "😀", "👨‍👩‍👧", "\U00020000", "\U00031350", "🏻"]
 PIECES += ["\u2028", "\x00", "\x1c", "\x0b", "\u180e", "\u00a0", "\ufffd", "\ufeff", "<|end|>", "!"]
-PIECES += ["？", "-", "ﬆ", "K", "ß", "İ", "\u0378", "\ue000", "\U0010ffff", "🏻", "<|user|>"]
+PIECES += [
+    "？",
+    "-",
+    "\u0085",
+    "e\u0301",
+    "ﬆ",
+    "K",
+    "ß",
+    "İ",
+    "\u0378",
+    "\ue000",
+    "\U0010ffff",
+    "<|user|>",
+]
 
 
 def random_texts(count: int, seed: int = 0) -> list[str]:
@@ -139,11 +141,6 @@ def test_a_trained_tokenizer_splits_as_qwen2_does(trained):
     assert len(digits.encode("建安1234")) == len("建安".encode()) + 4
 
 
-def test_gpt2_gives_the_known_answers(gpt2):
-    assert gpt2.encode("hello world") == [31373, 995]
-    assert gpt2.encode("郭靖是谁?") == [32849, 255, 165, 251, 244, 42468, 164, 108, 223, 30]
-
-
 def test_decoding_gives_the_text_back(tokenizer, splits):
     for text in splits["val"] + NASTY + random_texts(4000, seed=1):
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -165,8 +162,7 @@ def test_special_tokens_come_last_and_have_no_text(trained, gpt2):
     for tokenizer, first in ((trained, 4096 - 5), (gpt2, 50256)):
         special = [library(tokenizer).token_to_id(name) for name in SPECIAL_TOKENS]
         assert sorted(special) == list(range(first, tokenizer.n_vocab))
-        assert tokenizer.decode(special) == ""
-        assert (tokenizer.bytes_per_id == 0).nonzero()[0].tolist() == sorted(special)
+        assert tokenizer.decode(special) == "" and not tokenizer.bytes_per_id[special].any()
         assert tokenizer.stop_ids == (special[0], special[-1])
 
 
@@ -231,12 +227,6 @@ def test_a_rendered_answer_starts_with_its_prompt(tokenizer):
         assert tokenizer.decode(ids[len(prompt) :]) == TURNS[n - 1]["content"]
 
 
-def test_more_turns_only_add_to_the_ids(tokenizer):
-    whole, mask = tokenizer.render(TURNS)
-    part, part_mask = tokenizer.render(TURNS[:2])
-    assert (whole[: len(part)], mask[: len(part)]) == (part, part_mask)
-
-
 # --- streaming ---------------------------------------------------------------------------------
 
 
@@ -247,15 +237,6 @@ def test_streamed_pieces_are_whole_characters_and_join_to_the_text(tokenizer):
     assert "".join(pieces) == text
     assert "" in pieces  # some character was split, and held back
     assert decoder.flush() == ""
-
-
-def test_a_streamed_text_is_at_each_moment_the_start_of_the_text(gpt2):
-    text = "郭靖是谁?😀"
-    ids = gpt2.encode(text)
-    decoder, shown = gpt2.stream_decoder(), ""
-    for n, id in enumerate(ids, 1):
-        shown += decoder.push(id)
-        assert shown == gpt2.decode(ids[:n]).rstrip("\ufffd")
 
 
 def test_a_character_that_never_became_whole_is_shown_as_such(gpt2):
@@ -285,18 +266,14 @@ def test_training_twice_gives_the_same_tokenizer(splits):
     assert train_tokenizer(splits["val"][:3], 600).sha256 != first.sha256
 
 
-def test_the_smallest_vocabulary_still_says_everything():
-    smallest = train_tokenizer(["却说孔明"], 256 + len(SPECIAL_TOKENS))
-    assert smallest.n_vocab == 256 + len(SPECIAL_TOKENS)
+def test_the_smallest_vocabulary_still_says_everything_and_a_smaller_one_is_refused():
+    size = 256 + len(SPECIAL_TOKENS)
+    smallest = train_tokenizer(["却说孔明"], size)
     for text in NASTY[1:]:
         assert len(smallest.encode(text)) == len(text.encode())
         assert smallest.decode(smallest.encode(text)) == text
-
-
-@pytest.mark.parametrize("vocab_size", [260, 0, -1])
-def test_a_vocab_size_below_the_bytes_is_refused(vocab_size):
-    with pytest.raises(UserError, match=f"vocab_size={vocab_size} .* 261"):
-        train_tokenizer(["却说孔明"], vocab_size)
+    with pytest.raises(UserError, match=f"vocab_size={size - 1} .* {size}"):
+        train_tokenizer(["却说孔明"], size - 1)
 
 
 def test_a_saved_tokenizer_loads_as_the_same(tokenizer, tmp_path):
@@ -309,160 +286,96 @@ def test_a_saved_tokenizer_loads_as_the_same(tokenizer, tmp_path):
         assert loaded.encode(NASTY[4]) == tokenizer.encode(NASTY[4])
 
 
-def test_a_tokenizer_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(UserError, match="nowhere"):
-        load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"tokenizer\.json"):
-        load_tokenizer(tmp_path)
+def test_a_tokenizer_that_is_not_there_is_named(trained, tmp_path):
+    for folder in (tmp_path / "nowhere", tmp_path / "mine.pt", tmp_path):
+        with pytest.raises(UserError, match=f"no tokenizer .*{folder.name}"):
+            load_tokenizer(folder)
+    (tmp_path / "mine.pt").mkdir()  # only a file of that name has gpt2's
+    trained.save(tmp_path / "mine.pt" / "tokenizer.json")
+    assert load_tokenizer(tmp_path / "mine.pt").sha256 == trained.sha256
 
 
-def test_only_a_file_that_ends_in_pt_has_gpt2s_tokenizer(trained, tmp_path):
-    folder = tmp_path / "mine.pt"
-    with pytest.raises(UserError, match=r"no tokenizer .*mine\.pt"):
-        load_tokenizer(folder)
-    folder.mkdir()
-    trained.save(folder / "tokenizer.json")
-    assert load_tokenizer(folder).sha256 == trained.sha256
+def changed(content: dict, vocab: dict = {}, merges: list | None = None, **parts) -> dict:  # noqa: B006
+    model = content["model"]
+    merges = model["merges"] if merges is None else merges
+    model = model | {"vocab": model["vocab"] | vocab, "merges": merges}
+    return content | {"model": model} | parts
 
 
-def unigram(content: dict) -> dict:
-    model = tokenizers.models.Unigram([("<unk>", 0.0), ("孔明", -1.0)], 0, False)
-    return content | {"model": json.loads(tokenizers.Tokenizer(model).to_str())["model"]}
+def of_library(model: object, *pre_tokenizer: object) -> dict:
+    library = tokenizers.Tokenizer(model)
+    library.pre_tokenizer = pre_tokenizers.Sequence([*pre_tokenizer])
+    return json.loads(library.to_str())
 
 
-def word_piece(content: dict) -> dict:
-    model = tokenizers.models.WordPiece({"[UNK]": 0, "孔": 1}, unk_token="[UNK]")
-    return json.loads(tokenizers.Tokenizer(model).to_str())
+def with_pattern(content: dict, pattern: object, **parts) -> dict:
+    content = json.loads(json.dumps(content)) | parts
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+    return content
 
 
 def without_a_byte(content: dict) -> dict:
-    vocab = {token: id for token, id in content["model"]["vocab"].items() if token != "9"}
-    return content | {"model": content["model"] | {"vocab": vocab}}
-
-
-def with_one_id_twice(content: dict) -> dict:
-    vocab = content["model"]["vocab"]
-    return content | {"model": content["model"] | {"vocab": vocab | {"a": vocab["b"]}}}
-
-
-def with_an_id_as_text(content: dict) -> dict:
-    vocab = content["model"]["vocab"]
-    return content | {"model": content["model"] | {"vocab": vocab | {"a": str(vocab["a"])}}}
-
-
-def with_sentencepiece_blanks(content: dict) -> dict:
-    vocab = content["model"]["vocab"]
-    return content | {"model": content["model"] | {"vocab": vocab | {"▁孔": len(vocab)}}}
-
-
-def with_a_normalizer(content: dict) -> dict:
-    return content | {"normalizer": {"type": "Lowercase"}}  # other ids than the file says
-
-
-def with_a_prefix_blank(content: dict) -> dict:
-    byte_level = {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}
-    return content | {"pre_tokenizer": byte_level | {"trim_offsets": True}}
-
-
-def cut_at_blanks(content: dict) -> dict:
-    return content | {"pre_tokenizer": {"type": "Whitespace"}}
-
-
-def cut_at_digits_alone(content: dict) -> dict:
-    """Without GPT-2's pattern between the digits."""
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    library = tokenizers.Tokenizer(tokenizers.models.BPE())
-    library.pre_tokenizer = pre_tokenizers.Sequence([digits, BYTES])
-    return content | {"pre_tokenizer": json.loads(library.to_str())["pre_tokenizer"]}
-
-
-def with_merges_in_another_order(content: dict) -> dict:
-    model = content["model"]
-    return content | {"added_tokens": [], "model": model | {"merges": model["merges"][::-1]}}
-
-
-def with_a_merge_of_nothing(content: dict) -> dict:
-    model = content["model"]
-    return content | {"added_tokens": [], "model": model | {"merges": [["a", "zzz"]]}}
-
-
-def with_merges_of_what_is_no_entry(content: dict) -> dict:
-    """What they make is one, which the library asks for last."""
-    model = content["model"]
-    vocab = model["vocab"] | {"abc": len(model["vocab"])}
-    changed = {"vocab": vocab, "merges": [*model["merges"], ["ab", "c"]]}
-    return content | {"added_tokens": [], "model": model | changed}
-
-
-def with_a_pattern(pattern: object, change: dict) -> Callable[[dict], dict]:
-    def damage(content: dict) -> dict:
-        changed = json.loads(json.dumps(content)) | change
-        changed["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
-        return changed
-
-    return damage
-
-
-def with_a_number_as_added_token(content: dict) -> dict:
-    return content | {"added_tokens": [content["added_tokens"][0] | {"content": 5}]}
+    content = changed(content)
+    del content["model"]["vocab"]["9"]
+    return content
 
 
 def with_an_entry_that_no_merge_makes(content: dict) -> dict:
-    model = content["model"]
-    vocab = model["vocab"] | {"xyz": len(model["vocab"])}
-    return content | {"added_tokens": [], "model": model | {"vocab": vocab}}
+    return changed(content, {"xyz": len(content["model"]["vocab"])}, added_tokens=[])
 
 
-def with_an_added_token_far_away(content: dict) -> dict:
-    return content | {"added_tokens": [content["added_tokens"][0] | {"id": 9999}]}
+SPLIT, BYTES = pre_tokenizers.Split, pre_tokenizers.ByteLevel(False, use_regex=False)
+UNIGRAM = of_library(tokenizers.models.Unigram([("<unk>", 0.0), ("孔明", -1.0)], 0, False))
+DIGITS_ALONE = of_library(tokenizers.models.BPE(), pre_tokenizers.Digits(True), BYTES)
+PREFIX_BLANK = {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}
+DAMAGE = {  # with others' added tokens it is adopted, else it claims to be ours
+    "unigram": lambda c: c | {"model": UNIGRAM["model"]},
+    "a byte is missing": without_a_byte,
+    "one id twice": lambda c: changed(c, {"a": c["model"]["vocab"]["b"]}),
+    "an id as text": lambda c: changed(c, {"a": "64"}),
+    "a normalizer": lambda c: c | {"normalizer": {"type": "Lowercase"}},
+    "a prefix blank": lambda c: c | {"pre_tokenizer": PREFIX_BLANK | {"trim_offsets": True}},
+    "split at digits alone": lambda c: c | {"pre_tokenizer": DIGITS_ALONE["pre_tokenizer"]},
+    "merges reversed": lambda c: changed(c, merges=c["model"]["merges"][::-1], added_tokens=[]),
+    "a merge of nothing": lambda c: changed(c, merges=[["a", "zzz"]], added_tokens=[]),
+    "an entry that no merge makes": with_an_entry_that_no_merge_makes,
+    "another's bad pattern": lambda c: with_pattern(c, "(", added_tokens=[]),
+    "a bad pattern": lambda c: with_pattern(c, "("),
+    "a pattern, a number": lambda c: with_pattern(c, 5),
+    "an added token far away": lambda c: c | {"added_tokens": [c["added_tokens"][0] | {"id": 999}]},
+}
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        unigram,
-        word_piece,
-        without_a_byte,
-        with_one_id_twice,
-        with_an_id_as_text,
-        with_sentencepiece_blanks,
-        with_a_normalizer,
-        with_a_prefix_blank,
-        cut_at_blanks,
-        cut_at_digits_alone,
-        with_merges_in_another_order,
-        with_a_merge_of_nothing,
-        with_an_entry_that_no_merge_makes,
-        with_merges_of_what_is_no_entry,
-        with_a_pattern("(", {"added_tokens": []}),
-        with_a_pattern(5, {"added_tokens": []}),
-        with_a_pattern("(", {}),
-        with_a_pattern(5, {}),
-        with_a_number_as_added_token,
-        with_an_added_token_far_away,
-    ],
-)
-def test_a_tokenizer_of_which_ids_would_differ_is_refused_in_one_line(damage, tmp_path):
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_tokenizer_whose_ids_would_differ_is_refused_in_one_line(damage, tmp_path):
     content = json.loads(train_tokenizer(["却说孔明"], 270).text)
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(damage(content)), encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(damage(content)), encoding="utf-8")
+    assert_refused(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"null", b"{}", b'{"model": {"voc'])
+def test_a_damaged_tokenizer_is_refused_in_one_line(content, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    assert_refused(tmp_path)
+
+
+def assert_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer\.json cannot be used") as caught:
-        load_tokenizer(path)
+        load_tokenizer(folder)
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_the_normalizer_that_is_not_built_here_is_named(tmp_path):
-    content = json.loads(tiny_tokenizer().text)
+def test_a_normalizer_that_is_not_supported_is_named(tmp_path):
     parts = [{"type": "NFC"}, {"type": "Lowercase"}]
-    content["normalizer"] = {"type": "Sequence", "normalizers": parts}
+    content = json.loads(tiny_tokenizer().text)
+    content |= {"normalizer": {"type": "Sequence", "normalizers": parts}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(UserError, match="its normalizer Lowercase is not built here"):
+    with pytest.raises(UserError, match="its normalizer Lowercase is not supported"):
         load_tokenizer(tmp_path)
 
 
 # --- other projects' tokenizers ------------------------------------------------------------------
 
-SPLIT, BYTES = pre_tokenizers.Split, pre_tokenizers.ByteLevel(False, use_regex=False)
 FOREIGN = {  # how a text is cut, normalized, and which entries are added: first, or last
     "gpt2": (pre_tokenizers.ByteLevel(False), None, [], ["<|endoftext|>"]),
     "llama3": (
@@ -532,11 +445,6 @@ def test_what_another_projects_tokenizer_lacks_comes_behind_its_entries(foreign,
     assert {ours.entry(id) for id in behind} == lacking and len(behind) == len(lacking)
     messages = [{"role": "user", "content": "<|im_end|> 谁？"}]
     assert ours.parse(ours.render(messages)[0]) == messages
-
-
-def test_an_adopted_tokenizer_is_saved_and_loaded_as_the_same(foreign, tmp_path):
-    foreign.save(str(tmp_path / "tokenizer.json"))
-    ours = load_tokenizer(tmp_path)
     ours.save(tmp_path / "again.json")
     assert load_tokenizer(tmp_path / "again.json").sha256 == ours.sha256
 
@@ -562,15 +470,6 @@ def test_gpt2_in_hugging_faces_own_file_is_gpt2(gpt2, tmp_path):
     library.add_special_tokens(["<|endoftext|>"])
     library.save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(tmp_path).sha256 == gpt2.sha256
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"null", b"{}", b'{"model": {"voc'])
-def test_a_damaged_tokenizer_is_refused_in_one_line(content, tmp_path):
-    path = tmp_path / "tokenizer.json"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"tokenizer\.json cannot be used") as caught:
-        load_tokenizer(path)
-    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_text_becomes_ids_without_torch():
@@ -614,28 +513,24 @@ def test_training_on_files_of_any_form_gives_the_tokenizer_of_their_texts(tmp_pa
     assert f"{out}: 300 entries, from {sum(map(len, texts))} characters" in said
 
 
-def test_show_lists_each_entry_decoded(tmp_path, capsys):
+def test_show_lists_each_entry_decoded_or_splits_a_text(trained, tmp_path, capsys):
     train_tokenizer(["孔明孔明"] * 9 + ["玄德"], 270).save(tmp_path / "tokenizer.json")
     main(["show", f"--tokenizer={tmp_path}"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 270
     assert (lines[0], lines[-1]) == ("0\t'!'", "269\t<|end|>")
-    assert any(line.endswith("\t'孔明'") for line in lines)
     # a byte that is no text of its own stands in hexadecimal
-    assert {line.split("\t")[1] for line in lines} >= {"e5", "80", "' '", "<|user|>"}
-
-
-def test_show_gives_the_characters_a_token_of_a_text_and_of_a_file(trained, tmp_path, capsys):
+    assert {line.split("\t")[1] for line in lines} >= {"'孔明'", "e5", "80", "' '", "<|user|>"}
     trained.save(tmp_path / "tokenizer.json")
-    main(["show", f"--tokenizer={tmp_path}", "--text=孔明是谁？"])
-    entries, sizes = capsys.readouterr().out.splitlines()
-    tokens = len(trained.encode("孔明是谁？"))
-    assert entries.replace("' '", "") == "'孔明是谁？'"
-    assert sizes == f"5 characters, 15 bytes, {tokens} tokens: {5 / tokens:.2f} characters a token"
     (tmp_path / "a.txt").write_text("孔明是谁？\n" * 3, encoding="utf-8")
+    main(["show", f"--tokenizer={tmp_path}", "--text=孔明是谁？"])
     main(["show", f"--tokenizer={tmp_path}", f"--text=FILE:{tmp_path / 'a.txt'}"])
-    tokens = len(trained.encode("孔明是谁？\n孔明是谁？\n孔明是谁？"))
-    assert f"17 characters, 47 bytes, {tokens} tokens" in capsys.readouterr().out
+    entries, sizes, *_, last = capsys.readouterr().out.splitlines()
+    n = len(trained.encode("孔明是谁？"))
+    assert entries.replace("' '", "") == "'孔明是谁？'"
+    assert sizes == f"5 characters, 15 bytes, {n} tokens: {5 / n:.2f} characters a token"
+    n = len(trained.encode("孔明是谁？\n孔明是谁？\n孔明是谁？"))
+    assert f"17 characters, 47 bytes, {n} tokens" in last
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from configurator import UserError
-from miniglm.checkpoint import tracking_id
-from miniglm.trackers import TRACKERS, check_trackers
+from miniglm.trackers import TRACKERS, check_trackers, tracking_id
 from tests.runs import log, train_here, write_toys
 
 

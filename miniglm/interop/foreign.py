@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -89,10 +90,10 @@ def read_config(path: Path, tokenizer: Tokenizer) -> ModelConfig:
             _check_rows(theirs["vocab_size"], tokenizer)
             names = {name for file in weight_files(path) for name in _names_in(file)}
             config = hugging_face.from_config(theirs, names, tokenizer.n_vocab)
-        for field in dataclasses.fields(config):
-            value = getattr(config, field.name)
-            if field.type in (int, int | None) and type(value) is not int:
-                raise UserError(f"{field.name}={value!r} must be a whole number")
+        for name, hint in get_type_hints(ModelConfig).items():
+            value = getattr(config, name)
+            if hint in (int, int | None) and type(value) is not int:
+                raise UserError(f"{name}={value!r} must be a whole number")
         return config
 
 

@@ -17,7 +17,8 @@ from bench import __main__ as bench
 from bench import quality
 from bench.quality import Settings, first_time, grid, judge
 from configurator import ROOT, UserError, configure
-from miniglm.checkpoint import environment, read_log, read_run
+from miniglm.checkpoint import read_log, read_run
+from miniglm.devices import environment
 from tests.helpers import tiny_tokenizer, write_novel
 from tests.runs import read_json
 

@@ -260,7 +260,7 @@ def test_what_a_ranking_needs_is_said_before_anything_is_sampled(answers, tmp_pa
         (["--temperature=0"], "temperature=0 must be above 0"),
         (["--rank=bleu"], "rank='bleu' must be one of chrf, comet"),
         (["--out_dir={}/base"], "base continues texts, it has learnt no answers"),
-        (["--out_dir={}/answers", "--top_p=2"], "top_p=2.0 must be"),
+        (["--out_dir={}/answers", "--top_p=2"], "top_p=2 must be"),
         (["--out_dir={}/answers", "--dataset={}/text"], "has no questions with references"),
         (["--out_dir={}/answers", "--margin=100"], "none of 60 train sources"),
     ],

@@ -176,7 +176,7 @@ CHANGES = [
     ({"intermediate_size": 40}, "the weights for blocks.0.mlp.c_fc.weight are [96, 32]"),
     ({"hidden_size": None}, "cannot be read"),
     ({"vocab_size": "many"}, "cannot be read"),
-    ({"num_attention_heads": 0}, "n_head=0 must be above 0"),
+    ({"num_attention_heads": 0}, "n_head=0 must be 1 or more"),
     ({"num_hidden_layers": 2.0}, "n_layer=2.0 must be a whole number"),
     ({"intermediate_size": 48.5}, "n_hidden=48.5 must be a whole number"),
     ({"tie_word_embeddings": False}, "the weights for lm_head.weight are missing"),

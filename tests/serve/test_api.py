@@ -98,7 +98,7 @@ def test_models_are_listed(client):
 
 
 REFUSED = {
-    "temperature=-1.0 must be 0": {"temperature": -1},
+    "temperature=-1 must be 0": {"temperature": -1},
     "more than this server's limit of 20000": {"max_tokens": 30000},
     "top_p: Input should be a valid number": {"extra_body": {"top_p": "high"}},
     "seed: Input should be a valid integer": {"extra_body": {"seed": 1.5}},
