@@ -352,11 +352,12 @@ if __name__ == "__main__":
 '''
 
 
-def start_script(folder: Path, word: str) -> subprocess.Popen:
+def start_script(folder: Path, word: str, **options) -> subprocess.Popen:
     path = config_file(folder, SCRIPT, "script.py")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-    return subprocess.Popen([sys.executable, path, word], env=environment, cwd=folder, **pipes)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    options |= {"env": environment, "cwd": folder, "encoding": "utf-8"}
+    return subprocess.Popen([sys.executable, path, word], **options)
 
 
 @pytest.mark.parametrize(
@@ -390,6 +391,14 @@ def test_a_closed_pipe_gives_no_traceback(tmp_path):
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait(timeout=30) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs /dev/full")
+def test_output_on_a_full_disk_is_one_line(tmp_path):
+    with Path("/dev/full").open("w") as full:
+        process = start_script(tmp_path, "--fault=none", stdout=full)
+        _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (1, "error: No space left on device\n")
 
 
 # --- files -------------------------------------------------------------------------------------
