@@ -16,7 +16,6 @@ from configurator import UserError
 from data.custom import prepare_dpo
 from data_utils import IGNORE, Dataset
 from miniglm.checkpoint import load_checkpoint
-from miniglm.devices import to_device
 from miniglm.lora import adapter_weights, add_adapters
 from miniglm.losses import dpo, reference_log_prob, sequence_log_prob
 from miniglm.objectives import Batch, Preferences
@@ -34,26 +33,14 @@ from tests.runs import (
     write_pairs,
 )
 from tests.runs import preferences as preferences_of
-from tests.test_losses import ragged_batch
+from tests.test_losses import plain_losses, ragged_batch
 from train import Settings, start, steps
-
-
-def pair_batch(rows: list[int], T: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows with the given numbers of trained targets, chosen before rejected."""
-    return to_device(ragged_batch(rows, T), "cpu")
-
 
 # --- the loss ----------------------------------------------------------------------------------
 
 
-def plain_log_prob(model: torch.nn.Module, idx: torch.Tensor, targets: torch.Tensor):
-    """All logits at once, a row at a time."""
-    rows = []
-    for ids, wanted in zip(idx, targets, strict=True):
-        log_p = model.head(model(ids[None]))[0].log_softmax(-1)
-        places = (wanted != IGNORE).nonzero()[:, 0]
-        rows.append(log_p[places, wanted[places]].sum())
-    return torch.stack(rows)
+def plain_log_prob(model: torch.nn.Module, idx, targets) -> torch.Tensor:
+    return -torch.stack([losses.sum() for losses in plain_losses(model, idx, targets)])
 
 
 def plain_loss(log_p, reference, lengths, beta, form):
@@ -73,7 +60,7 @@ def plain_loss(log_p, reference, lengths, beta, form):
 @pytest.mark.parametrize("lora_rank", [0, 3])
 def test_loss_and_gradients_equal_a_plain_version_in_float64(form, beta, lora_rank):
     rows = [7, 12, 3, 5, 12, 1]
-    idx, targets = pair_batch(rows)
+    idx, targets = ragged_batch(rows)
     model, base = tiny_model(n_kv_head=2).double(), tiny_model(n_kv_head=2).double()
     if lora_rank:
         add_adapters(model, lora_rank, 4.0, ["blocks"])
@@ -156,7 +143,7 @@ def test_the_loss_worked_by_hand():
     ids=["several chunks", "lstm"],
 )
 def test_log_probabilities_and_gradients_equal_a_plain_version(options, rows):
-    model, batch = tiny_model(**options).double(), pair_batch(rows, T=max(rows))
+    model, batch = tiny_model(**options).double(), ragged_batch(rows, T=max(rows))
     weighting = torch.linspace(-2, 1, len(rows), dtype=torch.float64)
     results = []
     for log_prob in (sequence_log_prob, plain_log_prob):
@@ -172,7 +159,7 @@ def test_a_frozen_head_gets_no_gradient_and_an_adapter_on_it_its_own():
     model = tiny_model(tie_weights=False).double()
     add_adapters(model, 3, 4.0, ["lm_head"])
     torch.nn.init.normal_(model.lm_head.lora_B)
-    batch = pair_batch([7, 12])
+    batch = ragged_batch([7, 12])
     sequence_log_prob(model, *batch)[0].backward()
     found = model.lm_head.lora_A.grad.clone()
     assert model.lm_head.weight.grad is None
@@ -182,7 +169,7 @@ def test_a_frozen_head_gets_no_gradient_and_an_adapter_on_it_its_own():
 
 
 def test_under_autocast_the_gradients_are_near_those_in_float32():
-    model, batch, found = tiny_model(), pair_batch([7, 12]), {}
+    model, batch, found = tiny_model(), ragged_batch([7, 12]), {}
     for enabled in (True, False):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
@@ -195,7 +182,7 @@ def test_under_autocast_the_gradients_are_near_those_in_float32():
 
 
 def test_the_reference_is_the_model_without_adapters_and_without_dropout():
-    model, batch = tiny_model(dropout=0.3), pair_batch([7, 12])
+    model, batch = tiny_model(dropout=0.3), ragged_batch([7, 12])
     wanted = plain_log_prob(tiny_model(), *batch).detach()
     add_adapters(model, 3, 4.0, ["blocks"])
     torch.nn.init.normal_(model.blocks[0].attn.c_attn.lora_B)
