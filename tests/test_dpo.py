@@ -500,7 +500,6 @@ def test_batches_hold_the_reference_of_their_own_pairs(sft, tmp_path):
 def test_errors_of_preferences_are_one_line(sft, tmp_path):
     for settings, message in (
         ({"init_from": "scratch"}, "preferences change a trained model"),
-        ({"dataset": f"{sft}/pairs:1,{sft}/text:1"}, "preferences, which cannot be mixed"),
         ({"lora_rank": 2, "lora_targets": "lm_head", "lora_dropout": 0.1}, "computed twice"),
         ({"dpo_loss": "kto"}, "dpo_loss='kto' must be one of sigmoid, ipo"),
     ):
