@@ -129,65 +129,45 @@ def test_words_without_dashes_are_names_if_there_is_such_a_setting():
 # --- types -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("word", "value"),
-    [
-        ("--max_iters=1e3", 1000),
-        ("--max_iters=-1", -1),
-        ("--learning_rate=1e-3", 0.001),
-        ("--learning_rate=3", 3.0),
-        ("--lr_decay_iters=None", None),
-        ("--temperature=0", 0.0),
-        ("--out_dir=--max_iters=3", "--max_iters=3"),
-        ("--out_dir=None", "None"),
-        ("--out_dir=三国 演义", "三国 演义"),
-        ("--dataset=None", None),
-        ("--dataset=007", "007"),
-        ("--resume", True),
-        ("--resume=true", True),
-        ("--resume=False", False),
-        ("--compile=None", None),
-        ("--dtype=bfloat16", "bfloat16"),
-        ("--runs=a,b=c", ["a", "b=c"]),
-        ("--runs=['a', 'b,c']", ["a", "b,c"]),
-        ("--runs=", []),
-        ("--prompts=3", ["3"]),
-        ("--prompts=None", None),
-        ("--splits=7,3", [7, 3]),
-        ("--splits=1e3", [1000]),
-    ],
-)
-def test_a_flag_gets_the_type_of_its_setting(word, value):
-    start = {"resume": value is not True, "dataset": "x", "temperature": 1.0, "lr_decay_iters": 1}
-    found = getattr(configure(Settings, [word], start), word[2:].partition("=")[0])
-    assert found == value
-    assert type(found) is type(value)
+VALUES = {
+    "max_iters": {"1e3": 1000, "-1": -1},
+    "learning_rate": {"1e-3": 0.001, "3": 3.0},
+    "temperature": {"0": 0.0, "None": None},
+    "out_dir": {"--max_iters=3": "--max_iters=3", "None": "None", "三国 演义": "三国 演义"},
+    "dataset": {"None": None, "007": "007"},
+    "resume": {"true": True, "False": False},
+    "compile": {"None": None},
+    "dtype": {"bfloat16": "bfloat16"},
+    "runs": {"a,b=c": ["a", "b=c"], "['a', 'b,c']": ["a", "b,c"], "": []},
+    "prompts": {"3": ["3"], "None": None},
+    "splits": {"7,3": [7, 3], "1e3": [1000]},
+}
 
 
-@pytest.mark.parametrize(
-    "word",
-    [
-        "--max_iters=1.5",
-        "--max_iters=True",
-        "--max_iters=None",
-        "--max_iters=",
-        "--max_iters=1e400",
-        "--max_iters={[]: 1}",
-        "--max_iters",
-        "--learning_rate=nan",
-        f"--learning_rate=1{'0' * 400}",
-        "--temperature=none",
-        "--resume=1",
-        "--compile",
-        "--runs=[1]",
-        "--splits=1.5,2",
-        "--splits=True",
-        "--splits=None",
-        "--out_dir",
-    ],
-)
-def test_a_flag_of_the_wrong_type_is_refused_by_name(word):
-    assert word[2:].partition("=")[0] in refusal(word)
+@pytest.mark.parametrize("name", VALUES)
+def test_a_flag_gets_the_type_of_its_setting(name):
+    base = {"resume": True, "compile": True, "dataset": "x", "temperature": 1.0, "prompts": ["x"]}
+    for text, value in VALUES[name].items():
+        assert repr(getattr(configure(Settings, [f"--{name}={text}"], base), name)) == repr(value)
+    assert configure(Settings, ["--resume"]).resume
+
+
+WRONG = {
+    "max_iters": ["1.5", "True", "None", "", "1e400", "{[]: 1}"],
+    "learning_rate": ["nan", f"1{'0' * 400}"],
+    "temperature": ["none"],
+    "resume": ["1"],
+    "runs": ["[1]"],
+    "splits": ["1.5,2", "True", "None"],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_flag_of_the_wrong_type_is_refused_by_name(name):
+    for text in WRONG[name]:
+        assert name in refusal(f"--{name}={text}")
+    for name in ("max_iters", "compile", "out_dir"):
+        assert f"--{name} has no value" in refusal(f"--{name}")
 
 
 @pytest.mark.parametrize(

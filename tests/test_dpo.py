@@ -24,11 +24,11 @@ from miniglm.prep.forms import BadRecord, preference
 from miniglm.prep.writer import fit_pair, write_dpo
 from tests.helpers import dialogue, tiny_model, tiny_tokenizer
 from tests.runs import (
-    assert_same_run,
+    assert_accumulation_is_exact,
+    assert_resumes_exactly,
     log,
     toy_tokenizer,
     train_here,
-    weights,
     words,
     write_pairs,
 )
@@ -41,19 +41,6 @@ from train import Settings, start, steps
 
 def plain_log_prob(model: torch.nn.Module, idx, targets) -> torch.Tensor:
     return -torch.stack([losses.sum() for losses in plain_losses(model, idx, targets)])
-
-
-def plain_loss(log_p, reference, lengths, beta, form):
-    """The sum over pairs, each written out; ipo's log-probabilities are means over tokens."""
-    total = 0
-    for pair in range(len(log_p) // 2):
-        ratios = [log_p[row] - reference[row] for row in (2 * pair, 2 * pair + 1)]
-        if form == "ipo":
-            ratios = [ratio / lengths[2 * pair + side] for side, ratio in enumerate(ratios)]
-        d = ratios[0] - ratios[1]
-        plain = torch.log1p(torch.exp(-beta * d))
-        total = total + ((d - 1 / (2 * beta)) ** 2 if form == "ipo" else plain)
-    return total
 
 
 @pytest.mark.parametrize(("form", "beta"), [("sigmoid", 0.1), ("sigmoid", 2.0), ("ipo", 0.5)])
@@ -80,7 +67,10 @@ def test_loss_and_gradients_equal_a_plain_version_in_float64(form, beta, lora_ra
     ours = {name: p.grad.clone() for name, p in trained.items()}
     model.zero_grad()
     log_p = plain_log_prob(model, idx, targets)
-    loss = plain_loss(log_p, reference, rows, beta, form)
+    pairs, base_pairs = log_p.view(-1, 2), reference.view(-1, 2)
+    if form == "ipo":  # whose log-probabilities are means over tokens
+        pairs, base_pairs = (both / torch.tensor(rows).view(-1, 2) for both in (pairs, base_pairs))
+    loss = dpo(pairs, base_pairs, beta, form).sum()
     (loss - 0.3 * log_p[::2].sum()).backward()
     assert sums["loss"].item() == pytest.approx(loss.item(), rel=1e-10)
     assert sums["loss_sft"].item() == pytest.approx(-log_p[::2].sum().item(), rel=1e-10)
@@ -256,27 +246,21 @@ def test_pairs_stay_whole_in_blocks_and_shards_and_repeated_ones_are_counted(
     draw = random.Random(0)
     numbers = [draw.randrange(40) for _ in range(90)]
     pairs = [(dialogue(f"第{n}回？"), "窦武。" * (1 + n % 3), f"陈蕃{n % 7}。") for n in numbers]
-    equal = dialogue("谁？"), "窦武。", "窦武。"
-    plain, meta = write(tmp_path / "plain", tokenizer, [*pairs[:60], equal], pairs[60:])
+    splits = [*pairs[:60], (dialogue("谁？"), "窦武。", "窦武。")], pairs[60:]
+    plain, meta = write(tmp_path / "plain", tokenizer, *splits)
+    train, val = meta["splits"]["train"], meta["splits"]["val"]
+    assert (train["pairs"], train["skipped: equal answers"]) == (len({*numbers[:60]}), 1)
+    assert train["skipped: duplicate"] == 60 - train["pairs"]
+    assert (val["pairs"], val["skipped: duplicate"]) == (len({*numbers[60:]} - {*numbers[:60]}), 28)
     for name, size in (("BUCKET", 7), ("BLOCK", 100), ("SHARD", 300)):
         monkeypatch.setattr(data_writer, name, size)
-    data, sharded = write(tmp_path / "out", tokenizer, [*pairs[:60], equal], pairs[60:])
+    data, sharded = write(tmp_path / "out", tokenizer, *splits)
     assert len(sharded["splits"]["train"].pop("shards")) > 2
-    assert sharded["splits"]["train"] == meta["splits"]["train"]
-    assert meta["splits"]["train"]["skipped: equal answers"] == 1
-    first = {}  # of equal pairs
-    for place, number in enumerate(numbers):
-        first.setdefault(number, place)
-    for split, places in (("train", range(60)), ("val", range(60, 90))):
-        kept = [pairs[place] for place in first.values() if place in places]
-        sizes = meta["splits"][split]
-        assert (sizes["pairs"], sizes["skipped: duplicate"]) == (len(kept), len(places) - len(kept))
-        rows = [
-            [*prompt, *dialogue("", answer)[1:]] for prompt, *answers in kept for answer in answers
-        ]
-        assert data.conversations(split) == plain.conversations(split) == rows
-    train = np.arange(data.n_rows("train", 64))
-    for ours, wanted in zip(data.batch(train, 64), plain.batch(train, 64), strict=True):
+    assert sharded["splits"]["train"] == train
+    for split in ("train", "val"):
+        assert data.conversations(split) == plain.conversations(split)
+    rows = np.arange(data.n_rows("train", 64))
+    for ours, wanted in zip(data.batch(rows, 64), plain.batch(rows, 64), strict=True):
         assert (ours == wanted).all()
 
 
@@ -331,28 +315,20 @@ def test_bad_preferences_have_a_reason(value, reason):
 
 def test_marks_from_the_page_become_pairs_and_those_left_over_are_counted(tmp_path, capsys):
     toy_tokenizer().save(tmp_path / "tokenizer.json")
-    marks = [
-        {"prompt": dialogue(f"刘备到{n}？"), kind: f"{text}{n}。"}
-        for n in range(40)
-        for kind, text in (("chosen", "荆州"), ("rejected", "徐州"))
-    ]
-    marks += [{"prompt": dialogue("刘备到7？"), "rejected": "洛阳。"}]
-    lines = [json.dumps(mark, ensure_ascii=False) for mark in marks] + ["{"]
+    marks = [{"prompt": f"刘备到{n}？", "chosen": "荆州。"} for n in range(20)]
+    marks += [{"prompt": f"刘备到{n}？", "rejected": "徐州。"} for n in (*range(20), 7)]
+    lines = [json.dumps(mark) for mark in marks] + ["{"]
     (tmp_path / "marks.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    out = tmp_path / "out"
-    argv = [f"--input={tmp_path}/marks.jsonl", f"--out={out}", f"--tokenizer={tmp_path}"]
-    prepare_dpo.main([*argv, "--val=0.3"])
-    printed = capsys.readouterr().out
-    assert "81 good records; of these not taken: 1 without a counterpart; records left" in printed
-    data = Dataset(str(out))
-    pairs = [data.meta["splits"][split]["pairs"] for split in ("train", "val")]
-    assert sum(pairs) == 40 and min(pairs) > 5
-    assert (data.meta["records"], data.meta["skipped"]) == (81, {"broken JSON": 1})
+    argv = [f"--{name}={tmp_path}" for name in ("tokenizer", "out")]
+    prepare_dpo.main([*argv, f"--input={tmp_path}/marks.jsonl", "--val=0.3"])
+    data = Dataset(str(tmp_path))
+    assert sum(data.meta["splits"][split]["pairs"] for split in ("train", "val")) == 20
+    assert (data.meta["records"], data.meta["skipped"]) == (41, {"broken JSON": 1})
     assert data.meta["not_taken"] == {"without a counterpart": 1}
-    answers = [messages[-1]["content"][:2] for messages in data.conversations("train")]
-    assert (set(answers[::2]), set(answers[1::2])) == ({"荆州"}, {"徐州"})
+    assert "41 good records; of these not taken: 1 without a cou" in capsys.readouterr().out
+    assert {row[-1]["content"] for row in data.conversations("train")[::2]} == {"荆州。"}
     with pytest.raises(UserError, match="no record is for val"):
-        prepare_dpo.main([*argv, "--val=1e-9"])
+        prepare_dpo.main([*argv, f"--input={tmp_path}/marks.jsonl", "--val=1e-9"])
 
 
 # --- runs --------------------------------------------------------------------------------------
@@ -415,26 +391,15 @@ def test_the_log_says_what_a_slow_loop_says_of_the_held_out_pairs(sft, tmp_path,
 
 
 def test_accumulated_micro_batches_of_pairs_equal_the_full_batch(sft, tmp_path):
-    common = {"max_iters": 3, "learning_rate": 1e-4, "warmup_iters": 0, "dpo_sft_weight": 0.5}
-    once = run_dpo(sft, tmp_path / "once", batch_size=8, **common)
-    parts = {"batch_size": 2, "gradient_accumulation_steps": 4}
-    four = run_dpo(sft, tmp_path / "four", **parts, **common)
-    for name, weight in weights(once).items():
-        assert (weight - weights(four)[name]).abs().max() < 1e-6
-    for a, b in zip(log(once), log(four), strict=True):
-        for name in ("train_loss", "train_loss_sft", "grad_norm", "logp_chosen"):
-            assert a[name] == pytest.approx(b[name], rel=1e-4)
+    names = ("train_loss", "train_loss_sft", "grad_norm", "logp_chosen")
+    settings = {"dataset": sft / "pairs", "init_from": sft / "sft", "dpo_sft_weight": 0.5}
+    assert_accumulation_is_exact(tmp_path, names, **settings)
 
 
 @each_way
 def test_a_run_in_three_parts_equals_one_in_one(sft, tmp_path, lora):
-    common = lora | {"dropout": 0.1, "lr_decay_iters": 6, "eval_interval": 2}
-    common |= {"gradient_accumulation_steps": 2, "dpo_sft_weight": 0.1}
-    whole = run_dpo(sft, tmp_path / "whole", max_iters=6, **common)
-    parts = run_dpo(sft, tmp_path / "parts", max_iters=2, **common)
-    for max_iters in (4, 6):
-        train_here(out_dir=parts, resume=True, max_iters=max_iters)
-    assert_same_run(whole, parts)
+    settings = {"dataset": sft / "pairs", "init_from": sft / "sft", "dpo_sft_weight": 0.1} | lora
+    assert_resumes_exactly(tmp_path, dropout=0.1, gradient_accumulation_steps=2, **settings)
 
 
 def test_the_reference_is_computed_once_and_a_run_that_lost_it_stops(sft, tmp_path, capsys):

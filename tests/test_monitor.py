@@ -10,7 +10,7 @@ import torch
 from data_utils import Dataset
 from miniglm.checkpoint import load_checkpoint
 from miniglm.generation import Sampling
-from miniglm.monitor import SAMPLE_TOKENS, Stopwatch, first_prompt, sample_prompts, write_samples
+from miniglm.monitor import SAMPLE_TOKENS, first_prompt, sample_prompts, write_samples
 from miniglm.text import complete
 from tests.runs import TINY, log, run, train_here, words
 
@@ -98,9 +98,3 @@ def test_the_stages_of_the_start_add_up_to_the_time_since_the_process_began(toys
     assert sum(map(float, seconds)) == pytest.approx(float(total), abs=0.31)  # each is rounded
     assert float(seconds[0]) > 0.1  # torch's import at least
     assert elapsed / 3 < float(total) < elapsed + 0.1
-
-
-def test_a_stopwatch_names_its_stages():
-    watch = Stopwatch()
-    watch.began, watch.seconds, watch.last = 0.0, {"imports": 2.25, "data": 0.5}, 2.75
-    assert str(watch) == "first step after 2.8 s: imports 2.2, data 0.5"
