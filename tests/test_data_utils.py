@@ -15,7 +15,6 @@ from data_utils import IGNORE, Dataset, collate, permute
 from miniglm.prep.writer import fit, write_pretrain, write_sft
 from miniglm.tokenizer import Tokenizer
 from tests.helpers import TEXT, dialogue, tiny_tokenizer
-from tests.runs import contents
 
 SYSTEM = {"role": "system", "content": "你熟读三国。"}
 
@@ -137,21 +136,6 @@ def test_the_fingerprint_is_that_of_the_text(tokenizer, tmp_path):
     first = write_text(tmp_path / "a", tokenizer, 50)
     assert write_text(tmp_path / "b", tokenizer, 50).fingerprint == first.fingerprint
     assert write_text(tmp_path / "c", tokenizer, 51).fingerprint != first.fingerprint
-
-
-def test_an_interrupted_write_leaves_what_was_there(tokenizer, tmp_path):
-    def interrupted():
-        yield TEXT
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_pretrain(tmp_path, tokenizer, {"train": [TEXT], "val": interrupted()}, [])
-    assert list(tmp_path.iterdir()) == []
-    write_text(tmp_path, tokenizer)
-    before = contents(tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        write_pretrain(tmp_path, tokenizer, {"train": interrupted(), "val": [TEXT]}, [])
-    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("texts", [[], ["", " \n\u3000"]])

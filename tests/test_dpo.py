@@ -34,7 +34,7 @@ from tests.runs import (
 )
 from tests.runs import preferences as preferences_of
 from tests.test_losses import plain_losses, ragged_batch
-from train import Settings, start, steps
+from train import Settings, start
 
 # --- the loss ----------------------------------------------------------------------------------
 
@@ -354,6 +354,7 @@ def run_dpo(sft, out_dir, **settings):
 
 @pytest.mark.parametrize(("base", "lora"), [("sft", {}), ("sft_lora", LORA)])
 def test_a_run_starts_at_log_2_and_learns_the_preference(sft, tmp_path, base, lora):
+    # at first each pair's log-probabilities are those of its reference
     rate = 1e-2 if lora else 3e-3
     out = run_dpo(sft, tmp_path / "out", init_from=sft / base, learning_rate=rate, **lora)
     first, last = log(out)[0], log(out)[-1]
@@ -447,19 +448,6 @@ def test_dropout_is_off_unless_it_is_asked_for(sft, tmp_path):
     ):
         run, _ = start(words(dataset=sft / dataset, **given, **asked))
         assert run.config.dropout == dropout
-
-
-def test_batches_hold_the_reference_of_their_own_pairs(sft, tmp_path):
-    settings = {"dataset": sft / "pairs", "init_from": sft / "sft", "out_dir": tmp_path / "out"}
-    run, state = start(words(**settings, batch_size=3, device="cpu"))
-    n = run.data.n_rows("train", 32)
-    run.objective.reference = {"train": torch.arange(2.0 * n).view(n, 2)}
-    [batch], counts, _ = next(steps(run, state))
-    idx, targets, reference = batch.arrays
-    assert counts["loss"] == 3 and counts["loss_sft"] == (targets[::2] != IGNORE).sum()
-    assert {"margin", "accuracy", "logp_chosen"} < counts.keys()
-    wanted, _ = run.data.batch(reference[:, 0].numpy().astype(int) // 2, 32)
-    assert (idx.numpy() == wanted).all()
 
 
 def test_errors_of_preferences_are_one_line(sft, tmp_path):
