@@ -44,14 +44,12 @@ def novel(seed: int, sentences: int) -> str:
 
 def questions(seed: int, count: int) -> list[list[dict]]:
     """Questions that are all different, with answers of 1 to 4 places."""
-    draw = random.Random(seed)
-    return [
-        dialogue(
-            f"{draw.choice(PEOPLE)}到{seed}{number}？",
-            "".join(draw.choices(PLACES, k=1 + number % 4)) + "。",
-        )
-        for number in range(count)
-    ]
+    draw, conversations = random.Random(seed), []
+    for number in range(count):
+        question = f"{draw.choice(PEOPLE)}到{seed}{number}？"
+        answer = "".join(draw.choices(PLACES, k=1 + number % 4)) + "。"
+        conversations.append(dialogue(question, answer))
+    return conversations
 
 
 def preferences(seed: int, count: int) -> list[Pair]:

@@ -86,12 +86,6 @@ def test_the_last_word_wins_among_files_and_flags(tmp_path):
     assert configure(Settings, ["--max_iters=7", "--max_iters=8"]).max_iters == 8
 
 
-def test_a_file_changes_only_what_it_assigns(tmp_path):
-    path = config_file(tmp_path, "out_dir = 'out-b'")
-    config = configure(Settings, ["--max_iters=7", "--dataset=a", path])
-    assert (config.max_iters, config.dataset, config.out_dir) == (7, "a", "out-b")
-
-
 def test_base_lies_between_defaults_and_the_command_line(tmp_path):
     base = {"max_iters": 20, "out_dir": "old", "a_setting_of_an_older_version": 1}
     config = configure(Settings, ["--out_dir=new"], base)

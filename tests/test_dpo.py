@@ -127,50 +127,6 @@ def test_the_loss_worked_by_hand():
     assert dpo(reference, reference, 0.1).item() == pytest.approx(math.log(2))
 
 
-@pytest.mark.parametrize(
-    ("options", "rows"),
-    [({"block_size": 300}, [300, 290, 0, 300]), ({"model": "lstm"}, [7, 0, 12, 3])],
-    ids=["several chunks", "lstm"],
-)
-def test_log_probabilities_and_gradients_equal_a_plain_version(options, rows):
-    model, batch = tiny_model(**options).double(), ragged_batch(rows, T=max(rows))
-    weighting = torch.linspace(-2, 1, len(rows), dtype=torch.float64)
-    results = []
-    for log_prob in (sequence_log_prob, plain_log_prob):
-        model.zero_grad()
-        log_p = log_prob(model, *batch)
-        (log_p * weighting).sum().backward()
-        results.append([log_p.detach(), *(p.grad.clone() for p in model.parameters())])
-    for ours, plain in zip(*results, strict=True):
-        assert (ours - plain).abs().max() <= 1e-10 * plain.abs().max()
-
-
-def test_a_frozen_head_gets_no_gradient_and_an_adapter_on_it_its_own():
-    model = tiny_model(tie_weights=False).double()
-    add_adapters(model, 3, 4.0, ["lm_head"])
-    torch.nn.init.normal_(model.lm_head.lora_B)
-    batch = ragged_batch([7, 12])
-    sequence_log_prob(model, *batch)[0].backward()
-    found = model.lm_head.lora_A.grad.clone()
-    assert model.lm_head.weight.grad is None
-    model.zero_grad()
-    plain_log_prob(model, *batch)[0].backward()
-    assert torch.allclose(found, model.lm_head.lora_A.grad, rtol=1e-10)
-
-
-def test_under_autocast_the_gradients_are_near_those_in_float32():
-    model, batch, found = tiny_model(), ragged_batch([7, 12]), {}
-    for enabled in (True, False):
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            log_p = sequence_log_prob(model, *batch)
-        log_p[0].backward()  # outside autocast, as in train.py
-        found[enabled] = model.wte.weight.grad.clone()
-    assert log_p.dtype == torch.float32
-    error = (found[True] - found[False]).norm() / found[False].norm()
-    assert 0 < error < 0.05
-
-
 def test_the_reference_is_the_model_without_adapters_and_without_dropout():
     model, batch = tiny_model(dropout=0.3), ragged_batch([7, 12])
     wanted = plain_log_prob(tiny_model(), *batch).detach()
@@ -287,18 +243,9 @@ Q, A, B = dialogue("谁弄权？"), "曹节。", "张让。"
         ({"chosen": [*Q, *dialogue("", A)[1:]], "rejected": [*Q, *dialogue("", B)[1:]]}, (Q, A, B)),
         ({"prompt": "谁弄权？", "rejected": B}, (Q, None, B)),
         (
-            {"system": "s", "prompt": "谁弄权？", "chosen": A, "rejected": B},
-            ([{"role": "system", "content": "s"}, *Q], A, B),
+            {"system": "s", "prompt": Q, "chosen": A},
+            ([{"role": "system", "content": "s"}, *Q], A, None),
         ),
-    ],
-)
-def test_forms_of_preferences(value, wanted):
-    assert preference(value) == wanted
-
-
-@pytest.mark.parametrize(
-    ("value", "reason"),
-    [
         ({"prompt": "谁？"}, "missing field"),
         ({"chosen": A, "rejected": B}, "missing field"),
         ({"chosen": dialogue("谁？", A), "rejected": dialogue("何？", B)}, "two prompts"),
@@ -307,10 +254,11 @@ def test_forms_of_preferences(value, wanted):
         ("谁？", "wrong type"),
     ],
 )
-def test_bad_preferences_have_a_reason(value, reason):
-    with pytest.raises(BadRecord) as error:
-        preference(value)
-    assert error.value.reason == reason
+def test_preferences_of_each_form_or_what_is_wrong_with_them(value, wanted):
+    try:
+        assert preference(value) == wanted
+    except BadRecord as error:
+        assert error.reason == wanted
 
 
 def test_marks_from_the_page_become_pairs_and_those_left_over_are_counted(tmp_path, capsys):

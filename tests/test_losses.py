@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_utils import IGNORE, Dataset
+from miniglm.lora import add_adapters
 from miniglm.losses import next_token, sequence_log_prob, split_sums, target_losses
 from tests.helpers import (
     ALL_MODELS,
@@ -67,44 +68,69 @@ def test_a_batch_without_a_trained_target_gives_zero_and_zero_gradients():
     assert losses.shape == (2, 12) and not losses.any()
 
 
-@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def weighted(log_probs: torch.Tensor) -> torch.Tensor:
+    """A sum in which each row has another weight."""
+    return (log_probs * torch.linspace(-2, 1, len(log_probs), dtype=log_probs.dtype)).sum()
+
+
+def rows_sum(model: torch.nn.Module, idx, targets) -> torch.Tensor:
+    return weighted(sequence_log_prob(model, idx, targets))
+
+
+def plain_rows_sum(model: torch.nn.Module, idx, targets) -> torch.Tensor:
+    losses = [row.sum() for row in plain_losses(model, idx, targets)]
+    return weighted(-torch.stack(losses))
+
+
+both = pytest.mark.parametrize(
+    ("loss", "plain"),
+    [(next_token, plain_sum), (rows_sum, plain_rows_sum)],
+    ids=["next_token", "sequence_log_prob"],
+)
+
+
+@both
+@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_loss_in_chunks_equals_the_plain_one_and_its_gradients(tied, dtype, limit):
+def test_losses_in_chunks_equal_plain_ones_and_their_gradients(loss, plain, tied, dtype, limit):
     model = tiny_model(tie_weights=tied, block_size=300).to(dtype)
     batch = ragged_batch([300, 290, 0, 300, 300], T=300)  # several chunks
     results = []
-    for loss in (next_token(model, *batch), plain_sum(model, *batch)):
+    for total in (loss(model, *batch), plain(model, *batch)):
         model.zero_grad()
-        (loss * 3).backward()
-        results.append([loss.detach(), *(weight.grad.clone() for weight in model.parameters())])
+        (total * 3).backward()
+        results.append([total.detach(), *(weight.grad.clone() for weight in model.parameters())])
     assert model.lm_head.weight.grad[:50].abs().min() > 0
     assert not model.lm_head.weight.grad[50:].any()  # the padding of the vocabulary
-    for ours, plain in zip(*results, strict=True):
+    for ours, wanted in zip(*results, strict=True):
         assert ours.dtype == dtype
-        assert (ours - plain).abs().max() <= limit * plain.abs().max()
+        assert (ours - wanted).abs().max() <= limit * wanted.abs().max()
 
 
-def test_the_loss_in_chunks_under_autocast_is_as_near_as_the_plain_one():
+@both
+def test_losses_in_chunks_are_as_near_under_autocast_as_plain_ones(loss, plain):
     model, batch, grads = tiny_model(block_size=300), ragged_batch([300] * 4, T=300), {}
-    for name, loss in (("exact", plain_sum), ("plain", plain_sum), ("chunks", next_token)):
+    for name, function in (("exact", plain), ("plain", plain), ("chunks", loss)):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=name != "exact"):
-            total = loss(model, *batch)
-        total.backward()
+            total = function(model, *batch)
+        total.backward()  # outside autocast, as in train.py
         grads[name] = model.wte.weight.grad.clone()
     errors = {name: (grads[name] - grads["exact"]).norm() for name in ("plain", "chunks")}
     assert 0 < errors["chunks"] < 1.1 * errors["plain"]
 
 
-def test_a_frozen_head_gets_no_gradient_and_the_rest_its_own():
-    model, batch = tiny_model(tie_weights=False), ragged_batch([12, 5])
-    next_token(model, *batch).backward()
-    wanted = model.wte.weight.grad.clone()
-    model.zero_grad()
-    model.lm_head.weight.requires_grad_(False)
-    next_token(model, *batch).backward()
-    assert model.lm_head.weight.grad is None
-    assert torch.equal(model.wte.weight.grad, wanted)
+@both
+def test_a_frozen_head_gets_no_gradient_and_its_adapter_its_own(loss, plain):
+    model, batch, grads = tiny_model(tie_weights=False).double(), ragged_batch([7, 12]), []
+    add_adapters(model, 3, 4.0, ["lm_head"])
+    torch.nn.init.normal_(model.lm_head.lora_B)
+    for total in (loss(model, *batch), plain(model, *batch)):
+        model.zero_grad()
+        total.backward()
+        grads.append([model.lm_head.lora_A.grad.clone(), model.lm_head.lora_B.grad.clone()])
+        assert model.lm_head.weight.grad is None
+    assert all(torch.allclose(*pair, rtol=1e-10) for pair in zip(*grads, strict=True))
 
 
 class Largest(TorchDispatchMode):

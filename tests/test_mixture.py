@@ -137,31 +137,21 @@ def test_a_run_of_a_mixture_is_evaluated_on_all_and_not_resumed_with_other_share
 STAGES = sorted((ROOT / "config" / "curriculum").glob("*.py"))
 
 
-def test_each_stage_starts_from_the_one_before():
-    configs = [configure(train.Settings, [str(path)]) for path in STAGES]
-    assert [config.init_from for config in configs] == [
-        "scratch",
-        *(config.out_dir for config in configs[:-1]),
-    ]
-    assert len({config.out_dir for config in configs}) == len(STAGES) == 6
-    assert [config.dataset.split(":")[0] for config in configs] == [
-        *("sohu_news", "zhihu", "jinyong", "jinyong_three"),
-        *("zhihu_sft", "jinyong_sft"),
-    ]
-
-
-def test_the_stages_run_one_after_another(sets, tmp_path):
+def test_each_stage_starts_from_the_one_before_and_learns(sets, tmp_path):
     """Each at a tiny size, on a toy dataset in the place of each of its own."""
     names = {"sohu_news": "text", "zhihu": "small", "jinyong": "text", "jinyong_three": "small"}
     names |= {"zhihu_sft": "questions", "jinyong_sft": "questions"}
+    configs = [configure(train.Settings, [str(path)]) for path in STAGES]
+    assert [config.dataset.split(":")[0] for config in configs] == [*names]
     tiny = {"device": "cpu", "dtype": "float32", "max_iters": 6, "batch_size": 4}
     tiny |= {"eval_interval": 6, "log_interval": 1, "warmup_iters": 2}
-    shape, init_from, losses = words(n_layer=1, n_head=2, n_embd=16, block_size=32), "scratch", []
-    for path in STAGES:
-        dataset = configure(train.Settings, [str(path)]).dataset
-        mixed = re.sub(r"[a-z_]+", lambda match: f"{sets}/{names[match[0]]}", dataset)
+    shape = words(n_layer=1, n_head=2, n_embd=16, block_size=32)
+    before, init_from, losses = "scratch", "scratch", []
+    for path, config in zip(STAGES, configs, strict=True):
+        assert config.init_from == before
+        mixed = re.sub(r"[a-z_]+", lambda match: f"{sets}/{names[match[0]]}", config.dataset)
         paths = {"out_dir": tmp_path / path.stem, "init_from": init_from, "dataset": mixed}
         train.main([str(path), *shape, *words(**tiny | paths)])
         losses.append(log(paths["out_dir"])[-1]["train_loss"])
-        init_from, shape = paths["out_dir"], []
+        before, init_from, shape = config.out_dir, paths["out_dir"], []
     assert losses[3] < losses[0]

@@ -82,12 +82,13 @@ def test_tensorboard_holds_what_the_log_holds_after_a_kill_too(toys, tmp_path):
 
 @pytest.mark.slow
 def test_wandb_offline_holds_what_the_log_holds(toys, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     common = {"dataset": toys / "text", "track": "wandb"}
     out = train_here(out_dir=tmp_path / "out", max_iters=10, **common)
     train_here(out_dir=out, resume=True, max_iters=20)
+    wandb.teardown()  # waits for its process, which writes the files
     found, ids = wandb_history(out)
     assert ids == {tracking_id(out, new=False)}
     names = {name for record in log(out) for name in record}
@@ -101,8 +102,12 @@ def wandb_history(out_dir):
 
     records, ids = [], set()
     for path in sorted(out_dir.glob("wandb/offline-run-*/*.wandb")):
-        for data in leveldb_records(path.read_bytes()):
-            record = Record.FromString(data)
+        content, place = path.read_bytes(), 7
+        assert len(content) < 2**15  # one block of a log of LevelDB, in which no record is cut
+        while place < len(content):
+            [length] = struct.unpack_from("<H", content, place + 4)
+            record = Record.FromString(content[place + 7 : place + 7 + length])
+            place += 7 + length
             if record.HasField("run"):
                 ids.add(record.run.run_id)
             if record.HasField("history"):
@@ -110,18 +115,3 @@ def wandb_history(out_dir):
                 pairs = ((i.key or i.nested_key[0], json.loads(i.value_json)) for i in items)
                 records.append(dict(pairs))
     return records, ids
-
-
-def leveldb_records(content, block=32768):
-    """The records of a .wandb file, which is a log of LevelDB behind 7 bytes of its own."""
-    place, parts = 7, []
-    while place + 7 <= len(content):
-        if block - place % block < 7:  # no room for a head: filled with zeros
-            place += block - place % block
-            continue
-        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
-        parts.append(content[place + 7 : place + 7 + length])
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield b"".join(parts)
-            parts = []
