@@ -1,4 +1,4 @@
-"""Toy datasets, tiny runs and the scripts' real command lines, for the tests of training."""
+"""Toy datasets, tiny runs and real command lines, for the tests of training."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,48 +21,35 @@ import train
 from data_utils import Dataset
 from miniglm.prep.writer import Pair, write_dpo, write_pretrain, write_sft
 from miniglm.tokenizer import Tokenizer, train_tokenizer
+from tests.helpers import dialogue
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("*.py", "config/**/*.py", "miniglm/**/*.py", "data/**/*.py", "bench/*.py")
 PEOPLE = ["刘备", "关羽", "张飞", "曹操", "孙权", "诸葛亮", "周瑜", "吕布"]
 PLACES = ["荆州", "徐州", "洛阳", "许昌", "江东"]
 DEEDS = ["到", "攻打", "离开", "守住"]
-TINY = {
-    "n_layer": 2,
-    "n_head": 2,
-    "n_embd": 32,
-    "block_size": 32,
-    "batch_size": 4,
-    "max_iters": 20,
-    "warmup_iters": 4,
-    "eval_interval": 10,
-    "log_interval": 1,
-    "device": "cpu",
-    "dtype": "float32",
-}
+TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4}
+TINY |= {"max_iters": 20, "warmup_iters": 4, "eval_interval": 10, "log_interval": 1}
+TINY |= {"device": "cpu", "dtype": "float32"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 
 
 def novel(seed: int, sentences: int) -> str:
     draw = random.Random(seed)
-    deeds = (
-        (draw.choice(PEOPLE), draw.choice(DEEDS), draw.choice(PLACES)) for _ in range(sentences)
+    return "".join(
+        f"{draw.choice(PEOPLE)}{draw.choice(DEEDS)}{draw.choice(PLACES)}。"
+        for _ in range(sentences)
     )
-    return "".join("".join(deed) + "。" for deed in deeds)
 
 
 def questions(seed: int, count: int) -> list[list[dict]]:
     """Questions that are all different, with answers of 1 to 4 places."""
-    draw = random.Random(seed)
-    return [
-        [
-            {"role": "user", "content": f"{draw.choice(PEOPLE)}到{seed}{number}？"},
-            {
-                "role": "assistant",
-                "content": "".join(draw.choices(PLACES, k=1 + number % 4)) + "。",
-            },
-        ]
-        for number in range(count)
-    ]
+    draw, conversations = random.Random(seed), []
+    for number in range(count):
+        question = f"{draw.choice(PEOPLE)}到{seed}{number}？"
+        answer = "".join(draw.choices(PLACES, k=1 + number % 4)) + "。"
+        conversations.append(dialogue(question, answer))
+    return conversations
 
 
 def preferences(seed: int, count: int) -> list[Pair]:
@@ -106,29 +93,28 @@ def train_here(**settings: object) -> Path:
 
 def start(script: str, *argv: str, **options) -> subprocess.Popen:
     """A script of the repository in a process of its own."""
-    where = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     path = ["-m", script[:-3].replace("/", ".")] if script.startswith("miniglm") else [script]
-    return subprocess.Popen([sys.executable, *path, *argv], env=environment, **where)
+    return subprocess.Popen([sys.executable, *path, *argv], env=os.environ | ENVIRONMENT, **options)
 
 
 def run(script: str, *argv: str, **options) -> subprocess.CompletedProcess:
     """The same until it ends; stdout and stderr as text."""
-    process = start(script, *argv, **options)
+    process = start(script, *argv, encoding="utf-8", **options)
     try:
         out, err = process.communicate(timeout=300)
     finally:
         process.kill()
-    return subprocess.CompletedProcess(process.args, process.returncode, decoded(out), decoded(err))
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-# An interpreter that has imported torch forks for each line of stdin, [cwd, stdout, stderr,
-# environment, script, *argv]; the child ends as any script does: Python prints what it raises, and
-# sets its exit code.
+# An interpreter that has imported torch, and forks for each line of stdin: [cwd, stdout, stderr,
+# environment, script, *argv]. The child ends as any script does: Python prints its exception and
+# sets the exit code.
 READY = """
 import gc, json, os, runpy, sys
 import numpy, safetensors.torch, tiktoken, tokenizers, torch, torch._dynamo, tqdm
-gc.freeze()  # no child need look through what was imported when it ends
+gc.freeze()  # spares each child a collection of all imports at its end
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
@@ -148,14 +134,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @contextlib.contextmanager
 def ready_python(folder: Path) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
-    """A `run` for many command lines: each is a process of its own, that need not import torch
-    again, which takes seconds. Where processes cannot fork it is `run` itself."""
+    """A `run` for many command lines: each is a process of its own that does not import torch
+    again, which takes seconds. It is `run` itself if processes cannot fork."""
     if not hasattr(os, "fork"):
         yield run
         return
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    ready = subprocess.Popen([sys.executable, "-c", READY], env=environment, **pipes)
+    ready = subprocess.Popen([sys.executable, "-c", READY], env=os.environ | ENVIRONMENT, **pipes)
     outputs = folder / "stdout", folder / "stderr"
 
     def run_ready(
@@ -175,17 +160,13 @@ def ready_python(folder: Path) -> Iterator[Callable[..., subprocess.CompletedPro
 def wait_for(happens: Callable[[], bool], process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
     while not happens():
-        assert process.poll() is None, "it ended before"
+        assert process.poll() is None, "the process ended first"
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
 
-def decoded(output: bytes | None) -> str:
-    return (output or b"").decode()
-
-
 def error_line(done: subprocess.CompletedProcess) -> str:
-    """The one line on stderr of a run that failed as it should; progress bars aside."""
+    """The one line on stderr of a run that failed as it should, without progress bars."""
     lines = without_bars(done.stderr)
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: "), done.stderr
@@ -195,7 +176,7 @@ def error_line(done: subprocess.CompletedProcess) -> str:
 
 
 def without_bars(stderr: str) -> list[str]:
-    """The lines that are no progress bar."""
+    """The lines that are not a progress bar."""
     lines = [line for line in re.split(r"[\r\n]+", stderr) if line.strip()]
     return [line for line in lines if not re.search(r"\d+%\|", line)]
 
@@ -215,7 +196,7 @@ def checkpoint_file(out_dir: Path, name: str, which: str = "latest") -> Path:
 
 
 def weights(out_dir: Path, which: str = "latest") -> dict[str, torch.Tensor]:
-    """A and B of an adapter, where it is one."""
+    """The weights of a checkpoint; of an adapter its A and B."""
     adapter = checkpoint_file(out_dir, "adapter.safetensors", which)
     return load_file(adapter if adapter.is_file() else adapter.with_name("model.safetensors"))
 
@@ -225,7 +206,8 @@ def read_json(path: Path) -> dict:
 
 
 def plant_nan(out_dir: Path, data: Dataset) -> int:
-    """Makes the embedding of the rarest trained id NaN: the rows that hold it have no loss."""
+    """Makes the embedding of the rarest trained id NaN, and returns the id: rows with it have no
+    loss."""
     ids, counts = np.unique(data.tokens["train"], return_counts=True)
     rarest = int(ids[counts.argmin()])
     file = checkpoint_file(out_dir, "model.safetensors", "best")
@@ -236,7 +218,7 @@ def plant_nan(out_dir: Path, data: Dataset) -> int:
 
 
 def ids_of_row(data: Dataset, row: int) -> list[int]:
-    """What the model reads of a row, taken from the file itself."""
+    """The model's input of a training row, taken from the file itself."""
     tokens = data.tokens["train"].tolist()
     if data.kind == "pretrain":
         return (2 * tokens)[row : row + TINY["block_size"]]
@@ -253,7 +235,7 @@ def log(out_dir: Path) -> list[dict]:
 
 
 def course(out_dir: Path) -> list[dict]:
-    """The log without what a clock measures."""
+    """The log without measured times."""
     clock = ("seconds", "tokens_per_second", "tflops", "mfu")
     return [{key: value for key, value in r.items() if key not in clock} for r in log(out_dir)]
 
@@ -270,19 +252,39 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert progress[0] == progress[1]
 
 
+def assert_resumes_exactly(folder: Path, **settings: object) -> tuple[Path, Path]:
+    """A run resumed twice ends in the bits of one that is never stopped; returns both."""
+    settings |= {"lr_decay_iters": 6, "eval_interval": 2}
+    whole = train_here(out_dir=folder / "whole", max_iters=6, **settings)
+    parts = train_here(out_dir=folder / "parts", max_iters=2, **settings)
+    for max_iters in (4, 6):
+        train_here(out_dir=parts, resume=True, max_iters=max_iters)
+    assert_same_run(whole, parts)
+    return whole, parts
+
+
+def assert_accumulation_is_exact(folder: Path, names: Iterable[str], **settings: object) -> None:
+    """Four micro-batches of 2 rows give the weights of a batch of 8, and these names in the log."""
+    settings |= {"max_iters": 3, "learning_rate": 1e-4, "warmup_iters": 0}
+    once = train_here(out_dir=folder / "once", batch_size=8, **settings)
+    parts = {"batch_size": 2, "gradient_accumulation_steps": 4}
+    four = train_here(out_dir=folder / "four", **parts, **settings)
+    for name, weight in weights(once).items():
+        assert (weight - weights(four)[name]).abs().max() < 1e-6
+    for a, b in zip(log(once), log(four), strict=True):
+        assert [a[name] for name in names] == pytest.approx([b[name] for name in names], rel=1e-4)
+
+
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[tuple[Path, Callable[[int], None]]]:
-    """A disk of 2 MB mounted on folder, and leave(n), which fills it up to n bytes. The test is
-    skipped where no disk can be mounted."""
+    """A disk of 2 MB mounted on folder, and leave(n), which fills it up to n bytes. Skips the test
+    if no disk can be mounted."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
     try:
-        refused = subprocess.run(mount, capture_output=True, text=True, check=False)
-        reason = refused.stderr.strip() if refused.returncode else ""
-    except OSError as error:
-        reason = str(error)
-    if reason:
-        pytest.skip(f"no disk can be mounted here: {reason}")
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no disk can be mounted here: {error}")
 
     def leave(room: int) -> None:
         filler = folder / "filler"

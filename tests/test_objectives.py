@@ -13,7 +13,17 @@ from data_utils import IGNORE, Dataset
 from miniglm.checkpoint import load_checkpoint
 from miniglm.losses import split_sums
 from miniglm.objectives import OBJECTIVES, NextToken
-from tests.runs import TINY, assert_same_run, checkpoint_file, log, train_here, weights, words
+from tests.runs import (
+    TINY,
+    assert_accumulation_is_exact,
+    assert_resumes_exactly,
+    assert_same_run,
+    checkpoint_file,
+    log,
+    train_here,
+    weights,
+    words,
+)
 from train import start, steps
 
 
@@ -122,15 +132,8 @@ def test_texts_of_weight_0_leave_no_gradient(toys, tmp_path):
 
 
 def test_accumulated_micro_batches_of_both_kinds_equal_the_full_batch(toys, tmp_path):
-    common = {"dataset": mixed(toys), "max_iters": 3, "learning_rate": 1e-4, "warmup_iters": 0}
-    once = train_here(out_dir=tmp_path / "once", batch_size=16, **common)
-    parts = {"batch_size": 4, "gradient_accumulation_steps": 4}
-    four = train_here(out_dir=tmp_path / "four", **parts, **common)
-    for name, weight in weights(once).items():
-        assert (weight - weights(four)[name]).abs().max() < 1e-6
-    for a, b in zip(log(once), log(four), strict=True):
-        for name in ("train_loss", "train_loss_text", "grad_norm"):
-            assert a[name] == pytest.approx(b[name], rel=1e-4)
+    names = ("train_loss", "train_loss_text", "grad_norm")
+    assert_accumulation_is_exact(tmp_path, names, dataset=mixed(toys))
 
 
 def test_each_question_comes_once_an_epoch_whatever_lies_beside_it(toys, tmp_path):
@@ -147,13 +150,8 @@ def test_each_question_comes_once_an_epoch_whatever_lies_beside_it(toys, tmp_pat
 
 
 def test_a_mixed_run_in_three_parts_equals_one_in_one(toys, tmp_path):
-    common = {"dataset": mixed(toys), "dropout": 0.1, "lr_decay_iters": 15, "eval_interval": 3}
-    common |= {"gradient_accumulation_steps": 2, "short_block": 8}
-    whole = train_here(out_dir=tmp_path / "whole", max_iters=15, **common)
-    parts = train_here(out_dir=tmp_path / "parts", max_iters=3, **common)
-    train_here(out_dir=parts, resume=True, max_iters=9)
-    train_here(out_dir=parts, resume=True, max_iters=15)
-    assert_same_run(whole, parts)
+    common = {"dataset": mixed(toys), "dropout": 0.1, "short_block": 8}
+    assert_resumes_exactly(tmp_path, gradient_accumulation_steps=2, **common)
 
 
 def test_the_log_says_how_texts_and_questions_are_kept(toys, tmp_path):

@@ -1,15 +1,18 @@
-"""Muon's step against torch's own, and against a plain version in float64."""
+"""Muon's step against torch's own and a plain version in float64; groups and their rates."""
 
 import pytest
 import torch
 
-from miniglm.optim import Muon, orthogonalize
+from miniglm.checkpoint import MODELS
+from miniglm.optim import Muon, learning_rate, make_optimizers, orthogonalize
+from model import ModelConfig
+from train import Settings
 
 SHAPES = [(16, 16), (16, 24), (24, 16), (16, 48), (48, 16), (8, 70)]
 
 
 def plain(matrix: torch.Tensor) -> torch.Tensor:
-    """Newton and Schulz's iteration as it is written, one matrix."""
+    """The iteration of Newton and Schulz as it is written, of one matrix."""
     X = matrix.double() / matrix.double().norm()
     for _ in range(5):
         X = 3.4445 * X - 4.7750 * (X @ X.T) @ X + 2.0315 * (X @ X.T) @ (X @ X.T) @ X
@@ -21,22 +24,24 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_orthogonalized_equals_the_plain_iteration(shape):
+def test_orthogonalized_equals_the_plain_iteration_with_singular_values_near_one(shape):
     matrices = random(3, *shape)
-    got = orthogonalize(matrices)
-    for one, matrix in zip(got, matrices, strict=True):
-        assert (one - plain(matrix)).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_singular_values_come_near_one(shape):
-    values = torch.linalg.svdvals(orthogonalize(random(1, *shape))[0])
-    assert values.min() > 0.5 and values.max() < 1.3
-    assert torch.linalg.svdvals(random(1, *shape)[0]).max() > 4
+    for ours, matrix in zip(orthogonalize(matrices), matrices, strict=True):
+        assert (ours - plain(matrix)).abs().max() < 1e-5
+        values = torch.linalg.svdvals(ours)
+        assert values.min() > 0.5 and values.max() < 1.3
+        assert torch.linalg.svdvals(matrix).max() > 4
 
 
 def test_a_gradient_of_zero_moves_nothing():
     assert orthogonalize(torch.zeros(1, 8, 8)).abs().max() == 0
+
+
+def test_in_bfloat16_the_direction_is_the_same_within_its_precision():
+    matrices = random(2, 24, 96)
+    exact, rough = orthogonalize(matrices), orthogonalize(matrices, torch.bfloat16)
+    assert rough.dtype == torch.float32
+    assert 0 < (exact - rough).norm() < 0.03 * exact.norm()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -56,25 +61,60 @@ def test_steps_equal_a_plain_version_in_float64(shape):
 
 def test_steps_equal_torchs_within_bfloat16():
     ours = [torch.nn.Parameter(random(*shape, seed=1)) for shape in SHAPES]
-    theirs = [torch.nn.Parameter(weight.detach().clone()) for weight in ours]
+    before = [weight.detach().clone() for weight in ours]
+    theirs = [torch.nn.Parameter(weight.clone()) for weight in before]
     common = {"lr": 0.02, "weight_decay": 0.3}
     optimizers = [
         Muon(ours, **common),
         torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **common),
     ]
-    before = [weight.detach().clone() for weight in ours]
     for step in range(3):
-        for one, other in zip(ours, theirs, strict=True):
-            one.grad = random(*one.shape, seed=step + 2)
-            other.grad = one.grad.clone()
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = random(*mine.shape, seed=step + 2)
+            other.grad = mine.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
-    for one, other, start in zip(ours, theirs, before, strict=True):
-        assert (one - other).norm() < 0.02 * (one - start).norm()
+    for mine, other, start in zip(ours, theirs, before, strict=True):
+        assert (mine - other).norm() < 0.02 * (mine - start).norm()
 
 
-def test_in_bfloat16_the_direction_is_the_same_within_its_precision():
-    matrices = random(2, 24, 96)
-    exact, rough = orthogonalize(matrices), orthogonalize(matrices, torch.bfloat16)
-    assert rough.dtype == torch.float32
-    assert 0 < (exact - rough).norm() < 0.03 * exact.norm()
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("options", [{}, {"tie_weights": False}, {"model": "lstm"}])
+def test_every_parameter_is_optimized_once_with_its_own_rate_and_decay(options, optimizer):
+    shape = {"n_layer": 1, "n_embd": 8, "bias": True} | options
+    if "model" not in options:
+        shape |= {"n_head": 2, "position": "learned"}
+    model = MODELS[shape.get("model", "gpt")](ModelConfig(n_vocab=10, **shape))
+    for own_lr, own_decay, ratio, decay in ((2e-3, 0.5, 0.2, 0.5), (None, None, 1.0, 0.3)):
+        config = Settings(optimizer=optimizer, learning_rate=1e-2, weight_decay=0.3)
+        config.embedding_lr, config.embedding_decay = own_lr, own_decay
+        optimizers = make_optimizers(model, config, "cpu")
+        groups = [group for made in optimizers for group in made.param_groups]
+        optimized = [(id(parameter), group) for group in groups for parameter in group["params"]]
+        group_of = dict(optimized)
+        assert len(optimized) == len(group_of) == len(list(model.parameters()))
+        for name, parameter in model.named_parameters():
+            group, embeds = group_of[id(parameter)], name.startswith(("wte", "wpe", "lm_head"))
+            assert group["lr_ratio"] == pytest.approx(
+                ratio if parameter.dim() > 1 and embeds else 1
+            )
+            wanted = 0.0 if parameter.dim() < 2 else decay if embeds else 0.3
+            assert group["weight_decay"] == wanted, name
+        assert isinstance(optimizers[0], Muon) == (optimizer == "muon" and "model" not in options)
+
+
+def test_the_learning_rate_rises_and_falls_on_straight_lines():
+    def rates(steps: range, **settings) -> list[float]:
+        config = Settings(learning_rate=1.0, **settings)
+        return [learning_rate(step, config) for step in steps]
+
+    rise, fall = [0.25, 0.5, 0.75, 1.0], [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.2]
+    found = rates(range(14), min_lr=0.2, warmup_iters=4, max_iters=12)
+    assert found == pytest.approx(rise + fall)
+    # without lr_decay_iters the decay ends with the run
+    assert rates((5, 10), warmup_iters=0, max_iters=10) == pytest.approx([0.5, 0.0])
+    found = rates((5, 30), warmup_iters=0, max_iters=40, lr_decay_iters=10)
+    assert found == pytest.approx([0.5, 0.0])
+    # a warm-up longer than the run only rises
+    found = rates(range(10), warmup_iters=100, max_iters=10)
+    assert found == pytest.approx([0.01 * (step + 1) for step in range(10)])
