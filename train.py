@@ -65,7 +65,7 @@ from miniglm.monitor import Stopwatch, Window
 from miniglm.objectives import OBJECTIVES, Batch, Objective
 from miniglm.optim import learning_rate, make_optimizers
 from miniglm.preflight import Start, architecture
-from miniglm.trackers import Tracked, check_trackers, open_trackers, tracking_id
+from miniglm.trackers import check_trackers, open_trackers
 from model import Architecture, ModelConfig, pick_device
 
 
@@ -331,8 +331,9 @@ def train(
         rewind(run.out_dir)
     run.objective.begin(state.model, run.out_dir, progress.iter)
     startup.lap("objective")
+    track = config.track if world.is_first else []
     with (
-        open_trackers(config.track if world.is_first else [], tracked(run, state)) as trackers,
+        open_trackers(track, run.out_dir, progress.iter, dataclasses.asdict(config)) as trackers,
         monitor.catch_interrupt(world) as interrupts,
         monitor.progress_bar(run.out_dir.name, config.max_iters, progress.iter, world) as bar,
     ):
@@ -553,13 +554,6 @@ def log_record(
 def evaluation_line(run: Run, record: dict) -> str:
     loss = f"loss {record['train_loss']:.3f} in training"
     return f"step {record['iter']}: {loss}, {run.objective.describe(record)}"
-
-
-def tracked(run: Run, state: State) -> Tracked:
-    """What trackers know the run by; its id is for those that there are."""
-    step, settings = state.progress.iter, dataclasses.asdict(run.config)
-    id = tracking_id(run.out_dir, new=step == 0) if run.config.track and run.world.is_first else ""
-    return Tracked(id, run.out_dir.name, run.out_dir, step, settings)
 
 
 def check_steps(run: Run, state: State, window: Window) -> None:

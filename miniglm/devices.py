@@ -6,6 +6,7 @@ import platform
 import re
 import sys
 import time
+import tomllib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,45 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from configurator import ROOT
+
 SIDE = 2048  # of the largest square matmul that is timed
 BUDGET = 0.3  # seconds that the timing may take
-# TFLOP/s of float16 and bfloat16 products, dense and summed in float32, in NVIDIA's data sheets and
-# white papers. The names are torch.cuda.get_device_name()'s, as `short_name` leaves them.
-PEAKS = {
-    "B200": 2250,
-    "GH200": 989.4,
-    "H200": 989.4,
-    "H200 NVL": 835.5,
-    "H100": 989.4,
-    "H100 NVL": 835.5,
-    "H100 PCIe": 756,
-    "H800": 989.4,
-    "H800 PCIe": 756,
-    "H20": 148,
-    "A100": 312,
-    "A100 PCIe": 312,
-    "A800": 312,
-    "A800 PCIe": 312,
-    "A40": 149.7,
-    "A30": 165,
-    "A10": 125,
-    "L40S": 362.05,
-    "L40": 181.05,
-    "L20": 119.5,
-    "L4": 121,
-    "RTX A6000": 154.8,
-    "RTX 6000 Ada Generation": 364.25,
-    "RTX 5090": 209.5,
-    "RTX 5080": 112.6,
-    "RTX 4090": 165.2,
-    "RTX 4080": 97.5,
-    "RTX 3090 Ti": 80,
-    "RTX 3090": 71,
-    "V100": 125,
-    "V100 PCIe": 112,
-    "V100S PCIe": 130,
-    "T4": 65,
-}
+PEAKS = tomllib.loads((ROOT / "miniglm" / "gpus.toml").read_text(encoding="utf-8"))  # TFLOP/s
 FLOAT16_ONLY = ("V100", "V100 PCIe", "V100S PCIe", "T4")  # they emulate bfloat16
 
 

@@ -99,8 +99,10 @@ def check_trackers(names: list[str]) -> None:
 
 
 @contextmanager
-def open_trackers(names: list[str], run: Tracked) -> Iterator[list]:
+def open_trackers(names: list[str], out_dir: Path, step: int, settings: dict) -> Iterator[list]:
     """The trackers of these names, closed at the end. Raises UserError if one cannot start."""
+    id = tracking_id(out_dir, new=step == 0) if names else ""
+    run = Tracked(id, out_dir.name, out_dir, step, settings)
     with ExitStack() as stack:
         trackers = []
         for name in names:

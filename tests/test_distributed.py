@@ -423,11 +423,13 @@ def test_a_full_disk_at_the_last_save_is_one_line(world, tmp_path):
 
 
 TRACKED = """
+from miniglm import trackers
+
 def fail(*args, **options):
     raise train.UserError("a second id")
 
 if os.environ["RANK"] == "1":
-    train.tracking_id = fail
+    trackers.tracking_id = fail
 """
 
 
