@@ -126,12 +126,6 @@ def test_rows_of_conversations_lie_between_their_bounds(tokenizer, tmp_path):
     assert data.conversations("train") == conversations
 
 
-def test_the_fingerprint_is_that_of_the_text(tokenizer, tmp_path):
-    first = write_text(tmp_path / "a", tokenizer, 50)
-    assert write_text(tmp_path / "b", tokenizer, 50).fingerprint == first.fingerprint
-    assert write_text(tmp_path / "c", tokenizer, 51).fingerprint != first.fingerprint
-
-
 @pytest.mark.parametrize("texts", [[], ["", " \n\u3000"]])
 def test_a_split_without_text_is_refused_by_name(texts, tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"val\.bin"):
@@ -404,6 +398,7 @@ def test_targets_of_conversations_are_their_trained_tokens_padded_on_the_right(t
     data = write_chats(tmp_path, tokenizer, 40)
     rows = data.step_rows(0, 0, 16, 1000)
     rendered = [tokenizer.render(many_dialogues(40)[row]) for row in rows]
+    assert data.input_tokens(rows, 1000) == sum(len(ids) - 1 for ids, _ in rendered)
     T = max(len(ids) for ids, _ in rendered) - 1
     for idx, targets in (data.batch(rows, 1000), collate(rendered)):
         assert idx.dtype == targets.dtype == np.int64

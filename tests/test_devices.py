@@ -1,12 +1,16 @@
-"""Peak rates: GPUs under the names that torch gives them, and measured ones."""
+"""Peak rates: GPUs under the names that torch gives them, measured ones; freed memory."""
 
 import itertools
+import platform
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from configurator import ROOT
 from miniglm.devices import BUDGET, find_peak, listed_peak, measure_peak, show_rate
 
 # names as torch.cuda.get_device_name gives them, and dense TFLOP/s of the data sheets
@@ -70,3 +74,22 @@ def test_rates_are_shown_in_a_unit_that_fits():
     assert show_rate(92.44e9) == "92.4 GFLOP/s"
     assert show_rate(989.4e12) == "989 TFLOP/s"
     assert show_rate(2250e12) == "2,250 TFLOP/s"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone")
+def test_freed_memory_stays_with_the_process():
+    script = """
+import resource, torch, train
+def pages_taken():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(20_000_000)  # 80 MB, 19,500 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+train.keep_freed_memory()
+pages_taken()
+# an aligned block fits into its own place only where there is some room beside it
+print(min(pages_taken() for _ in range(3)))
+"""
+    done = subprocess.run(  # in a process whose heap no earlier test has fragmented
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 2000

@@ -219,18 +219,6 @@ def test_pairs_stay_whole_in_blocks_and_repeated_ones_are_counted(tmp_path, toke
         assert (ours == wanted).all()
 
 
-def test_an_epoch_holds_each_pair_once_and_depends_on_nothing_else(tmp_path):
-    data = Dataset(str(write_pairs(tmp_path / "pairs")))
-    n = data.n_rows("train", 32)
-    rows = np.concatenate([data.step_rows(1, start, 7, 32) for start in range(0, 2 * n, 7)])
-    assert sorted(rows[:n]) == [*range(n)] != [*rows[:n]]
-    again = Dataset(str(tmp_path / "pairs"))
-    assert (again.step_rows(1, 14, 7, 32) == rows[14:21]).all()
-    batches = list(data.pair_batches("train", 8))
-    assert sorted(np.concatenate([pairs for pairs, _ in batches])) == [*range(n)]
-    assert all(len(idx) == 2 * len(pairs) for pairs, (idx, _) in batches)
-
-
 Q, A, B = dialogue("谁弄权？"), "曹节。", "张让。"
 
 

@@ -21,22 +21,19 @@ from tests.runs import (
     train_here,
     words,
     write_pairs,
-    write_toys,
 )
 
 BLOCK = 16
 
 
 @pytest.fixture(scope="module")
-def sets(tmp_path_factory) -> Path:
-    """text (400 sentences), small (60), other (100, another vocabulary) and questions."""
-    folder = tmp_path_factory.mktemp("sets")
-    write_toys(folder)
-    write_pairs(folder / "pairs")
+def sets(toys) -> Path:
+    """text (400 sentences), small (60), other (100, another vocabulary), questions and pairs."""
+    write_pairs(toys / "pairs")
     for name, seed, size, vocab in (("small", 5, 60, 320), ("other", 6, 100, 300)):
         texts = {"train": [novel(seed, size)], "val": [novel(seed + 10, 20)]}
-        write_pretrain(folder / name, toy_tokenizer(vocab), texts, ["a test"])
-    return folder
+        write_pretrain(toys / name, toy_tokenizer(vocab), texts, ["a test"])
+    return toys
 
 
 def mixture(sets: Path, *shares: str) -> Mixture:
