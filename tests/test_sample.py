@@ -8,7 +8,7 @@ import sample
 from configurator import UserError
 from miniglm.generation import Sampling
 from miniglm.jsonl import read_records
-from miniglm.text import chat, load_for_sampling, stream
+from miniglm.text import chat_prompt, load_for_sampling, stream
 from sample import read_start
 from tests.helpers import TEXT, save_run, tiny_model, tiny_tokenizer, write_novel, write_questions
 
@@ -143,7 +143,7 @@ def test_a_conversation_remembers_until_an_empty_line(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr("builtins.input", type_in)
     asked = []
-    monkeypatch.setattr(sample, "chat", lambda c, m, *s: asked.append(list(m)) or chat(c, m, *s))
+    monkeypatch.setattr(sample, "chat_prompt", lambda c, m: asked.append(m) or chat_prompt(c, m))
     sample.converse(checkpoint, Sampling(12, temperature=0.0))
     printed = capsys.readouterr().out
     assert [m["content"] for m in asked[0]] == ["谁弄权？"]

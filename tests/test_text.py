@@ -168,7 +168,7 @@ def test_an_outputs_perplexity_is_that_of_its_own_tokens():
     checkpoint = make_checkpoint("sft")
     prompt = prompt_ids(checkpoint, "谁？")
     sampling = Sampling(40, temperature=1.5, top_k=40)
-    for [output] in complete(checkpoint, [prompt] * 3, sampling, with_nats=True):
+    for [output] in complete(checkpoint, [prompt] * 3, sampling, nats=True):
         end = [checkpoint.tokenizer.end] if output.ended else []
         ids = torch.tensor([prompt + output.ids + end])
         with torch.no_grad():
