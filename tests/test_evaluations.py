@@ -1,6 +1,5 @@
 """The reports of a tiny model against its own losses, token by token, and what its files say."""
 
-import json
 import math
 from pathlib import Path
 
@@ -13,9 +12,9 @@ import sample
 from configurator import UserError
 from data.translation import prepare_sft as translation_sft
 from data_utils import Dataset
+from miniglm import jsonl
 from miniglm.checkpoint import Checkpoint, load_checkpoint
 from miniglm.generation import Sampling
-from miniglm.jsonl import read_records
 from miniglm.metrics import look_up, mean, rouge_l
 from miniglm.prep import parallel
 from miniglm.scoring import in_chat, in_text, reference_losses, score_translations, simplified
@@ -67,7 +66,7 @@ def evaluate(out: Path, *flags: str) -> dict:
 
 
 def read_lines(path: Path) -> list[dict]:
-    return read_records(path, ("question", "answer"), "")
+    return jsonl.read_records(path, ("question", "answer"), "")
 
 
 def is_picture(path: Path) -> bool:
@@ -81,15 +80,15 @@ def test_what_is_asked_in_chat_ends_with_the_answer_and_its_end():
     assert answer == [*tokenizer.encode(messages[-1]["content"]), tokenizer.end]
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 9])
-def test_reference_perplexities_are_those_of_each_answer_alone(tmp_path, batch_size):
+def test_reference_perplexities_are_those_of_each_answer_alone(tmp_path):
     checkpoint = load_checkpoint(make_run(tmp_path, "sft"))
     conversations = QUESTIONS["train"] + QUESTIONS["val"]  # one of them of two turns
-    losses = reference_losses(checkpoint, conversations, batch_size)
-    got = [math.exp(nats / tokens) for nats, tokens, _ in losses]
     slow = [perplexity([slow_nats(checkpoint, messages)]) for messages in conversations]
-    assert got == pytest.approx(slow, rel=1e-4)
-    assert max(got) > 1.5 * min(got)
+    assert max(slow) > 1.5 * min(slow)
+    for batch_size in (1, 2, 9):
+        losses = reference_losses(checkpoint, conversations, batch_size)
+        got = [math.exp(nats / tokens) for nats, tokens, _ in losses]
+        assert got == pytest.approx(slow, rel=1e-4)
 
 
 @pytest.mark.parametrize("split", ["val", "train"])
@@ -101,12 +100,11 @@ def test_the_report_of_questions_holds_what_its_answers_say(tmp_path, split):
     asked, seen = read_lines(out / "answers.jsonl"), read_lines(out / "answers-seen.jsonl")
     assert read_lines(out / f"answers-toy_sft-{split}.jsonl") == asked
     wanted = QUESTIONS[split]
-    assert [r["question"] for r in asked] == [m[-2]["content"] for m in wanted]
-    assert [r["reference"] for r in asked] == [m[-1]["content"] for m in wanted]
-    assert report["n"] == len(asked) == len(wanted)
-    assert report["n_seen"] == len(seen) == len(wanted)
-    trained = [m[-2]["content"] for m in QUESTIONS["train"]]
-    assert len({r["question"] for r in seen} & set(trained)) == len(seen)
+    known = [(m[-2]["content"], m[-1]["content"]) for m in QUESTIONS["train"]]
+    pairs = [(m[-2]["content"], m[-1]["content"]) for m in wanted]
+    assert [(r["question"], r["reference"]) for r in asked] == pairs
+    assert report["n"] == report["n_seen"] == len({r["question"] for r in seen}) == len(wanted)
+    assert {(r["question"], r["reference"]) for r in seen} <= {*known}
     assert report["ended"] == mean([r["ended"] for r in asked])
     assert report["answer_characters"] == mean([len(r["answer"]) for r in asked])
     assert report["reference_characters"] == mean([len(r["reference"]) for r in asked])
@@ -114,7 +112,6 @@ def test_the_report_of_questions_holds_what_its_answers_say(tmp_path, split):
         for record in records:
             assert record["rouge_l"] == rouge_l(record["answer"], record["reference"])
         assert report[key] == pytest.approx(mean([r["rouge_l"] for r in records]))
-    known = [(m[-2]["content"], m[-1]["content"]) for m in QUESTIONS["train"]]
     nearest = look_up([r["question"] for r in asked], known)
     scores = [rouge_l(text, r["reference"]) for text, r in zip(nearest, asked, strict=True)]
     assert report["rouge_l_lookup"] == pytest.approx(mean(scores))
@@ -162,8 +159,6 @@ def test_an_evaluation_that_cannot_be_is_refused(tmp_path):
     other = write_novel(tmp_path / "other", train_tokenizer([TEXT], 300))
     with pytest.raises(UserError, match="another tokenizer"):
         evaluate(out, f"--dataset={other}")
-    with pytest.raises(UserError, match="no checkpoint in"):
-        evaluate(tmp_path / "nothing")
 
 
 # --- translations ------------------------------------------------------------------------------
@@ -232,27 +227,22 @@ def test_the_scores_of_translations_by_hand():
     assert "tok:zh" in report["bleu_signature"] and "nw:2" in report["chrf_signature"]
 
 
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("证监会须发出书面通知。", "证监会须发书"),
-        ("證監會須發出書面通知。", ""),
-        ("證監會须發出書面通知。", "须"),  # one character
-        ("汇丰与恒生", "汇与"),
+def test_simplified_characters_by_hand():
+    for text, wanted in {"证监会须发出书面通知。": "证监会须发书", "汇丰与恒生": "汇与"}.items():
+        assert sorted(simplified(text)) == sorted(wanted)
+    for text in (
+        "證監會須發出書面通知。",
         # characters that are Simplified for one word, and Traditional for another
-        ("皇后大道中的里程碑，公布於周年大會後。", ""),
-        ("余先生、范女士及姓于的人家，占地甚廣，不知所云。", ""),
-        ("只有一隻船；制度與製造；面積與麵粉；征途與徵收；干預與幹事。", ""),
+        "皇后大道中的里程碑，公布於周年大會後。余先生、范女士及姓于的人家，占地甚廣，不知所云。",
+        "只有一隻船；制度與製造；面積與麵粉；征途與徵收；干預與幹事。",
         # variants of Taiwan, and of taste
-        ("臺灣和台灣，裡面和裏面，群眾和羣眾，為了和爲了", ""),
-        ("説明、說明，税、稅，線、綫，床、牀，峰、峯，啟、啓，衞、衛，証券、證券", ""),
-        ("沿着、沿著，甚麼、什麼，唸書、念書，回覆、回復，儘管、盡管，了解、瞭解", ""),
-        ("年息五厘，永恒不變，恒生指數，煙熏三文魚，蚝油，涂先生", ""),
-        ("東涌、鰂魚涌、深水埗、愛民邨、𨋢、嘅、佢哋", ""),
-    ],
-)
-def test_simplified_characters_by_hand(text, wanted):
-    assert sorted(simplified(text)) == sorted(wanted)
+        "臺灣和台灣，裡面和裏面，群眾和羣眾，為了和爲了",
+        "説明、說明，税、稅，線、綫，床、牀，峰、峯，啟、啓，衞、衛，証券、證券",
+        "沿着、沿著，甚麼、什麼，唸書、念書，回覆、回復，儘管、盡管，了解、瞭解",
+        "年息五厘，永恒不變，恒生指數，煙熏三文魚，蚝油，涂先生",
+        "東涌、鰂魚涌、深水埗、愛民邨、𨋢、嘅、佢哋",
+    ):
+        assert simplified(text) == ""
 
 
 def test_chinese_is_simplified_before_conversion_and_never_after_it():
@@ -296,8 +286,7 @@ def test_a_file_of_translations_is_scored_as_such(tmp_path, pairs):
 
 
 def ask_file(out: Path, path: Path, records: list[dict]) -> dict:
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    path.write_text("".join(lines), encoding="utf-8")
+    jsonl.write(path, records)
     flags = [f"--out_dir={out}", f"--start=FILE:{path}", "--eval_mode=True", "--device=cpu"]
     sample.main([*flags, "--max_new_tokens=20"])
     return read_json(out / "evaluation.json")
@@ -318,21 +307,14 @@ def test_a_files_answers_are_scored_against_its_own_or_the_datasets_references(t
     assert (report["dataset"], report["split"]) == ("x", "file")
     assert (report["n"], report["n_seen"]) == (4, 1)
     asked, seen = read_lines(out / "answers.jsonl"), read_lines(out / "answers-seen.jsonl")
-    assert [r["reference"] for r in asked] == [
-        "高祖。",
-        known[1]["content"],
-        unseen[1]["content"],
-        "文件先于数据。",
-    ]
+    wanted = ["高祖。", known[1]["content"], unseen[1]["content"], "文件先于数据。"]
+    assert [r["reference"] for r in asked] == wanted
     assert [r["question"] for r in seen] == [known[0]["content"]]
-    assert report["rouge_l"] == pytest.approx(mean([r["rouge_l"] for r in asked]))
     assert report["rouge_l_seen"] == seen[0]["rouge_l"]
     checkpoint = load_checkpoint(out)
-    for record in asked:
-        loss = slow_nats(checkpoint, dialogue(record["question"], record["reference"]))
-        assert record["perplexity"] == pytest.approx(perplexity([loss]), rel=1e-4)
+    loss = slow_nats(checkpoint, dialogue("何人起义？", "高祖。"))
+    assert asked[0]["perplexity"] == pytest.approx(perplexity([loss]), rel=1e-4)
     assert "4 questions; 1 without a reference were left out" in capsys.readouterr().out
-    assert is_picture(out / "rouge_l.png") and is_picture(out / "perplexity.png")
 
 
 def test_a_file_of_unseen_questions_alone_is_scored(tmp_path):
@@ -344,11 +326,8 @@ def test_a_file_of_unseen_questions_alone_is_scored(tmp_path):
 
 def test_a_reference_too_long_for_the_model_is_cut_or_left_out_and_said(tmp_path, capsys):
     out = make_run(tmp_path, "sft")
-    records = [
-        {"Question": "其一？", "Answer": "蛇不见了。" * 40},
-        {"Question": "其二？", "Answer": "蛇" * 200},
-        {"Question": "其三？", "Answer": "蛇。"},
-    ]
+    answers = {"其一？": "蛇不见了。" * 40, "其二？": "蛇" * 200, "其三？": "蛇。"}
+    records = [{"Question": question, "Answer": answer} for question, answer in answers.items()]
     report = ask_file(out, tmp_path / "x.jsonl", records)
     asked = read_lines(out / "answers.jsonl")
     assert [r["question"] for r in asked] == ["其一？", "其三？"]

@@ -58,12 +58,8 @@ def test_what_cannot_be_a_side_of_a_pair_has_a_reason():
     ended = [True, False, *[True] * 7]
     good, faults = usable(prompt, texts, ended, tokenizer, limit)
     assert good == ["曹节。", long]
-    assert faults == {
-        "unfinished": 1,
-        "empty": 2,
-        "broken characters": 2,
-        "longer than --max_tokens": 1,
-    }
+    counts = {"unfinished": 1, "empty": 2, "broken characters": 2}
+    assert faults == counts | {"longer than --max_tokens": 1}
 
 
 def test_answers_with_scores_are_pairs_by_their_margin(tokenizer, tmp_path, capsys):
@@ -90,18 +86,17 @@ def test_answers_in_order_need_no_scores(tokenizer, tmp_path):
     lines[4]["prompt"] = dialogue(lines[4]["prompt"])
     file = write_lines(tmp_path / "ranked.jsonl", lines)
     data = prepared(tokenizer, tmp_path / "out", f"--ranked={file}", "--margin=10")
-    for split in ("train", "val"):
-        pairs = pairs_of(data, split)
-        assert all(is_validation(dialogue(source), 0.3) == (split == "val") for source in pairs)
+    splits = [pairs_of(data, split) for split in ("train", "val")]
+    assert sum(map(len, splits)) == 40
+    for pairs, is_val in zip(splits, (False, True), strict=True):
+        assert all(is_validation(dialogue(source), 0.3) == is_val for source in pairs)
         assert all(pair == ("荆州。", f"洛阳{source[3:-1]}。") for source, pair in pairs.items())
-    assert sum(data.meta["splits"][split]["pairs"] for split in ("train", "val")) == 40
 
 
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
         ({"prompt": "谁？", "samples": ["甲", "乙"]}, "no scores"),
-        ({"prompt": "谁？", "samples": ["甲", "乙"], "scores": [1]}, "wrong type"),
         ({"prompt": "谁？", "samples": ["甲", "乙"], "scores": [1, True]}, "wrong type"),
         ({"prompt": "谁？", "samples": ["甲", "乙"], "scores": [1, math.nan]}, "wrong type"),
         ({"prompt": "谁？", "ranked": ["甲", "乙"], "ended": [1, 0]}, "wrong type"),
@@ -110,8 +105,6 @@ def test_answers_in_order_need_no_scores(tokenizer, tmp_path):
         ({"prompt": "谁？", "ranked": ["甲", None]}, "wrong type"),
         ({"prompt": " ", "ranked": ["甲", "乙"]}, "empty question"),
         ({"ranked": ["甲", "乙"]}, "missing field"),
-        ({"prompt": "谁？", "chosen": "甲", "rejected": "乙"}, "missing field"),
-        ("谁？", "wrong type"),
     ],
 )
 def test_bad_ranked_records_have_a_reason(value, reason):
@@ -156,11 +149,8 @@ def test_files_need_no_torch(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "no input; name a file"),
-        (["--input=none.jsonl"], r"no file none\.jsonl"),
         (["--input=x", "--ranked=y"], "--input= and --ranked= take different records"),
         (["--input=x", "--margin=3"], "--margin= needs scores; pass --ranked= with it"),
-        (["--ranked=x", "--margin=-1"], r"margin=-1 must be 0 or more"),
     ],
 )
 def test_bad_settings_are_one_line(tokenizer, tmp_path, words, message):
