@@ -182,8 +182,7 @@ def main(argv: list[str]) -> None:
     data = dataset_of(checkpoint, config.dataset)
     if data.kind == "dpo":
         raise UserError(
-            f"{show_path(data.path)} holds preferences, which train.py's log scores; pass "
-            "--dataset= of questions or of text"
+            f"{show_path(data.path)} holds preferences; pass --dataset= of questions or of text"
         )
     data.check(checkpoint.model.config.block_size, split)
     data.check_tokenizer(checkpoint.tokenizer, checkpoint.path)

@@ -268,8 +268,7 @@ async def ask_all(client, config: Settings, calls: list[Call], pairs: Pairs) -> 
 
     left, failed_in_a_row = iter(calls), 0
     options = {"model": config.model, "temperature": config.temperature}
-    if config.max_tokens:
-        options["max_tokens"] = config.max_tokens
+    options |= {"max_tokens": config.max_tokens} if config.max_tokens else {}
 
     async def work() -> None:
         nonlocal failed_in_a_row

@@ -104,8 +104,7 @@ def answers(
 def header(config: Settings, checkpoint: Checkpoint, source: Path) -> dict:
     """What the answers depend on."""
     names = ["num_samples", "perplexity", *(["quantize", "batch_size"] if config.quantize else [])]
-    return fingerprint(checkpoint, config) | {
-        **{name: getattr(config, name) for name in names},
-        "question_end": checkpoint.question_end,
-        "input_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
-    }
+    settings = {name: getattr(config, name) for name in names}
+    settings["question_end"] = checkpoint.question_end
+    settings["input_sha256"] = hashlib.sha256(source.read_bytes()).hexdigest()
+    return fingerprint(checkpoint, config) | settings

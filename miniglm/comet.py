@@ -39,8 +39,6 @@ def load_comet(name: str):
         ) from None
     path = user_path(name)
     path = path / "checkpoints" / "model.ckpt" if path.is_dir() else path
-    if path.suffix == ".ckpt" and not path.is_file():
-        raise UserError(f"no checkpoint {show_path(path)}; pass another --model=")
     try:
         return load_from_checkpoint(str(path if path.is_file() else download_model(name)))
     except Exception as error:  # COMET itself raises nothing narrower

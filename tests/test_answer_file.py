@@ -8,9 +8,11 @@ import pytest
 
 import sample
 from configurator import UserError, locked
+from miniglm import jsonl
 from miniglm.generation import Sampling
 from miniglm.text import load_for_sampling, prompt_ids, stream
-from tests.helpers import TEXT, save_run, tiny_model, tiny_tokenizer, write_novel, write_questions
+from tests.helpers import TEXT
+from tests.test_sample import make_run
 
 LINES = [
     '{"question": "谁弄权？", "id": 3}',
@@ -32,14 +34,8 @@ QUESTIONS = ["谁弄权？", "帝御何殿", "谁谋诛宦官？", "何时？", 
 @pytest.fixture(scope="module")
 def outs(tmp_path_factory) -> dict[str, Path]:
     """An out_dir that answers, and one that continues."""
-    folder, tokenizer = tmp_path_factory.mktemp("outs"), tiny_tokenizer()
-    model = tiny_model(n_vocab=tokenizer.n_vocab, block_size=96)
-    asked = write_questions(folder / "asked", tokenizer, max_tokens=96)
-    novel = write_novel(folder / "novel", tokenizer)
-    return {
-        "sft": save_run(folder / "sft", model, tokenizer, asked, "sft"),
-        "pretrain": save_run(folder / "pretrain", model, tokenizer, novel, "pretrain"),
-    }
+    folder = tmp_path_factory.mktemp("outs")
+    return {kind: make_run(folder / kind, kind) for kind in ("sft", "pretrain")}
 
 
 def ask(out: Path, folder: Path, *flags: str, lines: list[str] = LINES) -> list[dict]:
@@ -47,11 +43,7 @@ def ask(out: Path, folder: Path, *flags: str, lines: list[str] = LINES) -> list[
     source.write_text("\n".join(lines), encoding="utf-8")
     files = [f"--input_data={source}", f"--output_data={target}"]
     sample.main([f"--out_dir={out}", *files, "--device=cpu", "--max_new_tokens=20", *flags])
-    return read(target)
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    return jsonl.recover(target)
 
 
 def test_every_line_keeps_its_place_and_a_bad_one_says_why(outs, tmp_path, capsys):
@@ -67,7 +59,7 @@ def test_every_line_keeps_its_place_and_a_bad_one_says_why(outs, tmp_path, capsy
     assert list(bad) == [4, 5, 6, 7, 9, 10]  # the blank line has no place
     for number, words in ((4, "line 6: "), (5, "line 7: .*no text"), (6, "line 8: .*no text")):
         assert re.match(words, bad[number])
-    assert bad[7].startswith("line 9: ") and "longer than block_size=96" in bad[7]
+    assert bad[7].startswith("line 9: ") and "longer than block_size=128" in bad[7]
     printed = capsys.readouterr().out
     assert all(f"bad line: {error}\n" in printed for error in [*bad.values()][:5])
     assert f"{len(QUESTIONS)} answers, 6 bad lines" in printed

@@ -1,6 +1,5 @@
 """The phases of a translator beside each other, and what COMET has said of them."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from miniglm import comet, jsonl
 from miniglm.comparison import plain, report_name
 from miniglm.metrics import EXCHANGES
 from miniglm.scoring import score_translations
-from tests.runs import error_line, run
 from tests.test_metrics import REFERENCES, worse
 
 
@@ -132,10 +130,6 @@ def test_the_environment_of_comet_need_not_have_what_ours_has():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("comet") is not None, reason="COMET is here")
-def test_without_comet_one_line_says_how_to_get_it(three):
-    answers = three[0][0] / "answers-toy_sft-test.jsonl"
-    line = error_line(run("miniglm/comet.py", f"--answers={answers}"))
-    assert "COMET is not in this environment" in line and "requirements-comet.txt" in line
+def test_comet_is_told_what_it_scores():
     with pytest.raises(UserError, match=r"no file no\.jsonl; pass --answers=, a file"):
         comet.main(["--answers=no.jsonl"])

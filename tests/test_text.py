@@ -43,18 +43,15 @@ def test_batched_outputs_equal_single_ones(kind, model):
             assert output.text == checkpoint.tokenizer.decode(output.ids)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_streamed_pieces_join_to_the_whole_output(temperature):
-    checkpoint = make_checkpoint("sft")
-    ended = 0
+def test_streamed_pieces_join_to_the_whole_output():
+    checkpoint, ended = make_checkpoint("sft"), 0
     for seed in range(6):
-        sampling = Sampling(max_new_tokens=80, temperature=temperature, seed=seed)
+        sampling = Sampling(max_new_tokens=80, temperature=1.0, seed=seed)
         prompt = prompt_ids(checkpoint, TEXT[seed : seed + 9])
         [[output]] = complete(checkpoint, [prompt], sampling)
-        assert "".join(stream(checkpoint, prompt, sampling)) == output.text
-        assert len(output.text) > 0
+        assert "".join(stream(checkpoint, prompt, sampling)) == output.text != ""
         ended += output.ended
-    assert 0 < ended < 6 or temperature == 0.0
+    assert 0 < ended < 6
 
 
 def test_a_question_is_rendered_and_a_text_is_continued_as_it_is():

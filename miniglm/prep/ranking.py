@@ -79,10 +79,7 @@ def prepare(config: Settings) -> None:
     max_tokens = min(config.max_tokens, checkpoint.model.config.block_size)
     with locked(config.folder / "samples.jsonl"):
         lines = sample_all(config, checkpoint, sources, header)
-        if model:
-            scores = comet_scores(config, model, lines, header | {"rank": config.by})
-        else:
-            scores = chrf_scores(lines)
+        scores = comet_scores(config, model, lines, header) if model else chrf_scores(lines)
     pairs, counts = rank(config, tokenizer, lines, scores, max_tokens)
     # the texts' own sources and languages: their terms hold for what is made of them, too
     more_meta = {name: data.meta[name] for name in ("sources", "languages") if name in data.meta}
@@ -185,12 +182,10 @@ def sample_all(
 def header_of(config: Settings, checkpoint: Checkpoint, data: Dataset) -> dict:
     """What the samples depend on. On batch_size, too: rows of another batch are rounded a little
     differently, by which 8 of 1,440 samples of a translator took another turn."""
-    names = ("n_val", "n_sources", "num_samples", "batch_size")
-    splits = data.meta["splits"]
-    return fingerprint(checkpoint, config) | {
-        **{name: getattr(config, name) for name in names},
-        "dataset_fingerprints": [splits[split]["fingerprint"] for split in ("train", "val")],
-    }
+    names, splits = ("n_val", "n_sources", "num_samples", "batch_size"), data.meta["splits"]
+    settings = {name: getattr(config, name) for name in names}
+    prints = [splits[split]["fingerprint"] for split in ("train", "val")]
+    return fingerprint(checkpoint, config) | settings | {"dataset_fingerprints": prints}
 
 
 # --- pairs ---------------------------------------------------------------------------------------
@@ -200,7 +195,7 @@ def comet_scores(config: Settings, model: object, lines: list[dict], header: dic
     """COMET's scores of each line's samples, of 100: those of scores.jsonl, to which the missing
     ones are appended."""
     path = config.folder / "scores.jsonl"
-    scored = jsonl.resume(path, header)
+    scored = jsonl.resume(path, header | {"rank": config.by})
     for first in tqdm(range(len(scored), len(lines), CHUNK), "COMET"):
         part = lines[first : first + CHUNK]
         texts = [
@@ -241,7 +236,7 @@ def rank(
         print(f"{split}: {count.total():,} sources: {words}")
         if not count["pairs"]:
             raise UserError(
-                f"none of {count.total():,} {split} sources gave a pair ({words}); lower "
-                "--margin=, or raise --num_samples= or --temperature="
+                f"no source of the {split} split gave a pair; lower --margin=, or raise "
+                "--num_samples= or --temperature="
             )
     return pairs, {split: {"sources": c.total()} | c for split, c in counts.items()}

@@ -43,14 +43,10 @@ def answers(toys) -> Path:
     return toys
 
 
-def argv(folder: Path, out: Path, *words: str) -> list[str]:
-    common = [f"--out_dir={folder / 'answers'}", f"--out={out}", "--device=cpu"]
-    common += ["--n_sources=60", "--n_val=20", "--max_new_tokens=20", "--temperature=1"]
-    return [*common, "--batch_size=4", *words]
-
-
 def prepared(folder: Path, out: Path, *words: str) -> Dataset:
-    finance.main(argv(folder, out, *words))
+    common = [f"--out_dir={folder / 'answers'}", f"--out={out}", "--device=cpu", "--batch_size=4"]
+    common += ["--n_sources=60", "--n_val=20", "--max_new_tokens=20", "--temperature=1"]
+    finance.main([*common, *words])
     return Dataset(str(out))
 
 
@@ -154,14 +150,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(answers, whole, tmp_path, 
     [
         (["--seed=3", "--num_samples=3", "--batch_size=5"], "seed, num_samples, batch_size"),
         (["--n_val=19", "--n_sources=59"], "n_val, n_sources"),
-        (["--out_dir={}/answers2"], "weights_sha256"),
         (["--dataset={}/questions"], "dataset_fingerprints"),
     ],
 )
 def test_samples_of_another_run_are_not_mixed_in(answers, whole, words, names):
-    if not (answers / "answers2").exists():
-        common = {"dataset": answers / "asked", "init_from": answers / "base"}
-        train_here(out_dir=answers / "answers2", max_iters=2, **common)
     before = contents(whole)
     message = rf"whole/samples\.jsonl was begun with other {names}; delete it to start over"
     with pytest.raises(UserError, match=message):
@@ -184,7 +176,7 @@ def test_the_pairs_are_those_of_a_slow_loop(answers, whole, tmp_path, margin, ca
     before = (out / "samples.jsonl").read_bytes()
     data = prepared(answers, out, f"--margin={margin}")
     assert (out / "samples.jsonl").read_bytes() == before  # another margin needs no new samples
-    metric, wanted, too_alike = CHRF(word_order=2), {"train": {}, "val": {}}, 0
+    metric, wanted = CHRF(word_order=2), {"train": {}, "val": {}}
     for line in lines_of(out):
         rated = [
             (metric.sentence_score(text, [line["reference"]]).score, text)
@@ -195,8 +187,6 @@ def test_the_pairs_are_those_of_a_slow_loop(answers, whole, tmp_path, margin, ca
         if best - worst >= max(margin, 1e-4):
             ties = [[text for score, text in rated if score == end] for end in (best, worst)]
             wanted[line["split"]][line["source"]] = ties
-        else:
-            too_alike += len({text for _, text in rated}) > 1
     for split in ("train", "val"):
         pairs = pairs_of(data, split)
         assert pairs.keys() == wanted[split].keys() and pairs
@@ -204,8 +194,6 @@ def test_the_pairs_are_those_of_a_slow_loop(answers, whole, tmp_path, margin, ca
             assert chosen in wanted[split][source][0] and rejected in wanted[split][source][1]
         counts = dict(data.meta["pairs_from"][split])
         assert counts["pairs"] == len(pairs) and counts.pop("sources") == sum(counts.values())
-        too_alike -= counts.get("too alike", 0)
-    assert too_alike == 0
     printed = capsys.readouterr().out
     assert printed.count("\n    better: ") == printed.count("\n    worse:  ") == 3
 
@@ -262,13 +250,11 @@ def test_comets_scores_rank_and_an_interrupted_ranking_goes_on(answers, tmp_path
     ("words", "message"),
     [
         (["--out_dir={}/base"], "base continues texts, it has learnt no answers"),
-        (["--out_dir={}/answers", "--dataset={}/text"], "has no questions with references"),
-        (["--out_dir={}/answers", "--margin=100"], "none of 60 train sources"),
+        (["--dataset={}/text"], "has no questions with references"),
+        (["--margin=100"], "no source of the train split gave a pair"),
     ],
 )
 def test_bad_settings_are_one_line(answers, tmp_path, words, message):
-    words = [word.format(answers) for word in words]
-    common = [f"--out={tmp_path / 'out'}", "--device=cpu", "--n_sources=60", "--n_val=20"]
     with pytest.raises(UserError, match=message):
-        finance.main([*common, *words])
+        prepared(answers, tmp_path / "out", *(word.format(answers) for word in words))
     assert not (tmp_path / "out" / "meta.json").exists()

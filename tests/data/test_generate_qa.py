@@ -14,15 +14,14 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from configurator import ROOT, UserError
+from configurator import UserError
 from data import generate_qa
 from data.generate_qa import cut, is_grounded, parse_pairs
+from miniglm import jsonl
 from miniglm.prep.readers import Tally, find_sources, records
 from tests.helpers import TEXT
-from tests.runs import error_line, run
 
 LINES = TEXT.splitlines()
-SCRIPT = str(ROOT / "data" / "generate_qa.py")
 
 
 def pair(question: str, answer: str, evidence: str | None = None) -> str:
@@ -87,14 +86,10 @@ def generate(url: str, *words: str) -> None:
     generate_qa.main([f"--base_url={url}", "--model=m", "--passage=60", f"--out={out}", *words])
 
 
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def test_good_pairs_are_kept_with_their_passage_and_model(novel, capsys):
     with endpoint(lambda line, *_: GOOD[line]) as (url, requests):
         generate(url, "--input=novel.txt", "--temperature=0.5", "--max_tokens=99")
-    found = {line["Question"]: line for line in lines_of(novel / "qa.jsonl")}
+    found = {line["Question"]: line for line in jsonl.recover(novel / "qa.jsonl")}
     assert len(found) == len(requests) == 5
     for number, text in GOOD.items():
         made = {"Passage": LINES[number], "Source": str(novel / "novel.txt"), "Model": "m"}
@@ -117,24 +112,22 @@ def test_what_is_wrong_is_left_out_and_counted(novel, capsys):
     }
     with endpoint(lambda line, *_: answers[line]) as (url, _):
         generate(url, "--input=novel.txt", "--parallel=1")
-    kept = [line["Question"] for line in lines_of(novel / "qa.jsonl")]
+    kept = [line["Question"] for line in jsonl.recover(novel / "qa.jsonl")]
     assert kept == [json.loads(GOOD[n])["Question"] for n in (0, 1, 2)]
     out = capsys.readouterr().out
     counts = out.splitlines()[-1].split("; ")[0].split(", ")
     wanted = ["3 kept", "1 duplicate", "1 near duplicate", "1 malformed", "2 not grounded"]
     assert sorted(counts) == sorted(wanted)
-    calls = lines_of(novel / "qa.jsonl.calls")
+    calls = jsonl.recover(novel / "qa.jsonl.calls")
     assert sum(call.get("not grounded", 0) for call in calls) == 2
     assert len(calls) == 5
 
 
 def test_refused_and_failing_calls_are_tried_again(novel):
-    def answer(line: int, prompt: str, times: int) -> str | int:
-        return {1: 429, 2: 500, 3: 503}.get(times, GOOD[line])
-
-    with endpoint(answer) as (url, requests):
+    failures = {1: 429, 2: 500, 3: 503}
+    with endpoint(lambda line, _, times: failures.get(times, GOOD[line])) as (url, requests):
         generate(url, "--input=novel.txt")
-    assert len(lines_of(novel / "qa.jsonl")) == 5
+    assert len(jsonl.recover(novel / "qa.jsonl")) == 5
     assert len(requests) == 20
 
 
@@ -165,13 +158,12 @@ def test_calls_come_in_parallel(novel):
 
     with endpoint(answer) as (url, _):
         generate(url, "--input=novel.txt", "--parallel=5")
-    assert len(lines_of(novel / "qa.jsonl")) == 5
+    assert len(jsonl.recover(novel / "qa.jsonl")) == 5
 
 
 def test_examples_alone_are_a_prompt_whose_questions_are_not_repeated(novel):
     known = [json.loads(GOOD[n]) for n in range(3)]
-    lines = "\n".join(json.dumps(line, ensure_ascii=False) for line in known)
-    (novel / "known.jsonl").write_text(lines, encoding="utf-8")
+    jsonl.write(novel / "known.jsonl", known)
     texts = iter([GOOD[0], pair("吴国的都城在哪里？", "在建业。"), GOOD[3], "没有"])
     with endpoint(lambda *_: next(texts)) as (url, requests):
         generate(url, "--examples=known.jsonl", "--calls=4", "--parallel=1", "--n_examples=2")
@@ -179,9 +171,8 @@ def test_examples_alone_are_a_prompt_whose_questions_are_not_repeated(novel):
     assert len({*prompts}) > 1  # other examples with each
     for prompt in prompts:
         assert sum(line["Question"] in prompt for line in known) == 2
-        assert "Evidence" not in prompt
-        assert "原文：" not in prompt
-    assert lines_of(novel / "qa.jsonl") == [
+        assert "Evidence" not in prompt and "原文：" not in prompt
+    assert jsonl.recover(novel / "qa.jsonl") == [
         {"Question": "吴国的都城在哪里？", "Answer": "在建业。", "Model": "m"},
         {"Question": "帝御何殿？", "Answer": "帝御温德殿。", "Model": "m"},
     ]
@@ -191,9 +182,7 @@ def test_a_dry_run_prints_the_prompts_and_calls_nothing(novel, capsys):
     generate_qa.main(["--input=novel.txt", "--passage=60", "--dry_run"])
     out = capsys.readouterr().out
     assert all(f"原文：\n{line}\n" in out for line in LINES)
-    prompts = out.split("--- prompt 1\n")[1]
     assert out.splitlines()[-1].startswith("--- 5 calls, ")
-    assert prompts.count("原文：") == 5
     assert [path.name for path in novel.iterdir()] == ["novel.txt"]
     shown = []  # fewer calls are among those of more
     for calls in (2, 4):
@@ -217,10 +206,9 @@ def test_a_request_that_is_refused_for_good_stops_all(novel):
 def test_an_endpoint_that_is_not_there_is_one_line(novel):
     with endpoint(lambda *_: 500) as (url, _):
         pass  # its port is free again
-    words = [f"--base_url={url}", "--model=m", "--input=novel.txt", "--passage=60", "--retries=0"]
-    error = error_line(run(SCRIPT, *words, f"--out={novel / 'qa.jsonl'}", cwd=novel))
-    assert url in error
-    assert "Connection error. (APIConnectionError)" in error
+    message = rf"{url}.*: Connection error\. \(APIConnectionError\)"
+    with pytest.raises(UserError, match=message):
+        generate(url, "--input=novel.txt", "--retries=0")
 
 
 @pytest.mark.parametrize(
