@@ -11,18 +11,16 @@ a copy named after dataset and split; for questions also answers-seen.jsonl and 
 """
 
 import dataclasses
-import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 
 from configurator import UserError, at_least, command, configure, repo_path, show_path
 from data_utils import Dataset, Mixture, open_dataset
-from miniglm import scoring
+from miniglm import answer_file, jsonl, scoring
 from miniglm.checkpoint import Checkpoint
-from miniglm.comparison import compare
+from miniglm.comparison import compare, report_name
 from miniglm.generation import Sampling
 from miniglm.losses import split_sums
 from miniglm.prep.writer import fit
@@ -30,6 +28,10 @@ from miniglm.text import check_answers, load_for_sampling
 from visualize import draw_histogram
 
 TRANSLATIONS = ["translation_sft", "finance_sft"]
+HISTOGRAMS = {
+    "rouge_l": "ROUGE-L of each answer, over characters",
+    "perplexity": "perplexity of each reference answer",
+}
 
 
 @dataclass
@@ -57,18 +59,14 @@ def dataset_of(checkpoint: Checkpoint, name: str | None) -> Dataset | Mixture:
     return open_dataset(name)
 
 
-def evaluate(
-    checkpoint: Checkpoint, data: Dataset, split: str, sampling: Sampling, batch_size: int
-) -> None:
+def evaluate(checkpoint: Checkpoint, data: Dataset, split: str, config: Settings) -> None:
     """Scores the whole split and writes the report."""
-    began = time.perf_counter()
+    batch_size = config.batch_size
     report, asked, seen = {"dataset": data.name, "split": split}, [], None
     conversations = data.conversations(split) if data.kind == "sft" else []
     if conversations and data.languages:
         ask = scoring.in_chat if checkpoint.answers else scoring.in_text
-        asked, sizes = scoring.answer_all(
-            checkpoint, conversations, sampling, batch_size, split, ask
-        )
+        asked, sizes = scoring.answer_all(checkpoint, conversations, config, batch_size, ask)
         report |= sizes | scoring.score_translations(asked)
     else:
         device = str(checkpoint.model.wte.weight.device)
@@ -78,16 +76,16 @@ def evaluate(
         count = min(len(conversations), len(trained))
         chosen = sorted(np.random.default_rng(0).choice(len(trained), count, replace=False))
         some = [trained[row] for row in chosen]
-        asked, _ = scoring.answer_all(checkpoint, conversations, sampling, batch_size, split)
-        seen, _ = scoring.answer_all(checkpoint, some, sampling, batch_size, "seen")
+        asked, _ = scoring.answer_all(checkpoint, conversations, config, batch_size)
+        seen, _ = scoring.answer_all(checkpoint, some, config, batch_size)
         report |= scoring.score_answers(asked, seen, pairs_of(data, "train"))
-    report["seconds"] = round(time.perf_counter() - began, 1)
     write(checkpoint, report, asked, seen)
 
 
 def pairs_of(data: Dataset, split: str) -> list[tuple[str, str]]:
-    """The last question and answer of each conversation."""
-    return [(m[-2]["content"], m[-1]["content"]) for m in data.conversations(split)]
+    """The last question and answer of each conversation; none of data without conversations."""
+    conversations = data.conversations(split) if data.kind == "sft" else []
+    return [(m[-2]["content"], m[-1]["content"]) for m in conversations]
 
 
 # --- a file of questions -----------------------------------------------------------------------
@@ -98,21 +96,25 @@ def evaluate_file(
     records: list[dict],
     name: str,
     dataset: str | None,
-    sampling: Sampling,
-    batch_size: int,
+    config: answer_file.Settings,
 ) -> None:
     """Scores the answers to a file's questions: `sample.py --eval_mode`. References come from the
     file, else from the dataset; questions that have neither are counted and left out."""
     check_answers(checkpoint)
-    data = known_questions(checkpoint, dataset, records)
+    try:
+        data = dataset_of(checkpoint, dataset)
+    except UserError:
+        if dataset or not all(record.get("Answer") for record in records):
+            raise
+        data = None
     splits = sorted(data.tokens, key=lambda split: split == "train") if data else []
     known = {split: pairs_of(data, split) for split in splits}
     reference_of = {q: a for pairs in known.values() for q, a in pairs}  # train's last, they win
-    conversations, unmatched = with_references(checkpoint, records, reference_of)
+    conversations = with_references(checkpoint, records, reference_of)
     if not conversations:
-        raise UserError(f"no question of {name} has a reference")
-    asked, sizes = scoring.answer_all(checkpoint, conversations, sampling, batch_size, "file")
-    report, seen = {"dataset": name, "split": "file", "unmatched": unmatched} | sizes, None
+        raise UserError(f"no question of {name} has a reference; pass --dataset= of questions")
+    asked, sizes = scoring.answer_all(checkpoint, conversations, config, config.batch_size)
+    report, seen = {"dataset": name, "split": "file"} | sizes, None
     if data and data.languages:
         report |= scoring.score_translations(asked)
     else:
@@ -122,27 +124,11 @@ def evaluate_file(
     write(checkpoint, report, asked, seen)
 
 
-def known_questions(
-    checkpoint: Checkpoint, name: str | None, records: list[dict]
-) -> Dataset | None:
-    """The dataset of questions that references come from; None if there is none and the file has
-    all references."""
-    try:
-        data = dataset_of(checkpoint, name)
-        if data.kind != "sft":
-            raise UserError(f"{show_path(data.path)} has no answers; pass --dataset= of questions")
-        return data
-    except UserError:
-        if name or not all(record.get("Answer") for record in records):
-            raise
-        return None
-
-
 def with_references(
     checkpoint: Checkpoint, records: list[dict], reference_of: dict[str, str]
-) -> tuple[list[list[dict]], int]:
-    """Conversations of question and reference, as long as the model can read; and how many records
-    have no reference."""
+) -> list[list[dict]]:
+    """Conversations of question and reference, as long as the model can read; says how many records
+    have no reference, or do not fit."""
     conversations, unmatched, too_long = [], 0, 0
     for record in records:
         answer = record.get("Answer") or reference_of.get(record["Question"], "")
@@ -159,27 +145,31 @@ def with_references(
     print(f"{len(conversations)} questions; {unmatched} without a reference were left out")
     if too_long:
         print(f"{too_long} longer than block_size were cut or left out")
-    return conversations, unmatched
+    return conversations
 
 
 # --- reports -----------------------------------------------------------------------------------
 
 
 def write(checkpoint: Checkpoint, report: dict, asked: list[dict], seen: list[dict] | None) -> None:
-    scoring.write_report(checkpoint, report, asked, seen)
+    """Writes and prints the report. asked: empty if there are no answers. seen: None if there are
+    no questions."""
+    out_dir, dataset, split = checkpoint.out_dir, report["dataset"], report["split"]
+    report = {"checkpoint": checkpoint.path.name} | report
+    for suffix in ("", f"-{report_name(dataset, split)}"):
+        jsonl.write_report(out_dir / f"evaluation{suffix}.json", report)
+        if asked:
+            jsonl.write(out_dir / f"answers{suffix}.jsonl", asked)
     if seen is not None:
-        draw_histograms(checkpoint.out_dir, report, asked, seen)
-
-
-def draw_histograms(out_dir: Path, report: dict, asked: list[dict], seen: list[dict]) -> None:
-    groups = {report["split"]: asked, "trained questions": seen}
-    for key, label, log_x in (
-        ("rouge_l", "ROUGE-L of each answer, over characters", False),
-        ("perplexity", "perplexity of each reference answer", True),
-    ):
-        values = {group: [r[key] for r in records] for group, records in groups.items()}
-        title = f"{out_dir.name} on {report['dataset']}"
-        draw_histogram(values, out_dir / f"{key}.png", title, label, log_x=log_x)
+        jsonl.write(out_dir / "answers-seen.jsonl", seen)
+        groups, title = {split: asked, "trained questions": seen}, f"{out_dir.name} on {dataset}"
+        for key, label in HISTOGRAMS.items():
+            values = {group: [r[key] for r in records] for group, records in groups.items()}
+            path, log_x = out_dir / f"{key}.png", key == "perplexity"
+            draw_histogram(values, path, title, label, log_x=log_x)
+    for key, value in report.items():
+        print(f"{key:<20}  {value:.4g}" if isinstance(value, float) else f"{key:<20}  {value}")
+    print(f"written to {show_path(out_dir)}/evaluation.json")
 
 
 def main(argv: list[str]) -> None:
@@ -192,14 +182,13 @@ def main(argv: list[str]) -> None:
     data = dataset_of(checkpoint, config.dataset)
     if data.kind == "dpo":
         raise UserError(
-            f"{show_path(data.path)} holds preferences, which train.py's log scores; pass "
-            "--dataset= of questions or of text"
+            f"{show_path(data.path)} holds preferences; pass --dataset= of questions or of text"
         )
     data.check(checkpoint.model.config.block_size, split)
     data.check_tokenizer(checkpoint.tokenizer, checkpoint.path)
     # greedy, whatever sampling takes by default
-    sampling = dataclasses.replace(config, temperature=config.temperature or 0.0)
-    evaluate(checkpoint, data, split, sampling, config.batch_size)
+    config = dataclasses.replace(config, temperature=config.temperature or 0.0)
+    evaluate(checkpoint, data, split, config)
 
 
 if __name__ == "__main__":

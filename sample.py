@@ -18,12 +18,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from configurator import UserError, command, configure, show_path, user_path, written_aside
+from configurator import UserError, command, configure, show_path, user_path
 from miniglm import answer_file, jsonl
 from miniglm.checkpoint import Checkpoint
 from miniglm.generation import Sampling
 from miniglm.text import (
-    chat,
+    chat_prompt,
     complete,
     complete_question,
     load_for_sampling,
@@ -92,12 +92,7 @@ def print_outputs(
         print("" if checkpoint.answers else texts[0], end="", flush=True)
         return [(texts[0], print_stream(stream(checkpoint, prompts[0], config)))]
     outputs = complete(
-        checkpoint,
-        prompts,
-        config,
-        config.num_samples,
-        config.batch_size,
-        with_nats=config.perplexity,
+        checkpoint, prompts, config, config.num_samples, config.batch_size, nats=config.perplexity
     )
     shown = tqdm(outputs, total=len(prompts), unit="prompt", disable=len(prompts) == 1)
     pairs = []
@@ -129,9 +124,7 @@ def save(path: Path, checkpoint: Checkpoint, pairs: list[tuple[str, str]]) -> No
     if path.suffix == ".jsonl":
         jsonl.write(path, (dict(zip(keys, pair, strict=True)) for pair in pairs))
     else:
-        with written_aside(path) as aside:
-            text = "".join(show(checkpoint, *pair) + "\n" for pair in pairs)
-            aside.write_text(text, encoding="utf-8")
+        jsonl.write_text(path, "".join(show(checkpoint, *pair) + "\n" for pair in pairs))
     print(f"saved {len(pairs)} in {show_path(path)}", file=sys.stderr)
 
 
@@ -153,25 +146,19 @@ def converse(checkpoint: Checkpoint, sampling: Sampling) -> None:
             return
         if not text:
             messages = []
-        elif checkpoint.answers:
-            messages += reply(checkpoint, messages, text, sampling, turn)
-        else:
-            print(text, end="", flush=True)
-            print_stream(stream(checkpoint, prompt_ids(checkpoint, text), sampling, turn), True)
-
-
-def reply(
-    checkpoint: Checkpoint, messages: list[dict], text: str, sampling: Sampling, turn: int
-) -> list[dict]:
-    """Prints the answer to a question; returns both as messages, [] if the question is too long."""
-    question = {"role": "user", "content": complete_question(checkpoint, text)}
-    try:
-        pieces = chat(checkpoint, [*messages, question], sampling, turn)
-    except UserError as error:
-        print(f"error: {error}")
-        return []
-    print("答：", end="", flush=True)
-    return [question, {"role": "assistant", "content": print_stream(pieces, True)}]
+            continue
+        question = {"role": "user", "content": complete_question(checkpoint, text)}
+        try:
+            if checkpoint.answers:
+                prompt = chat_prompt(checkpoint, [*messages, question])
+            else:
+                prompt = prompt_ids(checkpoint, text)
+        except UserError as error:
+            print(f"error: {error}")
+            continue
+        print("答：" if checkpoint.answers else text, end="", flush=True)
+        answer = print_stream(stream(checkpoint, prompt, sampling, turn), can_stop=True)
+        messages += [question, {"role": "assistant", "content": answer}]
 
 
 def main(argv: list[str]) -> None:
@@ -185,8 +172,8 @@ def main(argv: list[str]) -> None:
     if config.eval_mode:
         from evaluations import evaluate_file  # it brings matplotlib, which takes half a second
 
-        name, batch_size = Path(config.start.removeprefix("FILE:")).stem, config.batch_size
-        return evaluate_file(checkpoint, records, name, config.dataset, config, batch_size)
+        name = Path(config.start.removeprefix("FILE:")).stem
+        return evaluate_file(checkpoint, records, name, config.dataset, config)
     texts = [record["Question"] for record in records]
     if checkpoint.answers and not config.start.strip():
         raise UserError("what is the question? pass --start=TEXT or --start=FILE:questions.txt")

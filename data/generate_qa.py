@@ -15,11 +15,12 @@ and is appended as soon as it comes; OUT.calls has a line for each call that was
 the same command resumes where it was stopped. The prepare scripts read the file as it is.
 """
 
-import functools
+import asyncio
 import hashlib
 import heapq
 import itertools
 import json
+import os
 import random
 import re
 import sys
@@ -29,17 +30,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from tqdm import tqdm
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import UserError, at_least, command, configure, repo_path, show_path
+from configurator import UserError, above, at_least, command, configure, repo_path, show_path
 from miniglm import jsonl
-from miniglm.prep import endpoint
-from miniglm.prep.endpoint import ask_all, open_client, short_hash
 from miniglm.prep.forms import is_whole, text_of
 from miniglm.prep.readers import Tally, find_sources, records
 from miniglm.prep.similar import QUESTIONS_ALIKE, NearDuplicates, letters_of
 from miniglm.prep.writer import SENTENCE_END
 
+HOPELESS = 5  # calls that fail one after another, after which it stops
 # share of an answer's character pairs that its passage or question must have: 88 % of the 1,186
 # answers of data/sanguo/qa.jsonl, which paraphrase the novel, have it in the 800 characters around
 # their evidence, and 0.7 % of answers to other questions
@@ -54,7 +56,7 @@ FORM_OF_PASSAGE = (
 
 
 @dataclass
-class Settings(endpoint.Settings):
+class Settings:
     input: list[str] = field(default_factory=list)  # the source: files, folders, globs; or none
     examples: str = ""  # a file of questions and answers, some of which are shown in each prompt
     out: str = "data/generated/qa.jsonl"  # file to append to
@@ -64,6 +66,11 @@ class Settings(endpoint.Settings):
     n_examples: Annotated[int, at_least(0)] = 3  # examples in a prompt
     temperature: float = 0.8
     max_tokens: int | None = None  # of an answer; None: the endpoint's own limit
+    model: str = ""  # the model's name at the endpoint
+    base_url: str = ""  # the endpoint, as http://127.0.0.1:7860/v1; empty: OPENAI_BASE_URL, OpenAI
+    parallel: Annotated[int, at_least(1)] = 8  # calls at once
+    retries: Annotated[int, at_least(0)] = 5  # of a call that the endpoint refuses or loses
+    timeout: Annotated[float, above(0)] = 120.0  # seconds of a try
     seed: int = 1337  # which examples go with which call
     encoding: str = "auto"  # of the source: utf-8, gb18030, big5, utf-16
     dry_run: bool = False  # print the prompts and the number of calls; call nothing
@@ -84,6 +91,11 @@ class Call:
     @property
     def id(self) -> str:
         return short_hash(self.prompt)
+
+
+def short_hash(text: str) -> str:
+    """16 hexadecimal digits that identify a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # --- prompts -------------------------------------------------------------------------------------
@@ -115,15 +127,10 @@ def cut(text: str, size: int) -> list[str]:
 
 
 def read_examples(config: Settings) -> list[dict]:
-    """The first questions and answers of the examples' conversations."""
-    if not config.examples:
-        return []
-    examples, tally = [], Tally()
-    for source in find_sources([config.examples]):
-        for turns in records(source, tally, want=list):
-            question, answer = (turn["content"] for turn in turns[-2:])
-            examples.append({"Question": question, "Answer": answer})
-    return examples
+    """The last question and answer of each of the examples' conversations."""
+    sources, tally = find_sources([config.examples]) if config.examples else [], Tally()
+    pairs = [turns[-2:] for source in sources for turns in records(source, tally, want=list)]
+    return [{"Question": ask["content"], "Answer": answer["content"]} for ask, answer in pairs]
 
 
 def plan(config: Settings, examples: list[dict]) -> list[Call]:
@@ -132,7 +139,7 @@ def plan(config: Settings, examples: list[dict]) -> list[Call]:
     calls."""
     asked = passages(config) if config.input else [("", "")] * config.calls
     if config.input and config.calls:
-        asked = heapq.nsmallest(config.calls, asked, key=lambda passage: _hash(passage[0]))
+        asked = heapq.nsmallest(config.calls, asked, key=lambda passage: short_hash(passage[0]))
     calls = [
         Call(write_prompt(config, passage, examples, number), passage, source)
         for number, (passage, source) in enumerate(asked)
@@ -157,42 +164,32 @@ def write_prompt(config: Settings, passage: str, examples: list[dict], number: i
     return "\n".join(parts)
 
 
-def _hash(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
-
-
 # --- answers -------------------------------------------------------------------------------------
 
 
 def parse_pairs(text: str) -> tuple[list[dict], int]:
     """The JSON objects with question and answer in a model's text, whatever surrounds them, and how
     many others begin there but are broken or lack one of the two."""
-    decoder, pairs, broken, at = json.JSONDecoder(), [], 0, 0
-    while (at := text.find("{", at)) >= 0:
+    decoder, pairs, end = json.JSONDecoder(), [], 0
+    for match in re.finditer("{", text):
+        if match.start() < end:
+            continue
         try:
-            value, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError):
-            broken, at = broken + 1, at + 1
-            continue
-        parts = [value.get(key) for key in ("Question", "Answer")]
-        if parts == [None, None] and any(isinstance(part, list) for part in value.values()):
-            at += 1  # {"pairs": [...]}: they are inside
-            continue
-        at = end
-        if all(isinstance(part, str) and part.strip() for part in parts):
-            pairs.append(value)
-        else:
-            broken += 1
-    return pairs, broken if pairs or broken else 1
+            value, end_of_value = decoder.raw_decode(text, match.start())
+            if not (value["Question"].strip() and value["Answer"].strip()):
+                continue
+        except (ValueError, KeyError, AttributeError, RecursionError):
+            continue  # a pair may still be inside: {"pairs": [...]}
+        pairs.append(value)
+        end = end_of_value
+    return pairs, max(text.count('"Question"') - len(pairs), 0 if pairs else 1)
 
 
 def is_grounded(pair: dict, passage: str) -> bool:
     """Whether a passage has the pair's evidence, the numbers of its answer, and a share of GROUNDED
     of the answer's character pairs, those of the question aside."""
-    evidence = pair.get("Evidence")
-    if not isinstance(evidence, str) or not letters_of(evidence):
-        return False
-    if letters_of(evidence) not in letters_of(passage):
+    evidence = letters_of(str(pair.get("Evidence") or ""))
+    if not evidence or evidence not in letters_of(passage):
         return False
     known = letters_of(passage) + "\n" + letters_of(pair["Question"])
     answer = letters_of(pair["Answer"])
@@ -209,16 +206,13 @@ class Pairs:
         self.path, self.calls_path = path, path.with_name(path.name + ".calls")
         self.counts, self.known = Counter(), NearDuplicates(2, QUESTIONS_ALIKE)
         self.done = {line["call"] for line in jsonl.recover(self.calls_path, "call")}
-        self.before = 0
-        for pair in examples:
+        before = jsonl.recover(path, "Question")
+        self.n_before = len(before)
+        for pair in examples + before:
             self.known.like(letters_of(pair["Question"]))
-        for pair in jsonl.recover(path, "Question"):
-            self.known.like(letters_of(pair["Question"]))
-            self.before += 1
 
-    def add(self, call: Call, text: str, model: str) -> str:
-        """Appends the good pairs of a call's text, and that the call has been answered; returns how
-        many there are now."""
+    def add(self, call: Call, text: str, model: str) -> None:
+        """Appends the good pairs of a call's text, and that the call has been answered."""
         pairs, broken = parse_pairs(text)
         counts, lines = Counter({"malformed": broken}), []
         for pair in pairs:
@@ -233,7 +227,6 @@ class Pairs:
         jsonl.append(self.path, lines)
         jsonl.append(self.calls_path, [{"call": call.id, "model": model} | +counts])
         self.counts += counts
-        return f"{self.counts['kept']} pairs"
 
     def fault(self, pair: dict, passage: str) -> str:
         """Why a pair is left out, "" if it is good."""
@@ -245,32 +238,87 @@ class Pairs:
         return "" if not share else "duplicate" if share == 1 else "near duplicate"
 
 
+# --- the endpoint --------------------------------------------------------------------------------
+
+
+def open_client(config: Settings):
+    """The client of the openai package, which retries by itself: after 429, 5xx, lost connections
+    and timeouts, waiting longer each time, or as long as the endpoint asks."""
+    try:
+        import openai  # here, since nothing else needs it
+    except ImportError:
+        raise UserError("the openai package is missing; run python -m pip install openai") from None
+    if not config.model:
+        raise UserError("no model named; pass --model=, as the endpoint calls it")
+    key = os.environ.get("OPENAI_API_KEY")
+    url = config.base_url or os.environ.get("OPENAI_BASE_URL")
+    if not key and not url:
+        raise UserError("no key; set OPENAI_API_KEY, or name another endpoint by --base_url=")
+    options = {"max_retries": config.retries, "timeout": config.timeout}
+    return openai.AsyncOpenAI(api_key=key or "none", base_url=url or None, **options)
+
+
+async def ask_all(client, config: Settings, calls: list[Call], pairs: Pairs) -> None:
+    """Asks `parallel` calls at a time, in order; pairs gets each answer as it comes. A call that
+    fails after its retries is left for the next run.
+
+    Raises UserError, in a group, if the endpoint refuses the request itself, or fails HOPELESS
+    times in a row."""
+    import openai
+
+    left, failed_in_a_row = iter(calls), 0
+    options = {"model": config.model, "temperature": config.temperature}
+    options |= {"max_tokens": config.max_tokens} if config.max_tokens else {}
+
+    async def work() -> None:
+        nonlocal failed_in_a_row
+        for call in left:
+            messages = [{"role": "user", "content": call.prompt}]
+            try:
+                answer = await client.chat.completions.create(messages=messages, **options)
+                text = answer.choices[0].message.content or ""
+            except (openai.APIError, AttributeError, IndexError, TypeError) as error:
+                reason = f"{' '.join(str(error).split())[:300]} ({type(error).__name__})"
+                refused = getattr(error, "status_code", 0) in (400, 401, 403, 404, 405, 422)
+                failed_in_a_row += 1
+                if refused or failed_in_a_row >= min(HOPELESS, len(calls)):
+                    raise UserError(f"{client.base_url}: {reason}") from None
+                pairs.counts["failed calls"] += 1
+                bar.write(f"failed: {reason}", file=sys.stdout)
+            else:
+                failed_in_a_row = 0
+                pairs.add(call, text, config.model)
+                bar.set_postfix_str(f"{pairs.counts['kept']} pairs")
+            bar.update()
+
+    with tqdm(total=len(calls), unit="call", desc=pairs.path.name) as bar:
+        async with client, asyncio.TaskGroup() as group:
+            for _ in range(config.parallel):
+                group.create_task(work())
+
+
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     examples = read_examples(config)
     calls = plan(config, examples)
-    out = repo_path(config.out)
     if config.dry_run:
         for number, call in enumerate(calls, 1):
             print(f"--- prompt {number}\n{call.prompt}")
         size = sum(len(call.prompt) for call in calls)
-        print(f"--- {len(calls):,} calls, {size:,} characters of prompts")
-        return
+        return print(f"--- {len(calls):,} calls, {size:,} characters of prompts")
     client = open_client(config)
-    pairs = Pairs(out, examples)
+    pairs = Pairs(repo_path(config.out), examples)
     todo = [call for call in calls if call.id not in pairs.done]
     if len(todo) < len(calls):
         print(f"{len(calls) - len(todo):,} of {len(calls):,} calls were answered before")
-    options = {"temperature": config.temperature}
-    if config.max_tokens:
-        options["max_tokens"] = config.max_tokens
-    take = functools.partial(pairs.add, model=config.model)
     try:
-        ask_all(client, config, todo, take, pairs.counts, out.name, **options)
+        asyncio.run(ask_all(client, config, todo, pairs))
+    except* UserError as errors:
+        raise errors.exceptions[0] from None
     finally:
         counts = ", ".join(f"{n:,} {what}" for what, n in pairs.counts.items() if n)
-        total = pairs.before + pairs.counts["kept"]
-        print(f"{counts or 'nothing new'}; {show_path(out)} has {total:,} pairs")
+        total = pairs.n_before + pairs.counts["kept"]
+        print(f"{counts or 'nothing new'}; {show_path(pairs.path)} has {total:,} pairs")
 
 
 if __name__ == "__main__":

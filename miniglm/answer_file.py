@@ -10,7 +10,6 @@ answer.
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Annotated, Literal
 
 from tqdm import tqdm
 
-from configurator import UserError, at_least, locked, show_path, user_path, written_aside
+from configurator import UserError, at_least, locked, show_path, user_path
 from miniglm import jsonl
 from miniglm.checkpoint import Checkpoint
 from miniglm.generation import Sampling
@@ -55,13 +54,13 @@ def answer_file(config: Settings) -> None:
         if len(bad) == len(records):
             raise UserError(f"no line of {show_path(source)} is a question; the first: {bad[0]}")
         part = target.with_name(target.name + ".part")
-        done = len(jsonl.resume(part, header(config, checkpoint, source)))
-        bar = tqdm(total=len(records), initial=done, unit="question", desc=target.name)
-        for record in answers(checkpoint, config, records, done):
+        done = jsonl.resume(part, header(config, checkpoint, source))
+        new = answers(checkpoint, config, records, len(done))
+        for record in tqdm(new, target.name, len(records), initial=len(done), unit="question"):
             jsonl.append(part, [record])
-            bar.update()
-        bar.close()
-        publish(part, target)
+            done.append(record)
+        jsonl.write(target, done)
+        part.unlink()
     print(f"{len(records) - len(bad)} answers, {len(bad)} bad lines, in {show_path(target)}")
 
 
@@ -86,43 +85,26 @@ def answers(
     checkpoint: Checkpoint, config: Settings, records: list[tuple[dict, list[int]]], done: int
 ) -> Iterator[dict]:
     """The lines of the output after the first `done`."""
-    outputs = complete(
-        checkpoint,
-        [prompt for record, prompt in records[done:] if "error" not in record],
-        config,
-        config.num_samples,
-        config.batch_size,
-        first_prompt=sum("error" not in record for record, _ in records[:done]),
-        with_nats=config.perplexity,
-    )
+    waiting = [prompt for record, prompt in records[done:] if "error" not in record]
+    first = sum("error" not in record for record, _ in records) - len(waiting)
+    n, rows = config.num_samples, config.batch_size
+    outputs = complete(checkpoint, waiting, config, n, rows, first, nats=config.perplexity)
     for record, _ in records[done:]:
         if "error" in record:
             yield record
             continue
         samples = next(outputs)
-        values = {"answer": [output.text for output in samples]}
+        values = {"answer" if n == 1 else "answers": [output.text for output in samples]}
         if config.perplexity:
-            values["perplexity"] = [round(output.perplexity, 4) for output in samples]
-        if config.num_samples == 1:
-            yield record | {name: value for name, [value] in values.items()}
-        else:
-            plurals = {"answer": "answers", "perplexity": "perplexities"}
-            yield record | {plurals[name]: value for name, value in values.items()}
+            name = "perplexity" if n == 1 else "perplexities"
+            values[name] = [round(output.perplexity, 4) for output in samples]
+        yield record | (values if n > 1 else {name: value for name, [value] in values.items()})
 
 
 def header(config: Settings, checkpoint: Checkpoint, source: Path) -> dict:
     """What the answers depend on."""
     names = ["num_samples", "perplexity", *(["quantize", "batch_size"] if config.quantize else [])]
-    return fingerprint(checkpoint, config) | {
-        **{name: getattr(config, name) for name in names},
-        "question_end": checkpoint.question_end,
-        "input_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
-    }
-
-
-def publish(part: Path, target: Path) -> None:
-    """The answers without the header, under their own name."""
-    with written_aside(target) as aside, part.open("rb") as source, aside.open("wb") as file:
-        source.readline()
-        shutil.copyfileobj(source, file)
-    part.unlink()
+    settings = {name: getattr(config, name) for name in names}
+    settings["question_end"] = checkpoint.question_end
+    settings["input_sha256"] = hashlib.sha256(source.read_bytes()).hexdigest()
+    return fingerprint(checkpoint, config) | settings

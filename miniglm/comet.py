@@ -9,7 +9,6 @@ environment has. The score is added to evaluation-NAME.json beside answers-NAME.
 `python evaluations.py --compare=` finds it, until the next evaluation.
 """
 
-import importlib.metadata
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -40,29 +39,23 @@ def load_comet(name: str):
         ) from None
     path = user_path(name)
     path = path / "checkpoints" / "model.ckpt" if path.is_dir() else path
-    if path.suffix == ".ckpt" and not path.is_file():
-        raise UserError(f"no checkpoint {show_path(path)}; pass another --model=")
     try:
         return load_from_checkpoint(str(path if path.is_file() else download_model(name)))
     except Exception as error:  # COMET itself raises nothing narrower
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"COMET's model {name} cannot be loaded ({type(error).__name__}: {reason}); it and its "
-            "encoder come from the Hugging Face hub, or from the mirror that HF_ENDPOINT names; or "
-            "pass --model=, a checkpoint of your own"
+            f"COMET's model {name} cannot be loaded ({type(error).__name__}: {reason}); it comes "
+            "from the Hugging Face hub or the mirror HF_ENDPOINT; or pass --model=, a checkpoint"
         ) from None
 
 
 def predict(
-    model: object,
-    translations: list[tuple[str, str, str]],
-    batch_size: int,
-    progress_bar: bool = True,
+    model: object, texts: list[tuple[str, str, str]], batch_size: int, progress_bar: bool = True
 ) -> list[float]:
     """Scores of (source, translation, reference), mostly 0 to 1."""
     import torch  # COMET brings it
 
-    rows = [dict(zip(("src", "mt", "ref"), texts, strict=True)) for texts in translations]
+    rows = [{"src": source, "mt": text, "ref": ref} for source, text, ref in texts]
     options = {"gpus": int(torch.cuda.is_available()), "progress_bar": progress_bar}
     return [*model.predict(rows, batch_size=batch_size, **options).scores]
 
@@ -72,13 +65,11 @@ def main(argv: list[str]) -> None:
     answers, remedy = user_path(config.answers), "pass --answers=, a file that evaluations.py wrote"
     records = jsonl.read_records(answers, TEXTS, remedy)
     path = answers.with_name(f"evaluation{answers.stem.removeprefix('answers')}.json")
-    report = jsonl.read_report(path, {}, remedy)
+    report = jsonl.read_report(path, (), remedy)
     model = load_comet(config.model)
     texts = [(record["question"], record["answer"], record["reference"]) for record in records]
     scores = predict(model, texts, config.batch_size)
-    report["comet"] = float(sum(scores) / len(scores))
-    report["comet_model"] = config.model
-    report["comet_version"] = importlib.metadata.version("unbabel-comet")
+    report |= {"comet": float(sum(scores) / len(scores)), "comet_model": config.model}
     jsonl.write_report(path, report)
     print(f"COMET {report['comet']:.4f} by {config.model}, written to {show_path(path)}")
 

@@ -8,10 +8,9 @@ import itertools
 import re
 from pathlib import Path
 
-from configurator import UserError, repo_path, show_path, written_aside
+from configurator import UserError, repo_path, show_path
 from miniglm import jsonl, metrics
 from miniglm.comet import TEXTS
-from miniglm.scoring import report_name, score_translations
 
 SHARES = ("empty", "unfinished", "simplified")
 
@@ -26,9 +25,13 @@ def compare(runs: list[str], datasets: list[str], split: str, examples: int, fol
         print(f"{dataset}, {split}, {parts[-1]['n']} sentences\n\n{table(parts[-1])}\n")
     report = {"split": split, "datasets": parts}
     jsonl.write_report(folder / "comparison.json", report)
-    with written_aside(folder / "comparison.md") as path:
-        path.write_text(markdown(report), encoding="utf-8")
+    jsonl.write_text(folder / "comparison.md", markdown(report))
     print(f"written to {show_path(folder)}/comparison.md")
+
+
+def report_name(dataset: str, split: str) -> str:
+    """A dataset's split in the names of its report's files."""
+    return re.sub(r"[^\w.-]", "_", f"{dataset}-{split}")
 
 
 Phase = tuple[dict, list[dict]]  # a run's scores on a split, and a record for each sentence
@@ -38,24 +41,20 @@ def read_phase(run: str, dataset: str, split: str) -> Phase:
     remedy = f"run python evaluations.py --out_dir={run} --dataset={dataset} --split={split}"
     folder, name = repo_path(run), report_name(Path(dataset).name, split)
     records = jsonl.read_records(folder / f"answers-{name}.jsonl", TEXTS, remedy)
-    kinds = {"checkpoint": str, "perplexity": int | float}
-    report = jsonl.read_report(folder / f"evaluation-{name}.json", kinds, remedy)
-    copied = {key: report[key] for key in (*kinds, "comet", "comet_model") if key in report}
-    return {"run": show_path(folder)} | copied | score_translations(records), records
+    report = jsonl.read_report(folder / f"evaluation-{name}.json", ("perplexity", "bleu"), remedy)
+    return {"run": show_path(folder)} | report, records
 
 
 def check_same(phases: list[Phase], dataset: str, split: str) -> None:
     """Raises UserError unless all phases translated the same sentences in the same order."""
-    first, wanted = phases[0]
-    for row, records in phases[1:]:
-        pairs = itertools.zip_longest(wanted, records, fillvalue={})
-        for number, (a, b) in enumerate(pairs, 1):
-            if any(a.get(key) != b.get(key) for key in ("question", "reference")):
-                raise UserError(
-                    f"{row['run']} translated other sentences than {first['run']}, from number "
-                    f"{number} on; run python evaluations.py --out_dir={row['run']} "
-                    f"--dataset={dataset} --split={split}, and the same with {first['run']}"
-                )
+    asked = [[(r["question"], r["reference"]) for r in records] for _, records in phases]
+    for (row, _), sentences in zip(phases, asked, strict=True):
+        if sentences != asked[0]:
+            raise UserError(
+                f"{row['run']} translated other sentences than {phases[0][0]['run']}; run python "
+                f"evaluations.py --out_dir={row['run']} --dataset={dataset} --split={split}, and "
+                "the same with the other"
+            )
 
 
 def compared(dataset: str, phases: list[Phase], examples: int) -> dict:

@@ -52,15 +52,15 @@ def read_records(
     return records
 
 
-def read_report(path: Path, kinds: dict[str, type], remedy: str) -> dict:
-    """A file's one object, whose values under these keys have these types."""
+def read_report(path: Path, keys: Sequence[str], remedy: str) -> dict:
+    """A file's one object, which has these keys."""
     try:
         report = json.loads(read_text(path, remedy))
-        wrong = [key for key, kind in kinds.items() if not isinstance(report.get(key), kind)]
+        missing = {*keys} - report.keys()
     except (ValueError, AttributeError):
         raise UserError(f"{show_path(path)} is damaged; {remedy}") from None
-    if wrong:
-        raise UserError(f"{show_path(path)} has no {wrong[0]}; {remedy}")
+    if missing:
+        raise UserError(f"{show_path(path)} has no {min(missing)}; {remedy}")
     return report
 
 
@@ -68,15 +68,17 @@ def dumps(records: Iterable[dict]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def write(path: Path, records: Iterable[dict]) -> None:
+def write_text(path: Path, text: str) -> None:
     with written_aside(path) as aside:
-        aside.write_text(dumps(records), encoding="utf-8", newline="\n")
+        aside.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write(path: Path, records: Iterable[dict]) -> None:
+    write_text(path, dumps(records))
 
 
 def write_report(path: Path, report: dict) -> None:
-    with written_aside(path) as aside:
-        text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
-        aside.write_text(text, encoding="utf-8", newline="\n")
+    write_text(path, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
 
 
 # --- files that are appended to ------------------------------------------------------------------

@@ -1,18 +1,15 @@
-"""A checkpoint's answers to conversations, their scores, and the files of a report.
+"""A checkpoint's answers to conversations, and the figures of a report.
 
 Scores of texts are metrics.py's; what is asked, a split or a file, is evaluations.py's.
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable
 
 from tqdm import tqdm
 
-from configurator import show_path
 from data_utils import IGNORE, collate
-from miniglm import jsonl
 from miniglm.checkpoint import Checkpoint
 from miniglm.devices import to_device
 from miniglm.generation import Sampling
@@ -66,14 +63,13 @@ def answer_all(
     conversations: list[list[dict]],
     sampling: Sampling,
     batch_size: int,
-    label: str,
     ask: Ask = in_chat,
 ) -> tuple[list[dict], dict]:
     """A record for each conversation: question, reference, the model's answer, the reference's
-    perplexity; and per_token of all the references. label: of the progress bar."""
+    perplexity; and per_token of all the references."""
     prompts = [ask(checkpoint.tokenizer, messages)[0] for messages in conversations]
     outputs = complete(checkpoint, prompts, sampling, 1, batch_size)
-    answers = [output for [output] in tqdm(outputs, label, total=len(prompts), unit="answer")]
+    answers = [output for [output] in tqdm(outputs, total=len(prompts), unit="answer")]
     losses = reference_losses(checkpoint, conversations, batch_size, ask)
     records = [
         {
@@ -128,15 +124,10 @@ def score_translations(asked: list[dict]) -> dict:
         scores = score(metric, answers, [record["reference"] for record in asked])
         report[name], report[f"{name}_low"], report[f"{name}_high"] = scores
         report[f"{name}_signature"] = signature(metric)
-    return (
-        report
-        | {
-            "empty": mean([not answer.strip() for answer in answers]),
-            "unfinished": mean([not record["ended"] for record in asked]),
-            "simplified": mean([bool(simplified(answer)) for answer in answers]),
-        }
-        | lengths_and_repetition(asked)
-    )
+    report["empty"] = mean([not answer.strip() for answer in answers])
+    report["unfinished"] = mean([not record["ended"] for record in asked])
+    report["simplified"] = mean([bool(simplified(answer)) for answer in answers])
+    return report | lengths_and_repetition(asked)
 
 
 def lengths_and_repetition(asked: list[dict]) -> dict:
@@ -166,32 +157,3 @@ def is_traditional(char: str) -> bool:
     its second level calls rare, but Hong Kong writes: 年息五厘, 永恒."""
     code = char.encode("big5", errors="ignore")
     return b"\xa4\x40" <= code <= b"\xc6\x7e" or char in "厘恒熏蚝涂"
-
-
-# --- the files of a report ---------------------------------------------------------------------
-
-
-def report_name(dataset: str, split: str) -> str:
-    """A dataset's split in the names of its report's files."""
-    return re.sub(r"[^\w.-]", "_", f"{dataset}-{split}")
-
-
-def write_report(
-    checkpoint: Checkpoint, report: dict, asked: list[dict], seen: list[dict] | None
-) -> None:
-    """Writes evaluation.json and answers.jsonl, each with a copy named after dataset and split, and
-    answers-seen.jsonl; prints the report. asked: empty if there are no answers. seen: None if there
-    are no questions."""
-    out_dir = checkpoint.out_dir
-    report = {"checkpoint": checkpoint.path.name} | report
-    name = report_name(report["dataset"], report["split"])
-    if asked:
-        jsonl.write(out_dir / "answers.jsonl", asked)
-        jsonl.write(out_dir / f"answers-{name}.jsonl", asked)
-    if seen is not None:
-        jsonl.write(out_dir / "answers-seen.jsonl", seen)
-    jsonl.write_report(out_dir / "evaluation.json", report)
-    jsonl.write_report(out_dir / f"evaluation-{name}.json", report)
-    for key, value in report.items():
-        print(f"{key:<20}  {value:.4g}" if isinstance(value, float) else f"{key:<20}  {value}")
-    print(f"written to {show_path(out_dir)}/evaluation.json")

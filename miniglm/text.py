@@ -46,10 +46,8 @@ def fingerprint(checkpoint: Checkpoint, sampling: Sampling) -> dict:
     """What outputs depend on, besides their prompts: for the header of a file that is resumed."""
     sampling = default_temperature(checkpoint, sampling)
     settings = {field.name: getattr(sampling, field.name) for field in fields(Sampling)}
-    return settings | {
-        "tokenizer_sha256": checkpoint.tokenizer.sha256,
-        "weights_sha256": weights_sha256(checkpoint.path),
-    }
+    settings["tokenizer_sha256"] = checkpoint.tokenizer.sha256
+    return settings | {"weights_sha256": weights_sha256(checkpoint.path)}
 
 
 def check_answers(checkpoint: Checkpoint) -> None:
@@ -130,17 +128,14 @@ class TextStream:
             return ""
         self.held += new
         places = [place for stop in self.stop if (place := self.held.find(stop)) >= 0]
-        if places:
-            end, self.stopped = min(places), True
-        else:
-            end = len(self.held) - (self._partial_stop() if keep else 0)
+        self.stopped = bool(places)
+        end = min(places, default=len(self.held) - keep * self._partial_stop())
         text, self.held = self.held[:end], self.held[end:]
         return text
 
     def _partial_stop(self) -> int:
         """How many of the last characters may be the beginning of a stop text."""
-        longest = max(map(len, self.stop), default=0)
-        sizes = range(min(longest, len(self.held)), 0, -1)
+        sizes = range(len(self.held), 0, -1)
         return next((n for n in sizes if any(s.startswith(self.held[-n:]) for s in self.stop)), 0)
 
 
@@ -151,27 +146,26 @@ def complete(
     num_samples: int = 1,
     batch_size: int = 16,
     first_prompt: int = 0,
-    with_nats: bool = False,
+    nats: bool = False,
 ) -> Iterator[list[Output]]:
     """The outputs of each prompt, in the prompts' order; batch_size samples are made at once, and
     prompts are taken as there is room. first_prompt: the index of the first, for its random
-    stream."""
-    tokenizer, prompts = checkpoint.tokenizer, enumerate(prompts, first_prompt)
-    sampling = default_temperature(checkpoint, sampling)
+    stream. nats: whether to keep -log p of each token."""
+    tokenizer, sampling = checkpoint.tokenizer, default_temperature(checkpoint, sampling)
+    samples_of_prompts = (
+        [Request(prompt, sampling, number, i, 0 if nats else None) for i in range(num_samples)]
+        for number, prompt in enumerate(prompts, first_prompt)
+    )
     batch = Batch(checkpoint.model, tokenizer.stop_ids, batch_size, many=True)
     begun: deque[list[Request]] = deque()  # samples of each prompt that is not yet yielded
     output_of: dict[Request, tuple[Output, TextStream]] = {}
     while True:
         # finished outputs wait for the slowest one; beyond AHEAD of them, all wait for it
         while len(batch.waiting) < batch_size and len(begun) < AHEAD * batch_size:
-            if (numbered_prompt := next(prompts, None)) is None:
+            if (samples := next(samples_of_prompts, None)) is None:
                 break
-            number, prompt = numbered_prompt
-            alternatives = 0 if with_nats else None
-            begun.append(
-                [Request(prompt, sampling, number, i, alternatives) for i in range(num_samples)]
-            )
-            for request in begun[-1]:
+            begun.append(samples)
+            for request in samples:
                 output_of[request] = Output(), TextStream(tokenizer, sampling.stop)
                 batch.add(request)
         if not begun:
@@ -204,13 +198,6 @@ def stream(
             if token.id not in batch.stop_ids:
                 yield text.push(token.id)
     yield text.flush()
-
-
-def chat(
-    checkpoint: Checkpoint, messages: list[dict], sampling: Sampling, sample_index: int = 0
-) -> Iterator[str]:
-    """The answer to the last of the messages {"role", "content"}, as it comes."""
-    return stream(checkpoint, chat_prompt(checkpoint, messages), sampling, sample_index)
 
 
 def show(checkpoint: Checkpoint, prompt: str, text: str) -> str:

@@ -8,10 +8,11 @@ import pytest
 
 import sample
 from configurator import UserError, locked
+from miniglm import jsonl
 from miniglm.generation import Sampling
 from miniglm.text import load_for_sampling, prompt_ids, stream
-from tests.helpers import TEXT, save_run, tiny_model, tiny_tokenizer, write_novel, write_questions
-from tests.runs import contents
+from tests.helpers import TEXT
+from tests.test_sample import make_run
 
 LINES = [
     '{"question": "谁弄权？", "id": 3}',
@@ -33,14 +34,8 @@ QUESTIONS = ["谁弄权？", "帝御何殿", "谁谋诛宦官？", "何时？", 
 @pytest.fixture(scope="module")
 def outs(tmp_path_factory) -> dict[str, Path]:
     """An out_dir that answers, and one that continues."""
-    folder, tokenizer = tmp_path_factory.mktemp("outs"), tiny_tokenizer()
-    model = tiny_model(n_vocab=tokenizer.n_vocab, block_size=96)
-    asked = write_questions(folder / "asked", tokenizer, max_tokens=96)
-    novel = write_novel(folder / "novel", tokenizer)
-    return {
-        "sft": save_run(folder / "sft", model, tokenizer, asked, "sft"),
-        "pretrain": save_run(folder / "pretrain", model, tokenizer, novel, "pretrain"),
-    }
+    folder = tmp_path_factory.mktemp("outs")
+    return {kind: make_run(folder / kind, kind) for kind in ("sft", "pretrain")}
 
 
 def ask(out: Path, folder: Path, *flags: str, lines: list[str] = LINES) -> list[dict]:
@@ -48,43 +43,32 @@ def ask(out: Path, folder: Path, *flags: str, lines: list[str] = LINES) -> list[
     source.write_text("\n".join(lines), encoding="utf-8")
     files = [f"--input_data={source}", f"--output_data={target}"]
     sample.main([f"--out_dir={out}", *files, "--device=cpu", "--max_new_tokens=20", *flags])
-    return read(target)
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    return jsonl.recover(target)
 
 
 def test_every_line_keeps_its_place_and_a_bad_one_says_why(outs, tmp_path, capsys):
-    answers = ask(outs["sft"], tmp_path)
+    answers = ask(outs["sft"], tmp_path, "--batch_size=3")
     good = [record for record in answers if "answer" in record]
     assert [record["question"] for record in good] == QUESTIONS
-    assert all(record["answer"] for record in good)
+    checkpoint = load_for_sampling(str(outs["sft"]), "cpu")
+    for record in good:  # what the question has by itself
+        prompt = prompt_ids(checkpoint, record["question"])
+        alone = stream(checkpoint, prompt, Sampling(20, temperature=0.0))
+        assert record["answer"] == "".join(alone) != ""
     bad = {n: record["error"] for n, record in enumerate(answers) if "error" in record}
     assert list(bad) == [4, 5, 6, 7, 9, 10]  # the blank line has no place
     for number, words in ((4, "line 6: "), (5, "line 7: .*no text"), (6, "line 8: .*no text")):
         assert re.match(words, bad[number])
-    assert bad[7].startswith("line 9: ") and "longer than block_size=96" in bad[7]
+    assert bad[7].startswith("line 9: ") and "longer than block_size=128" in bad[7]
     printed = capsys.readouterr().out
     assert all(f"bad line: {error}\n" in printed for error in [*bad.values()][:5])
     assert f"{len(QUESTIONS)} answers, 6 bad lines" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "asked.jsonl"]
 
 
-def test_answers_are_those_that_each_question_has_by_itself(outs, tmp_path):
-    checkpoint = load_for_sampling(str(outs["sft"]), "cpu")
-    for record in ask(outs["sft"], tmp_path, "--batch_size=3"):
-        if "answer" in record:
-            prompt = prompt_ids(checkpoint, record["question"])
-            alone = stream(checkpoint, prompt, Sampling(20, temperature=0.0))
-            assert record["answer"] == "".join(alone)
-
-
 def test_several_samples_and_perplexities_are_lists(outs, tmp_path):
-    answers = ask(
-        outs["pretrain"], tmp_path, "--num_samples=3", "--perplexity", lines=["却说", "汉"]
-    )
-    for record in answers:
+    flags, lines = ("--num_samples=3", "--perplexity"), ["却说", "汉"]
+    for record in ask(outs["pretrain"], tmp_path, *flags, lines=lines):
         assert list(record) == ["question", "answers", "perplexities"]
         assert len(set(record["answers"])) == len(record["perplexities"]) == 3
         assert all(value > 1 for value in record["perplexities"])
@@ -96,8 +80,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(outs, tmp_path, kept, monk
     ask(outs["sft"], tmp_path, *flags)
     whole = (tmp_path / "answers.jsonl").read_bytes()
     (tmp_path / "answers.jsonl").unlink()
-    monkeypatch.setattr("miniglm.answer_file.publish", lambda part, target: None)
-    with pytest.raises(FileNotFoundError):
+    monkeypatch.delattr("miniglm.jsonl.write")
+    with pytest.raises(AttributeError):
         ask(outs["sft"], tmp_path, *flags)  # ends with its .part
     monkeypatch.undo()
     part = tmp_path / "answers.jsonl.part"
@@ -113,14 +97,16 @@ def test_what_another_run_has_begun_is_not_mixed_in(outs, tmp_path):
     part = tmp_path / "answers.jsonl.part"
     part.write_text('{"seed": 2}\n{"question": "谁？", "answer": "曹节"}\n', encoding="utf-8")
     before = part.read_bytes()
-    with pytest.raises(
-        UserError, match=r"answers\.jsonl\.part was begun with other max_new_tokens, "
-    ):
+    with pytest.raises(UserError, match="was begun with other max_new_tokens, "):
         ask(outs["sft"], tmp_path)
     assert part.read_bytes() == before
     part.unlink()
     with locked(tmp_path / "answers.jsonl"), pytest.raises(UserError, match="another run writes"):
         ask(outs["sft"], tmp_path)
+    (tmp_path / "answers.jsonl").touch()
+    with pytest.raises(UserError, match="exists; delete it, or pass another"):
+        ask(outs["sft"], tmp_path)
+    assert (tmp_path / "answers.jsonl").read_bytes() == b""
 
 
 @pytest.mark.parametrize("flag", ["--start=谁", "--interactive", "--save_path=x", "--eval_mode"])
@@ -129,14 +115,6 @@ def test_what_means_nothing_beside_a_file_is_refused(outs, tmp_path, flag):
         ask(outs["sft"], tmp_path, flag)
     with pytest.raises(UserError, match="go together"):
         ask(outs["sft"], tmp_path, "--input_data=")
-
-
-def test_what_is_there_already_stays(outs, tmp_path):
-    ask(outs["sft"], tmp_path, lines=["谁？"])
-    before = contents(tmp_path)
-    with pytest.raises(UserError, match="exists; delete it, or pass another"):
-        ask(outs["sft"], tmp_path, lines=["谁？"])
-    assert contents(tmp_path) == before
 
 
 def test_a_file_without_a_question_is_one_line(outs, tmp_path):

@@ -1,6 +1,5 @@
 """The reports of a tiny model against its own losses, token by token, and what its files say."""
 
-import json
 import math
 from pathlib import Path
 
@@ -13,9 +12,9 @@ import sample
 from configurator import UserError
 from data.translation import prepare_sft as translation_sft
 from data_utils import Dataset
+from miniglm import jsonl
 from miniglm.checkpoint import Checkpoint, load_checkpoint
 from miniglm.generation import Sampling
-from miniglm.jsonl import read_records
 from miniglm.metrics import look_up, mean, rouge_l
 from miniglm.prep import parallel
 from miniglm.scoring import in_chat, in_text, reference_losses, score_translations, simplified
@@ -29,10 +28,10 @@ from tests.helpers import (
     tiny_model,
     tiny_tokenizer,
     write_novel,
-    write_questions,
 )
 from tests.prep.test_parallel import PAIRS, many, write_pairs
 from tests.runs import read_json
+from tests.test_sample import make_run
 
 
 def slow_nats(checkpoint: Checkpoint, messages: list[dict], ask=in_chat) -> tuple[float, int]:
@@ -50,28 +49,18 @@ def perplexity(losses: list[tuple[float, int]]) -> float:
     return math.exp(sum(nats) / sum(counts))
 
 
-def make_run(tmp_path: Path, kind: str, **options) -> Path:
-    """An out_dir of a random model, with the dataset beside it."""
-    tokenizer = tiny_tokenizer()
-    model = tiny_model(**{"n_vocab": tokenizer.n_vocab, "block_size": 128} | options)
-    if kind == "sft":
-        data = write_questions(tmp_path / "toy_sft", tokenizer)
-    else:
-        data = write_novel(tmp_path / "toy", tokenizer)
-    return save_run(tmp_path / "out-toy", model, tokenizer, data, kind)
-
-
 def evaluate(out: Path, *flags: str) -> dict:
     evaluations.main([f"--out_dir={out}", "--device=cpu", "--max_new_tokens=20", *flags])
     return read_json(out / "evaluation.json")
 
 
 def read_lines(path: Path) -> list[dict]:
-    return read_records(path, ("question", "answer"), "")
+    return jsonl.read_records(path, ("question", "answer"), "")
 
 
-def is_picture(path: Path) -> bool:
-    return path.read_bytes().startswith(b"\x89PNG\r\n") and path.stat().st_size > 2000
+def has_pictures(out: Path) -> bool:
+    files = [out / "rouge_l.png", out / "perplexity.png"]
+    return all(file.read_bytes().startswith(b"\x89PNG\r\n") for file in files)
 
 
 def test_what_is_asked_in_chat_ends_with_the_answer_and_its_end():
@@ -81,15 +70,15 @@ def test_what_is_asked_in_chat_ends_with_the_answer_and_its_end():
     assert answer == [*tokenizer.encode(messages[-1]["content"]), tokenizer.end]
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 9])
-def test_reference_perplexities_are_those_of_each_answer_alone(tmp_path, batch_size):
+def test_reference_perplexities_are_those_of_each_answer_alone(tmp_path):
     checkpoint = load_checkpoint(make_run(tmp_path, "sft"))
     conversations = QUESTIONS["train"] + QUESTIONS["val"]  # one of them of two turns
-    losses = reference_losses(checkpoint, conversations, batch_size)
-    got = [math.exp(nats / tokens) for nats, tokens, _ in losses]
     slow = [perplexity([slow_nats(checkpoint, messages)]) for messages in conversations]
-    assert got == pytest.approx(slow, rel=1e-4)
-    assert max(got) > 1.5 * min(got)
+    assert max(slow) > 1.5 * min(slow)
+    for batch_size in (1, 2, 9):
+        losses = reference_losses(checkpoint, conversations, batch_size)
+        got = [math.exp(nats / tokens) for nats, tokens, _ in losses]
+        assert got == pytest.approx(slow, rel=1e-4)
 
 
 @pytest.mark.parametrize("split", ["val", "train"])
@@ -101,25 +90,21 @@ def test_the_report_of_questions_holds_what_its_answers_say(tmp_path, split):
     asked, seen = read_lines(out / "answers.jsonl"), read_lines(out / "answers-seen.jsonl")
     assert read_lines(out / f"answers-toy_sft-{split}.jsonl") == asked
     wanted = QUESTIONS[split]
-    assert [r["question"] for r in asked] == [m[-2]["content"] for m in wanted]
-    assert [r["reference"] for r in asked] == [m[-1]["content"] for m in wanted]
-    assert report["n"] == len(asked) == len(wanted)
-    assert report["n_seen"] == len(seen) == len(wanted)
-    trained = [m[-2]["content"] for m in QUESTIONS["train"]]
-    assert len({r["question"] for r in seen} & set(trained)) == len(seen)
+    known = [(m[-2]["content"], m[-1]["content"]) for m in QUESTIONS["train"]]
+    pairs = [(m[-2]["content"], m[-1]["content"]) for m in wanted]
+    assert [(r["question"], r["reference"]) for r in asked] == pairs
+    assert report["n"] == report["n_seen"] == len({r["question"] for r in seen}) == len(wanted)
+    assert {(r["question"], r["reference"]) for r in seen} <= {*known}
     assert report["ended"] == mean([r["ended"] for r in asked])
     assert report["answer_characters"] == mean([len(r["answer"]) for r in asked])
     assert report["reference_characters"] == mean([len(r["reference"]) for r in asked])
     for records, key in ((asked, "rouge_l"), (seen, "rouge_l_seen")):
-        for record in records:
-            assert record["rouge_l"] == rouge_l(record["answer"], record["reference"])
-        assert report[key] == pytest.approx(mean([r["rouge_l"] for r in records]))
-    known = [(m[-2]["content"], m[-1]["content"]) for m in QUESTIONS["train"]]
+        scores = [rouge_l(r["answer"], r["reference"]) for r in records]
+        assert [r["rouge_l"] for r in records] == scores and report[key] == mean(scores)
     nearest = look_up([r["question"] for r in asked], known)
     scores = [rouge_l(text, r["reference"]) for text, r in zip(nearest, asked, strict=True)]
-    assert report["rouge_l_lookup"] == pytest.approx(mean(scores))
-    assert report["rouge_l_lookup"] > (0.99 if split == "train" else 0.1)
-    assert is_picture(out / "rouge_l.png") and is_picture(out / "perplexity.png")
+    assert report["rouge_l_lookup"] == mean(scores) > (0.99 if split == "train" else 0.1)
+    assert has_pictures(out)
 
 
 def check_per_token(report: dict, nats: float, count: int, n_bytes: int) -> None:
@@ -162,8 +147,6 @@ def test_an_evaluation_that_cannot_be_is_refused(tmp_path):
     other = write_novel(tmp_path / "other", train_tokenizer([TEXT], 300))
     with pytest.raises(UserError, match="another tokenizer"):
         evaluate(out, f"--dataset={other}")
-    with pytest.raises(UserError, match="no checkpoint in"):
-        evaluate(tmp_path / "nothing")
 
 
 # --- translations ------------------------------------------------------------------------------
@@ -198,20 +181,17 @@ def test_the_report_of_translations_holds_what_its_texts_say(tmp_path, pairs, ki
     asked = read_lines(out / "answers-toy_sft-test.jsonl")
     assert read_lines(out / "answers.jsonl") == asked
     wanted = pairs.conversations("test")
-    assert [[r["question"], r["reference"]] for r in asked] == [
-        [message["content"] for message in messages] for messages in wanted
-    ]
+    texts = [[message["content"] for message in messages] for messages in wanted]
+    assert [[r["question"], r["reference"]] for r in asked] == texts
     assert report | score_translations(asked) == report
     assert not [key for key in report if "rouge" in key or "seen" in key]
-    assert {*asked[0]} == {"question", "reference", "answer", "perplexity", "ended"}
     assert not [*out.glob("*seen*"), *out.glob("*.png")]
     checkpoint, tokenizer = load_checkpoint(out), pairs.tokenizer
     losses = [slow_nats(checkpoint, messages, ask) for messages in wanted]
     assert report["tokens"] == sum(count for _, count in losses)
     assert report["bytes"] == sum(len(r["reference"].encode()) for r in asked)
     assert report["perplexity"] == pytest.approx(perplexity(losses), rel=1e-4)
-    for record, loss in zip(asked, losses, strict=True):
-        assert record["perplexity"] == pytest.approx(perplexity([loss]), rel=1e-4)
+    assert asked[0]["perplexity"] == pytest.approx(perplexity(losses[:1]), rel=1e-4)
     pieces = stream(checkpoint, ask(tokenizer, wanted[0])[0], Sampling(20, temperature=0.0))
     assert asked[0]["answer"] == "".join(pieces)
 
@@ -232,27 +212,22 @@ def test_the_scores_of_translations_by_hand():
     assert "tok:zh" in report["bleu_signature"] and "nw:2" in report["chrf_signature"]
 
 
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("证监会须发出书面通知。", "证监会须发书"),
-        ("證監會須發出書面通知。", ""),
-        ("證監會须發出書面通知。", "须"),  # one character
-        ("汇丰与恒生", "汇与"),
+def test_simplified_characters_by_hand():
+    for text, wanted in {"证监会须发出书面通知。": "证监会须发书", "汇丰与恒生": "汇与"}.items():
+        assert sorted(simplified(text)) == sorted(wanted)
+    for text in (
+        "證監會須發出書面通知。",
         # characters that are Simplified for one word, and Traditional for another
-        ("皇后大道中的里程碑，公布於周年大會後。", ""),
-        ("余先生、范女士及姓于的人家，占地甚廣，不知所云。", ""),
-        ("只有一隻船；制度與製造；面積與麵粉；征途與徵收；干預與幹事。", ""),
+        "皇后大道中的里程碑，公布於周年大會後。余先生、范女士及姓于的人家，占地甚廣，不知所云。",
+        "只有一隻船；制度與製造；面積與麵粉；征途與徵收；干預與幹事。",
         # variants of Taiwan, and of taste
-        ("臺灣和台灣，裡面和裏面，群眾和羣眾，為了和爲了", ""),
-        ("説明、說明，税、稅，線、綫，床、牀，峰、峯，啟、啓，衞、衛，証券、證券", ""),
-        ("沿着、沿著，甚麼、什麼，唸書、念書，回覆、回復，儘管、盡管，了解、瞭解", ""),
-        ("年息五厘，永恒不變，恒生指數，煙熏三文魚，蚝油，涂先生", ""),
-        ("東涌、鰂魚涌、深水埗、愛民邨、𨋢、嘅、佢哋", ""),
-    ],
-)
-def test_simplified_characters_by_hand(text, wanted):
-    assert sorted(simplified(text)) == sorted(wanted)
+        "臺灣和台灣，裡面和裏面，群眾和羣眾，為了和爲了",
+        "説明、說明，税、稅，線、綫，床、牀，峰、峯，啟、啓，衞、衛，証券、證券",
+        "沿着、沿著，甚麼、什麼，唸書、念書，回覆、回復，儘管、盡管，了解、瞭解",
+        "年息五厘，永恒不變，恒生指數，煙熏三文魚，蚝油，涂先生",
+        "東涌、鰂魚涌、深水埗、愛民邨、𨋢、嘅、佢哋",
+    ):
+        assert simplified(text) == ""
 
 
 def test_chinese_is_simplified_before_conversion_and_never_after_it():
@@ -272,15 +247,6 @@ def test_a_model_of_texts_is_asked_as_its_texts_are_written(pairs):
         assert tokenizer.decode(answer) == messages[1]["content"]
 
 
-def test_translations_are_greedy_whatever_the_seed(tmp_path, pairs):
-    out = make_translator(tmp_path, pairs, "pretrain")
-    texts = [
-        [evaluate(out, "--split=test", *flags)] and (out / "answers.jsonl").read_bytes()
-        for flags in (["--seed=1"], ["--seed=2"], ["--temperature=1"])
-    ]
-    assert texts[0] == texts[1] != texts[2]
-
-
 def test_a_file_of_translations_is_scored_as_such(tmp_path, pairs):
     out = make_translator(tmp_path, pairs, "sft")
     english, chinese = (message["content"] for message in pairs.conversations("val")[0])
@@ -296,8 +262,7 @@ def test_a_file_of_translations_is_scored_as_such(tmp_path, pairs):
 
 
 def ask_file(out: Path, path: Path, records: list[dict]) -> dict:
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    path.write_text("".join(lines), encoding="utf-8")
+    jsonl.write(path, records)
     flags = [f"--out_dir={out}", f"--start=FILE:{path}", "--eval_mode=True", "--device=cpu"]
     sample.main([*flags, "--max_new_tokens=20"])
     return read_json(out / "evaluation.json")
@@ -316,39 +281,29 @@ def test_a_files_answers_are_scored_against_its_own_or_the_datasets_references(t
     report = ask_file(out, tmp_path / "x.jsonl", records)
     assert read_json(out / "evaluation-x-file.json") == report
     assert (report["dataset"], report["split"]) == ("x", "file")
-    assert (report["n"], report["unmatched"], report["n_seen"]) == (4, 1, 1)
+    assert (report["n"], report["n_seen"]) == (4, 1)
     asked, seen = read_lines(out / "answers.jsonl"), read_lines(out / "answers-seen.jsonl")
-    assert [r["reference"] for r in asked] == [
-        "高祖。",
-        known[1]["content"],
-        unseen[1]["content"],
-        "文件先于数据。",
-    ]
+    wanted = ["高祖。", known[1]["content"], unseen[1]["content"], "文件先于数据。"]
+    assert [r["reference"] for r in asked] == wanted
     assert [r["question"] for r in seen] == [known[0]["content"]]
-    assert report["rouge_l"] == pytest.approx(mean([r["rouge_l"] for r in asked]))
     assert report["rouge_l_seen"] == seen[0]["rouge_l"]
     checkpoint = load_checkpoint(out)
-    for record in asked:
-        loss = slow_nats(checkpoint, dialogue(record["question"], record["reference"]))
-        assert record["perplexity"] == pytest.approx(perplexity([loss]), rel=1e-4)
+    loss = slow_nats(checkpoint, dialogue("何人起义？", "高祖。"))
+    assert asked[0]["perplexity"] == pytest.approx(perplexity([loss]), rel=1e-4)
     assert "4 questions; 1 without a reference were left out" in capsys.readouterr().out
-    assert is_picture(out / "rouge_l.png") and is_picture(out / "perplexity.png")
 
 
 def test_a_file_of_unseen_questions_alone_is_scored(tmp_path):
     out = make_run(tmp_path, "sft")
     report = ask_file(out, tmp_path / "x.jsonl", [{"Question": "何人？", "Answer": "高祖。"}])
     assert (report["n"], report["n_seen"], report["rouge_l_seen"]) == (1, 0, None)
-    assert is_picture(out / "rouge_l.png")
+    assert has_pictures(out)
 
 
 def test_a_reference_too_long_for_the_model_is_cut_or_left_out_and_said(tmp_path, capsys):
     out = make_run(tmp_path, "sft")
-    records = [
-        {"Question": "其一？", "Answer": "蛇不见了。" * 40},
-        {"Question": "其二？", "Answer": "蛇" * 200},
-        {"Question": "其三？", "Answer": "蛇。"},
-    ]
+    answers = {"其一？": "蛇不见了。" * 40, "其二？": "蛇" * 200, "其三？": "蛇。"}
+    records = [{"Question": question, "Answer": answer} for question, answer in answers.items()]
     report = ask_file(out, tmp_path / "x.jsonl", records)
     asked = read_lines(out / "answers.jsonl")
     assert [r["question"] for r in asked] == ["其一？", "其三？"]

@@ -20,7 +20,6 @@ from miniglm.metrics import (
     signature,
 )
 from miniglm.prep.parallel import traditional
-from tests.helpers import TEXT
 from tests.prep.test_parallel import many
 
 # --- answers -----------------------------------------------------------------------------------
@@ -39,11 +38,7 @@ def slow_lcs(a: str, b: str) -> int:
 
 def slow_rouge_l(a: str, b: str) -> float:
     a, b = "".join(a.split()), "".join(b.split())
-    common = slow_lcs(a, b)
-    if common == 0:
-        return 0.0
-    precision, recall = common / len(a), common / len(b)
-    return 2 * precision * recall / (precision + recall)
+    return 2 * slow_lcs(a, b) / max(1, len(a) + len(b))
 
 
 def random_text(generator: random.Random, length: int, chars: str = "魏蜀吴哈. 。a\n") -> str:
@@ -69,15 +64,12 @@ def test_rouge_l_equals_the_f1_of_the_textbooks_lcs_on_random_pairs():
 @pytest.mark.parametrize(
     "a, b, wanted",
     [
-        (TEXT, TEXT, 1),
         ("哈哈哈哈哈哈", "哈", 2 / 7),  # LCS 1 of 6 and 1
         ("孔明是谁。" * 3, "孔明是谁。", 0.5),  # 5 of 15 and 5
         ("孔明是诸葛亮", "诸葛亮是孔明", 0.5),  # 诸葛亮, 3 of 6 and 6
         ("a.b.c", "abc", 6 / 8),  # full stops are characters
         ("魏 蜀\n吴　", "魏蜀吴", 1),  # white space is not
-        ("魏", "吴", 0),
-        ("", "吴", 0),
-        (" \n　", "", 0),
+        (" \n　", "吴", 0),
         ("魏蜀" * 2500, "蜀魏" * 2500, 4999 / 5000),
     ],
 )

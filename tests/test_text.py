@@ -11,15 +11,7 @@ from configurator import UserError
 from miniglm import text
 from miniglm.checkpoint import Checkpoint
 from miniglm.generation import Batch, Request, Sampling
-from miniglm.text import (
-    TextStream,
-    chat_prompt,
-    complete,
-    complete_question,
-    default_temperature,
-    prompt_ids,
-    stream,
-)
+from miniglm.text import TextStream, chat_prompt, complete, complete_question, prompt_ids, stream
 from tests.helpers import TEXT, dialogue, tiny_model, tiny_tokenizer
 from tests.test_generation import slow_generate
 
@@ -44,27 +36,22 @@ def test_batched_outputs_equal_single_ones(kind, model):
         assert list(complete(checkpoint, prompts, sampling, 2, batch_size)) == together
     for number, outputs in enumerate(together):
         for place, output in enumerate(outputs):
-            stop_ids = checkpoint.tokenizer.stop_ids
-            ids = slow_generate(
-                checkpoint.model, prompts[number], sampling, stop_ids, (number, place)
-            )
+            stop_ids, indices = checkpoint.tokenizer.stop_ids, (number, place)
+            ids = slow_generate(checkpoint.model, prompts[number], sampling, stop_ids, indices)
             assert output.ended == (ids[-1] in stop_ids)
             assert output.ids == ids[: len(ids) - output.ended]
             assert output.text == checkpoint.tokenizer.decode(output.ids)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_streamed_pieces_join_to_the_whole_output(temperature):
-    checkpoint = make_checkpoint("sft")
-    ended = 0
+def test_streamed_pieces_join_to_the_whole_output():
+    checkpoint, ended = make_checkpoint("sft"), 0
     for seed in range(6):
-        sampling = Sampling(max_new_tokens=80, temperature=temperature, seed=seed)
+        sampling = Sampling(max_new_tokens=80, temperature=1.0, seed=seed)
         prompt = prompt_ids(checkpoint, TEXT[seed : seed + 9])
         [[output]] = complete(checkpoint, [prompt], sampling)
-        assert "".join(stream(checkpoint, prompt, sampling)) == output.text
-        assert len(output.text) > 0
+        assert "".join(stream(checkpoint, prompt, sampling)) == output.text != ""
         ended += output.ended
-    assert 0 < ended < 6 or temperature == 0.0
+    assert 0 < ended < 6
 
 
 def test_a_question_is_rendered_and_a_text_is_continued_as_it_is():
@@ -77,29 +64,21 @@ def test_a_question_is_rendered_and_a_text_is_continued_as_it_is():
     assert prompt_ids(continued, "") == [continued.tokenizer.end_of_text]
 
 
-def test_the_default_temperature_is_greedy_for_answers_only():
-    for kind, wanted in (("sft", 0.0), ("pretrain", 0.8)):
-        checkpoint, prompt = make_checkpoint(kind), [5, 6]
-        assert default_temperature(checkpoint, Sampling()).temperature == wanted
-        assert default_temperature(checkpoint, Sampling(temperature=0.3)).temperature == 0.3
-        [[output]] = complete(checkpoint, [prompt], Sampling(9, temperature=wanted))
-        assert [[output]] == list(complete(checkpoint, [prompt], Sampling(9)))
-        assert "".join(stream(checkpoint, prompt, Sampling(9))) == output.text
+@pytest.mark.parametrize(("kind", "wanted"), [("sft", 0.0), ("pretrain", 0.8)])
+def test_the_default_temperature_is_greedy_for_answers_only(kind, wanted):
+    checkpoint, prompt = make_checkpoint(kind), [5, 6]
+    assert text.default_temperature(checkpoint, Sampling(temperature=0.3)).temperature == 0.3
+    [[output]] = complete(checkpoint, [prompt], Sampling(9, temperature=wanted))
+    assert [[output]] == list(complete(checkpoint, [prompt], Sampling(9)))
+    assert "".join(stream(checkpoint, prompt, Sampling(9))) == output.text
 
 
-@pytest.mark.parametrize(
-    "stop, wanted",
-    [
-        ([], "桓帝禁锢善类，崇信宦官。"),
-        (["崇", "善类"], "桓帝禁锢"),
-        (["宦官。汉", "官吏"], "桓帝禁锢善类，崇信宦官。"),
-        (["桓"], ""),
-    ],
-)
-def test_a_text_ends_before_its_first_stop_text(stop, wanted):
+@pytest.mark.parametrize("stop", [[], ["崇", "善类"], ["宦官。汉", "官吏"], ["桓"]])
+def test_a_text_ends_before_its_first_stop_text(stop):
     tokenizer, whole = tiny_tokenizer(), "桓帝禁锢善类，崇信宦官。"
     output = TextStream(tokenizer, stop)
     pieces = [*map(output.push, tokenizer.encode(whole)), output.flush()]
+    wanted = min((whole.split(text)[0] for text in stop), key=len, default=whole)
     assert "".join(pieces) == wanted
     assert output.stopped == (wanted != whole)
     assert all("\ufffd" not in piece for piece in pieces)
@@ -168,7 +147,7 @@ def test_an_outputs_perplexity_is_that_of_its_own_tokens():
     checkpoint = make_checkpoint("sft")
     prompt = prompt_ids(checkpoint, "谁？")
     sampling = Sampling(40, temperature=1.5, top_k=40)
-    for [output] in complete(checkpoint, [prompt] * 3, sampling, with_nats=True):
+    for [output] in complete(checkpoint, [prompt] * 3, sampling, nats=True):
         end = [checkpoint.tokenizer.end] if output.ended else []
         ids = torch.tensor([prompt + output.ids + end])
         with torch.no_grad():
@@ -201,12 +180,7 @@ def test_a_question_gets_the_mark_that_it_was_trained_with():
     checkpoint = make_checkpoint("sft")
     assert complete_question(checkpoint, "孔明是谁") == "孔明是谁"
     checkpoint.run["dataset"]["question_end"] = "？"
-    for question, wanted in {
-        " 孔明是谁 ": "孔明是谁？",
-        "孔明是谁？": "孔明是谁？",
-        "孔明是谁?": "孔明是谁?",
-        "问：3": "问：3？",
-        "": "",
-    }.items():
+    asked = {" 孔明是谁 ": "孔明是谁？", "孔明是谁?": "孔明是谁?", "问：3": "问：3？", "": ""}
+    for question, wanted in asked.items():
         assert complete_question(checkpoint, question) == wanted
         assert prompt_ids(checkpoint, question) == prompt_ids(checkpoint, wanted)

@@ -32,13 +32,6 @@ def test_each_phase_goes_on_from_the_one_before(folder):
     assert [bool(config.lora_rank) for config in configs] == [False, False, True, True]
 
 
-def test_the_gpu_configs_have_the_size_of_minimind():
-    config = configure(train.Settings, [str(configs_of("translate")[0])])
-    assert (config.n_layer, config.n_embd, config.n_head, config.n_kv_head) == (8, 512, 8, 2)
-    assert (config.position, config.norm, config.mlp) == ("rope", "rmsnorm", "swiglu")
-    assert configure(translation.Settings, []).vocab_size == 6400
-
-
 def test_run_sh_runs_the_phases_in_their_order():
     text = (ROOT / "run.sh").read_text(encoding="utf-8")
     assert f"for phase in {' '.join(PHASES)}; do" in text

@@ -1,8 +1,8 @@
 """A model's own answers -> preferences: several to a source, ranked, the best against the worst.
 
     samples.jsonl   in the dataset's folder: a header that describes the run, then a line a source,
-                    {"split", "source", "reference", "samples", "ended", "chrf"}
-    scores.jsonl    COMET's scores of them, {"call", "by", "scores"}
+                    {"split", "source", "reference", "samples", "ended"}
+    scores.jsonl    with --rank=comet: the same header, then COMET's {"scores"} of each line
 
 Training pairs come from sources of the training split, held-out ones from the validation split.
 The model was fine-tuned on the former, so pairs from there would say too little about other
@@ -14,13 +14,11 @@ depends on the rows beside it, so sources are sampled in rounds; an unfinished r
 
 import hashlib
 import heapq
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
-from sacrebleu.metrics import CHRF
 from tqdm import tqdm
 
 from configurator import UserError, above, at_least, locked, repo_path, show_path
@@ -28,10 +26,11 @@ from data_utils import Dataset
 from miniglm import comet, jsonl
 from miniglm.checkpoint import Checkpoint
 from miniglm.generation import Sampling
+from miniglm.metrics import METRICS
 from miniglm.prep import preferences
-from miniglm.prep.endpoint import short_hash
 from miniglm.prep.pipeline import print_meta
 from miniglm.prep.preferences import best_and_worst, usable
+from miniglm.prep.writer import Pair
 from miniglm.text import check_answers, complete, fingerprint, load_for_sampling
 from miniglm.tokenizer import Tokenizer
 
@@ -75,25 +74,23 @@ def prepare(config: Settings) -> None:
     # first, since it says at once what is missing
     model = comet.load_comet(config.model) if config.rank == "comet" else None
     checkpoint = load_for_sampling(config.out_dir, config.device)
-    data = open_data(config, checkpoint)
-    sources = choose_sources(config, data)
+    data, tokenizer = open_data(config, checkpoint), checkpoint.tokenizer
+    sources, header = choose_sources(config, data), header_of(config, checkpoint, data)
     max_tokens = min(config.max_tokens, checkpoint.model.config.block_size)
     with locked(config.folder / "samples.jsonl"):
-        lines = sample_all(config, checkpoint, data, sources)
-        results = rank_all(config, model, checkpoint.tokenizer, lines, max_tokens)
-    counts = {split: summarize(split, results) for split in ("train", "val")}
+        lines = sample_all(config, checkpoint, sources, header)
+        scores = comet_scores(config, model, lines, header) if model else chrf_scores(lines)
+    pairs, counts = rank(config, tokenizer, lines, scores, max_tokens)
     # the texts' own sources and languages: their terms hold for what is made of them, too
     more_meta = {name: data.meta[name] for name in ("sources", "languages") if name in data.meta}
     more_meta |= {
         "dataset": show_path(data.path),
         "model": show_path(checkpoint.path),
-        "samples": header_of(config, checkpoint, data),
+        "samples": header,
         "rank": config.by,
         "margin": config.margin,
         "pairs_from": counts,
     }
-    pairs = ((r.line["split"], (prompt_of(r.line), *r.pair)) for r in results if r.pair)
-    tokenizer = checkpoint.tokenizer
     meta = preferences.write(config.folder, max_tokens, pairs, tokenizer, lambda: more_meta)
     print_meta(config.folder, meta)
 
@@ -131,14 +128,14 @@ def choose_sources(config: Settings, data: Dataset) -> list[dict]:
             "not in train, too; pass another --dataset="
         )
 
-    def rank(source: str) -> bytes:
+    def place(source: str) -> bytes:
         return hashlib.sha256(f"{config.seed} {source}".encode()).digest()
 
     splits = [("val", held_out, config.n_val), ("train", trained, config.n_sources)]
     return [
         {"split": split, "source": source, "reference": reference_of[source]}
         for split, reference_of, count in splits
-        for source in heapq.nsmallest(count, reference_of, key=rank)
+        for source in heapq.nsmallest(count, reference_of, key=place)
     ]
 
 
@@ -155,11 +152,11 @@ def references(data: Dataset, split: str) -> dict[str, str]:
 
 
 def sample_all(
-    config: Settings, checkpoint: Checkpoint, data: Dataset, sources: list[dict]
+    config: Settings, checkpoint: Checkpoint, sources: list[dict], header: dict
 ) -> list[dict]:
     """The sources with their samples: those of samples.jsonl, to which the missing ones are
     appended. Raises UserError if it was begun with other settings or another model."""
-    path, header = config.folder / "samples.jsonl", header_of(config, checkpoint, data)
+    path = config.folder / "samples.jsonl"
     lines = jsonl.resume(path, header)
     size = max(1, ROUND * config.batch_size // config.num_samples)
     if len(lines) < len(sources):
@@ -175,8 +172,7 @@ def sample_all(
         for line, samples in zip(part, outputs, strict=True):
             # stripped, as all messages are kept
             texts, ended = [s.text.strip() for s in samples], [s.ended for s in samples]
-            scores = [chrf(text, line["reference"]) for text in texts]
-            lines.append(line | {"samples": texts, "ended": ended, "chrf": scores})
+            lines.append(line | {"samples": texts, "ended": ended})
             jsonl.append(path, lines[-1:])
             bar.update()
     bar.close()
@@ -186,110 +182,61 @@ def sample_all(
 def header_of(config: Settings, checkpoint: Checkpoint, data: Dataset) -> dict:
     """What the samples depend on. On batch_size, too: rows of another batch are rounded a little
     differently, by which 8 of 1,440 samples of a translator took another turn."""
-    names = ("n_val", "n_sources", "num_samples", "batch_size")
-    splits = data.meta["splits"]
-    return fingerprint(checkpoint, config) | {
-        **{name: getattr(config, name) for name in names},
-        "dataset_fingerprints": [splits[split]["fingerprint"] for split in ("train", "val")],
-    }
-
-
-# --- scores --------------------------------------------------------------------------------------
-
-CHRF_PLUS = CHRF(word_order=2)
-
-
-def chrf(text: str, reference: str) -> float:
-    """chrF++ of a sentence, 0 to 100 (Popović 2017)."""
-    return round(CHRF_PLUS.sentence_score(text, [reference]).score, 4)
-
-
-class Call(NamedTuple):
-    """The question to COMET: scores of some translations of a source."""
-
-    by: str
-    source: str
-    reference: str
-    texts: tuple[str, ...]
-
-    @property
-    def id(self) -> str:
-        return short_hash(json.dumps(self))
-
-
-def score_all(
-    config: Settings, model: object, lines: list[dict], texts_of: list[list[str]]
-) -> list[list[float]]:
-    """Scores of each line's texts. COMET's are in scores.jsonl, to which the missing ones are
-    appended."""
-    if config.rank == "chrf":
-        return [
-            [line["chrf"][line["samples"].index(text)] for text in texts]
-            for line, texts in zip(lines, texts_of, strict=True)
-        ]
-    path = config.folder / "scores.jsonl"
-    known = {line["call"]: line["scores"] for line in jsonl.recover(path, "call")}
-    asked = [
-        Call(config.by, line["source"], line["reference"], tuple(texts))
-        for line, texts in zip(lines, texts_of, strict=True)
-    ]
-    todo = [call for call in asked if len(call.texts) > 1 and call.id not in known]
-
-    for first in tqdm(range(0, len(todo), CHUNK), "COMET", disable=not todo):
-        part = todo[first : first + CHUNK]
-        rows = [(call.source, text, call.reference) for call in part for text in call.texts]
-        scores = iter(comet.predict(model, rows, config.batch_size, progress_bar=False))
-        for call in part:
-            known[call.id] = [round(100 * next(scores), 4) for _ in call.texts]
-            line = {"call": call.id, "by": call.by, "scores": known[call.id]}
-            jsonl.append(path, [line])
-    # a text with nothing to compare it to needs no score
-    return [known[call.id] if len(call.texts) > 1 else [0.0] * len(call.texts) for call in asked]
+    names, splits = ("n_val", "n_sources", "num_samples", "batch_size"), data.meta["splits"]
+    settings = {name: getattr(config, name) for name in names}
+    prints = [splits[split]["fingerprint"] for split in ("train", "val")]
+    return fingerprint(checkpoint, config) | settings | {"dataset_fingerprints": prints}
 
 
 # --- pairs ---------------------------------------------------------------------------------------
 
 
-class Result(NamedTuple):
-    """Of a source: its line, its pair and their scores, or why it has none."""
-
-    line: dict
-    pair: tuple[str, str] | None
-    scores: tuple[float, float] | None
-    why: str
-
-
-def rank_all(
-    config: Settings, model: object, tokenizer: Tokenizer, lines: list[dict], max_tokens: int
-) -> list[Result]:
-    good = [
-        usable(prompt_of(line), line["samples"], line["ended"], tokenizer, max_tokens)
-        for line in lines
-    ]
-    all_scores = score_all(config, model, lines, [texts for texts, _ in good])
-    results = []
-    for line, (texts, faults), scores in zip(lines, good, all_scores, strict=True):
-        score_of = dict(zip(texts, scores, strict=True))
-        pair, why = best_and_worst(score_of, faults, config.margin)
-        results.append(Result(line, pair, pair and tuple(map(score_of.get, pair)), why))
-    return results
+def comet_scores(config: Settings, model: object, lines: list[dict], header: dict) -> list[list]:
+    """COMET's scores of each line's samples, of 100: those of scores.jsonl, to which the missing
+    ones are appended."""
+    path = config.folder / "scores.jsonl"
+    scored = jsonl.resume(path, header | {"rank": config.by})
+    for first in tqdm(range(len(scored), len(lines), CHUNK), "COMET"):
+        part = lines[first : first + CHUNK]
+        texts = [
+            (line["source"], text, line["reference"]) for line in part for text in line["samples"]
+        ]
+        scores = iter(comet.predict(model, texts, config.batch_size, progress_bar=False))
+        new = [{"scores": [round(100 * next(scores), 4) for _ in line["samples"]]} for line in part]
+        jsonl.append(path, new)
+        scored += new
+    return [line["scores"] for line in scored]
 
 
-def summarize(split: str, results: list[Result]) -> dict:
-    """Prints and returns, for meta.json, what a split's sources gave. Raises UserError if they gave
-    no pair."""
-    results = [result for result in results if result.line["split"] == split]
-    scores = [result.scores for result in results if result.pair]
-    whys = Counter(result.why for result in results if not result.pair)
-    left_out = ", ".join(f"{n:,} {why}" for why, n in whys.most_common())
-    if not scores:
-        raise UserError(
-            f"none of {len(results):,} {split} sources gave a pair ({left_out}); lower --margin=, "
-            "or raise --num_samples= or --temperature="
-        )
-    best, worst = (sum(side) / len(scores) for side in zip(*scores, strict=True))
-    print(
-        f"{split}: {len(results):,} sources gave {len(scores):,} pairs, scores {best:.1f} and "
-        f"{worst:.1f} on average" + f"; others: {left_out}" * bool(whys)
-    )
-    return {"sources": len(results), "pairs": len(scores)} | dict(whys.most_common())
+def chrf_scores(lines: list[dict]) -> list[list[float]]:
+    """chrF++ of each line's samples, of 100 (Popović 2017)."""
+
+    def chrf(text: str, reference: str) -> float:
+        return round(METRICS["chrf"].sentence_score(text, [reference]).score, 4)
+
+    return [[chrf(text, line["reference"]) for text in line["samples"]] for line in lines]
+
+
+def rank(
+    config: Settings, tokenizer: Tokenizer, lines: list[dict], scores: list[list], max_tokens: int
+) -> tuple[list[tuple[str, Pair]], dict[str, dict]]:
+    """(split, pair) of the sources that give one; and for meta.json, by split, how many do and why
+    the others do not. Raises UserError if a split has no pair."""
+    pairs, counts = [], {"train": Counter(), "val": Counter()}
+    for line, line_scores in zip(lines, scores, strict=True):
+        prompt, samples = prompt_of(line), line["samples"]
+        texts, faults = usable(prompt, samples, line["ended"], tokenizer, max_tokens)
+        score_of = dict(zip(samples, line_scores, strict=True))
+        pair, why = best_and_worst({text: score_of[text] for text in texts}, faults, config.margin)
+        counts[line["split"]][why or "pairs"] += 1
+        if pair:
+            pairs.append((line["split"], (prompt, *pair)))
+    for split, count in counts.items():
+        words = ", ".join(f"{n:,} {what}" for what, n in count.most_common())
+        print(f"{split}: {count.total():,} sources: {words}")
+        if not count["pairs"]:
+            raise UserError(
+                f"no source of the {split} split gave a pair; lower --margin=, or raise "
+                "--num_samples= or --temperature="
+            )
+    return pairs, {split: {"sources": c.total()} | c for split, c in counts.items()}

@@ -3,24 +3,25 @@ well and badly, and against the project's own endpoint."""
 
 import contextlib
 import json
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
 
-from configurator import ROOT, UserError
+from configurator import UserError
 from data import generate_qa
 from data.generate_qa import cut, is_grounded, parse_pairs
+from miniglm import jsonl
 from miniglm.prep.readers import Tally, find_sources, records
-from tests.helpers import TEXT, dialogue, save_run, tiny_model, tiny_tokenizer, write_questions
-from tests.runs import error_line, run
-from tests.served import free_port, serving
+from tests.helpers import TEXT
 
 LINES = TEXT.splitlines()
-SCRIPT = str(ROOT / "data" / "generate_qa.py")
 
 
 def pair(question: str, answer: str, evidence: str | None = None) -> str:
@@ -36,53 +37,38 @@ GOOD = {
     3: pair("帝御何殿？", "帝御温德殿。", "帝御温德殿"),
     4: pair("大青蛇蟠于何处？", "蟠于椅上。", "蟠于椅上"),
 }
+BAD = [{"Question": "甲？"}, {"Question": "甲？", "Answer": 3}, {"Question": " ", "Answer": "乙"}]
 
 
 @contextlib.contextmanager
 def endpoint(answer: Callable[[int, str, int], str | int]) -> Iterator[tuple[str, list[dict]]]:
     """A server of /v1/chat/completions, and the requests it got. answer: (number of the passage's
     line in TEXT, prompt, how often it was asked) -> the text of an answer, or an HTTP status."""
-    requests, lock = [], threading.Lock()
+    requests, app = [], FastAPI()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    @app.post("/v1/chat/completions")
+    def complete(body: dict, request: Request) -> JSONResponse:
+        prompt = body["messages"][-1]["content"]
+        line = next((n for n, text in enumerate(LINES) if text[:9] in prompt), -1)
+        requests.append(body | {"line": line, "key": request.headers["Authorization"]})
+        text = answer(line, prompt, sum(request["line"] == line for request in requests))
+        if isinstance(text, int):
+            error = {"error": {"message": f"no luck, {text}"}}
+            return JSONResponse(error, text, {"Retry-After": "0.01"})
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        whole = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
+        return JSONResponse(whole | {"choices": [choice]})
 
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            prompt = body["messages"][-1]["content"]
-            line = next((n for n, text in enumerate(LINES) if text[:9] in prompt), -1)
-            with lock:
-                requests.append(body | {"line": line, "key": self.headers["Authorization"]})
-                times = sum(request["line"] == line for request in requests)
-            text = answer(line, prompt, times)
-            if isinstance(text, int):
-                return self.reply(text, {"error": {"message": f"no luck, {text}"}})
-            message = {"role": "assistant", "content": text}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            whole = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
-            self.reply(200, whole | {"choices": [choice]})
-
-        def reply(self, status: int, content: dict) -> None:
-            data = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.send_header("Retry-After", "0.01")
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", requests
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1", requests
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 @pytest.fixture
@@ -100,14 +86,10 @@ def generate(url: str, *words: str) -> None:
     generate_qa.main([f"--base_url={url}", "--model=m", "--passage=60", f"--out={out}", *words])
 
 
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def test_good_pairs_are_kept_with_their_passage_and_model(novel, capsys):
     with endpoint(lambda line, *_: GOOD[line]) as (url, requests):
         generate(url, "--input=novel.txt", "--temperature=0.5", "--max_tokens=99")
-    found = {line["Question"]: line for line in lines_of(novel / "qa.jsonl")}
+    found = {line["Question"]: line for line in jsonl.recover(novel / "qa.jsonl")}
     assert len(found) == len(requests) == 5
     for number, text in GOOD.items():
         made = {"Passage": LINES[number], "Source": str(novel / "novel.txt"), "Model": "m"}
@@ -130,24 +112,22 @@ def test_what_is_wrong_is_left_out_and_counted(novel, capsys):
     }
     with endpoint(lambda line, *_: answers[line]) as (url, _):
         generate(url, "--input=novel.txt", "--parallel=1")
-    kept = [line["Question"] for line in lines_of(novel / "qa.jsonl")]
+    kept = [line["Question"] for line in jsonl.recover(novel / "qa.jsonl")]
     assert kept == [json.loads(GOOD[n])["Question"] for n in (0, 1, 2)]
     out = capsys.readouterr().out
     counts = out.splitlines()[-1].split("; ")[0].split(", ")
     wanted = ["3 kept", "1 duplicate", "1 near duplicate", "1 malformed", "2 not grounded"]
     assert sorted(counts) == sorted(wanted)
-    calls = lines_of(novel / "qa.jsonl.calls")
+    calls = jsonl.recover(novel / "qa.jsonl.calls")
     assert sum(call.get("not grounded", 0) for call in calls) == 2
     assert len(calls) == 5
 
 
 def test_refused_and_failing_calls_are_tried_again(novel):
-    def answer(line: int, prompt: str, times: int) -> str | int:
-        return {1: 429, 2: 500, 3: 503}.get(times, GOOD[line])
-
-    with endpoint(answer) as (url, requests):
+    failures = {1: 429, 2: 500, 3: 503}
+    with endpoint(lambda line, _, times: failures.get(times, GOOD[line])) as (url, requests):
         generate(url, "--input=novel.txt")
-    assert len(lines_of(novel / "qa.jsonl")) == 5
+    assert len(jsonl.recover(novel / "qa.jsonl")) == 5
     assert len(requests) == 20
 
 
@@ -178,13 +158,12 @@ def test_calls_come_in_parallel(novel):
 
     with endpoint(answer) as (url, _):
         generate(url, "--input=novel.txt", "--parallel=5")
-    assert len(lines_of(novel / "qa.jsonl")) == 5
+    assert len(jsonl.recover(novel / "qa.jsonl")) == 5
 
 
 def test_examples_alone_are_a_prompt_whose_questions_are_not_repeated(novel):
     known = [json.loads(GOOD[n]) for n in range(3)]
-    lines = "\n".join(json.dumps(line, ensure_ascii=False) for line in known)
-    (novel / "known.jsonl").write_text(lines, encoding="utf-8")
+    jsonl.write(novel / "known.jsonl", known)
     texts = iter([GOOD[0], pair("吴国的都城在哪里？", "在建业。"), GOOD[3], "没有"])
     with endpoint(lambda *_: next(texts)) as (url, requests):
         generate(url, "--examples=known.jsonl", "--calls=4", "--parallel=1", "--n_examples=2")
@@ -192,9 +171,8 @@ def test_examples_alone_are_a_prompt_whose_questions_are_not_repeated(novel):
     assert len({*prompts}) > 1  # other examples with each
     for prompt in prompts:
         assert sum(line["Question"] in prompt for line in known) == 2
-        assert "Evidence" not in prompt
-        assert "原文：" not in prompt
-    assert lines_of(novel / "qa.jsonl") == [
+        assert "Evidence" not in prompt and "原文：" not in prompt
+    assert jsonl.recover(novel / "qa.jsonl") == [
         {"Question": "吴国的都城在哪里？", "Answer": "在建业。", "Model": "m"},
         {"Question": "帝御何殿？", "Answer": "帝御温德殿。", "Model": "m"},
     ]
@@ -204,36 +182,33 @@ def test_a_dry_run_prints_the_prompts_and_calls_nothing(novel, capsys):
     generate_qa.main(["--input=novel.txt", "--passage=60", "--dry_run"])
     out = capsys.readouterr().out
     assert all(f"原文：\n{line}\n" in out for line in LINES)
-    prompts = out.split("--- prompt 1\n")[1]
     assert out.splitlines()[-1].startswith("--- 5 calls, ")
-    assert prompts.count("原文：") == 5
     assert [path.name for path in novel.iterdir()] == ["novel.txt"]
     shown = []  # fewer calls are among those of more
-    for calls in (1, 2, 4):
+    for calls in (2, 4):
         generate_qa.main(["--input=novel.txt", "--passage=60", "--dry_run", f"--calls={calls}"])
         out = capsys.readouterr().out
         shown.append({line for line in LINES if line in out})
-    assert [*map(len, shown)] == [1, 2, 4] and shown[0] < shown[1] < shown[2]
+    assert [*map(len, shown)] == [2, 4] and shown[0] < shown[1]
 
 
-@pytest.mark.parametrize("status", [400, 401, 404])
-def test_a_request_that_is_refused_for_good_stops_all(novel, status):
-    words = f"Error code: {status}.* no luck, {status}"
-    with endpoint(lambda *_: status) as (url, requests), pytest.raises(UserError, match=words):
+def test_a_request_that_is_refused_for_good_stops_all(novel):
+    refused = pytest.raises(UserError, match=r"Error code: 401.* no luck, 401")
+    with endpoint(lambda *_: 401) as (url, requests), refused:
         generate(url, "--input=novel.txt", "--parallel=1")
     assert len(requests) == 1
-    busy = pytest.raises(UserError, match="no call was answered")
+    busy = pytest.raises(UserError, match="Error code: 500")
     with endpoint(lambda *_: 500) as (url, _), busy:
         generate(url, "--input=novel.txt", "--retries=0", "--calls=2")
     assert not (novel / "qa.jsonl").exists()
 
 
 def test_an_endpoint_that_is_not_there_is_one_line(novel):
-    url = f"http://127.0.0.1:{free_port()}/v1"
-    words = [f"--base_url={url}", "--model=m", "--input=novel.txt", "--passage=60", "--retries=0"]
-    error = error_line(run(SCRIPT, *words, f"--out={novel / 'qa.jsonl'}", cwd=novel))
-    assert url in error
-    assert "Connection error. (APIConnectionError)" in error
+    with endpoint(lambda *_: 500) as (url, _):
+        pass  # its port is free again
+    message = rf"{url}.*: Connection error\. \(APIConnectionError\)"
+    with pytest.raises(UserError, match=message):
+        generate(url, "--input=novel.txt", "--retries=0")
 
 
 @pytest.mark.parametrize(
@@ -243,18 +218,12 @@ def test_an_endpoint_that_is_not_there_is_one_line(novel):
         (["--examples=novel.txt"], "without --input= it needs --calls="),
         (["--input=novel.txt"], "no model named; pass --model="),
         (["--input=novel.txt", "--model=m"], "no key; set OPENAI_API_KEY"),
-        (["--input=novel.txt", "--calls=-1"], "calls=-1 must be 1 or more"),
-        (["--input=none.txt"], "no file none.txt"),
-        (["--examples=novel.txt", "--calls=2"], "is plain text, and no conversations"),
     ],
 )
 def test_bad_settings_are_one_line(novel, monkeypatch, words, message):
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UserError, match=message):
         generate_qa.main(words)
-
-
-def test_a_missing_package_is_named(novel, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)  # what import finds of a missing one
     with pytest.raises(UserError, match="the openai package is missing; run python -m pip install"):
         generate_qa.main(["--input=novel.txt", "--model=m"])
@@ -263,33 +232,19 @@ def test_a_missing_package_is_named(novel, monkeypatch):
 # --- the parts -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "kept", "broken"),
-    [
-        ("", 0, 1),
-        ("我不会。", 0, 1),
-        (GOOD[0], 1, 0),
-        (f"{GOOD[0]}\n{GOOD[1]}", 2, 0),
-        (f'{{"pairs": [{GOOD[0]}, {GOOD[1]}]}}', 2, 0),
-        (GOOD[0] + GOOD[1][:-5], 1, 1),
-        ('{"Question": "甲？"}', 0, 1),
-        ('{"Question": "甲？", "Answer": 3}', 0, 1),
-        ('{"Question": " ", "Answer": "乙"}', 0, 1),
-    ],
-)
-def test_pairs_are_found_in_whatever_a_model_says(text, kept, broken):
-    pairs, bad = parse_pairs(text)
-    assert (len(pairs), bad) == (kept, broken)
+def test_pairs_are_found_in_whatever_a_model_says():
+    for text in ("", "我不会。", *(json.dumps(bad) for bad in BAD)):
+        assert parse_pairs(text) == ([], 1)
+    first, second = json.loads(GOOD[0]), json.loads(GOOD[1])
+    assert parse_pairs(f'{{"pairs": [{GOOD[0]}, {GOOD[1]}]}}') == ([first, second], 0)
+    assert parse_pairs(GOOD[0] + GOOD[1][:-5]) == ([first], 1)
 
 
 @pytest.mark.parametrize(
     ("answer", "evidence", "grounded"),
     [
-        ("建宁二年四月望日，帝御温德殿。", "建宁二年四月望日", True),
-        ("皇帝那天在温德殿。", "帝御温德殿", True),  # in other words
-        ("帝御温德殿。", "帝御 温德殿。", True),  # blanks and punctuation aside
+        ("皇帝那天在温德殿。", "帝御 温德殿。", True),  # in other words; blanks aside
         ("帝御温德殿。", "帝御未央宫", False),
-        ("帝御温德殿。", "", False),
         ("帝御温德殿。", None, False),
         ("公元169年，帝御温德殿。", "帝御温德殿", False),  # a number that the passage lacks
         ("唐太宗当时住在长安城里。", "帝御温德殿", False),
@@ -307,21 +262,3 @@ def test_passages_are_whole_lines_or_sentences_and_lose_nothing(size):
     assert "".join("".join(pieces).split()) == "".join(TEXT.split())
     if size >= 40:
         assert all(piece[-1] in "。，" for piece in pieces)
-
-
-# --- the project's own endpoint ------------------------------------------------------------------
-
-
-def test_the_projects_own_endpoint_serves_it(novel, capsys):
-    """A model of random weights, that says no JSON: each call is answered and counted."""
-    tokenizer = tiny_tokenizer()
-    data = write_questions(novel / "data", tokenizer, {"train": [dialogue("甲？", "乙。")]})
-    model = tiny_model(n_vocab=tokenizer.n_vocab, block_size=1024)
-    out_dir = save_run(novel / "answers", model, tokenizer, data, "sft")
-    with serving([out_dir], batch_size=4) as (address, _):
-        url, words = f"{address}/v1", ["--input=novel.txt", "--max_tokens=8"]
-        generate(url, *words, "--model=answers")
-        assert "5 malformed; " in capsys.readouterr().out
-        with pytest.raises(UserError, match="Error code: 404"):
-            generate(url, *words, "--passage=50", "--model=other")
-    assert len(lines_of(novel / "qa.jsonl.calls")) == 5

@@ -16,7 +16,7 @@ from bench.llama import LlamaCpp
 from export import main
 from miniglm.checkpoint import Checkpoint, load_checkpoint
 from miniglm.generation import Sampling
-from miniglm.text import chat
+from miniglm.text import chat_prompt, stream
 from miniglm.tokenizer import SPECIAL_TOKENS
 from tests.helpers import TEXT, dialogue, random_ids, save_run, tiny_model
 from tests.runs import novel, questions, read_json, toy_tokenizer, train_here, write_toys
@@ -104,7 +104,7 @@ def test_conversations_have_the_same_ids_and_answers(stages, tmp_path, stage):
                 messages
             )
         sampling = Sampling(max_new_tokens=16, temperature=0.0)
-        answers = ["".join(chat(checkpoint, messages, sampling)) for messages in ASKED]
+        answers = ["".join(stream(checkpoint, chat_prompt(checkpoint, m), sampling)) for m in ASKED]
         theirs = [llama.ask("answer", messages=messages, n=16) for messages in ASKED]
     assert theirs == answers and all("。" in answer for answer in answers)
 

@@ -1,7 +1,8 @@
 """Files of preferences through data/custom/prepare_dpo.py: pairs, marks and ranked answers."""
 
-import json
 import math
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import pytest
 from configurator import ROOT, UserError
 from data.custom import prepare_dpo
 from data_utils import Dataset
+from miniglm import jsonl
 from miniglm.prep.forms import BadRecord, is_validation
 from miniglm.prep.preferences import best_and_worst, ranked, usable
 from tests.data.test_finance_dpo import pairs_of
 from tests.helpers import dialogue, tiny_tokenizer
-from tests.runs import run, toy_tokenizer
+from tests.runs import toy_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -24,18 +26,14 @@ def tokenizer(tmp_path_factory) -> Path:
     return path.parent
 
 
-def words_of(tokenizer: Path, out: Path, *words: str) -> list[str]:
-    return [f"--tokenizer={tokenizer}", f"--out={out}", "--max_tokens=32", "--val=0.3", *words]
-
-
 def prepared(tokenizer: Path, out: Path, *words: str) -> Dataset:
-    prepare_dpo.main(words_of(tokenizer, out, *words))
+    common = [f"--tokenizer={tokenizer}", f"--out={out}", "--max_tokens=32", "--val=0.3"]
+    prepare_dpo.main([*common, *words])
     return Dataset(str(out))
 
 
 def write_lines(path: Path, lines: list) -> Path:
-    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
-    path.write_text(text, encoding="utf-8")
+    jsonl.write(path, lines)
     return path
 
 
@@ -58,12 +56,8 @@ def test_what_cannot_be_a_side_of_a_pair_has_a_reason():
     ended = [True, False, *[True] * 7]
     good, faults = usable(prompt, texts, ended, tokenizer, limit)
     assert good == ["曹节。", long]
-    assert faults == {
-        "unfinished": 1,
-        "empty": 2,
-        "broken characters": 2,
-        "longer than --max_tokens": 1,
-    }
+    counts = {"unfinished": 1, "empty": 2, "broken characters": 2}
+    assert faults == counts | {"longer than --max_tokens": 1}
 
 
 def test_answers_with_scores_are_pairs_by_their_margin(tokenizer, tmp_path, capsys):
@@ -90,18 +84,17 @@ def test_answers_in_order_need_no_scores(tokenizer, tmp_path):
     lines[4]["prompt"] = dialogue(lines[4]["prompt"])
     file = write_lines(tmp_path / "ranked.jsonl", lines)
     data = prepared(tokenizer, tmp_path / "out", f"--ranked={file}", "--margin=10")
-    for split in ("train", "val"):
-        pairs = pairs_of(data, split)
-        assert all(is_validation(dialogue(source), 0.3) == (split == "val") for source in pairs)
+    splits = [pairs_of(data, split) for split in ("train", "val")]
+    assert sum(map(len, splits)) == 40
+    for pairs, is_val in zip(splits, (False, True), strict=True):
+        assert all(is_validation(dialogue(source), 0.3) == is_val for source in pairs)
         assert all(pair == ("荆州。", f"洛阳{source[3:-1]}。") for source, pair in pairs.items())
-    assert sum(data.meta["splits"][split]["pairs"] for split in ("train", "val")) == 40
 
 
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
         ({"prompt": "谁？", "samples": ["甲", "乙"]}, "no scores"),
-        ({"prompt": "谁？", "samples": ["甲", "乙"], "scores": [1]}, "wrong type"),
         ({"prompt": "谁？", "samples": ["甲", "乙"], "scores": [1, True]}, "wrong type"),
         ({"prompt": "谁？", "samples": ["甲", "乙"], "scores": [1, math.nan]}, "wrong type"),
         ({"prompt": "谁？", "ranked": ["甲", "乙"], "ended": [1, 0]}, "wrong type"),
@@ -110,8 +103,6 @@ def test_answers_in_order_need_no_scores(tokenizer, tmp_path):
         ({"prompt": "谁？", "ranked": ["甲", None]}, "wrong type"),
         ({"prompt": " ", "ranked": ["甲", "乙"]}, "empty question"),
         ({"ranked": ["甲", "乙"]}, "missing field"),
-        ({"prompt": "谁？", "chosen": "甲", "rejected": "乙"}, "missing field"),
-        ("谁？", "wrong type"),
     ],
 )
 def test_bad_ranked_records_have_a_reason(value, reason):
@@ -137,32 +128,14 @@ def test_pairs_of_each_form_are_the_same_pairs(tokenizer, tmp_path, form):
     assert pairs_of(data, "train") | pairs_of(data, "val") == {ask: (a, b) for ask, a, b in pairs}
 
 
-def test_files_need_no_torch(tokenizer, tmp_path):
-    lines = [
-        {"prompt": f"刘备到{n}？", "chosen": "荆州。", "rejected": "徐州。"} for n in range(40)
-    ]
-    file = write_lines(tmp_path / "pairs.jsonl", lines)
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from data.custom import prepare_dpo; prepare_dpo.main(sys.argv[1:])\n"
-        "assert not {'torch', 'sacrebleu', 'openai'} & {*sys.modules}\n"
-    )
-    (tmp_path / "script.py").write_text(code)
-    words = words_of(tokenizer, tmp_path / "out", f"--input={file}")
-    done = run("script.py", *words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_files_need_no_torch():
+    names = ("torch", "sacrebleu", "openai")
+    code = f"import sys; sys.modules |= dict.fromkeys({names}); import data.custom.prepare_dpo"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "no input; name a file"),
-        (["--input=none.jsonl"], r"no file none\.jsonl"),
-        (["--input=x", "--ranked=y"], "--input= and --ranked= take different records"),
-        (["--input=x", "--margin=3"], "--margin= needs scores; pass --ranked= with it"),
-        (["--ranked=x", "--margin=-1"], r"margin=-1 must be 0 or more"),
-    ],
-)
-def test_bad_settings_are_one_line(tokenizer, tmp_path, words, message):
-    with pytest.raises(UserError, match=message):
-        prepared(tokenizer, tmp_path / "out", *words)
+def test_settings_that_mean_nothing_together_are_refused(tokenizer, tmp_path):
+    with pytest.raises(UserError, match="--input= and --ranked= take different records"):
+        prepared(tokenizer, tmp_path, "--input=x", "--ranked=y")
+    with pytest.raises(UserError, match="--margin= needs scores; pass --ranked= with it"):
+        prepared(tokenizer, tmp_path, "--input=x", "--margin=3")
