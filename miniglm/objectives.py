@@ -2,7 +2,8 @@
 
 train.py has one loop for every stage, and asks an objective:
 
-    batches(start, step)    this process's batches of the step that begins after `start` rows
+    batches(start, step)    this process's batches of the step that begins after `start` rows, and
+                            the tokens of the whole step, padding left out
     counts(batches)         before the forward pass: what each sum is divided by
     sums(model, batch)      {term: sum over the batch}, of which the loss is made
     evaluate(model)         {name: value} on the validation split, with "val_loss"
@@ -60,7 +61,7 @@ class Objective:
         self.multiple = 64 if device.startswith("cuda") else 1
 
     def start_from(self, checkpoint: Path) -> None:
-        """Called with the path of the model that the whole of is trained on, if there is one."""
+        """Called with the path of the model whose weights are all trained on, if there is one."""
 
     def saved(self) -> dict:
         """What run.json keeps of the objective."""
@@ -83,19 +84,6 @@ class Objective:
         mine = self.world.share(rows)
         return rows, np.array_split(mine, -(-len(mine) // config.batch_size)) if len(mine) else []
 
-    def batches(self, start: int, step: int) -> tuple[list[Batch], int]:
-        """The micro-batches of this process, and the tokens of the whole step, padding left out."""
-        raise NotImplementedError
-
-    def counts(self, batches: list[Batch]) -> dict[str, int]:
-        raise NotImplementedError
-
-    def sums(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        raise NotImplementedError
-
-    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
-        raise NotImplementedError
-
     def describe(self, record: dict) -> str:
         return f"{record['val_loss']:.3f} in validation"
 
@@ -104,7 +92,7 @@ class Objective:
         return tokens / rows
 
     def show_rows(self, start: int, step: int, rank: int, micro: int) -> str:
-        """Where the rows lie that a process had in one of its micro-batches of a step."""
+        """The place of the rows that a process had in one micro-batch of a step."""
         other = copy.copy(self)
         other.world = dataclasses.replace(self.world, rank=rank)
         return self.data.show_rows(other.batches(start, step)[0][micro].rows)
