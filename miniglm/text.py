@@ -129,7 +129,7 @@ class TextStream:
         self.held += new
         places = [place for stop in self.stop if (place := self.held.find(stop)) >= 0]
         self.stopped = bool(places)
-        end = min(places, default=len(self.held) - keep * self._partial_stop())
+        end = min(places, default=len(self.held) - (self._partial_stop() if keep else 0))
         text, self.held = self.held[:end], self.held[end:]
         return text
 

@@ -184,8 +184,8 @@ def header_of(config: Settings, checkpoint: Checkpoint, data: Dataset) -> dict:
     differently, by which 8 of 1,440 samples of a translator took another turn."""
     names, splits = ("n_val", "n_sources", "num_samples", "batch_size"), data.meta["splits"]
     settings = {name: getattr(config, name) for name in names}
-    prints = [splits[split]["fingerprint"] for split in ("train", "val")]
-    return fingerprint(checkpoint, config) | settings | {"dataset_fingerprints": prints}
+    fingerprints = [splits[split]["fingerprint"] for split in ("train", "val")]
+    return fingerprint(checkpoint, config) | settings | {"dataset_fingerprints": fingerprints}
 
 
 # --- pairs ---------------------------------------------------------------------------------------
