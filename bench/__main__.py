@@ -15,10 +15,10 @@ OMP_NUM_THREADS=1 and --clock=cpu leave most of the neighbours' work out.
 
 import dataclasses
 import importlib
-import json
 from types import SimpleNamespace
 
-from configurator import command, configure, repo_path, run_part, show_path, written_aside
+from bench.timing import write_json
+from configurator import command, configure, repo_path, run_part, show_path
 from miniglm.devices import environment
 
 PARTS = ("step", "generate", "data", "serve", "quality")  # a module each: Settings and bench
@@ -33,22 +33,18 @@ def main(argv: list[str]) -> None:
 
 
 def measure_part(words: SimpleNamespace, argv: list[str]) -> None:
-    """Runs a part and writes its results, if they are complete."""
+    """Runs a part and writes its results."""
     part = words.names[0]
     module = importlib.import_module(f"bench.{part}")
     config = configure(module.Settings, argv)
-    results = module.bench(config)
-    if results is None:
-        return
     record = {
         "part": part,
         "environment": environment(getattr(config, "device", "cpu")),
         "settings": dataclasses.asdict(config),
-        "results": results,
+        "results": module.bench(config),
     }
     path = repo_path(config.out) / f"{part}.json"
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(path, record)
     print(f"written to {show_path(path)}")
 
 

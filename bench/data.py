@@ -55,9 +55,18 @@ def bench(config: Settings) -> dict:
         figures = {}
         for name, words in commands(folder).items():
             figures[name] = run(words, folder, size)
-            print(f"  {name:<26}  {show(figures[name])}")
-        ratios = compare(figures, encoder_rate(folder / TEXT))
-    return {"megabytes": size, "ways": figures} | ratios
+            rate, per_core, peak = figures[name].values()
+            print(
+                f"  {name:<26}  {rate:.1f} MB/s, {per_core:.1f} MB per core-second, "
+                f"at most {peak:,.0f} MB of memory"
+            )
+        rates = {name: figures[name]["rate_per_core"] for name in PEERS}
+        rates["tiktoken alone"] = encoder_rate(folder / TEXT)
+    ours, ratios = figures["ours, 1 process"]["rate_per_core"], {}
+    for name, rate in rates.items():
+        ratios[f"ours, 1 process / {name}"] = ours / rate
+        print(f"  ours, 1 process / {name}: {ours / rate:.2f} per core-second")
+    return {"megabytes": size, "ways": figures, "ratios": ratios}
 
 
 def write_text(file: Path, size: int) -> None:
@@ -86,24 +95,23 @@ def commands(folder: Path) -> dict[str, list[str]]:
 
 
 def run(words: list[str], folder: Path, size: float) -> dict:
-    """Rates and peak memory of a command, or how it failed. size: megabytes of text."""
+    """Rates and peak memory of a command. size: megabytes of text."""
     settings = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     settings |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "encoding": "utf-8"}
     before, began, peak = core_seconds(), time.perf_counter(), 0
-    process = subprocess.Popen(
-        [sys.executable, *words], cwd=ROOT, env=os.environ | settings, **pipes
-    )
+    with (folder / "log").open("w", encoding="utf-8") as log:
+        options = {"cwd": ROOT, "env": os.environ | settings, "stdout": log, "stderr": log}
+        process = subprocess.Popen([sys.executable, *words], **options)
     while process.returncode is None:
-        try:
-            _, error = process.communicate(timeout=0.2)
-        except subprocess.TimeoutExpired:
-            peak = max(peak, memory(process.pid))
+        peak = max(peak, memory(process.pid))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.2)
     seconds, cores = time.perf_counter() - began, core_seconds() - before
     for leftover in ("out", "cache"):
         shutil.rmtree(folder / leftover, ignore_errors=True)
     if process.returncode:
-        return {"failed": (error.strip().splitlines() or [f"exit {process.returncode}"])[-1]}
+        last_line = (folder / "log").read_text(encoding="utf-8").strip().rpartition("\n")[2]
+        raise UserError(f"{' '.join(words)} failed: {last_line}")
     rates = {"rate": size / seconds, "rate_per_core": size / cores}
     return rates | {"peak_megabytes": peak / 1e6}
 
@@ -135,27 +143,6 @@ def encoder_rate(file: Path) -> float:
     for passage in passages:
         encoding.encode_ordinary(passage)
     return len(text.encode()) / 1e6 / (time.process_time() - began)
-
-
-def show(figures: dict) -> str:
-    if "failed" in figures:
-        return f"failed: {figures['failed']}"
-    return (
-        f"{figures['rate']:.1f} MB/s, {figures['rate_per_core']:.1f} MB per core-second, "
-        f"at most {figures['peak_megabytes']:,.0f} MB of memory"
-    )
-
-
-def compare(ways: dict[str, dict], encoder: float) -> dict:
-    """Prints and returns the ratios of our rate per core to tiktoken's and to the others'."""
-    rates = {"tiktoken alone": encoder}
-    rates |= {name: f["rate_per_core"] for name, f in ways.items() if "failed" not in f}
-    ours = rates.get("ours, 1 process")
-    names = [name for name in rates if ours and not name.startswith("ours")]
-    ratios = {f"ours, 1 process / {name}": ours / rates[name] for name in names}
-    for name, ratio in ratios.items():
-        print(f"  {name}: {ratio:.2f} per core-second")
-    return {"tiktoken_rate": encoder, "ratios": ratios}
 
 
 # --- the other ways, each in a process of its own ------------------------------------------------
