@@ -26,10 +26,11 @@ from matplotlib.ticker import LogLocator, NullLocator
 import train as training
 from bench import timing
 from bench.step import dtypes_of, own_step
-from bench.timing import measure, write_json
+from bench.timing import measure
 from configurator import UserError, above, configure, repo_path, show_path
 from miniglm.checkpoint import has_checkpoint, read_log, read_run
 from miniglm.devices import environment
+from miniglm.jsonl import write_report
 from visualize import save_figure, style
 
 EVALUATIONS = 20  # of a run
@@ -149,7 +150,7 @@ def plan(config: Settings, recipes: dict[str, list[str]]) -> dict[str, dict]:
     if not path.is_file():
         costs = measure_costs(config, recipes)
         machine = environment(config.device)
-        write_json(path, {"environment": machine, "recipes": settings, "costs": costs})
+        write_report(path, {"environment": machine, "recipes": settings, "costs": costs})
         return costs
     record = json.loads(path.read_text(encoding="utf-8"))
     if record["recipes"] != settings:

@@ -31,17 +31,11 @@ from miniglm.losses import next_token
 from miniglm.optim import make_optimizers
 from model import GPT, ModelConfig
 
+LLAMA = {"qk_norm": False, "norm_eps": 1e-5}
 ARCHITECTURES = {  # as our settings
     "Qwen3": {},  # our default
-    "Llama": {"qk_norm": False, "norm_eps": 1e-5},
-    "GPT-2": {
-        "position": "learned",
-        "norm": "layernorm",
-        "norm_eps": 1e-5,
-        "mlp": "gelu",
-        "bias": True,
-        "qk_norm": False,
-    },
+    "Llama": LLAMA,
+    "GPT-2": LLAMA | {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True},
 }
 PEERS = {  # with the same matmuls
     "ours, Qwen3": "Hugging Face, Llama",

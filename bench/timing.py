@@ -1,11 +1,9 @@
 """Contenders that take turns, the ratios of their speeds, and where the time of one goes."""
 
-import json
 import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal
 
@@ -13,7 +11,7 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from configurator import at_least, written_aside
+from configurator import at_least
 from model import pick_device
 
 Seconds = dict[str, list[float]]  # of each contender, turn by turn
@@ -114,8 +112,3 @@ def print_profile(name: str, times: dict[str, float]) -> None:
     print(f"  {name}, under the profiler")
     for kind, ms in times.items():
         print(f"    {kind:<24} {ms:>10.2f} ms {ms / total:>4.0%}")
-
-
-def write_json(path: Path, record: dict) -> None:
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
