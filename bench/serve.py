@@ -133,12 +133,16 @@ def crowd(way: str, asks: list[Pieces], texts: list[str], seconds: float) -> dic
 
     def use(ask: Pieces, text: str) -> None:
         while time.monotonic() < end:
+            began, first, answer = time.monotonic(), None, ""
             try:
-                *times, answer = time_answer(ask)
+                for answer in ask():
+                    if answer and first is None:
+                        first = time.monotonic() - began
             except Exception as error:
                 failed.append(error)
                 continue
-            waits.append(times)
+            whole = time.monotonic() - began
+            waits.append((first or whole, whole))
             if answer != text:
                 wrong.append(answer)
 
@@ -155,13 +159,3 @@ def crowd(way: str, asks: list[Pieces], texts: list[str], seconds: float) -> dic
         f"{' '.join(f'{s:.2f}' for s in first)}, whole {' '.join(f'{s:.2f}' for s in whole)}"
     )
     return counts | {"first": first, "whole": whole}
-
-
-def time_answer(ask: Pieces) -> tuple[float, float, str]:
-    """Seconds to the first character and to the last, and the text."""
-    began, first, text = time.monotonic(), None, ""
-    for text in ask():
-        if text and first is None:
-            first = time.monotonic() - began
-    whole = time.monotonic() - began
-    return first or whole, whole, text
