@@ -228,16 +228,6 @@ def test_another_model_says_what_it_is_and_continues(page, out_dirs):
     assert prompts(page) == ["却说曹操"]
 
 
-def test_two_pages_at_once_get_their_own_texts(browser, page, served, out_dirs):
-    asked = {page: "谁弄权？", open_page(browser, served[0]): "殿角如何？"}
-    for each, text in asked.items():
-        set_drawer(each, "tokens", 300)
-        send(each, text)
-    for each, text in asked.items():
-        expect(each.locator("#chat-log button[title='Like']")).to_be_visible()
-        assert finished(each) == [answer(out_dirs["answers"], text, max_new_tokens=300)]
-
-
 def test_a_closed_page_is_not_answered_further(browser, served):
     page = open_page(browser, served[0])
     start_long_answer(page)
