@@ -15,40 +15,33 @@ OMP_NUM_THREADS=1 and --clock=cpu leave most of the neighbours' work out.
 
 import dataclasses
 import importlib
-import json
-from types import SimpleNamespace
 
-from configurator import command, configure, repo_path, run_part, show_path, written_aside
+from configurator import UserError, command, configure, nearest, repo_path, show_path
 from miniglm.devices import environment
+from miniglm.jsonl import write_report
 
 PARTS = ("step", "generate", "data", "serve", "quality")  # a module each: Settings and bench
 
 
 def main(argv: list[str]) -> None:
-    if not argv or argv[0] in ("--help", "-h"):
+    """Runs a part and writes its results."""
+    part, *words = argv or ["--help"]
+    if part in ("--help", "-h"):
         print(__doc__.strip())
         return
-    usage = f"one of {', '.join(PARTS)}"
-    run_part(SimpleNamespace(names=argv), dict.fromkeys(PARTS, measure_part), usage)
-
-
-def measure_part(words: SimpleNamespace, argv: list[str]) -> None:
-    """Runs a part and writes its results, if they are complete."""
-    part = words.names[0]
+    if part not in PARTS:
+        hint = nearest(part, PARTS) or f"; write one of {', '.join(PARTS)}"
+        raise UserError(f"unknown part {part!r}{hint}")
     module = importlib.import_module(f"bench.{part}")
-    config = configure(module.Settings, argv)
-    results = module.bench(config)
-    if results is None:
-        return
+    config = configure(module.Settings, words)
     record = {
         "part": part,
         "environment": environment(getattr(config, "device", "cpu")),
         "settings": dataclasses.asdict(config),
-        "results": results,
+        "results": module.bench(config),
     }
     path = repo_path(config.out) / f"{part}.json"
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_report(path, record)
     print(f"written to {show_path(path)}")
 
 

@@ -18,9 +18,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 
@@ -37,11 +38,7 @@ from miniglm.text import load_for_sampling, stream
 from model import GPT, ModelConfig
 
 MEMORY = 2**29  # bytes whose reading is timed
-RATIOS = [
-    ("ours", "Hugging Face"),
-    ("ours, int8", "ours"),
-    ("sample.py", "llama.cpp"),
-]
+RATIOS = [("ours", "Hugging Face"), ("ours, int8", "ours"), ("sample.py", "llama.cpp")]
 EXACT = ("ours", "Hugging Face", "llama.cpp")  # their ids are compared
 TIE = 1e-4  # two best logits nearer than this may change places between implementations
 START = "却说"
@@ -58,7 +55,6 @@ class Settings(timing.Settings):
     prompts: Annotated[int, at_least(1)] = 32  # how many are many
     out_dir: str = ""  # a trained model, in place of random weights of the shape above
     llama_cpp: str = ""  # python of an environment with llama-cpp-python; needs out_dir
-    clock: Literal["wall", "cpu"] = "wall"  # cpu: of this process, on all threads
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,7 +67,7 @@ def bench(config: Settings) -> dict:
     results, checkpoint = {}, None
     if config.out_dir:
         checkpoint = load_checkpoint(repo_path(config.out_dir), device=config.device)
-        results["first character"] = first_character(config, checkpoint)
+        results["first character"] = first_character(config, checkpoint.answers)
     model = checkpoint.model if checkpoint else random_model(config).to(config.device).eval()
     c = model.config
     n = min(config.new_tokens, c.block_size - config.prompt_tokens)
@@ -79,9 +75,7 @@ def bench(config: Settings) -> dict:
         raise UserError(f"prompt_tokens={config.prompt_tokens} must be below {c.block_size}")
     print(
         f"generate: {config.out_dir or 'random weights'}, {c.n_layer} layers x {c.n_embd}, "
-        f"{c.n_head} heads, {c.n_kv_head} for keys and values, vocabulary {c.n_vocab:,}, prompts "
-        f"of {config.prompt_tokens} tokens, {torch.get_num_threads()} threads, {config.rounds} "
-        "turns each"
+        f"vocabulary {c.n_vocab:,}, prompts of {config.prompt_tokens} tokens, {config.rounds} turns"
     )
     models = {"ours": pack(copy.deepcopy(model))}
     if config.device == "cpu":
@@ -89,7 +83,7 @@ def bench(config: Settings) -> dict:
     peer = with_our_weights(model)
 
     def contenders(prompts: list[list[int]], n: int) -> dict[str, Way]:
-        ways = {name: ours(packed, prompts, n) for name, packed in models.items()}
+        ways = {name: partial(ours, packed, prompts, n) for name, packed in models.items()}
         return ways | {"Hugging Face": hugging_face(peer, prompts, n)}
 
     prompt, *many = torch.randint(c.n_vocab, (1 + config.prompts, config.prompt_tokens)).tolist()
@@ -108,19 +102,18 @@ def race(
     compare(model, prompts, {name: ways[name] for name in ways if name in EXACT})
     memory = torch.ones(MEMORY // 4, device=config.device)
     calls = ways | {"memory read": memory.sum}
-    seconds = measure(calls, config.rounds, config.device, config.clock)
+    seconds = measure(calls, config)
     ratios = {f"{a} / {b}": speed_ratio(seconds, a, b) for a, b in RATIOS if {a, b} <= {*ways}}
     c = model.config
     weights = 4 * (sum(p.numel() for p in model.blocks.parameters()) + model.lm_head.weight.numel())
     cache = 4 * 2 * c.n_layer * c.n_kv_head * c.head_dim * (config.prompt_tokens + n / 2)
     work = n * (weights + len(prompts) * cache) / MEMORY
-    ratios["ours: of the rate at which memory is read"] = speed_ratio(
-        seconds, "ours", "memory read", work
-    )
+    label = "ours: of the rate at which memory is read"
+    ratios[label] = speed_ratio(seconds, "ours", "memory read", work)
     rate = MEMORY / median(seconds["memory read"]) / 1e9
     print(
         f" {len(prompts)} prompt(s), {n} tokens each; a step reads {weights / 1e6:.1f} MB of "
-        f"weights, which a processor's cache may hold, and memory is read at {rate:.1f} GB/s"
+        f"weights, and memory is read at {rate:.1f} GB/s"
     )
     return report(seconds, list(ways), n * len(prompts), ratios)
 
@@ -166,19 +159,14 @@ def with_our_weights(model: GPT) -> torch.nn.Module:
     return peer.to(model.wte.weight.device).eval()
 
 
-def ours(model: GPT, prompts: list[list[int]], n: int) -> Way:
-    sampling = Sampling(max_new_tokens=n, temperature=0.0)
-
-    def run() -> list[list[int]]:
-        batch = Batch(model, size=len(prompts))
-        requests = [Request(prompt, sampling) for prompt in prompts]
-        for request in requests:
-            batch.add(request)
-        while batch:
-            batch.step()
-        return [request.ids for request in requests]
-
-    return run
+def ours(model: GPT, prompts: list[list[int]], n: int) -> list[list[int]]:
+    batch = Batch(model, size=len(prompts))
+    requests = [Request(prompt, Sampling(n, temperature=0.0)) for prompt in prompts]
+    for request in requests:
+        batch.add(request)
+    while batch:
+        batch.step()
+    return [request.ids for request in requests]
 
 
 def hugging_face(peer: torch.nn.Module, prompts: list[list[int]], n: int) -> Way:
@@ -234,25 +222,20 @@ def untied_length(model: GPT, prompt: list[int], ids: list[int]) -> int:
 # --- first character -----------------------------------------------------------------------------
 
 
-def first_character(config: Settings, checkpoint: Checkpoint) -> float:
+def first_character(config: Settings, answers: bool) -> float:
     """Median seconds from sample.py's command to its first character."""
     words = ["sample.py", f"--out_dir={config.out_dir}", f"--start={START}"]
     words += [f"--device={config.device}", "--max_new_tokens=8"]
-    echoed = 0 if checkpoint.answers else len(START)  # a text is printed before it is continued
-    turns = [time_command(words, echoed + 1) for _ in range(config.rounds + 1)]
+    echoed, turns = 0 if answers else len(START), []  # a text is printed before it is continued
+    for _ in range(config.rounds + 1):
+        began = time.perf_counter()
+        pipe = {"stdout": subprocess.PIPE, "encoding": "utf-8"}
+        with subprocess.Popen([sys.executable, *words], cwd=ROOT, **pipe) as process:
+            process.stdout.read(echoed + 1)
+            turns.append(time.perf_counter() - began)
+            process.communicate()
+        if process.returncode:
+            raise UserError("sample.py failed; its message is above")
     seconds = median(turns[1:])  # the first reads files from the disk
     print(f"first character after {seconds:.2f} s")
-    return seconds
-
-
-def time_command(words: list[str], characters: int) -> float:
-    """Seconds until a Python command has printed so many characters, or has ended."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-    began = time.perf_counter()
-    with subprocess.Popen([sys.executable, *words], cwd=ROOT, **pipes) as process:
-        process.stdout.read(characters)
-        seconds = time.perf_counter() - began
-        said = process.communicate()[1].strip()
-    if process.returncode:
-        raise UserError(said.splitlines()[-1] if said else f"{words[0]} failed")
     return seconds

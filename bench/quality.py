@@ -5,21 +5,17 @@
     python data/fetch_data.py gpt2
     python data/sanguo/prepare.py --tokenizer=gpt2 --out=data/sanguo_gpt2
     python -m bench quality                  all runs, then the table and the picture
-    python -m bench quality --only=ours-2    one run, or those of a recipe; then run the rest
 
 Ours, MiniMind's (config/minimind.py) and the reference's, at the same depth and width. Machines are
 shared, so time is counted in steps: the cost of each recipe's step is measured first, in turns, and
 kept in plan.json; a run has as many steps as fit its minutes, and its schedule ends there.
-Evaluations are not counted. After Ctrl-C the same command continues; what is finished stays.
+Evaluations are not counted. After Ctrl-C the same command continues; finished runs stay.
 """
 
-import itertools
 import json
 import math
-import signal
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import mean, median
 from typing import Annotated
@@ -29,11 +25,12 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 import train as training
 from bench import timing
-from bench.step import own_step
+from bench.step import dtypes_of, own_step
 from bench.timing import measure
-from configurator import ROOT, UserError, above, configure, repo_path, show_path, written_aside
+from configurator import UserError, above, configure, repo_path, show_path
 from miniglm.checkpoint import has_checkpoint, read_log, read_run
-from miniglm.devices import environment, pick_dtype
+from miniglm.devices import environment
+from miniglm.jsonl import write_report
 from visualize import save_figure, style
 
 EVALUATIONS = 20  # of a run
@@ -49,14 +46,12 @@ class Settings(timing.Settings):
     minimind_minutes: Annotated[float, above(0)] = 20.0  # of each of its runs
     minimind_rates: Positive = field(default_factory=lambda: [5e-4, 1e-3, 2e-3])  # a run each
     reference_minutes: Annotated[float, above(0)] = 60.0  # of its run
-    only: list[str] = field(default_factory=list)  # runs or recipes to train now: ours-2, minimind
     runs: str = "bench-quality"  # where they are trained
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("ours_minutes", "minimind_rates"):
-            if not getattr(self, name):
-                raise UserError(f"{name}=[] must hold one number or more")
+        if not (self.ours_minutes and self.minimind_rates):
+            raise UserError("ours_minutes and minimind_rates must each hold one number or more")
 
 
 @dataclass
@@ -69,24 +64,15 @@ class Trial:
     argv: list[str]  # train.py's, without what depends on the cost
 
 
-def bench(config: Settings) -> dict | None:
-    """Trains the missing trials -> costs, runs, who reaches which level when; and a picture. None
-    while trials are missing."""
-    recipes = recipe_argv(config)
-    trials = list_trials(config, recipes)
-    chosen = choose(trials, config.only)
-    folder = repo_path(config.runs)
-    costs = plan(config, recipes)
-    commands = {trial.name: [*trial.argv, *budget(trial, costs)] for trial in trials}
-    for trial in chosen:
-        out_dir, argv = folder / trial.name, commands[trial.name]
-        if not is_finished(out_dir, argv):
-            run_script("train.py", *argv, f"--out_dir={out_dir}", "--resume")
-    missing = [n for n, argv in commands.items() if not is_finished(folder / n, argv)]
-    if missing:
-        print(f"quality: still to be trained: {', '.join(missing)}")
-        return None
-    runs = {t.name: read_trial(folder / t.name, t, commands[t.name], costs) for t in trials}
+def bench(config: Settings) -> dict:
+    return race(config, recipe_argv(config))
+
+
+def race(config: Settings, recipes: dict[str, list[str]]) -> dict:
+    """Trains what is not finished -> costs, runs, who reaches which level when; and a picture."""
+    folder, costs, runs = repo_path(config.runs), plan(config, recipes), {}
+    for trial in list_trials(config, recipes):
+        runs[trial.name] = train_trial(folder / trial.name, trial, costs[trial.recipe])
     results = {"costs": costs, "runs": runs} | judge(runs, costs)
     print_quality(results)
     save_figure(quality_figure(results), folder / "quality.png")
@@ -119,211 +105,134 @@ def list_trials(config: Settings, recipes: dict[str, list[str]]) -> list[Trial]:
     return [*trials, Trial(f"reference-{minutes:g}", "reference", minutes, recipes["reference"])]
 
 
-def choose(trials: list[Trial], only: list[str]) -> list[Trial]:
-    """The trials that `only` names, themselves or by their recipe; all if it is empty."""
-    for name in only:
-        if not any(name in (trial.name, trial.recipe) for trial in trials):
-            have = ", ".join(trial.name for trial in trials)
-            raise UserError(f"only={name!r} names no run; there are {have}")
-    return [t for t in trials if not only or t.name in only or t.recipe in only]
-
-
-def budget(trial: Trial, costs: dict[str, dict]) -> list[str]:
-    """train.py's flags for as many steps as fit the trial's minutes."""
-    settings = configure(training.Settings, trial.argv)
-    step = step_seconds(costs[trial.recipe])
-    max_iters = int(60 * trial.minutes / step)
+def train_trial(out_dir: Path, trial: Trial, cost: dict) -> dict:
+    """Trains or continues a trial -> its curve on the axis of its steps' cost, and its best."""
+    max_iters = int(60 * trial.minutes / cost["step"])
     if max_iters < 1:
-        raise UserError(
-            f"{trial.name}: a step takes {step:.1f} s; give {trial.recipe} more minutes"
-        )
+        seconds = f"{cost['step']:.1f} s"
+        raise UserError(f"{trial.name}: a step takes {seconds}; give {trial.recipe} more minutes")
+    if has_checkpoint(out_dir):
+        planned = read_run(out_dir, "latest")["settings"]["max_iters"]
+        if planned != max_iters:
+            raise UserError(
+                f"{show_path(out_dir)} is a run of {planned} steps, the plan has {max_iters}; "
+                "delete it, or pass another --runs="
+            )
+    budget = step_flags(configure(training.Settings, trial.argv), max_iters)
+    training.main(
+        [*trial.argv, *budget, f"--dtype={cost['dtype']}", f"--out_dir={out_dir}", "--resume"]
+    )
+    evaluated = [r for r in read_log(out_dir) if "val_bits_per_byte" in r]
+    curve = [(r["iter"] * cost["step"] / 60, r["val_bits_per_byte"]) for r in evaluated]
+    minutes, bits = min(curve, key=lambda point: point[1])
+    best = {"bits_best": bits, "minutes_at_best": minutes}
+    return {"recipe": trial.recipe, "steps": evaluated[-1]["iter"], "curve": curve} | best
+
+
+def step_flags(settings: training.Settings, max_iters: int) -> list[str]:
+    """train.py's flags for a schedule of that many steps."""
     tenth = math.ceil(max_iters / 10)
     return [
         f"--max_iters={max_iters}",
         f"--eval_interval={math.ceil(max_iters / EVALUATIONS)}",
         f"--warmup_iters={min(settings.warmup_iters, tenth)}",
         f"--log_interval={min(settings.log_interval, tenth)}",
-        f"--dtype={costs[trial.recipe]['dtype']}",
     ]
 
 
-def is_finished(out_dir: Path, argv: list[str]) -> bool:
-    """Whether a run has done its steps, or ended earlier, out of patience."""
-    if not has_checkpoint(out_dir):
-        return False
-    settings, run = configure(training.Settings, argv), read_run(out_dir, "latest")
-    if (before := run["settings"]["max_iters"]) != settings.max_iters:
-        raise UserError(
-            f"{show_path(out_dir)} is a run of {before} steps, the plan has {settings.max_iters}; "
-            "delete it, or pass another --runs="
-        )
-    return training.Progress(**run["progress"]).is_finished(settings)
-
-
-def run_script(name: str, *words: str) -> None:
-    """Runs a script of this repository, which handles Ctrl-C. Raises UserError if it fails."""
-    sys.stdout.flush()
-    # subprocess.run would kill a script that is saving; a handler is not inherited, SIG_IGN is
-    before = signal.signal(signal.SIGINT, lambda signum, frame: None)
-    try:
-        code = subprocess.Popen([sys.executable, str(ROOT / name), *words]).wait()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if code == 130:
-        raise UserError("stopped; the same command continues")
-    if code:
-        raise UserError(f"{name} ended with exit code {code}; its message is above")
-
-
-def read_trial(out_dir: Path, trial: Trial, argv: list[str], costs: dict[str, dict]) -> dict:
-    """A finished trial: its curve on the axis of its steps' cost, and its best evaluation."""
-    minutes = step_seconds(costs[trial.recipe]) / 60
-    evaluated = [r for r in read_log(out_dir) if "val_bits_per_byte" in r]
-    curve = [(r["iter"] * minutes, r["val_bits_per_byte"]) for r in evaluated]
-    at, best = min(curve, key=lambda point: point[1])
-    progress = read_run(out_dir, "latest")["progress"]
-    return {
-        "recipe": trial.recipe,
-        "minutes": trial.minutes,
-        "command": ["train.py", *argv],
-        "steps": progress["iter"],
-        "clock_seconds": progress["seconds"],
-        "curve": curve,
-        "bits_best": best,
-        "minutes_at_best": at,
-    }
-
-
 # --- costs ---------------------------------------------------------------------------------------
-
-
-def step_seconds(cost: dict) -> float:
-    """Of a recipe's step in its own dtype."""
-    return cost["step"][cost["dtype"]]
 
 
 def plan(config: Settings, recipes: dict[str, list[str]]) -> dict[str, dict]:
     """The costs of each recipe, from plan.json, or measured and written there."""
     path = repo_path(config.runs) / "plan.json"
     settings = {name: asdict(configure(training.Settings, recipes[name])) for name in recipes}
-    machine = environment(config.device)
     if not path.is_file():
         costs = measure_costs(config, recipes)
-        record = {"environment": machine, "recipes": settings, "costs": costs}
-        with written_aside(path) as aside:
-            aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        machine = environment(config.device)
+        write_report(path, {"environment": machine, "recipes": settings, "costs": costs})
         return costs
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        costs, before, measured_on = (record[key] for key in ("costs", "recipes", "environment"))
-        changed = [
-            f"{key} of {name}"
-            for name, now in settings.items()
-            for key in before[name].keys() & now.keys()
-            if before[name][key] != now[key]
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{show_path(path)} is damaged; delete it to measure the costs again"
-        ) from None
-    if changed:
-        raise UserError(
-            f"{show_path(path)} has another {', '.join(sorted(changed))}; pass another --runs="
-        )
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["recipes"] != settings:
+        raise UserError(f"{show_path(path)} has other settings; pass another --runs=")
     print(f"costs as in {show_path(path)}; delete it to measure them again")
-    if measured_on != machine:
-        print("note: they were measured on another machine, or with other threads")
-    return costs
+    return record["costs"]
 
 
 def measure_costs(config: Settings, recipes: dict[str, list[str]]) -> dict[str, dict]:
     """Seconds of a step in the recipe's own dtype and in float32."""
-    calls, dtypes = {}, {}
+    calls, own_dtype = {}, {}
     for name, argv in recipes.items():
         # a dry run may start in an out_dir that holds a run
         argv = [*argv, f"--out_dir={config.runs}/{name}", "--dry_run"]
         settings = configure(training.Settings, argv)
-        own = str(pick_dtype(settings.dtype, config.device)).removeprefix("torch.")
-        dtypes[name] = list(dict.fromkeys(["float32", own]))
+        dtypes = dtypes_of(settings.dtype, config.device)
+        own_dtype[name] = dtypes[-1]
         # a recipe with short rows has them in the first half of its steps
-        for dtype, rows in itertools.product(dtypes[name], {settings.short_block, None}):
+        for dtype, rows in product(dtypes, {settings.short_block, None}):
             words = [*argv, f"--dtype={dtype}", f"--short_block={rows}"]
             calls[name, dtype, rows], _ = own_step(words)
     print(f"measuring the cost of a step, {config.rounds + 1} turns of {len(calls)} contenders")
-    seconds = measure(calls, config.rounds, config.device)
-    costs = {}
-    for name in recipes:
-        turns = {d: [seconds[k] for k in calls if k[:2] == (name, d)] for d in dtypes[name]}
-        step = {dtype: mean(map(median, kinds)) for dtype, kinds in turns.items()}
-        costs[name] = {"dtype": dtypes[name][-1], "step": step}
-    return costs
+    seconds = measure(calls, config)
+
+    def cost(name: str, dtype: str) -> float:
+        return mean(median(seconds[call]) for call in calls if call[:2] == (name, dtype))
+
+    return {
+        name: {"dtype": dtype, "step": cost(name, dtype), "float32_step": cost(name, "float32")}
+        for name, dtype in own_dtype.items()
+    }
 
 
 # --- curves --------------------------------------------------------------------------------------
 
 
-def first_time(curve: Curve, level: float) -> float | None:
-    """When a curve first reaches a level, linear between evaluations; None: never."""
-    for i, (minutes, bits) in enumerate(curve):
+def first_time(curve: Curve, level: float) -> float:
+    """When a curve first reaches a level, linear between evaluations; infinity: never."""
+    if curve[0][1] <= level:
+        return curve[0][0]
+    for (before, higher), (minutes, bits) in pairwise(curve):
         if bits <= level:
-            if i == 0:
-                return minutes
-            before, higher = curve[i - 1]
             return before + (minutes - before) * (higher - level) / (higher - bits)
-    return None
+    return math.inf
 
 
-def earliest(curves: list[Curve], level: float) -> float | None:
-    """When the first of the curves reaches a level."""
-    times = [first_time(curve, level) for curve in curves]
-    return min((time for time in times if time is not None), default=None)
-
-
-def grid(curve: Curve, step: float = 0.2) -> list[float]:
-    """Round levels from the first evaluation down to the best, without the best itself."""
-    lowest = min(bits for _, bits in curve)
-    count = range(math.floor(curve[0][1] / step), math.floor(lowest / step), -1)
-    return [round(step * i, 10) for i in count if step * i > lowest]
+def levels(curve: Curve) -> list[float]:
+    """The multiples of 0.2 from the first evaluation down to the best, and the best."""
+    best = min(bits for _, bits in curve)
+    return [i / 5 for i in range(math.floor(5 * curve[0][1]), math.floor(5 * best), -1)] + [best]
 
 
 def judge(runs: dict[str, dict], costs: dict[str, dict]) -> dict:
-    """The best run of each recipe, and the minutes after which each recipe reaches each level: with
-    any of its runs, MiniMind's with its best one. Levels: round ones on MiniMind's way, its best,
-    and the best of our shortest run."""
+    """The best run of each recipe, and the minutes to each level that MiniMind's best run and any
+    of ours reach."""
     names = {recipe: [n for n in runs if runs[n]["recipe"] == recipe] for recipe in costs}
     best = {r: min(names[r], key=lambda name: runs[name]["bits_best"]) for r in names}
-    curves = {recipe: [runs[name]["curve"] for name in names[recipe]] for recipe in names}
-    peer = runs[best["minimind"]]
-    curves["minimind"] = [peer["curve"]]
-    shortest = min((runs[name] for name in names["ours"]), key=lambda run: run["minutes"])
-    levels = {*grid(peer["curve"]), peer["bits_best"], shortest["bits_best"]}
-    in_float32 = costs["minimind"]["step"]["float32"] / step_seconds(costs["minimind"])
+    peer = runs[best["minimind"]]["curve"]
+    slower = costs["minimind"]["float32_step"] / costs["minimind"]["step"]
     rows = []
-    for level in sorted(levels, reverse=True):
-        row = {recipe: earliest(curves[recipe], level) for recipe in curves}
-        both = row["minimind"] and row["ours"]
-        row["ratio"] = row["minimind"] / row["ours"] if both else None
-        row["in float32"] = row["ratio"] * in_float32 if both else None
-        rows.append({"bits": level} | row)
+    for level in levels(peer):
+        minimind = first_time(peer, level)
+        ours = min(first_time(runs[name]["curve"], level) for name in names["ours"])
+        if ours < math.inf:
+            ratios = {"ratio": minimind / ours, "in float32": slower * minimind / ours}
+            rows.append({"bits": level, "minimind": minimind, "ours": ours} | ratios)
     return {"best": best, "levels": rows}
 
 
 def print_quality(results: dict) -> None:
     print("quality: validation bits per byte; minutes are steps x their measured cost")
     for name, cost in results["costs"].items():
-        steps = ", ".join(f"{seconds:.3f} s in {dtype}" for dtype, seconds in cost["step"].items())
-        print(f"  a step of {name:<12} {steps}")
+        own, float32 = (f"{cost[key]:.3f} s" for key in ("step", "float32_step"))
+        print(f"  a step of {name:<12} {own} in {cost['dtype']}, {float32} in float32")
     for name, run in results["runs"].items():
-        print(
-            f"  {name:<20} {run['bits_best']:.3f} at {run['minutes_at_best']:.2f} min, "
-            f"{run['steps']:,} steps, {run['clock_seconds'] / 60:.1f} min with its evaluations"
-        )
+        best = f"{run['bits_best']:.3f} at {run['minutes_at_best']:.2f} min"
+        print(f"  {name:<20} {best}, {run['steps']:,} steps")
     print("  minutes to a level, and MiniMind's / ours, as it is and with MiniMind in float32")
-    columns = ("minimind", "ours", "reference", "ratio", "in float32")
-    print(f"  {'bits':<8}" + "".join(f"{name:>12}" for name in columns))
+    columns = ("bits", "minimind", "ours", "ratio", "in float32")
+    print("".join(f"{name:>12}" for name in columns))
     for row in results["levels"]:
-        cells = (f"{row[name]:.2f}" if row[name] else "never" for name in columns)
-        print(f"  {row['bits']:<8.3f}" + "".join(f"{cell:>12}" for cell in cells))
+        print("".join(f"{row[name]:>12.3f}" for name in columns))
 
 
 def quality_figure(results: dict) -> Figure:

@@ -8,7 +8,6 @@ made of it before. First on the endpoint, streamed, then on the page with a brow
 """
 
 import contextlib
-import json
 import os
 import socket
 import subprocess
@@ -22,7 +21,8 @@ from typing import Annotated
 
 import httpx
 import numpy as np
-from gradio_client.utils import apply_diff
+import openai
+from gradio_client import Client
 
 from configurator import ROOT, UserError, above, at_least, repo_path
 from miniglm.generation import Sampling
@@ -98,57 +98,32 @@ def server(out_dir: str) -> Iterator[str]:
 
 
 def endpoint_user(address: str, model: str, question: str, seed: int) -> Pieces:
-    client = httpx.Client(base_url=f"{address}/v1", timeout=120)
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
     body = {"model": model, "messages": [{"role": "user", "content": question}], "seed": seed}
     body |= {"temperature": WARMTH, "max_tokens": LENGTH, "stream": True}
 
     def ask() -> Iterator[str]:
         text = ""
-        with client.stream("POST", "/chat/completions", json=body) as lines:
-            lines.raise_for_status()
-            for line in lines.iter_lines():
-                if line.startswith("data: {"):
-                    delta = json.loads(line.removeprefix("data: "))["choices"][0]["delta"]
-                    text += delta.get("content", "")
-                    yield text
+        for chunk in client.chat.completions.create(**body):
+            text += chunk.choices[0].delta.content or ""
+            yield text
 
     return ask
 
 
 def page_user(address: str, model: str, question: str, seed: int) -> Pieces:
-    """As a browser asks: a POST, then the events of its session."""
-    client = httpx.Client(base_url=f"{address}/gradio_api", timeout=120)
-    config = client.get(f"{address}/config").json()
-    number = next(d["id"] for d in config["dependencies"] if d["api_name"] == "ask")
-    session = f"{os.getpid()}-{seed}"
+    client = Client(address, verbose=False, analytics_enabled=False)
     # in the order in which the page makes its components
-    data = [None, model, WARMTH, 1.0, LENGTH, 1.0, seed, 1, False, question]
-    body = {"data": data, "fn_index": number, "session_hash": session}
+    values = [model, WARMTH, 1.0, LENGTH, 1.0, seed, 1, False, question]
 
     def ask() -> Iterator[str]:
-        shown = []
-        client.post("/queue/join", json=body).raise_for_status()
-        with client.stream("GET", "/queue/data", params={"session_hash": session}) as lines:
-            for message in (
-                json.loads(line.removeprefix("data: ")) for line in lines.iter_lines() if line
-            ):
-                output = message.get("output", {})
-                if "error" in output:
-                    raise UserError(output["error"])
-                if message.get("msg") == "process_generating":  # the first is whole, then changes
-                    new = output["data"]
-                    shown = list(map(apply_diff, shown, new)) if shown else new
-                    yield page_text(shown)
-                if message.get("msg") == "process_completed":
-                    return
+        job = client.submit(*values, api_name="/ask")
+        for log, _ in job:
+            messages = log["value"] if isinstance(log, dict) else log  # an update, or a value
+            yield unescape(messages[-1]["content"][0]["text"])
+        job.result()  # raises what went wrong
 
     return ask
-
-
-def page_text(shown: list) -> str:
-    """The newest answer, from what the page's `ask` puts out."""
-    log = shown[0]["value"] if isinstance(shown[0], dict) else shown[0]  # an update, or a value
-    return unescape(log[-1]["content"][0]["text"])
 
 
 def crowd(way: str, asks: list[Pieces], texts: list[str], seconds: float) -> dict:
@@ -158,12 +133,16 @@ def crowd(way: str, asks: list[Pieces], texts: list[str], seconds: float) -> dic
 
     def use(ask: Pieces, text: str) -> None:
         while time.monotonic() < end:
+            began, first, answer = time.monotonic(), None, ""
             try:
-                *times, answer = time_answer(ask)
+                for answer in ask():
+                    if answer and first is None:
+                        first = time.monotonic() - began
             except Exception as error:
                 failed.append(error)
                 continue
-            waits.append(times)
+            whole = time.monotonic() - began
+            waits.append((first or whole, whole))
             if answer != text:
                 wrong.append(answer)
 
@@ -180,13 +159,3 @@ def crowd(way: str, asks: list[Pieces], texts: list[str], seconds: float) -> dic
         f"{' '.join(f'{s:.2f}' for s in first)}, whole {' '.join(f'{s:.2f}' for s in whole)}"
     )
     return counts | {"first": first, "whole": whole}
-
-
-def time_answer(ask: Pieces) -> tuple[float, float, str]:
-    """Seconds to the first character and to the last, and the text."""
-    began, first, text = time.monotonic(), None, ""
-    for text in ask():
-        if text and first is None:
-            first = time.monotonic() - began
-    whole = time.monotonic() - began
-    return first or whole, whole, text

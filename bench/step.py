@@ -14,9 +14,8 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from torch.profiler import record_function
@@ -24,7 +23,7 @@ from torch.profiler import record_function
 import train as training
 from bench import timing
 from bench.generate import hugging_face_model
-from bench.timing import measure, print_profiles, profile_kinds, report, speed_ratio
+from bench.timing import measure, print_profile, profile_kinds, report, speed_ratio
 from configurator import at_least
 from data_utils import open_dataset
 from miniglm.devices import pick_dtype
@@ -32,23 +31,18 @@ from miniglm.losses import next_token
 from miniglm.optim import make_optimizers
 from model import GPT, ModelConfig
 
+LLAMA = {"qk_norm": False, "norm_eps": 1e-5}
 ARCHITECTURES = {  # as our settings
     "Qwen3": {},  # our default
-    "Llama": {"qk_norm": False, "norm_eps": 1e-5},
-    "GPT-2": {
-        "position": "learned",
-        "norm": "layernorm",
-        "norm_eps": 1e-5,
-        "mlp": "gelu",
-        "bias": True,
-        "qk_norm": False,
-    },
+    "Llama": LLAMA,
+    "GPT-2": LLAMA | {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True},
 }
-PEERS = {"Qwen3": "Llama", "Llama": "Llama", "GPT-2": "GPT-2"}  # with the same matmuls
-CONTENDERS = [
-    *(("ours", "Qwen3"), ("ours", "Llama"), ("Hugging Face", "Llama")),
-    *(("ours", "GPT-2"), ("Hugging Face", "GPT-2")),
-]
+PEERS = {  # with the same matmuls
+    "ours, Qwen3": "Hugging Face, Llama",
+    "ours, Llama": "Hugging Face, Llama",
+    "ours, GPT-2": "Hugging Face, GPT-2",
+}
+CONTENDERS = list(dict.fromkeys([*PEERS, *PEERS.values()]))
 KINDS = {  # kind -> its events, forward and backward
     "head and loss": r"SummedLoss",
     "attention": r"CausalAttention|scaled_dot_product|ScaledDotProduct",
@@ -66,7 +60,6 @@ class Settings(timing.Settings):
     batch_size: Annotated[int, at_least(1)] = 16  # rows of a step
     block_size: Annotated[int, at_least(2)] = 256  # tokens of a row
     dataset: str = "sanguo"  # what train.py's own step reads; its vocabulary is everyone's
-    clock: Literal["wall", "cpu"] = "wall"  # cpu: of this process, on all threads
 
 
 def bench(config: Settings) -> dict:
@@ -76,49 +69,55 @@ def bench(config: Settings) -> dict:
         f"step: {config.n_layer} layers x {config.n_embd}, vocabulary {n_vocab:,}, "
         f"{config.batch_size} x {config.block_size} tokens, {config.rounds} turns each"
     )
-    auto = str(pick_dtype("auto", config.device)).removeprefix("torch.")
-    dtypes = list(dict.fromkeys(["float32", auto]))
-    results = {dtype: race(config, n_vocab, getattr(torch, dtype)) for dtype in dtypes}
+    dtypes = dtypes_of("auto", config.device)
+    results = {dtype: race(config, n_vocab, dtype) for dtype in dtypes}
     for dtype, memory in peak_memory(config, n_vocab, dtypes).items():
         results[dtype]["memory"] = memory
-    return results | {"train.py": race_own(config, dtypes)}
+    # from here on the process keeps freed memory, as train.py does
+    return results | {"train.py": {dtype: race_own(config, dtype) for dtype in dtypes}}
+
+
+def dtypes_of(setting: str, device: str) -> list[str]:
+    """float32, and what train.py takes by that setting of dtype if it is another."""
+    own = str(pick_dtype(setting, device)).removeprefix("torch.")
+    return list(dict.fromkeys(["float32", own]))
 
 
 # --- the same step -------------------------------------------------------------------------------
 
 
-def race(config: Settings, n_vocab: int, dtype: torch.dtype) -> dict:
+def race(config: Settings, n_vocab: int, dtype: str) -> dict:
     """The contenders in one dtype, and the matmuls of their steps."""
-    calls = {}
-    for who, architecture in CONTENDERS:
-        model = build(config, n_vocab, who, architecture)
-        calls[f"{who}, {architecture}"] = training_step(config, model, dtype)
-        if who == "ours":
-            matmuls = step_matmuls(model, config.batch_size)
-            calls[f"matmuls, {architecture}"] = run_matmuls(matmuls, dtype)
-    seconds = measure(calls, config.rounds, config.device, config.clock)
-    pairs = [(f"ours, {ours}", f"Hugging Face, {peer}") for ours, peer in PEERS.items()]
-    ratios = {f"{ours} / {peer}": speed_ratio(seconds, ours, peer) for ours, peer in pairs}
-    names = [f"{who}, {architecture}" for who, architecture in CONTENDERS]
-    for name in names:
-        matmuls = f"matmuls, {name.partition(', ')[2]}"
-        ratios[f"{name}: of its matmul roofline"] = speed_ratio(seconds, name, matmuls)
-    print(f" {str(dtype).removeprefix('torch.')}, AdamW for all")
-    return report(seconds, names, config.batch_size * config.block_size, ratios)
+    calls, ratios = {}, {}
+    for name in CONTENDERS:
+        model = build(config, n_vocab, name)
+        calls[name] = training_step(config, model, dtype)
+        if name in PEERS:
+            calls[matmuls_of(name)] = run_matmuls(step_matmuls(model, config.batch_size), dtype)
+    seconds = measure(calls, config)
+    for ours, peer in PEERS.items():
+        ratios[f"{ours} / {peer}"] = speed_ratio(seconds, ours, peer)
+    for name in CONTENDERS:
+        ratios[f"{name}: of its matmul roofline"] = speed_ratio(seconds, name, matmuls_of(name))
+    print(f" {dtype}, AdamW for all")
+    return report(seconds, CONTENDERS, config.batch_size * config.block_size, ratios)
 
 
-def build(config: Settings, n_vocab: int, who: str, architecture: str) -> torch.nn.Module:
+def matmuls_of(name: str) -> str:
+    return f"matmuls, {name.partition(', ')[2]}"
+
+
+def build(config: Settings, n_vocab: int, name: str) -> torch.nn.Module:
     """One of CONTENDERS, with random weights."""
     torch.manual_seed(config.seed)
+    who, _, architecture = name.partition(", ")
     shape = {name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
     ours = ModelConfig(**shape, **ARCHITECTURES[architecture], n_vocab=n_vocab, vocab_size=n_vocab)
     model = GPT(ours) if who == "ours" else hugging_face_model(ours)
     return model.to(config.device).train()
 
 
-def training_step(
-    config: Settings, model: torch.nn.Module, dtype: torch.dtype
-) -> Callable[[], None]:
+def training_step(config: Settings, model: torch.nn.Module, dtype: str) -> Callable[[], None]:
     """A step as train.py's: forward, loss, backward, clipping, fused AdamW."""
     settings = training.Settings(optimizer="adamw")
     [optimizer] = make_optimizers(model, settings, config.device)
@@ -132,7 +131,7 @@ def training_step(
         return model(input_ids=idx, labels=idx, use_cache=False).loss
 
     def step() -> None:
-        with torch.autocast(idx.device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(idx.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
             value = loss()
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
@@ -160,9 +159,9 @@ def step_matmuls(model: GPT, rows: int) -> list[tuple[torch.Tensor, torch.Tensor
     return pairs + c.n_layer * attention
 
 
-def run_matmuls(matmuls: list, dtype: torch.dtype) -> Callable[[], None]:
+def run_matmuls(matmuls: list, dtype: str) -> Callable[[], None]:
     """A function that computes them all, into memory that is already allocated."""
-    pairs = [(left.to(dtype), right.to(dtype)) for left, right in matmuls]
+    pairs = [[matrix.to(getattr(torch, dtype)) for matrix in pair] for pair in matmuls]
     buffers = {}  # shape -> where results of that shape go
     outs = [buffers.setdefault(out.shape, out) for out in (left @ right for left, right in pairs)]
 
@@ -177,31 +176,27 @@ def run_matmuls(matmuls: list, dtype: torch.dtype) -> Callable[[], None]:
 
 
 def peak_memory(config: Settings, n_vocab: int, dtypes: list[str]) -> dict[str, dict]:
-    """dtype -> contender -> step_memory, each each in a new process; on a Linux CPU only."""
+    """dtype -> contender -> step_memory, each in a new process; on a Linux CPU only."""
     if config.device != "cpu" or not Path("/proc/self/status").is_file():
         return {}
     sizes = {dtype: {} for dtype in dtypes}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
-        for dtype, contender in product(dtypes, CONTENDERS):
-            size = pool.submit(step_memory, config, n_vocab, *contender, dtype).result()
-            sizes[dtype][", ".join(contender)] = size
-            print(
-                f"  {', '.join([*contender, dtype]):<50} {size['step'] / 1e6:,.0f} MB a step, "
-                f"{size['built'] / 1e6:,.0f} before"
-            )
+        for dtype in dtypes:
+            for name in CONTENDERS:
+                size = pool.submit(step_memory, config, n_vocab, name, dtype).result()
+                sizes[dtype][name] = size
+                print(f"  {f'{name}, {dtype}':<50} {size / 1e6:,.0f} MB a step")
     return sizes
 
 
-def step_memory(
-    config: Settings, n_vocab: int, who: str, architecture: str, dtype: str
-) -> dict[str, int]:
-    """This process's peak, in bytes, once the model is built, and what two steps add to it."""
-    step = training_step(config, build(config, n_vocab, who, architecture), getattr(torch, dtype))
+def step_memory(config: Settings, n_vocab: int, name: str, dtype: str) -> int:
+    """What two steps add to this process's peak, in bytes."""
+    step = training_step(config, build(config, n_vocab, name), dtype)
     built = peak_bytes()
     for _ in range(2):  # AdamW's moments come with the first
         step()
-    return {"built": built, "step": peak_bytes() - built}
+    return peak_bytes() - built
 
 
 def peak_bytes() -> int:
@@ -213,32 +208,24 @@ def peak_bytes() -> int:
 # --- train.py's own step -------------------------------------------------------------------------
 
 
-def race_own(config: Settings, dtypes: list[str]) -> dict:
+def race_own(config: Settings, dtype: str) -> dict:
     """Speeds with Muon and with AdamW alone; on a CPU also where the time with Muon goes."""
     names = ("n_layer", "n_head", "n_embd", "batch_size", "block_size", "dataset", "device", "seed")
     argv = [f"--{name}={getattr(config, name)}" for name in names]
-    argv += ["--compile=False", "--dry_run"]
+    argv += [f"--dtype={dtype}", "--compile=False", "--dry_run"]
     calls = {}
-    for dtype in dtypes:
-        # from here on the process keeps freed memory, as train.py does
-        for name in ("Muon", "AdamW"):
-            own = [*argv, f"--optimizer={name.lower()}", f"--dtype={dtype}"]
-            calls[f"{name}, {dtype}"], model = own_step(own)
-        matmuls = step_matmuls(model, config.batch_size)
-        calls[f"matmuls, {dtype}"] = run_matmuls(matmuls, getattr(torch, dtype))
-    seconds = measure(calls, config.rounds, config.device, config.clock)
-    ratios = {}
-    for dtype in dtypes:
-        muon, adamw, matmuls = (f"{name}, {dtype}" for name in ("Muon", "AdamW", "matmuls"))
-        ratios[f"{muon} / {adamw}"] = speed_ratio(seconds, muon, adamw)
-        ratios[f"{muon}: of its matmul roofline"] = speed_ratio(seconds, muon, matmuls)
-    print(" train.py's own step: Qwen3, batch included; Muon's own matmuls are not in the roofline")
-    names = [name for name in calls if not name.startswith("matmuls")]
-    results = report(seconds, names, config.batch_size * config.block_size, ratios)
+    for optimizer in ("muon", "adamw"):
+        calls[optimizer], model = own_step([*argv, f"--optimizer={optimizer}"])
+    calls["matmuls"] = run_matmuls(step_matmuls(model, config.batch_size), dtype)
+    seconds = measure(calls, config)
+    ratios = {"muon / adamw": speed_ratio(seconds, "muon", "adamw")}
+    ratios["muon: of its matmul roofline"] = speed_ratio(seconds, "muon", "matmuls")
+    print(f" train.py's own step, {dtype}: Qwen3, batch included; Muon's matmuls do not count")
+    tokens = config.batch_size * config.block_size
+    results = report(seconds, ["muon", "adamw"], tokens, ratios)
     if config.device == "cpu":
-        profiles = {f"Muon, {d}": profile_kinds(calls[f"Muon, {d}"], KINDS, 3) for d in dtypes}
-        print_profiles(profiles)
-        results["milliseconds"] = profiles
+        results["milliseconds"] = profile_kinds(calls["muon"], KINDS, 3)
+        print_profile("muon", results["milliseconds"])
     return results
 
 

@@ -111,9 +111,9 @@ def alternatives(server: Server, piece: Piece) -> list[tuple[str, float, bool]]:
     """Each token of a piece and the others it might have been: name, probability, was it taken."""
     rows = []
     for token in piece.tokens:
-        rows.append((name_of(server, token.id), token.prob, True))
-        others = [(id, prob) for id, prob in token.alternatives if id != token.id]
-        rows += [(name_of(server, id), prob, False) for id, prob in others]
+        others = {id: prob for id, prob in token.alternatives if id != token.id}
+        for id, prob in ({token.id: token.prob} | others).items():
+            rows.append((name_of(server, id), prob, id == token.id))
     return rows
 
 
@@ -159,11 +159,7 @@ def report(server: Server) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """The JSON of a file; {} if there is none, or it is being written."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def figure(value: object) -> str:

@@ -78,7 +78,7 @@ class Stream(contextlib.AbstractContextManager):
     def stop(self) -> None:
         """Ends what runs; the last pieces still come."""
         for job in self.jobs:
-            job.server.cancel(job)
+            job.server.inbox.put(job)
 
     def send(self, piece: Piece | Exception) -> None:
         """From any thread."""
@@ -100,13 +100,6 @@ class Job:
     pending: list[Token] = field(default_factory=list)  # not yet whole characters
     added: bool = False  # to the batch
 
-    def send(self, text: str, finish: str | None) -> None:
-        if finish:
-            text += self.text.flush()
-        if text or finish:
-            self.stream.send(Piece(self.number, text, self.pending, finish))
-            self.pending = []
-
 
 @dataclass(eq=False, repr=False)
 class Server:
@@ -122,7 +115,7 @@ class Server:
         self.most_jobs = self.batch_size + self.max_waiting
         self.jobs: dict[Request, Job] = {}  # all that have not ended
         self.lock = threading.Lock()  # of jobs
-        self.inbox: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[Job] = queue.SimpleQueue()  # a job twice: cancel it
         self.batch = self._new_batch()
         threading.Thread(target=self._work, name=f"serving {self.name}", daemon=True).start()
 
@@ -162,10 +155,6 @@ class Server:
         stream.unfinished += 1
         self.inbox.put(job)
 
-    def cancel(self, job: Job) -> None:
-        """From any thread; nothing happens if it has ended."""
-        self.inbox.put(job)
-
     # --- in the worker's thread ---------------------------------------------------------------
 
     def _work(self) -> None:
@@ -184,7 +173,7 @@ class Server:
             if job.request in self.jobs:  # else it has ended meanwhile
                 if job.added:
                     self.batch.cancel(job.request)
-                    self._end(job, "", "cancelled")
+                    self._send(job, "", "cancelled")
                 else:
                     self.batch.add(job.request)
                     job.added = True
@@ -195,16 +184,16 @@ class Server:
         text = "" if ended else job.text.push(token.id)
         if job.text.stopped:
             self.batch.cancel(job.request)
-            self._end(job, text, "stop")
-        elif job.request.finish:
-            self._end(job, text, job.request.finish)
-        else:
-            job.send(text, None)
+        self._send(job, text, "stop" if job.text.stopped else job.request.finish)
 
-    def _end(self, job: Job, text: str, finish: str) -> None:
-        with self.lock:
-            del self.jobs[job.request]
-        job.send(text, finish)
+    def _send(self, job: Job, text: str, finish: str | None) -> None:
+        if finish:
+            text += job.text.flush()
+            with self.lock:
+                del self.jobs[job.request]
+        if text or finish:
+            job.stream.send(Piece(job.number, text, job.pending, finish))
+            job.pending = []
 
     def _fail(self, error: Exception) -> None:
         """After an error of the model's own, such as no memory: the requests in work get it, those

@@ -1,7 +1,6 @@
 """bench at tiny sizes: every part runs, its ratios are positive numbers, and its counts hold."""
 
 import math
-import re
 import sys
 import time
 from functools import partial
@@ -15,7 +14,7 @@ from bench import __main__ as bench
 from bench import data as bench_data
 from bench import serve as bench_serve
 from bench import step as bench_step
-from bench.timing import OUTSIDE, measure, profile_kinds, speed_ratio
+from bench.timing import OUTSIDE, Settings, measure, profile_kinds, speed_ratio
 from configurator import UserError
 from miniglm.losses import next_token
 from model import GPT, ModelConfig
@@ -77,20 +76,18 @@ def test_step_has_speeds_shares_and_memory_of_every_contender(novel, tmp_path):
     pytest.importorskip("transformers")
     argv = [*TINY, "--batch_size=2", "--block_size=16", f"--dataset={novel}"]
     results = results_of("step", tmp_path, *argv)
-    own = results.pop("train.py")
-    names = {f"{who}, {architecture}" for who, architecture in bench_step.CONTENDERS}
+    for own in results.pop("train.py").values():
+        assert_positive(own["ratios"])
+        assert own["ratios"].keys() == {"muon / adamw", "muon: of its matmul roofline"}
+        assert {*bench_step.KINDS} < {*own["milliseconds"]}
+        assert min(own["milliseconds"].values()) > 0
     for of_dtype in results.values():
-        assert of_dtype["tokens_per_second"].keys() == names
-        assert len(of_dtype["ratios"]) == 3 + len(names)
+        assert of_dtype["tokens_per_second"].keys() == {*bench_step.CONTENDERS}
+        assert len(of_dtype["ratios"]) == 3 + 5
         assert_positive(of_dtype["ratios"])
         if Path("/proc/self/status").is_file():
-            assert of_dtype["memory"].keys() == names
-            assert all(m["built"] > m["step"] > 0 for m in of_dtype["memory"].values())
-    assert len(own["ratios"]) == 2 * len(results)
-    assert_positive(own["ratios"])
-    for times in own["milliseconds"].values():
-        assert {*bench_step.KINDS} < {*times}
-        assert all(milliseconds > 0 for milliseconds in times.values())
+            assert of_dtype["memory"].keys() == {*bench_step.CONTENDERS}
+            assert min(of_dtype["memory"].values()) > 0
 
 
 @pytest.mark.slow
@@ -122,17 +119,14 @@ def test_generate_says_in_a_line_what_llama_cpp_needs(out_dir, tmp_path, monkeyp
     monkeypatch.setattr("bench.generate.first_character", lambda *_: 0)
     given = ["generate", f"--out={tmp_path}", "--prompt_tokens=4", "--rounds=1"]
     trained = [*given, f"--out_dir={out_dir}"]
-    cases = [
-        ([*given, "--llama_cpp=python"], "--llama_cpp= goes with --out_dir="),
-        ([*trained, f"--llama_cpp={tmp_path / 'none'}"], "does not start: No such file"),
-        (
-            [*trained, f"--llama_cpp={sys.executable}"],
-            "llama.cpp failed: ModuleNotFoundError: No module named 'llama_cpp'",
-        ),
-        ([*trained, "--prompt_tokens=24"], "prompt_tokens=24 must be below 24"),
-    ]
-    for argv, message in cases:
-        with pytest.raises(UserError, match=re.escape(message)):
+    cases = {
+        "--llama_cpp= goes with --out_dir=": [*given, "--llama_cpp=python"],
+        "does not start: No such file": [*trained, f"--llama_cpp={tmp_path / 'none'}"],
+        "failed: ModuleNotFoundError": [*trained, f"--llama_cpp={sys.executable}"],
+        "prompt_tokens=24 must be below 24": [*trained, "--prompt_tokens=24"],
+    }
+    for message, argv in cases.items():
+        with pytest.raises(UserError, match=message):
             bench.main(argv)
 
 
@@ -148,23 +142,18 @@ def test_data_prepares_a_small_text_in_each_way(tmp_path):
     pytest.importorskip("datasets")
     results = results_of("data", tmp_path, "--size_mb=2")
     assert results["megabytes"] == pytest.approx(2, rel=0.2)
-    for name, figures in results["ways"].items():
-        assert "failed" not in figures, name
+    for figures in results["ways"].values():
         assert figures["rate"] > 0
-        if sys.platform == "linux":
-            assert 10 < figures["peak_megabytes"] < 2000
-    assert all(ratio > 0 for ratio in results["ratios"].values())
-    assert {*results["ratios"]} == {
-        f"ours, 1 process / {name}" for name in ("tiktoken alone", *bench_data.PEERS)
-    }
+        assert sys.platform != "linux" or 10 < figures["peak_megabytes"] < 2000
+    names = (*bench_data.PEERS, "tiktoken alone")
+    assert [*results["ratios"]] == [f"ours, 1 process / {name}" for name in names]
+    assert min(results["ratios"].values()) > 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="core-seconds are not told there")
-def test_a_way_that_says_more_than_a_pipe_holds_ends_and_its_last_line_is_kept(tmp_path):
-    script = "import sys; print('step\\n' * 100_000 + 'no space', file=sys.stderr); sys.exit({})"
-    assert bench_data.run(["-c", script.format(0)], tmp_path, 1.0)["rate_per_core"] > 0
-    failed = bench_data.run(["-c", script.format(1)], tmp_path, 1.0)
-    assert failed == {"failed": "no space"}
+def test_a_way_that_fails_is_told_by_its_last_line(tmp_path):
+    with pytest.raises(UserError, match="failed: no space"):
+        bench_data.run(["-c", "import sys; sys.exit('step\\nno space')"], tmp_path, 1.0)
 
 
 @pytest.mark.slow
@@ -204,7 +193,7 @@ def test_a_ratio_is_of_medians_and_its_range_of_turns():
 def test_contenders_take_turns():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "AB"}
-    seconds = measure(calls, 2, "cpu")
+    seconds = measure(calls, Settings(rounds=2))
     assert "".join(order) == "ABABAB"
     assert {name: len(turns) for name, turns in seconds.items()} == {"A": 2, "B": 2}
 
@@ -251,7 +240,7 @@ def test_matmuls_of_a_step_counted_by_hand():
 
 
 def test_matmuls_are_computed_anew_in_each_turn():
-    run = bench_step.run_matmuls([(torch.randn(3, 4), torch.randn(4, 5))], torch.float32)
+    run = bench_step.run_matmuls([(torch.randn(3, 4), torch.randn(4, 5))], "float32")
     with profile() as profiled:
         run()
     assert [e.count for e in profiled.key_averages() if e.key == "aten::mm"] == [1]
@@ -263,9 +252,9 @@ def test_steps_of_ours_and_hugging_faces_train_as_many_parameters(architecture):
     config = bench_step.Settings(n_layer=1, n_head=2, n_embd=32, batch_size=2, block_size=16)
     sizes = []
     for who in ("ours", "Hugging Face"):
-        model = bench_step.build(config, 64, who, architecture)
+        model = bench_step.build(config, 64, f"{who}, {architecture}")
         before = [p.detach().clone() for p in model.parameters()]
-        step = bench_step.training_step(config, model, torch.float32)
+        step = bench_step.training_step(config, model, "float32")
         for _ in range(2):  # in the first, ours has outputs of 0, which pass nothing back
             step()
         after = list(model.parameters())

