@@ -345,8 +345,7 @@ def test_pairs_stay_whole_in_units_and_buckets(tmp_path, tokenizer, monkeypatch)
     for pair, split in zip(pairs, splits, strict=True):
         wanted[pair[0][0]["content"]] = (pair, split)
     write_dpo(tmp_path / "plain", tokenizer, given, ["test"], 64)
-    for name, size in (("BUCKET", 7), ("BLOCK", 100)):
-        monkeypatch.setattr(data_writer, name, size)
+    monkeypatch.setattr(data_writer, "BLOCK", 100)
     form = Form("dpo", 64)
     with working_folder(tmp_path / "out") as folder:
         units = [folder / f"{first:02}" for first in range(0, 90, 9)]
