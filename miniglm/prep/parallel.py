@@ -14,7 +14,7 @@ of the tests trained as the translation of another English one.
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import opencc
@@ -114,7 +114,7 @@ def find_repeated(
             sources = own if roles == ["train"] else sorted([*own, *others], key=lambda s: s.path)
             for source in sources:
                 record_of = functools.partial(pair_of, fields=fields if source in own else {})
-                for pair in converted(source, Tally(show=0), record_of):
+                for pair in converted(source, Tally(quiet=True), record_of):
                     role = role_of(letters_of(pair[0]), share)
                     if role == "test":
                         tested.add(answer_key(traditional(pair[1])))
@@ -128,28 +128,29 @@ def answer_key(chinese: str) -> int:
     return key_of(letters_of(chinese))
 
 
-@dataclass(frozen=True)
-class Reader:
-    """Reads the pairs that repeat no other, with their roles."""
-
-    repeated: dict[int, float]  # key_of a pair -> how like an earlier one it is
-    tested: set[int]  # answer_key of each Chinese test sentence
-    record_of: Callable[[Settings, str, str], Record | None]  # None for a pair too long
-
-    def __call__(self, config: Settings, source: Source, tally: Tally) -> pipeline.Reads:
-        record_of = functools.partial(pair_of, fields=parse_fields(config.fields))
-        for pair in converted(source, tally, record_of):
-            if likeness := self.repeated.get(key_of(pair)):
-                how = "the same" if likeness == 1 else "nearly the same"
-                tally.aside[f"English {how}"] += 1
-                continue
-            role, chinese = role_of(letters_of(pair[0]), config.val), traditional(pair[1])
-            if role != "test" and answer_key(chinese) in self.tested:
-                tally.aside["Chinese of a test"] += 1
-            elif record := self.record_of(config, pair[0], chinese):
-                yield role, record
-            else:
-                tally.aside["longer than --max_tokens"] += 1
+def read(
+    kind: Kind,
+    repeated: dict[int, float],
+    tested: set[int],
+    config: Settings,
+    source: Source,
+    tally: Tally,
+) -> pipeline.Reads:
+    """The pairs that repeat no other, with their roles; `find_repeated` says which do."""
+    record_of = as_text if kind == "pretrain" else as_conversation
+    pairs_of = functools.partial(pair_of, fields=parse_fields(config.fields))
+    for pair in converted(source, tally, pairs_of):
+        if likeness := repeated.get(key_of(pair)):
+            how = "the same" if likeness == 1 else "nearly the same"
+            tally.aside[f"English {how}"] += 1
+            continue
+        role, chinese = role_of(letters_of(pair[0]), config.val), traditional(pair[1])
+        if role != "test" and answer_key(chinese) in tested:
+            tally.aside["Chinese of a test"] += 1
+        elif record := record_of(config, pair[0], chinese):
+            yield role, record
+        else:
+            tally.aside["longer than --max_tokens"] += 1
 
 
 def as_text(config: Settings, english: str, chinese: str) -> str:
@@ -175,5 +176,5 @@ def prepare(config: Settings, kind: Kind) -> dict:
     others = [name for name in others if (ROOT / name).is_file()]
     unseen = find_sources(others) if others else []
     repeated, tested = find_repeated(own, unseen, parse_fields(config.fields), config.val)
-    read = Reader(repeated, tested, as_text if kind == "pretrain" else as_conversation)
-    return pipeline.prepare(config, read, kind, own, SPLITS, {"languages": LANGUAGES})
+    chosen = functools.partial(read, kind, repeated, tested)
+    return pipeline.prepare(config, chosen, kind, own, SPLITS, {"languages": LANGUAGES})

@@ -186,7 +186,7 @@ def find_tokenizer(
 
 def sample_unit(config: Settings, read: Read, unit: Unit, path: Path) -> list[str]:
     """Passages of a unit's training records."""
-    tally = Tally(show=0)  # records are counted when they are encoded
+    tally = Tally(quiet=True)  # records are counted when they are encoded
     reads = read_unit(config, read, unit, tally)
     return sample(text_of(record) for split, record in reads if split == "train")
 
@@ -195,7 +195,7 @@ def encode_unit(
     config: Settings, read: Read, tokenizer: str, form: Form, unit: Unit, path: Path
 ) -> tuple[Tally, Counter]:
     """Writes a unit's files; returns its tally, and what was skipped: see write_unit."""
-    tally = Tally(config.strict, say=False)
+    tally = Tally(config.strict, quiet=True)
     reads = read_unit(config, read, unit, tally)
     return tally, write_unit(path, reads, _tokenizer(tokenizer), form)
 

@@ -37,6 +37,7 @@ MAX_RECORD = 2**24  # characters of one line or JSON value; bounds the memory
 MAX_CELL = 2**20  # characters of one cell of a csv
 CHUNK = 2**18  # bytes read at once
 CHECKED = 1000  # bad records of a file after which most must be good
+SHOWN = 5  # bad records that are printed
 DAMAGED = "\udc80"  # stands in a text for bytes that are no character of its encoding
 DAMAGED_XML = "\ufdd0"  # the same inside XML, which has no surrogates; not a character either
 codecs.register_error("mark_damage", lambda error: (DAMAGED, error.end))
@@ -132,11 +133,8 @@ def _files_of_known_forms(folder: Path) -> list[Path]:
 
 
 def _print_encodings(sources: list[Source]) -> None:
-    names = {}
-    for source in sources:
-        if source.encoding:
-            names.setdefault(source.encoding, []).append(source.name)
-    for encoding, files in names.items():
+    for encoding in dict.fromkeys(source.encoding for source in sources if source.encoding):
+        files = [source.name for source in sources if source.encoding == encoding]
         more = f" and {len(files) - 3} more" if len(files) > 3 else ""
         print(f"{encoding}: {', '.join(files[:3])}{more}")
 
@@ -173,13 +171,12 @@ def parts(source: Source, size: int) -> list[Source]:
 
 @dataclass
 class Tally:
-    """Good records, and bad ones by reason. The first `show` bad ones are printed.
+    """Good records, and bad ones by reason. The first SHOWN bad ones are printed.
 
     Units that are read apart have a tally each: `add` them in the order of their sources."""
 
     strict: bool = False  # whether the first bad record stops all
-    show: int = 5
-    say: bool = True  # print them; else they are only kept in `shown`
+    quiet: bool = False  # the first bad ones are only kept in `shown`
     good: int = 0
     bad: Counter = field(default_factory=Counter)
     aside: Counter = field(default_factory=Counter)  # good ones that are not wanted, by reason
@@ -232,9 +229,9 @@ class Tally:
             self._show(line)
 
     def _show(self, line: str) -> None:
-        if len(self.shown) < self.show:
+        if len(self.shown) < SHOWN:
             self.shown.append(line)
-            if self.say:
+            if not self.quiet:
                 print(line)
 
     def summary(self) -> str:
@@ -342,18 +339,17 @@ def values(
 
 def aligned(source: Source) -> Iterator[tuple[int, dict]]:
     """The lines of a source as questions, the same lines of its target as answers."""
-    lines = itertools.zip_longest(
-        read_lines(source), read_lines(source.target), fillvalue=(0, None)
-    )
-    for (number, question), (answer_number, answer) in lines:
-        if question is None or answer is None:
-            names = [source.name, source.target.name]
-            longer, shorter = names if answer is None else names[::-1]
-            raise UserError(
-                f"{longer} has more lines than the {max(number, answer_number) - 1:,} of "
-                f"{shorter}; they must be aligned line by line"
-            )
-        yield number, {"question": question, "answer": answer}
+    number = 0
+    try:
+        for (number, question), (_, answer) in zip(
+            read_lines(source), read_lines(source.target), strict=True
+        ):
+            yield number, {"question": question, "answer": answer}
+    except ValueError:
+        raise UserError(
+            f"{source.name} and {source.target.name} must be aligned line by line, "
+            f"but one has more lines than the other's {number:,}"
+        ) from None
 
 
 def _json_lines(source: Source, tally: Tally) -> Iterator[tuple[int, object]]:
@@ -604,6 +600,6 @@ def converted(
 def is_text(sources: list[Source], fields: dict[str, str]) -> bool:
     """Whether the first good record is a text, not a conversation."""
     for source in sources:
-        for record in records(source, Tally(show=0), fields):
+        for record in records(source, Tally(quiet=True), fields):
             return isinstance(record, str)
     raise UserError("there is no record in the input")

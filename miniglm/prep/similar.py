@@ -130,7 +130,7 @@ def prepare_questions(
     """pipeline.prepare for conversations, without near duplicates of their first questions."""
     sources = sources or find_sources(config.input, config.encoding)
     if config.near:
-        reads = pipeline.read_unit(config, read, sources, Tally(show=0))
+        reads = pipeline.read_unit(config, read, sources, Tally(quiet=True))
         pairs = ((first_question(turns), turns) for _, turns in reads)
         read = partial(without, read, {*near_duplicates(pairs, 2, QUESTIONS_ALIKE)})
     return pipeline.prepare(config, read, "sft", sources, more_meta=more_meta)

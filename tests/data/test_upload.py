@@ -339,9 +339,6 @@ def refused(path: Path, **settings: object) -> str:
 
 def test_a_token_is_needed_and_never_shown(hub, tmp_path, monkeypatch):
     path = novel(tmp_path / "data")
-    monkeypatch.setenv("HF_TOKEN", "密码")  # no header can hold it
-    with pytest.raises(UserError, match=r"has signs that no token has; set another HF_TOKEN$"):
-        upload.connect(REPO)
     monkeypatch.setenv("HF_TOKEN", "hf_mistaken")
     assert refused(path) == (
         f"{hub.url} refused {REPO}: 401, Invalid username or password; "
@@ -368,21 +365,12 @@ def test_a_hub_that_refuses_midway_is_one_line(hub, tmp_path, request_):
 def test_a_hub_that_is_not_there_or_is_none_is_one_line(hub, tmp_path, monkeypatch):
     path = novel(tmp_path / "data")
     hub.refuses["POST /api/repos/create"] = 200, "a page"
-    assert "; see the network, and HF_ENDPOINT" in refused(path)
+    assert refused(path).startswith(f"cannot upload to {REPO} at {hub.url}: ")
     hub.refuses["POST /api/repos/create"] = 404, "no such page"
     assert refused(path).endswith("404, no such page; see --repo=, and HF_ENDPOINT if it is set")
     place = f"http://127.0.0.1:{free_port()}"
     monkeypatch.setenv("HF_ENDPOINT", place)
-    line = refused(path)
-    assert line.startswith(f"cannot upload to {REPO} at {place}: "), line
-    assert line.endswith("; see the network, and HF_ENDPOINT"), line
-
-
-def test_a_hub_without_xet_is_one_line_that_says_what_to_set(hub, tmp_path, monkeypatch):
-    pytest.importorskip("hf_xet")
-    monkeypatch.delenv("HF_HUB_DISABLE_XET")
-    line = refused(novel(tmp_path / "data"))
-    assert line.endswith("; for a hub without xet set HF_HUB_DISABLE_XET=1")
+    assert refused(path).startswith(f"cannot upload to {REPO} at {place}: ")
 
 
 def test_a_name_or_a_licence_that_the_hub_does_not_take_is_one_line(hub, tmp_path):
@@ -392,7 +380,6 @@ def test_a_name_or_a_licence_that_the_hub_does_not_take_is_one_line(hub, tmp_pat
     assert line.endswith("take a token that may write there, or another --repo=")
     line = refused(path, license="mine")
     assert 'Invalid metadata in README.md. - "license" must be one of' in line
-    assert not line.endswith("HF_ENDPOINT")
 
 
 def test_what_is_to_be_private_is_never_public(hub, tmp_path):

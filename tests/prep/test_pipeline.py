@@ -34,9 +34,8 @@ linux_only = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills itself as
 
 @pytest.fixture
 def small(monkeypatch):
-    """Units, buckets and blocks so small that a test has many of each."""
+    """Units and blocks so small that a test has many of each."""
     monkeypatch.setattr(pipeline, "UNIT", 3000)
-    monkeypatch.setattr(data_writer, "BUCKET", 50)
     monkeypatch.setattr(data_writer, "BLOCK", 200)
 
 

@@ -1,7 +1,6 @@
 """Each form of file and each encoding, from files written here; damage is never silent."""
 
 import gzip
-import io
 import json
 import random
 import re
@@ -15,7 +14,7 @@ from backports import zstd
 
 from configurator import UserError
 from miniglm.prep import readers
-from miniglm.prep.encodings import PIECE, _guess, _sample, common_han, find_encoding, open_bytes
+from miniglm.prep.encodings import PIECE, find_encoding, open_bytes
 from miniglm.prep.forms import BadRecord, clean, interpret, is_validation, parse_fields
 from miniglm.prep.readers import Tally, find_sources, is_text, records
 from tests.helpers import TEXT, dialogue
@@ -185,7 +184,7 @@ def test_line_aligned_files_are_pairs(tmp_path):
     assert list(records(source, Tally())) == [dialogue("Yes.", "是。"), dialogue("No.", "不。")]
     write_text(chinese, "是。\n")
     [source] = find_sources([str(english)], targets=[str(chinese)])
-    with pytest.raises(UserError, match=r"a\.en has more lines than the 1 of .*a\.zh"):
+    with pytest.raises(UserError, match=r"a\.en and .*a\.zh must be aligned .* 1$"):
         list(records(source, Tally()))
     with pytest.raises(UserError, match="1 files of --input=, but 2 of --target="):
         find_sources([str(english)], targets=[str(chinese), str(english)])
@@ -244,16 +243,6 @@ def test_each_encoding_is_told_by_the_content_and_printed(text, encoding, name, 
         assert capsys.readouterr().out == f"{name}: {path}\n"
 
 
-def test_a_line_tells_its_encoding_nearly_always():
-    def guess(line: str, encoding: str) -> str:
-        return _guess(_sample(io.BytesIO(line.encode(encoding)))[1])
-
-    for line in (line for line in TEXT.splitlines() if len(line) > 20):
-        for encoding in ("utf-8", "gb18030", "utf-16-le", "utf-16-be"):
-            assert guess(line, encoding) == encoding
-    assert {guess(line, "big5") for line in TRADITIONAL.splitlines()} == {"cp950"}
-
-
 def test_a_long_file_is_told_by_pieces_that_may_cut_a_character(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"plain\n" * 60_000 + TEXT.encode("gb18030") + b"plain\n" * 60_000)
@@ -300,12 +289,6 @@ def test_a_line_with_damaged_bytes_is_left_out_and_counted(tmp_path, capsys):
         assert found == ["\n".join([*TEXT.splitlines()[:1], *TEXT.splitlines()[2:]])]
         assert (tally.good, tally.bad) == (4, {"damaged characters": 1})
         assert f"skipped: {path}, line 2: damaged characters" in capsys.readouterr().out
-
-
-def test_common_characters_are_those_of_both_standards():
-    assert 6000 < len(common_han()) < 3755 + 5401
-    assert {*"的龍龙國国裡里"} <= common_han()
-    assert not {*"鐜勫"} & common_han()  # of 玄德 in UTF-8, read as GB18030
 
 
 # --- texts ---------------------------------------------------------------------------------------
@@ -370,19 +353,10 @@ def test_fields_override_what_the_keys_say():
     assert interpret(record, parse_fields("conversations=dialog")) == dialogue("谁？", "我。")
     with pytest.raises(BadRecord, match=r"missing field .*回答"):
         interpret(record, parse_fields("question=问,answer=回答"))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("qestion=a,answer=b", "did you mean 'question'"),
-        ("question=,answer=b", "is not understood"),
-        ("system=a", "must name text, conversations, or question and answer"),
-    ],
-)
-def test_fields_that_make_no_sense_are_named(text, message):
-    with pytest.raises(UserError, match=message):
-        parse_fields(text)
+    with pytest.raises(UserError, match="did you mean 'question'"):
+        parse_fields("qestion=a,answer=b")
+    with pytest.raises(UserError, match="must name text, conversations, or question and answer"):
+        parse_fields("system=a")
 
 
 def test_the_split_depends_on_the_first_question_alone():
@@ -433,11 +407,10 @@ def test_records_of_the_other_kind_are_bad(tmp_path):
         counted(write_text(tmp_path / "a.txt", "甲"), want=list)
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.tsv", "a.jsonl.gz"])
-def test_an_empty_file_is_counted(name, tmp_path):
-    (tmp_path / name).write_bytes(b"")
-    found, tally = counted(tmp_path / name)
-    assert (found, tally.bad) == ([], {"empty file": 1})
+def test_an_empty_file_is_counted(tmp_path):
+    for name in ("a.txt", "a.jsonl", "a.json", "a.csv", "a.tsv", "a.jsonl.gz"):
+        found, tally = counted(write_text(tmp_path / name, ""))
+        assert (found, tally.bad) == ([], {"empty file": 1})
 
 
 def test_broken_json_of_an_array_stops_at_its_line(tmp_path):
