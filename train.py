@@ -36,29 +36,10 @@ from configurator import (
     show_path,
 )
 from data_utils import Dataset, Mixture, open_dataset
-from miniglm import distributed, monitor, preflight
-from miniglm.checkpoint import (
-    MODELS,
-    Checkpoint,
-    adapter_of,
-    append_log,
-    claimed,
-    keep_base,
-    load_checkpoint,
-    load_optimizers,
-    rewind,
-    save_checkpoint,
-    what_stays,
-    whole_model,
-)
-from miniglm.devices import (
-    Peak,
-    find_peak,
-    keep_freed_memory,
-    pick_dtype,
-    should_compile,
-    show_rate,
-)
+from miniglm import checkpoint as checkpoints
+from miniglm import devices, distributed, monitor, preflight
+from miniglm.checkpoint import Checkpoint
+from miniglm.devices import Peak
 from miniglm.distributed import ALONE, LossModule, World
 from miniglm.lora import adapters, add_adapters
 from miniglm.monitor import Stopwatch, Window
@@ -182,7 +163,7 @@ def main(argv: list[str]) -> None:
     startup = Stopwatch()
     with distributed.together() as world, alone_in_out_dir(argv, world) as check_out_dir:
         run, state = start(argv, world, startup)
-        peak = find_peak(run.device, pick_dtype(run.config.dtype, run.device))
+        peak = devices.find_peak(run.device, devices.pick_dtype(run.config.dtype, run.device))
         peak = dataclasses.replace(peak, rate=peak.rate * world.size)
         startup.lap("peak")
         print(headline(run, state, peak))
@@ -199,7 +180,7 @@ def alone_in_out_dir(argv: list[str], world: World):
     """The first process holds the out_dir for all: it is the one that writes."""
     config = configure(Settings, argv)
     writes = world.is_first and not config.dry_run
-    return claimed(repo_path(config.out_dir)) if writes else nullcontext(lambda: None)
+    return checkpoints.claimed(repo_path(config.out_dir)) if writes else nullcontext(lambda: None)
 
 
 # --- the start ---------------------------------------------------------------------------------
@@ -210,7 +191,7 @@ def start(
 ) -> tuple[Run, State]:
     """A run at its first step, or where its latest checkpoint stands."""
     startup = startup or Stopwatch()
-    keep_freed_memory()
+    devices.keep_freed_memory()
     config, begins, data = read_settings(argv)
     device = pick_device(config.device)
     preflight.check(config, begins, data, device, world)
@@ -225,7 +206,7 @@ def start(
     adapter = prepare_model(config, begins, model, checkpoint, objective, world)
     if config.shard and world.size > 1:
         distributed.shard(model, device, world)
-    scaled = pick_dtype(config.dtype, device) == torch.float16
+    scaled = devices.pick_dtype(config.dtype, device) == torch.float16
     state = State(
         model,
         LossModule(model, objective.sums),
@@ -234,13 +215,13 @@ def start(
         Progress(),
     )
     if begins.resumes:
-        load_optimizers(checkpoint.path, model, state.optimizers)
+        checkpoints.load_optimizers(checkpoint.path, model, state.optimizers)
         if begins.run["scaler"]:
             state.scaler.load_state_dict(begins.run["scaler"])
         saved = begins.run["progress"]
         state.progress = Progress(**{f.name: saved[f.name] for f in dataclasses.fields(Progress)})
         if world.is_first and not config.dry_run:
-            rewind(out_dir)
+            checkpoints.rewind(out_dir)
     preflight.check_same_steps(config, data, state.progress.iter, device, world)
     if world.size > 1 and not distributed.is_sharded(model):
         state.loss = distributed.replicate(state.loss)
@@ -271,8 +252,8 @@ def load_model(
     place = "cpu" if config.shard and world.size > 1 else device
     if not begins.run:
         model_config = ModelConfig(**architecture(vars(config)), n_vocab=data.tokenizer.n_vocab)
-        return MODELS[config.model](model_config).to(place), None
-    checkpoint = load_checkpoint(
+        return checkpoints.MODELS[config.model](model_config).to(place), None
+    checkpoint = checkpoints.load_checkpoint(
         begins.path,
         begins.which,
         place,
@@ -299,9 +280,9 @@ def prepare_model(
         objective.restore(begins.run)
     elif config.lora_rank:
         if world.is_first and not config.dry_run:
-            keep_base(checkpoint.path, repo_path(config.out_dir))
+            checkpoints.keep_base(checkpoint.path, repo_path(config.out_dir))
         shape = (config.lora_rank, config.lora_alpha, config.lora_targets or ["blocks"])
-        adapter = adapter_of(repo_path(config.out_dir), checkpoint.path, *shape)
+        adapter = checkpoints.adapter_of(repo_path(config.out_dir), checkpoint.path, *shape)
         add_adapters(model, *shape)
     elif checkpoint:
         objective.start_from(checkpoint.path)
@@ -322,13 +303,13 @@ def train(
     check_out_dir: raises UserError if out_dir is no longer this run's.
     """
     config, progress, world = run.config, state.progress, run.world
-    if should_compile(config.compile, run.device):
+    if devices.should_compile(config.compile, run.device):
         state.model.compile()
     # run.json's part that sampling asks for
     view = Checkpoint(run.out_dir, state.model, run.data.tokenizer, {"dataset": identity(run.data)})
     prompts = monitor.sample_prompts(view, run.data, config.prompts)
     if world.is_first and progress.iter == 0:
-        rewind(run.out_dir)
+        checkpoints.rewind(run.out_dir)
     run.objective.begin(state.model, run.out_dir, progress.iter)
     startup.lap("objective")
     track = config.track if world.is_first else []
@@ -356,7 +337,7 @@ def train(
                 continue
             check_steps(run, state, window)
             record = log_record(run, state, window, peak, time.perf_counter() - began)
-            rate = show_rate(record["tflops"] * 1e12)
+            rate = devices.show_rate(record["tflops"] * 1e12)
             summary = f"loss {record['train_loss']:.3f}, {rate}, {record['mfu']:.0%} of peak"
             bar.set_postfix_str(summary, refresh=False)
             samples = []
@@ -369,7 +350,7 @@ def train(
             progress.seconds = time.perf_counter() - began
             if world.is_first:
                 check_out_dir()
-                append_log(run.out_dir, record)
+                checkpoints.append_log(run.out_dir, record)
             if evaluates or stops:
                 lowest = evaluates and progress.worse == 0
                 save(run, state, is_best=lowest or config.best_by == "last")
@@ -448,7 +429,7 @@ def evaluate(run: Run, state: State) -> dict[str, float]:
     if not all(map(math.isfinite, scores.values())):
         raise UserError(
             f"the validation loss is {scores['val_loss']} after step {progress.iter}; lower "
-            f"--learning_rate={run.config.learning_rate:g}; {what_stays(run.out_dir)}"
+            f"--learning_rate={run.config.learning_rate:g}; {checkpoints.what_stays(run.out_dir)}"
         )
     if progress.best_val_loss is None or scores["val_loss"] < progress.best_val_loss:
         progress.best_val_loss, progress.worse = scores["val_loss"], 0
@@ -461,8 +442,8 @@ def sample(run: Run, state: State, view: Checkpoint, prompts: list) -> list[str]
     """What the first process shows of the model; all help to gather one that is sharded."""
     if not prompts:
         return []
-    view.model = whole_model(state.model, run.adapter, run.world)
-    compiled = should_compile(run.config.compile, run.device)
+    view.model = checkpoints.whole_model(state.model, run.adapter, run.world)
+    compiled = devices.should_compile(run.config.compile, run.device)
     texts = (
         monitor.write_samples(view, prompts, run.config.seed, compiled)
         if run.world.is_first
@@ -489,7 +470,7 @@ def save(run: Run, state: State, is_best: bool) -> None:
         **run.objective.saved(),
     }
     tokenizer = run.data.tokenizer
-    save_checkpoint(
+    checkpoints.save_checkpoint(
         run.out_dir, state.model, state.optimizers, tokenizer, record, is_best, run.world
     )
 
@@ -577,7 +558,7 @@ def check_steps(run: Run, state: State, window: Window) -> None:
         )
     raise UserError(
         f"the {what}; lower --learning_rate={run.config.learning_rate:g}, or mend the rows; "
-        f"{what_stays(run.out_dir)}"
+        f"{checkpoints.what_stays(run.out_dir)}"
     )
 
 
@@ -593,7 +574,7 @@ def explain_memory(run: Run, state: State) -> Iterator[None]:
             f"out of memory after step {state.progress.iter} ({reason}); lower --batch_size="
             f"{run.config.batch_size} and raise --gradient_accumulation_steps="
             f"{run.config.gradient_accumulation_steps} as much, pass --checkpoint_activations, or "
-            f"lower --block_size={run.config.block_size}; {what_stays(run.out_dir)}"
+            f"lower --block_size={run.config.block_size}; {checkpoints.what_stays(run.out_dir)}"
         ) from None
 
 
@@ -624,7 +605,7 @@ def dry_run(run: Run, state: State, peak: Peak, timed: int = 3) -> None:
         f"memory      {(kept + activations) / 1e9:.2f} GB: {kept / 1e9:.2f} of weights, "
         f"gradients and optimizer, {activations / 1e9:.2f} of activations\n"
         f"speed       {rate:,.0f} tokens per second, {seconds:.3f} s a step\n"
-        f"            {show_rate(flops)}, {flops / peak.rate:.0%} of the peak\n"
+        f"            {devices.show_rate(flops)}, {flops / peak.rate:.0%} of the peak\n"
         f"time        {left * seconds / 60:.1f} minutes for {left:,} steps, evaluations left out"
     )
 

@@ -1,12 +1,10 @@
 """What a run shows of itself while it trains: time, speed, faults, samples; and what stops it."""
 
-import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -29,7 +27,8 @@ class Stopwatch:
     """Seconds of each stage since the process began; the first are its imports."""
 
     def __init__(self):
-        self.began = self.last = time.perf_counter() - process_seconds()
+        # imports hardly wait, so their processor time is their time
+        self.began = self.last = time.perf_counter() - time.process_time()
         self.seconds = {}
         self.lap("imports")
 
@@ -42,16 +41,6 @@ class Stopwatch:
         longer = {stage: seconds for stage, seconds in self.seconds.items() if seconds >= 0.05}
         parts = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in longer.items())
         return f"first step after {self.last - self.began:.1f} s: {parts}"
-
-
-def process_seconds() -> float:
-    """Seconds since this process began; its processor time where only Linux could tell."""
-    stat = Path("/proc/self/stat")
-    if not stat.is_file():
-        return time.process_time()
-    fields = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    began = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # starttime, since boot
-    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began)
 
 
 # --- steps -------------------------------------------------------------------------------------

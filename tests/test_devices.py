@@ -84,7 +84,7 @@ def pages_taken():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(20_000_000)  # 80 MB, 19,500 pages
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-train.keep_freed_memory()
+train.devices.keep_freed_memory()
 pages_taken()
 # an aligned block fits into its own place only where there is some room beside it
 print(min(pages_taken() for _ in range(3)))

@@ -398,14 +398,14 @@ def test_one_process_that_fails_ends_all_and_is_heard_alone(world, tmp_path, act
 
 
 AT_LAST_SAVE = """
-save = train.save_checkpoint
+save = train.checkpoints.save_checkpoint
 
 def full(*about):
     if about[4]["progress"]["iter"] == {last} and about[-1].is_first:
         raise train.UserError("the disk is full")
     save(*about)
 
-train.save_checkpoint = full
+train.checkpoints.save_checkpoint = full
 """
 
 
