@@ -33,7 +33,6 @@ MARKS = {
     b"\xef\xbb\xbf": "utf-8",
     b"\xff\xfe": "utf-16-le",
     b"\xfe\xff": "utf-16-be",
-    b"\x84\x31\x95\x33": "gb18030",
 }
 DAMAGED_FILE = (EOFError, gzip.BadGzipFile, zlib.error, zstd.ZstdError)
 

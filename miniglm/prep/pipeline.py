@@ -32,7 +32,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -105,9 +104,8 @@ def prepare(
         tokenizer = find_tokenizer(config, run, read, units, paths)
         encode = functools.partial(encode_unit, config, read, tokenizer.text, form)
         done = run(encode, units, paths)
-        if len(units) > 1:
-            done = tqdm(done, "encoding", len(units), unit=" parts", leave=False, disable=None)
-        for part, left_out in done:
+        quiet = True if len(units) == 1 else None  # None: no bar unless it is a terminal
+        for part, left_out in tqdm(done, "encoding", len(units), leave=False, disable=quiet):
             tally.add(part)
             skipped += left_out
         names = [file.name for source in sources for file in (source, source.target) if file]
@@ -254,7 +252,7 @@ def _end_with_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def follow() -> None:
-        wait([multiprocessing.parent_process().sentinel])
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()

@@ -60,15 +60,12 @@ def prepare(config: Settings, words: list[str], read: Read) -> None:
     tokenizer, tally = load_tokenizer(config.tokenizer), Tally(config.strict)
     records = read(config, sources, tokenizer, tally)
     names = [source.name for source in sources]
-    meta = write(
-        config.folder,
-        config.max_tokens,
-        records,
-        tokenizer,
-        lambda: {"sources": names} | tally.meta(),
-    )
+
+    def more_meta() -> dict:
+        return {"sources": names} | tally.meta()
+
+    write(config.folder, config.max_tokens, records, tokenizer, more_meta)
     print(f"{tally.good:,} good records{tally.summary()}")
-    print_meta(config.folder, meta)
 
 
 def write(
@@ -77,9 +74,9 @@ def write(
     records: Records,
     tokenizer: Tokenizer,
     more_meta: Callable[[], dict],
-) -> dict:
-    """Writes (split, pair), prints the first ones, and returns the meta.json. more_meta: called
-    when all are read, for what else goes into it."""
+) -> None:
+    """Writes (split, pair), and prints the first ones and what the dataset holds. more_meta: called
+    when all are read, for what else goes into meta.json."""
     shown = []
 
     def noted() -> Records:
@@ -91,7 +88,7 @@ def write(
     meta = write_dataset(out, tokenizer, noted(), Form("dpo", max_tokens), more_meta)
     for prompt, chosen, rejected in shown:
         print(f"{prompt[-1]['content']}\n    better: {chosen}\n    worse:  {rejected}")
-    return meta
+    print_meta(out, meta)
 
 
 # --- pairs, and marks that become pairs ----------------------------------------------------------

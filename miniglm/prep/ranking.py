@@ -28,7 +28,6 @@ from miniglm.checkpoint import Checkpoint
 from miniglm.generation import Sampling
 from miniglm.metrics import METRICS
 from miniglm.prep import preferences
-from miniglm.prep.pipeline import print_meta
 from miniglm.prep.preferences import best_and_worst, usable
 from miniglm.prep.writer import Pair
 from miniglm.text import check_answers, complete, fingerprint, load_for_sampling
@@ -91,8 +90,7 @@ def prepare(config: Settings) -> None:
         "margin": config.margin,
         "pairs_from": counts,
     }
-    meta = preferences.write(config.folder, max_tokens, pairs, tokenizer, lambda: more_meta)
-    print_meta(config.folder, meta)
+    preferences.write(config.folder, max_tokens, pairs, tokenizer, lambda: more_meta)
 
 
 def prompt_of(line: dict) -> list[dict]:

@@ -149,32 +149,17 @@ def test_minimind_texts_lose_the_marks_of_its_chat_format(mine):
 PAIRS = [(f"第{n}回里，{who}做了什么？", f"{who}攻打{n}城。") for n in range(20) for who in "甲乙"]
 
 
-def write_zhihu(path: Path) -> Path:
+def test_zhihu_is_filtered_by_keywords_and_the_rest_is_counted(mine, capsys):
     columns = [{"INSTRUCTION": q, "RESPONSE": a, "METADATA": "{}"} for q, a in PAIRS]
     columns.append({"INSTRUCTION": "空的问题？", "RESPONSE": "", "METADATA": "{}"})
-    if path.suffix == ".jsonl":
-        return write_lines(path, columns)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(columns), path)
-    return path
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-def test_zhihu_gives_texts_and_conversations(mine, name):
-    file = write_zhihu(mine / name)
-    data = prepared(zhihu, mine, f"--input={file}")
-    assert all_documents(data) == sorted(f"{q}\n{a}" for q, a in PAIRS)
-    assert data.meta["skipped"] == {"empty answer": 1}
-    data = prepared(zhihu_sft, mine, f"--input={file}")
-    assert all_conversations(data) == sorted(PAIRS)
-
-
-def test_zhihu_is_filtered_by_keywords_and_the_rest_is_counted(mine, capsys):
-    file = write_zhihu(mine / "a.jsonl")
+    file = mine / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(columns), file)
     wanted = sorted((q, a) for q, a in PAIRS if "乙" in q or "7城" in a)
     for script in (zhihu, zhihu_sft):
         data = prepared(script, mine, f"--input={file}", "--keywords=乙,7城")
         assert data.meta["not_taken"] == {"without a keyword": 40 - len(wanted)}
         assert data.meta["keywords"] == ["乙", "7城"]
+        assert data.meta["skipped"] == {"empty answer": 1}
         assert f"not taken: {40 - len(wanted)} without a keyword" in capsys.readouterr().out
         if script is zhihu:
             assert all_documents(data) == sorted(f"{q}\n{a}" for q, a in wanted)
@@ -191,14 +176,13 @@ QUESTION_SETS = {
 @pytest.mark.parametrize("script", QUESTION_SETS)
 def test_question_sets_are_read_by_their_own_fields(mine, script):
     bad = ['{"Question": ', {"other": "甲"}, 3]
-    for encoding in ("utf-8-sig", "gb18030", "utf-16"):
-        file = write_lines(mine / "a.jsonl", [*QUESTION_SETS[script], *bad], encoding)
-        data = prepared(script, mine, f"--input={file}")
-        assert all_conversations(data) == sorted(PAIRS)
-        assert data.meta["skipped"] == {"broken JSON": 1, "missing field": 1, "wrong type": 1}
+    file = write_lines(mine / "a.jsonl", [*QUESTION_SETS[script], *bad])
+    data = prepared(script, mine, f"--input={file}")
+    assert all_conversations(data) == sorted(PAIRS)
+    assert data.meta["skipped"] == {"broken JSON": 1, "missing field": 1, "wrong type": 1}
 
 
-@pytest.mark.parametrize("script", [firefly, jinyong_sft, minimind_sft, zhihu, zhihu_sft])
+@pytest.mark.parametrize("script", [firefly, zhihu, zhihu_sft])
 def test_questions_are_read_by_the_fields_that_are_named(mine, script):
     lines = [{"ask": q, "reply": a, "question": "乙？", "answer": "丙。"} for q, a in PAIRS]
     file = write_lines(mine / "a.jsonl", lines)
@@ -209,14 +193,7 @@ def test_questions_are_read_by_the_fields_that_are_named(mine, script):
         assert all_conversations(data) == sorted(PAIRS)
 
 
-def test_texts_are_read_by_the_field_that_is_named(mine):
-    texts = [f"第{n}条。{LINES[n % 5]}" for n in range(30)]
-    file = write_lines(mine / "a.jsonl", [{"body": text, "text": "甲"} for text in texts])
-    data = prepared(jinyong, mine, f"--input={file}", "--fields=text=body")
-    assert all_documents(data) == sorted(texts)
-
-
-@pytest.mark.parametrize("script", [encyclopedia, idioms, idioms_sft, minimind, sohu_news])
+@pytest.mark.parametrize("script", [encyclopedia, idioms, idioms_sft])
 def test_where_fields_have_fixed_names_others_are_refused(mine, script):
     file = write_lines(mine / "a.jsonl", [{"body": "甲"}] * 3)
     with pytest.raises(UserError, match="'text=body': the fields of this dataset have fixed names"):
@@ -247,23 +224,13 @@ def test_a_question_that_is_nearly_an_earlier_one_is_left_out(mine, monkeypatch)
     [
         (jinyong_sft, "甲\n乙", "plain text, and no conversations"),
         (firefly, '{"input": "甲"}\n' * 3, "3 of 3 records are bad"),
-        (minimind_sft, '{"text": "甲"}\n' * 3, "3 of 3 records are bad"),
-        (zhihu_sft, '{"INSTRUCTION": "甲", "RESPONSE": 2}\n' * 3, "3 of 3 records are bad"),
         (zhihu, "", "nothing to write for"),
-        (sohu_news, "没有标记\n" * 3, "3 of 3 records are bad"),
-        (encyclopedia, '{"title": "甲"}\n' * 3, "3 of 3 records are bad"),
-        (minimind, '{"conversations": []}\n' * 3, "3 of 3 records are bad"),
+        (zhihu, None, "no input; name a file, a folder, or a glob in quotes"),
     ],
 )
 def test_a_file_of_another_form_is_refused_in_one_line(mine, script, text, message):
-    file = mine / ("a.txt" if "\n" in text and "{" not in text else "a.jsonl")
-    file.write_text(text, encoding="utf-8")
+    file = mine / ("a.txt" if script is jinyong_sft else "a.jsonl")
+    file.write_text(text or "", encoding="utf-8")
     with pytest.raises(UserError, match=message):
-        prepared(script, mine, f"--input={file}")
+        prepared(script, mine, *([] if text is None else [f"--input={file}"]))
     assert not (mine / "out").exists()
-
-
-@pytest.mark.parametrize("script", [encyclopedia, firefly, zhihu])
-def test_without_an_input_it_says_so(mine, script):
-    with pytest.raises(UserError, match="no input; name a file, a folder, or a glob in quotes"):
-        prepared(script, mine)

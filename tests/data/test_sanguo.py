@@ -11,7 +11,6 @@ import pytest
 from configurator import ROOT, UserError
 from data.sanguo import prepare, prepare_sft
 from data_utils import Dataset
-from miniglm.tokenizer import load_tokenizer
 from tests.runs import contents, error_line, run
 
 RAW = ROOT / "data" / "raw" / "sanguo"
@@ -139,16 +138,10 @@ def test_each_tenth_chapter_is_validation_and_its_text_is_not_trained(chapters):
 # --- prepare.py --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["train", "gpt2"])
-def test_the_written_ids_are_the_chapters(name, novel, chapters, tmp_path):
+def test_the_written_ids_are_the_chapters(novel, chapters):
     data, output = novel
-    if name == "gpt2":
-        done = run(PREPARE, "--tokenizer=gpt2", f"--out={tmp_path / 'gpt2'}", cwd=tmp_path)
-        assert (done.returncode, done.stderr) == (0, "")
-        data, output = Dataset(str(tmp_path / "gpt2")), done.stdout
-        assert data.tokenizer.sha256 == load_tokenizer("gpt2").sha256
     tokenizer = data.tokenizer
-    assert tokenizer.n_vocab == {"train": 4096, "gpt2": 50261}[name]
+    assert tokenizer.n_vocab == 4096
     for split, texts in prepare.split_chapters(chapters).items():
         tokens = np.memmap(data.path / f"{split}.bin", dtype=np.uint16, mode="r")
         ends = np.flatnonzero(tokens == tokenizer.end_of_text)
@@ -183,12 +176,6 @@ def test_a_wrong_novel_is_refused_and_the_old_dataset_left(content, message, tmp
     with pytest.raises(UserError, match=re.escape(message)):
         prepare.main(argv)
     assert contents(out) == before
-
-
-def test_a_missing_novel_names_what_fetches_it_in_one_line(tmp_path):
-    done = run(PREPARE, "--input=nowhere.json", f"--out={tmp_path / 'out'}", cwd=tmp_path)
-    assert "nowhere.json is missing; run python data/fetch_data.py sanguo" in error_line(done)
-    assert list(tmp_path.iterdir()) == []
 
 
 # --- qa.jsonl ----------------------------------------------------------------------------------
@@ -312,21 +299,6 @@ def test_the_questions_drawn_are_about_trained_chapters_only(chapters, asked, pa
     assert all(f"曰：“{line}”" in trained for line in lines)
 
 
-def test_other_names_are_names_in_the_novel(asked, chapters):
-    """Each stands in it behind 字, 号 or the family name; 公与 of 袁公与奉先 is nobody's name."""
-    text = "".join(chapters)
-    named = [re.fullmatch("(.+)也被称为(.+)。", a) for _, a in asked["train"] + asked["val"]]
-    wrong = []
-    for match in filter(None, named):
-        who = match[1]
-        family = who[:2] if who[:2] in ("诸葛", "司马", "夏侯", "皇甫", "太史") else who[0]
-        for name in match[2].split("、"):
-            known = name.startswith(family) or name == f"{who[1]}公"
-            if not known and not re.search(f"(字|号|号为|号曰|{family}){name}", text):
-                wrong.append((who, name))
-    assert not wrong
-
-
 def test_quotes_are_as_many_as_wanted_or_as_there_are_and_all_different(chapters):
     names = prepare_sft.read_people(RAW / "sanguo_entity_dict.json")
     few = dict(enumerate(chapters[:20], 1))
@@ -356,6 +328,19 @@ def test_a_name_of_two_people_is_neither_a_speaker_nor_told():
 
 
 # --- wrong questions ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "message"),
+    [
+        (PREPARE, "input", "nowhere is missing; run python data/fetch_data.py sanguo"),
+        (PREPARE_SFT, "tokenizer", "no tokenizer nowhere"),
+    ],
+)
+def test_what_is_missing_is_one_line_and_nothing_is_written(script, flag, message, tmp_path):
+    done = run(script, f"--{flag}=nowhere", f"--out={tmp_path / 'out'}", cwd=tmp_path)
+    assert message in error_line(done)
+    assert list(tmp_path.iterdir()) == []
 
 
 def qa_file(folder: Path, *lines: str) -> Path:
@@ -397,9 +382,3 @@ def test_pairs_are_lines_and_their_text_may_hold_any_character(tmp_path):
         {"Question": "谁？", "Answer": "孔明。", "Fact": "谁？"},
         {"Question": "甲\u2028乙\x85？", "Answer": "丙。", "Fact": "丁"},
     ]
-
-
-def test_without_a_tokenizer_nothing_is_written_and_the_reason_is_one_line(tmp_path):
-    done = run(PREPARE_SFT, "--tokenizer=nowhere", f"--out={tmp_path / 'out'}", cwd=tmp_path)
-    assert "no tokenizer nowhere" in error_line(done)
-    assert list(tmp_path.iterdir()) == []

@@ -44,18 +44,17 @@ def test_the_share_in_common_is_that_of_the_n_grams(n):
             assert in_common(ngrams(one, n), ngrams(other, n)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("alike", [0.8, 0.9])
-def test_nearly_the_same_ones_are_those_of_comparing_all_with_all(alike):
-    known, plain = NearDuplicates(5, alike), []
+def test_nearly_the_same_ones_are_those_of_comparing_all_with_all():
+    known, plain, alike = NearDuplicates(5, 0.8), [], 0.8
     wrong = 0
-    for text in map(letters_of, sentences(600)):
+    for text in map(letters_of, sentences(300)):
         share, _ = known.like(text)
         shares = [one for other in plain if (one := plain_share(text, other, 5)) >= alike]
         wrong += share != pytest.approx(max(shares, default=0))
         if not shares:
             plain.append(text)
-    assert 100 < len(plain) < 590
-    assert wrong <= 2  # MinHash may miss one in a thousand
+    assert 100 < len(plain) < 290
+    assert wrong <= 1  # MinHash may miss one in a thousand
 
 
 def test_letters_alone_tell_sentences_apart():
@@ -77,11 +76,8 @@ def test_the_first_of_those_alike_stays_and_whole_repetitions_are_left_to_the_wr
     assert set(found) == {key_of(pairs[1][1]), key_of(pairs[4][1])}
     assert found[key_of(pairs[1][1])] == pytest.approx(22 / 23)
     assert found[key_of(pairs[4][1])] == 1
-
-
-def test_a_question_of_another_number_is_another_one():
-    questions = [f"在《射雕英雄传》第{n}回里，郭靖做了什么？" for n in "三四五"]
-    assert not near_duplicates([(q, q) for q in questions], 2, 0.9)
+    numbers = [f"在《射雕英雄传》第{n}回里，郭靖做了什么？" for n in "三四五"]
+    assert not near_duplicates([(q, q) for q in numbers], 2, 0.9)
 
 
 def test_memory_is_bounded_by_the_limit():
