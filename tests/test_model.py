@@ -147,21 +147,6 @@ def test_rows_of_different_lengths_go_on_as_each_alone(options):
     assert cache.lengths == [length + 7 for length in lengths]
 
 
-@each_architecture
-@torch.no_grad()
-def test_what_lies_beyond_a_rows_length_is_not_seen(options):
-    model = tiny_model(**options).double()
-    idx = random_ids(3, 24)
-    cache = ragged_cache(model, idx, [4, 10, 7])
-    assert cache.k.isfinite().all() and cache.v.isfinite().all()
-    for row, length in enumerate(cache.lengths):
-        cache.k[:, row, :, length:] = 1e6
-        cache.v[:, row, :, length:] = -1e6
-    hidden = model(idx[torch.arange(3), [4, 10, 7]][:, None], cache)
-    whole = model(idx)[torch.arange(3), [4, 10, 7]][:, None]
-    assert (hidden - whole).abs().max() < 1e-12
-
-
 @pytest.mark.parametrize("dropped", [[0], [1], [3], [3, 0], [0, 0, 0], [2, 1]])
 @gpt_and_lstm
 @torch.no_grad()
