@@ -55,20 +55,8 @@ NASTY = [
 PIECES = ["玄德", "曰：“", "…", " ", "  ", "\n", "\r\n", "\t", "\u3000", "1", "23", "４", "½", "a"]
 PIECES += ["'s", "'S", "'ſ", "don't", "😀", "👨‍👩‍👧", "\U00020000", "\U00031350", "🏻"]
 PIECES += ["\u2028", "\x00", "\x1c", "\x0b", "\u180e", "\u00a0", "\ufffd", "\ufeff", "<|end|>", "!"]
-PIECES += [
-    "？",
-    "-",
-    "\u0085",
-    "e\u0301",
-    "ﬆ",
-    "K",
-    "ß",
-    "İ",
-    "\u0378",
-    "\ue000",
-    "\U0010ffff",
-    "<|user|>",
-]
+PIECES += ["？", "-", "\u0085", "e\u0301", "ﬆ", "K", "ß", "İ"]
+PIECES += ["\u0378", "\ue000", "\U0010ffff", "<|user|>"]
 
 
 def random_texts(count: int, seed: int = 0) -> list[str]:
@@ -151,13 +139,6 @@ def test_half_of_a_surrogate_pair_becomes_one_replacement_character(tokenizer):
     assert tokenizer.encode("\ud83d\ude00") == tokenizer.encode("😀")
 
 
-def test_names_of_special_tokens_in_a_text_are_plain_text(tokenizer):
-    for name in SPECIAL_TOKENS:
-        ids = tokenizer.encode(f"甲{name}乙")
-        assert (tokenizer.bytes_per_id[ids] > 0).all()
-        assert tokenizer.decode(ids) == f"甲{name}乙"
-
-
 def test_special_tokens_come_last_and_have_no_text(trained, gpt2):
     for tokenizer, first in ((trained, 4096 - 5), (gpt2, 50256)):
         special = [library(tokenizer).token_to_id(name) for name in SPECIAL_TOKENS]
@@ -203,7 +184,7 @@ def test_render_writes_role_text_and_end_of_each_message(tokenizer):
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 def test_the_mask_is_on_each_answer_with_its_end_and_nowhere_else(messages, tokenizer):
     ids, mask = tokenizer.render(messages)
-    trained = [id for id, one in zip(ids, mask, strict=True) if one]
+    trained = [id for id, is_trained in zip(ids, mask, strict=True) if is_trained]
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
     assert trained == [
         id for text in answers for id in [*tokenizer.encode(text), tokenizer.stop_ids[1]]
@@ -214,8 +195,7 @@ def test_the_mask_is_on_each_answer_with_its_end_and_nowhere_else(messages, toke
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 def test_parse_gives_back_what_render_was_given(messages, tokenizer):
     ids, _ = tokenizer.render(messages)
-    assert tokenizer.parse(ids) == messages
-    assert tokenizer.parse(np.array(ids, np.uint16)) == messages
+    assert tokenizer.parse(ids) == tokenizer.parse(np.array(ids, np.uint16)) == messages
 
 
 def test_a_rendered_answer_starts_with_its_prompt(tokenizer):
@@ -297,21 +277,14 @@ def test_a_tokenizer_that_is_not_there_is_named(trained, tmp_path):
 
 def changed(content: dict, vocab: dict = {}, merges: list | None = None, **parts) -> dict:  # noqa: B006
     model = content["model"]
-    merges = model["merges"] if merges is None else merges
-    model = model | {"vocab": model["vocab"] | vocab, "merges": merges}
+    model = model | {"vocab": model["vocab"] | vocab, "merges": merges or model["merges"]}
     return content | {"model": model} | parts
 
 
-def of_library(model: object, *pre_tokenizer: object) -> dict:
-    library = tokenizers.Tokenizer(model)
-    library.pre_tokenizer = pre_tokenizers.Sequence([*pre_tokenizer])
-    return json.loads(library.to_str())
-
-
-def with_pattern(content: dict, pattern: object, **parts) -> dict:
-    content = json.loads(json.dumps(content)) | parts
-    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
-    return content
+def with_split(content: dict, split: dict) -> dict:
+    first, *others = content["pre_tokenizer"]["pretokenizers"]
+    split = split if "type" in split else first | split
+    return content | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, *others]}}
 
 
 def without_a_byte(content: dict) -> dict:
@@ -325,23 +298,17 @@ def with_an_entry_that_no_merge_makes(content: dict) -> dict:
 
 
 SPLIT, BYTES = pre_tokenizers.Split, pre_tokenizers.ByteLevel(False, use_regex=False)
-UNIGRAM = of_library(tokenizers.models.Unigram([("<unk>", 0.0), ("孔明", -1.0)], 0, False))
-DIGITS_ALONE = of_library(tokenizers.models.BPE(), pre_tokenizers.Digits(True), BYTES)
 PREFIX_BLANK = {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}
+DIGITS_ALONE = {"type": "Digits", "individual_digits": True}
 DAMAGE = {  # with others' added tokens it is adopted, else it claims to be ours
-    "unigram": lambda c: c | {"model": UNIGRAM["model"]},
+    "unigram": lambda c: c | {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0]]}},
     "a byte is missing": without_a_byte,
     "one id twice": lambda c: changed(c, {"a": c["model"]["vocab"]["b"]}),
-    "an id as text": lambda c: changed(c, {"a": "64"}),
-    "a normalizer": lambda c: c | {"normalizer": {"type": "Lowercase"}},
     "a prefix blank": lambda c: c | {"pre_tokenizer": PREFIX_BLANK | {"trim_offsets": True}},
-    "split at digits alone": lambda c: c | {"pre_tokenizer": DIGITS_ALONE["pre_tokenizer"]},
+    "split at digits alone": lambda c: with_split(c, DIGITS_ALONE),
     "merges reversed": lambda c: changed(c, merges=c["model"]["merges"][::-1], added_tokens=[]),
-    "a merge of nothing": lambda c: changed(c, merges=[["a", "zzz"]], added_tokens=[]),
     "an entry that no merge makes": with_an_entry_that_no_merge_makes,
-    "another's bad pattern": lambda c: with_pattern(c, "(", added_tokens=[]),
-    "a bad pattern": lambda c: with_pattern(c, "("),
-    "a pattern, a number": lambda c: with_pattern(c, 5),
+    "a bad pattern": lambda c: with_split(c, {"pattern": {"Regex": "("}}),
     "an added token far away": lambda c: c | {"added_tokens": [c["added_tokens"][0] | {"id": 999}]},
 }
 
@@ -427,12 +394,11 @@ def test_another_projects_tokenizer_gives_the_ids_that_it_gives_there(foreign, t
     for text in splits["val"][:2] + NASTY + random_texts(2000):
         if "<think>" not in text:
             assert ours.encode(text) == foreign.encode(text).ids, repr(text[:80])
-    for id in range(foreign.get_vocab_size()):
-        name = foreign.id_to_token(id)
-        if name in OTHER_ENDS:
+    for id, token in foreign.get_added_tokens_decoder().items():
+        if token.content in OTHER_ENDS:
             assert ours.end_of_text == id
-        elif name in foreign.get_added_tokens_decoder():
-            assert ours.entry(id) == name
+        else:
+            assert ours.entry(id) == token.content
 
 
 def test_what_another_projects_tokenizer_lacks_comes_behind_its_entries(foreign, tmp_path):
@@ -536,19 +502,15 @@ def test_show_lists_each_entry_decoded_or_splits_a_text(trained, tmp_path, capsy
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "unknown part ''; write train FILES, or show"),
         (["trian"], "unknown part 'trian'; did you mean 'train'"),
         (["train"], "no input; name a file"),
         (["train", "no.txt"], "no file no.txt"),
-        (["train", "{tmp}/a.txt", "--vocab_size=9"], "vocab_size=9 is too small"),
         (["train", "{tmp}/e.txt"], "there is no text in the files"),
         (["show", "gpt2"], "show takes no gpt2; pass --tokenizer="),
-        (["show", "--tokenizer=nowhere"], "no tokenizer nowhere"),
         (["show", "--tokenizer=gpt2", "--text=FILE:{tmp}/e.txt"], "there is no text to show it on"),
     ],
 )
 def test_what_the_command_line_cannot_do_is_said_in_a_line(words, message, tmp_path):
-    (tmp_path / "a.txt").write_text("却说孔明", encoding="utf-8")
     (tmp_path / "e.txt").write_bytes(b"")
     words = [word.replace("{tmp}", str(tmp_path)) for word in words]
     with pytest.raises(UserError) as caught:
