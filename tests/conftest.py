@@ -1,4 +1,4 @@
-"""What all tests start from."""
+"""Settings and fixtures of all tests."""
 
 import os
 import signal
@@ -6,10 +6,10 @@ import signal
 import pytest
 import torch
 
-from tests.runs import train_here, write_toys
+from tests.runs import ready_python, train_here, write_toys
 
-torch.set_num_threads(1)  # on a busy machine tiny models are many times slower on two
-# a shell that starts the tests in the background leaves Ctrl-C ignored, in their children too
+torch.set_num_threads(1)  # two are many times slower for tiny models on a busy machine
+# a shell that starts the tests in the background makes them and their children ignore Ctrl-C
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -22,8 +22,15 @@ def toys(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def run_ready(tmp_path_factory):
+    """A `run` whose processes have imported torch already."""
+    with ready_python(tmp_path_factory.mktemp("outputs")) as run_ready:
+        yield run_ready
+
+
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
-    """NO_SKIPS=1, as CI sets it, takes a skipped test for a failed one."""
+    """With NO_SKIPS=1, as in CI, a skipped test is a failure."""
     if os.environ.get("NO_SKIPS") and terminalreporter.stats.get("skipped"):
         terminalreporter.write_line("tests were skipped, and NO_SKIPS is set", red=True)
 

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -206,8 +207,7 @@ def read_json(path: Path) -> dict:
 
 
 def plant_nan(out_dir: Path, data: Dataset) -> int:
-    """Makes the embedding of the rarest trained id NaN, and returns the id: rows with it have no
-    loss."""
+    """Makes the embedding of the rarest trained id NaN, and so the loss of its rows; the id."""
     ids, counts = np.unique(data.tokens["train"], return_counts=True)
     rarest = int(ids[counts.argmin()])
     file = checkpoint_file(out_dir, "model.safetensors", "best")
@@ -240,15 +240,17 @@ def course(out_dir: Path) -> list[dict]:
     return [{key: value for key, value in r.items() if key not in clock} for r in log(out_dir)]
 
 
-def assert_same_run(one: Path, other: Path) -> None:
+def assert_same_run(out_dir: Path, other: Path) -> None:
     """The same bits of weights and optimizer, and the same log."""
-    is_adapter = checkpoint_file(one, "adapter.safetensors").is_file()
-    for name in (f"{'adapter' if is_adapter else 'model'}.safetensors", "optimizer.safetensors"):
-        same = checkpoint_file(one, name).read_bytes() == checkpoint_file(other, name).read_bytes()
+    is_adapter = checkpoint_file(out_dir, "adapter.safetensors").is_file()
+    for stem in ("adapter" if is_adapter else "model", "optimizer"):
+        name = f"{stem}.safetensors"
+        ours, theirs = (checkpoint_file(out, name).read_bytes() for out in (out_dir, other))
+        same = ours == theirs  # without a diff of all bytes
         assert same, f"{name} differs"
-    assert course(one) == course(other)
-    assert pointer(one, "best") == pointer(other, "best")
-    progress = [saved(out)["progress"] | {"seconds": None} for out in (one, other)]
+    assert course(out_dir) == course(other)
+    assert pointer(out_dir, "best") == pointer(other, "best")
+    progress = [saved(out)["progress"] | {"seconds": None} for out in (out_dir, other)]
     assert progress[0] == progress[1]
 
 
@@ -289,8 +291,7 @@ def small_disk(folder: Path) -> Iterator[tuple[Path, Callable[[int], None]]]:
     def leave(room: int) -> None:
         filler = folder / "filler"
         filler.unlink(missing_ok=True)
-        state = os.statvfs(folder)
-        filler.write_bytes(bytes(state.f_bavail * state.f_frsize - room))
+        filler.write_bytes(bytes(shutil.disk_usage(folder).free - room))
 
     try:
         yield folder, leave

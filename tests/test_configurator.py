@@ -160,8 +160,8 @@ WRONG = {
 def test_a_flag_of_the_wrong_type_is_refused_by_name(name):
     for text in WRONG[name]:
         assert name in refusal(f"--{name}={text}")
-    for name in ("max_iters", "compile", "out_dir"):
-        assert f"--{name} has no value" in refusal(f"--{name}")
+    for bare in ("max_iters", "compile", "out_dir"):
+        assert f"--{bare} has no value" in refusal(f"--{bare}")
 
 
 def test_a_value_of_the_wrong_type_in_a_file_is_refused_by_both_names(tmp_path):

@@ -255,8 +255,8 @@ def test_skipped_cut_and_repeated_conversations_are_counted(tokenizer, tmp_path)
         ("train", {"conversations": 4} | dict.fromkeys(counted, 1)),
         ("val", {"conversations": 1, "skipped: duplicate": 3}),
     ):
-        found = meta["splits"][split]
-        assert {name: found[name] for name in found if name not in sizes} == counts
+        written = meta["splits"][split]
+        assert {name: written[name] for name in written if name not in sizes} == counts
     assert Dataset(str(tmp_path)).conversations("val") == splits["val"][3:]
 
 
@@ -347,9 +347,9 @@ def test_the_rows_of_a_step_depend_on_its_arguments_alone(tokenizer, tmp_path):
     for data, wanted in zip(sets, rows, strict=True):
         for number in random.Random(0).sample(range(len(steps)), len(steps)):
             list(data.eval_batches("val", 8, 3))
-            found = data.step_rows(*steps[number], 8)
-            assert found.tolist() == wanted[number]
-            found[:] = 0  # the caller's own copy
+            again = data.step_rows(*steps[number], 8)
+            assert again.tolist() == wanted[number]
+            again[:] = 0  # the caller's own copy
 
 
 @pytest.mark.parametrize("write", [write_text, write_chats])

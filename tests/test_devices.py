@@ -26,7 +26,7 @@ PEAKS = {
     "Tesla T4": 65,
     "Tesla V100-SXM2-16GB": 125,
     "Tesla V100-PCIE-32GB": 112,
-    "NVIDIA A100-SXM4-40GB MIG 3g.20gb": None,  # a part of one
+    "NVIDIA A100-SXM4-40GB MIG 3g.20gb": None,  # a slice of a GPU
     "NVIDIA GeForce RTX 4090 Laptop GPU": None,
     "NVIDIA GeForce RTX 4090 D": None,
     "NVIDIA A10G": None,
@@ -34,8 +34,8 @@ PEAKS = {
 
 
 def test_gpus_are_known_by_torchs_names_and_other_devices_are_not():
-    found = {name: listed_peak(name, torch.float16) for name in PEAKS}
-    assert found == {name: rate and rate * 1e12 for name, rate in PEAKS.items()}
+    rates = {name: listed_peak(name, torch.float16) for name in PEAKS}
+    assert rates == {name: rate and rate * 1e12 for name, rate in PEAKS.items()}
 
 
 def test_rates_that_are_emulated_or_without_tensor_cores_are_not_listed():
@@ -86,7 +86,7 @@ def pages_taken():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 train.devices.keep_freed_memory()
 pages_taken()
-# an aligned block fits into its own place only where there is some room beside it
+# an aligned block fits into its old place only with some room beside it
 print(min(pages_taken() for _ in range(3)))
 """
     done = subprocess.run(  # in a process whose heap no earlier test has fragmented

@@ -19,7 +19,6 @@ from tests.runs import (
     error_line,
     novel,
     pointer,
-    ready_python,
     small_disk,
     toy_tokenizer,
     train_here,
@@ -89,12 +88,6 @@ def test_a_wrong_setting_is_one_line_and_changes_nothing(case, world):
 
 
 # --- real command lines, in a fresh copy of the repository -------------------------------------
-
-
-@pytest.fixture(scope="module")
-def run_ready(tmp_path_factory):
-    with ready_python(tmp_path_factory.mktemp("outputs")) as run_ready:
-        yield run_ready
 
 
 @pytest.fixture(scope="module")

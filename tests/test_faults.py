@@ -18,7 +18,6 @@ from tests.runs import (
     log,
     plant_nan,
     pointer,
-    ready_python,
     run,
     small_disk,
     start,
@@ -28,12 +27,6 @@ from tests.runs import (
 )
 
 posix = pytest.mark.skipif(os.name != "posix", reason="Windows keeps the directory of an open file")
-
-
-@pytest.fixture(scope="module")
-def run_ready(tmp_path_factory):
-    with ready_python(tmp_path_factory.mktemp("outputs")) as run_ready:
-        yield run_ready
 
 
 # --- the directory of a run --------------------------------------------------------------------

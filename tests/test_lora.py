@@ -24,7 +24,6 @@ from tests.runs import (
     error_line,
     log,
     pointer,
-    ready_python,
     saved,
     train_here,
     weights,
@@ -262,19 +261,18 @@ def test_base_and_adapter_move_together(sft, tmp_path):
     assert saved(sft[1])["adapter"]["base"].startswith("../base/")
 
 
-def test_a_base_that_moved_or_changed_gives_one_clear_line(sft, tmp_path):
+def test_a_base_that_moved_or_changed_gives_one_clear_line(sft, tmp_path, run_ready):
     base, adapter = (shutil.copytree(run, tmp_path / run.name) for run in sft)
     best = base / Path(saved(adapter)["adapter"]["base"]).name
     weights_file = best / "model.safetensors"
     damaged = bytearray(weights_file.read_bytes())
     damaged[-1] ^= 1
     weights_file.write_bytes(damaged)
-    with ready_python(tmp_path) as run:
-        line = error_line(run("sample.py", f"--out_dir={adapter}"))
-        assert f"is an adapter of {best}, which has changed since; restore it" in line
-        base.rename(tmp_path / "elsewhere")
-        line = error_line(run("train.py", f"--out_dir={adapter}", "--resume"))
-        assert f"is an adapter of {best}, which is not there; put it back" in line
+    line = error_line(run_ready("sample.py", f"--out_dir={adapter}"))
+    assert f"is an adapter of {best}, which has changed since; restore it" in line
+    base.rename(tmp_path / "elsewhere")
+    line = error_line(run_ready("train.py", f"--out_dir={adapter}", "--resume"))
+    assert f"is an adapter of {best}, which is not there; put it back" in line
 
 
 @pytest.mark.parametrize("adapter", [None, {}, {"base": "../base"}])

@@ -1,4 +1,4 @@
-"""Several datasets in one run, and the curriculum of configs that is made of them."""
+"""Mixtures of datasets in one run, and the curriculum whose configs use them."""
 
 import itertools
 import re
@@ -135,7 +135,7 @@ STAGES = sorted((ROOT / "config" / "curriculum").glob("*.py"))
 
 
 def test_each_stage_starts_from_the_one_before_and_learns(sets, tmp_path):
-    """Each at a tiny size, on a toy dataset in the place of each of its own."""
+    """At a tiny size, with toy datasets in place of the real ones."""
     names = {"sohu_news": "text", "zhihu": "small", "jinyong": "text", "jinyong_three": "small"}
     names |= {"zhihu_sft": "questions", "jinyong_sft": "questions"}
     configs = [configure(train.Settings, [str(path)]) for path in STAGES]

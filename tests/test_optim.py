@@ -12,7 +12,7 @@ SHAPES = [(16, 16), (16, 24), (24, 16), (16, 48), (48, 16), (8, 70)]
 
 
 def plain(matrix: torch.Tensor) -> torch.Tensor:
-    """The iteration of Newton and Schulz as it is written, of one matrix."""
+    """The Newton-Schulz iteration of a matrix, as it is written."""
     X = matrix.double() / matrix.double().norm()
     for _ in range(5):
         X = 3.4445 * X - 4.7750 * (X @ X.T) @ X + 2.0315 * (X @ X.T) @ (X @ X.T) @ X
@@ -109,12 +109,12 @@ def test_the_learning_rate_rises_and_falls_on_straight_lines():
         return [learning_rate(step, config) for step in steps]
 
     rise, fall = [0.25, 0.5, 0.75, 1.0], [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.2]
-    found = rates(range(14), min_lr=0.2, warmup_iters=4, max_iters=12)
-    assert found == pytest.approx(rise + fall)
+    whole = rates(range(14), min_lr=0.2, warmup_iters=4, max_iters=12)
+    assert whole == pytest.approx(rise + fall)
     # without lr_decay_iters the decay ends with the run
     assert rates((5, 10), warmup_iters=0, max_iters=10) == pytest.approx([0.5, 0.0])
-    found = rates((5, 30), warmup_iters=0, max_iters=40, lr_decay_iters=10)
-    assert found == pytest.approx([0.5, 0.0])
+    early = rates((5, 30), warmup_iters=0, max_iters=40, lr_decay_iters=10)
+    assert early == pytest.approx([0.5, 0.0])
     # a warm-up longer than the run only rises
-    found = rates(range(10), warmup_iters=100, max_iters=10)
-    assert found == pytest.approx([0.01 * (step + 1) for step in range(10)])
+    rising = rates(range(10), warmup_iters=100, max_iters=10)
+    assert rising == pytest.approx([0.01 * (step + 1) for step in range(10)])

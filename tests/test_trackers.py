@@ -88,11 +88,11 @@ def test_wandb_offline_holds_what_the_log_holds(toys, tmp_path, monkeypatch):
     out = train_here(out_dir=tmp_path / "out", max_iters=10, **common)
     train_here(out_dir=out, resume=True, max_iters=20)
     wandb.teardown()  # waits for its process, which writes the files
-    found, ids = wandb_history(out)
+    records, ids = wandb_history(out)
     assert ids == {tracking_id(out, new=False)}
     names = {name for record in log(out) for name in record}
-    assert [{n: r[n] for n in r if n in names} for r in found] == log(out)
-    assert [r["iter"] for r in found if "samples" in r] == [10, 20]
+    assert [{n: r[n] for n in r if n in names} for r in records] == log(out)
+    assert [r["iter"] for r in records if "samples" in r] == [10, 20]
 
 
 def wandb_history(out_dir):
@@ -102,7 +102,7 @@ def wandb_history(out_dir):
     records, ids = [], set()
     for path in sorted(out_dir.glob("wandb/offline-run-*/*.wandb")):
         content, place = path.read_bytes(), 7
-        assert len(content) < 2**15  # one block of a log of LevelDB, in which no record is cut
+        assert len(content) < 2**15  # one block of LevelDB's log format, so no record is split
         while place < len(content):
             [length] = struct.unpack_from("<H", content, place + 4)
             record = Record.FromString(content[place + 7 : place + 7 + length])

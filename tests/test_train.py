@@ -31,9 +31,9 @@ from tests.test_objectives import gradient
 from train import Settings, start, steps, train_step
 
 
-def largest_difference(one: Path, other: Path, which: str = "latest") -> float:
-    """Between the latest weights of an out_dir and the latest or best ones of another."""
-    ours, theirs = weights(one), weights(other, which)
+def largest_difference(out_dir: Path, other: Path, which: str = "latest") -> float:
+    """Between the latest weights of an out_dir and those of another."""
+    ours, theirs = weights(out_dir), weights(other, which)
     assert ours.keys() == theirs.keys()
     return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
 
@@ -84,7 +84,7 @@ def test_dropout_takes_part_in_training_and_not_in_evaluation(toys, tmp_path):
 
 @pytest.fixture(scope="module")
 def learnt_by_heart(tmp_path_factory):
-    """An out_dir, out of patience: of twelve sentences, whose validation loss falls, then rises."""
+    """A run on twelve sentences, ended by patience: its validation loss falls, then rises."""
     folder = tmp_path_factory.mktemp("heart")
     texts = {"train": [novel(0, 12)], "val": [novel(1, 40)]}
     write_pretrain(folder / "text", toy_tokenizer(), texts, ["a test"])
