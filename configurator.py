@@ -186,7 +186,7 @@ def configure(Defaults: type[T], argv: list[str], base: dict | None = None) -> T
         print(help_text(Defaults))
         raise SystemExit(0)
     hints = typing.get_type_hints(Defaults)
-    values = _defaults(Defaults)
+    values = defaults_of(Defaults)
     values |= {name: value for name, value in (base or {}).items() if name in values}
     for word in argv:
         if word.startswith("-"):
@@ -202,7 +202,7 @@ def configure(Defaults: type[T], argv: list[str], base: dict | None = None) -> T
 def help_text(Defaults: type) -> str:
     """The script's description, and a line for each setting: --name=default and its meaning."""
     description = inspect.cleandoc(sys.modules[Defaults.__module__].__doc__ or "")
-    fields = _defaults(Defaults)
+    fields = defaults_of(Defaults)
     width = max(len(f"--{name}={value}") for name, value in fields.items())
     meanings, bounds = field_comments(Defaults), bounds_of(Defaults)
     lines = []
@@ -270,7 +270,7 @@ def no_memory(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _defaults(Defaults: type) -> dict:
+def defaults_of(Defaults: type) -> dict:
     """The fields' own defaults; a setting that follows another has None."""
     return {
         field.name: field.default
