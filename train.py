@@ -31,6 +31,7 @@ from configurator import (
     below,
     command,
     configure,
+    defaults_of,
     no_memory,
     repo_path,
     show_path,
@@ -444,20 +445,17 @@ def sample(run: Run, state: State, view: Checkpoint, prompts: list) -> list[str]
         return []
     view.model = checkpoints.whole_model(state.model, run.adapter, run.world)
     compiled = devices.should_compile(run.config.compile, run.device)
-    texts = (
-        monitor.write_samples(view, prompts, run.config.seed, compiled)
-        if run.world.is_first
-        else []
-    )
+    texts = []
+    if run.world.is_first:
+        texts = monitor.write_samples(view, prompts, run.config.seed, compiled)
     view.model = state.model  # one that was gathered is freed
     return texts
 
 
 def save(run: Run, state: State, is_best: bool) -> None:
     """A checkpoint of the run as it stands."""
-    settings = dataclasses.asdict(run.config)
     # not those of an instance, whose n_kv_head follows from its own n_head
-    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    settings, defaults = dataclasses.asdict(run.config), defaults_of(Settings)
     record = {
         "settings": settings,
         "changed": [name for name in settings if settings[name] != defaults[name]],
