@@ -229,15 +229,6 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def run_part(config, parts: dict[str, Callable], usage: str) -> None:
-    """Calls the part of a script that config.names begins with: parts[name](config, other names).
-    Raises UserError with the usage if there is no such part."""
-    part, *words = config.names or [""]
-    if part not in parts:
-        raise UserError(f"unknown part {part!r}{nearest(part, parts) or f'; write {usage}'}")
-    parts[part](config, words)
-
-
 def command(main: Callable[[list[str]], None]) -> None:
     """Runs a script's main(argv). A UserError or a full disk is one line on stderr and exit 1."""
     for stream in (sys.stdout, sys.stderr):

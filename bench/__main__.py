@@ -2,7 +2,6 @@
 
     python -m bench step           training steps beside Hugging Face's, and where their time goes
     python -m bench generate       tokens per second beside Hugging Face's and llama.cpp's
-    python -m bench data           a large text prepared, beside other ways to do it
     python -m bench serve          many users at once on sample_gradio.py
     python -m bench quality        ours, MiniMind's recipe and the reference's; some three hours
     python -m bench step --help    the settings of a part
@@ -20,7 +19,7 @@ from configurator import UserError, command, configure, nearest, repo_path, show
 from miniglm.devices import environment
 from miniglm.jsonl import write_report
 
-PARTS = ("step", "generate", "data", "serve", "quality")  # a module each: Settings and bench
+PARTS = ("step", "generate", "serve", "quality")  # a module each: Settings and bench
 
 
 def main(argv: list[str]) -> None:

@@ -2,7 +2,6 @@
 
     python data/train_tokenizer.py train --out=data/vocab/tokenizer.json 'my/*.txt'
     python data/train_tokenizer.py show --tokenizer=data/vocab --text=孔明是谁？
-    python data/train_tokenizer.py show --tokenizer=data/vocab --text=FILE:my/a.txt
 
 Training reads a sample of the files: passages chosen by their hashes.
 """
@@ -19,7 +18,6 @@ from configurator import (
     command,
     configure,
     repo_path,
-    run_part,
     show_path,
     written_aside,
 )
@@ -36,7 +34,7 @@ class Settings:
     encoding: str = "auto"  # of the files: utf-8, gb18030, big5, utf-16
     fields: str = ""  # as text=body: which field of a record is its text
     tokenizer: str = "data/sanguo"  # what to show: gpt2, or a path
-    text: str = ""  # what to show it on, or FILE:NAME; nothing: its entries
+    text: str = ""  # what to show it on
 
 
 def texts_of_files(words: list[str], config: Settings) -> Iterator[str]:
@@ -65,34 +63,22 @@ def train(config: Settings, words: list[str]) -> None:
 
 
 def show(config: Settings, words: list[str]) -> None:
-    """Prints the entries as text, or how they split a text."""
-    if words:
-        raise UserError(f"show takes no {words[0]}; pass --tokenizer= and --text=")
+    """Prints how a vocabulary splits a text."""
     tokenizer = load_tokenizer(config.tokenizer)
-    if not config.text:
-        for id in range(tokenizer.n_vocab):
-            print(id, tokenizer.entry(id), sep="\t")
-        return
-    if config.text.startswith("FILE:"):
-        texts = texts_of_files([config.text.removeprefix("FILE:")], config)
-    else:
-        texts = [config.text]
-        print(" ".join(map(tokenizer.entry, tokenizer.encode(config.text))))
-    characters = size = tokens = 0
-    for text in texts:
-        characters, size = characters + len(text), size + len(text.encode())
-        tokens += len(tokenizer.encode(text))
-    if not tokens:
-        raise UserError("there is no text to show it on")
-    print(
-        f"{characters:,} characters, {size:,} bytes, {tokens:,} tokens: "
-        f"{characters / tokens:.2f} characters a token"
-    )
+    ids = tokenizer.encode(config.text)
+    if words or not ids:
+        raise UserError("show takes no files; pass --tokenizer= and --text=")
+    print(" ".join(map(tokenizer.entry, ids)))
+    characters = len(config.text)
+    print(f"{characters:,} characters, {len(ids):,} tokens: {characters / len(ids):.2f} a token")
 
 
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
-    run_part(config, {"train": train, "show": show}, "train FILES, or show")
+    part, *words = config.names or [""]
+    if part not in ("train", "show"):
+        raise UserError(f"unknown part {part!r}; write train FILES, or show")
+    (train if part == "train" else show)(config, words)
 
 
 if __name__ == "__main__":

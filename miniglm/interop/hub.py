@@ -20,8 +20,6 @@ KINDS = {
     "sft": "questions and answers",
     "dpo": "preferences, questions with a chosen and a rejected answer",
 }
-LSTM_FIELDS = ("model", "block_size", "n_layer", "n_embd", "norm", "norm_eps", "bias")
-LSTM_FIELDS += ("tie_weights", "dropout", "n_vocab", "vocab_size")
 RUN_ONLY = ("resume", "dry_run", "track", "prompts")  # settings that change no bit of a model
 
 
@@ -44,14 +42,13 @@ def model_card(
     """run: run.json. record: the log's line of the same step, or {}. reports: evaluations of this
     checkpoint."""
     shape = run["architecture"]
-    names = [name for name in shape if name in LSTM_FIELDS or shape["model"] != "lstm"]
     values = {
         "run": run,
         "n_params": n_params,
         "base": run["settings"].get("init_from", "scratch"),
         "answers": run["dataset"]["kind"] in ("sft", "dpo"),
         "figures": table(["", "figure"], run_figures(run, n_params, record).items()),
-        "architecture": ", ".join(f"`{name}={shape[name]}`" for name in names),
+        "architecture": ", ".join(f"`{name}={value}`" for name, value in shape.items()),
         "evaluation": evaluation_table(reports),
         "command": train_command(run),
     }
@@ -89,8 +86,7 @@ def evaluation_table(reports: list[dict]) -> str:
 
 
 def train_command(run: dict) -> str:
-    """The command that trained it: the settings that differ from the defaults; all of them if
-    run.json does not say which those are."""
+    """The command that trained it, with the settings that differ from the defaults."""
     settings = run["settings"]
     names = [name for name in run.get("changed", settings) if name not in RUN_ONLY]
     return shlex.join(["python", "train.py", *(f"--{name}={settings[name]}" for name in names)])

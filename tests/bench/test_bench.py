@@ -11,7 +11,6 @@ import torch
 from torch.profiler import profile
 
 from bench import __main__ as bench
-from bench import data as bench_data
 from bench import serve as bench_serve
 from bench import step as bench_step
 from bench.timing import OUTSIDE, Settings, measure, profile_kinds, speed_ratio
@@ -137,25 +136,7 @@ def test_without_transformers_the_error_says_what_to_install(novel, monkeypatch)
             bench.main(argv)
 
 
-@pytest.mark.slow
-def test_data_prepares_a_small_text_in_each_way(tmp_path):
-    pytest.importorskip("datasets")
-    results = results_of("data", tmp_path, "--size_mb=2")
-    assert results["megabytes"] == pytest.approx(2, rel=0.2)
-    for figures in results["ways"].values():
-        assert figures["rate"] > 0
-        assert sys.platform != "linux" or 10 < figures["peak_megabytes"] < 2000
-    names = (*bench_data.PEERS, "tiktoken alone")
-    assert [*results["ratios"]] == [f"ours, 1 process / {name}" for name in names]
-    assert min(results["ratios"].values()) > 0
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="core-seconds are not told there")
-def test_a_way_that_fails_is_told_by_its_last_line(tmp_path):
-    with pytest.raises(UserError, match="failed: no space"):
-        bench_data.run(["-c", "import sys; sys.exit('step\\nno space')"], tmp_path, 1.0)
-
-
 @pytest.mark.slow
 def test_every_user_of_serve_gets_its_own_text(tmp_path):
     tokenizer = tiny_tokenizer()
