@@ -25,7 +25,8 @@ from miniglm.tokenizer import Tokenizer, train_tokenizer
 from tests.helpers import dialogue
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("*.py", "config/**/*.py", "miniglm/**/*.py", "data/**/*.py", "bench/*.py")
+SOURCES = ["*.py", "config/**/*.py", "data/**/*.py", "bench/*.py"]
+SOURCES += [f"miniglm/**/*.{suffix}" for suffix in ("py", "css", "html", "md", "toml")]
 PEOPLE = ["刘备", "关羽", "张飞", "曹操", "孙权", "诸葛亮", "周瑜", "吕布"]
 PLACES = ["荆州", "徐州", "洛阳", "许昌", "江东"]
 DEEDS = ["到", "攻打", "离开", "守住"]

@@ -336,8 +336,7 @@ def test_a_script_ends_with_its_exit_code_and_at_most_one_line(word, code, line,
 def test_a_bug_keeps_its_traceback(tmp_path):
     process = start_script(tmp_path, "--line=[][0]")
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 1
-    assert "Traceback" in err and "IndexError" in err
+    assert process.returncode == 1 and "Traceback" in err and "IndexError" in err
 
 
 def test_a_closed_pipe_gives_no_traceback(tmp_path):

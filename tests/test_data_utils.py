@@ -86,9 +86,8 @@ def test_ids_have_the_smallest_type_that_holds_the_last_one(n_vocab, dtype, toke
     splits = {"train": [dialogue("谁？", "孔明。")], "val": [dialogue("何人？", "张飞。")]}
     meta = write_sft(tmp_path, wide, splits, [], 64)
     tokens = np.fromfile(tmp_path / "train.bin", dtype)
-    assert meta["dtype"] == dtype
+    assert (meta["dtype"], tokens[-1]) == (dtype, last)
     assert tokens.tolist() == wide.render(splits["train"][0])[0]
-    assert tokens[-1] == last
     assert Dataset(str(tmp_path)).conversations("train") == splits["train"]
 
 

@@ -16,11 +16,9 @@ from miniglm.devices import BUDGET, find_peak, listed_peak, measure_peak, show_r
 # names as torch.cuda.get_device_name gives them, and dense TFLOP/s of the data sheets
 PEAKS = {
     "NVIDIA A100-SXM4-80GB": 312,
-    "A100-SXM4-40GB": 312,
     "NVIDIA A800 80GB PCIe": 312,
     "NVIDIA H100 80GB HBM3": 989.4,
     "NVIDIA H100 PCIe": 756,
-    "NVIDIA H100 NVL": 835.5,
     "NVIDIA L40S": 362.05,
     "NVIDIA GeForce RTX 4090": 165.2,
     "Tesla T4": 65,

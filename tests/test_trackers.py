@@ -66,8 +66,7 @@ def test_tensorboard_holds_what_the_log_holds_after_a_kill_too(toys, tmp_path):
     scalars, texts = tensorboard_shows(out)
     assert scalars == logged(out)
     assert {"train_loss", "val_loss", "mfu"} <= scalars.keys()
-    assert texts.keys() == {10, 20}
-    assert len(texts[10]) > 20
+    assert texts.keys() == {10, 20} and len(texts[10]) > 20
     # as if killed after step 20, before its checkpoint: step 10 is the last there is
     for name in ("latest", "best"):
         shutil.copy(ten / name, out)

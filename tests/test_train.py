@@ -206,9 +206,8 @@ def test_run_json_holds_settings_architecture_progress_and_environment(toys):
     assert ModelConfig(**run["architecture"]).n_vocab == toy_tokenizer().n_vocab
     assert run["architecture"]["n_kv_head"] == 2
     assert (run["progress"]["iter"], run["progress"]["rows"]) == (20, 80)
-    assert run["environment"]["torch"] == torch.__version__
-    assert run["environment"]["threads"] == torch.get_num_threads()
-    assert run["environment"]["precision"] == "float32"
+    environment = {"torch": torch.__version__, "threads": 1, "precision": "float32"}
+    assert environment.items() <= run["environment"].items()
     assert run["tokenizer_sha256"] == toy_tokenizer().sha256
 
 
