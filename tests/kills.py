@@ -75,7 +75,9 @@ def main(argv: list[str]) -> None:
         for number, kind in enumerate(KINDS):
             began = time.perf_counter()
             count = config.kills // len(KINDS) + (number < config.kills % len(KINDS))
-            done = outlive(folder, folder / "runs", kind, count, random.Random(f"{config.seed} {kind}"))
+            done = outlive(
+                folder, folder / "runs", kind, count, random.Random(f"{config.seed} {kind}")
+            )
             print(f"{kind:<38}{done}{time.perf_counter() - began:>9.0f}", flush=True)
             total.kills += done.kills
             total.in_a_save += done.in_a_save

@@ -2,9 +2,10 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,7 +20,6 @@ from configurator import (
     below,
     bounds_of,
     bounds_text,
-    check_bounds,
     configure,
     repo_path,
     show_path,
@@ -42,12 +42,6 @@ class Settings:
     runs: list[str] = field(default_factory=list)  # directories
     prompts: list[str] | None = None  # of samples; None is the first
     splits: list[int] = field(default_factory=lambda: [8, 2])  # shares
-
-
-@dataclass
-class NamedSettings:
-    names: list[str] = field(default_factory=list)  # what to do
-    out: str = "data"  # a folder
 
 
 @dataclass
@@ -103,28 +97,22 @@ def test_a_file_can_use_the_settings_before_it(tmp_path):
     assert configure(Settings, [earlier, path]).lr_decay_iters == 60
 
 
-def test_a_file_may_import_modules_and_keep_names_with_an_underscore(tmp_path):
-    path = config_file(tmp_path, "import math\n_half = 8\nmax_iters = math.isqrt(_half * 8)")
-    assert configure(Settings, [path]).max_iters == 8
-
-
 def test_calls_do_not_share_lists(tmp_path):
-    path = config_file(tmp_path, "runs.append('out-a')\nsplits.append(1)")
-    assert configure(Settings, [path]).runs == ["out-a"]
+    path = config_file(tmp_path, "splits.append(1)")
     assert configure(Settings, [path]).splits == [8, 2, 1]
     assert configure(Settings, []) == Settings()
 
 
 def test_words_without_dashes_are_names_if_there_is_such_a_setting():
-    config = configure(NamedSettings, ["sanguo", "--out=x", "gpt2"])
-    assert (config.names, config.out) == (["sanguo", "gpt2"], "x")
+    Named = make_dataclass("Named", [("names", list[str], field(default_factory=list))])
+    assert configure(Named, ["sanguo", "--names=x", "gpt2"]).names == ["x", "gpt2"]
 
 
 # --- types -------------------------------------------------------------------------------------
 
 
 VALUES = {
-    "max_iters": {"1e3": 1000, "-1": -1},
+    "max_iters": {"1e3": 1000},
     "learning_rate": {"1e-3": 0.001, "3": 3.0},
     "temperature": {"0": 0.0, "None": None},
     "out_dir": {"--max_iters=3": "--max_iters=3", "None": "None", "三国 演义": "三国 演义"},
@@ -149,10 +137,9 @@ def test_a_flag_gets_the_type_of_its_setting(name):
 WRONG = {
     "max_iters": ["1.5", "True", "None", "", "1e400", "{[]: 1}"],
     "learning_rate": ["nan", f"1{'0' * 400}"],
-    "temperature": ["none"],
     "resume": ["1"],
     "runs": ["[1]"],
-    "splits": ["1.5,2", "True", "None"],
+    "splits": ["1.5,2", "None"],
 }
 
 
@@ -160,18 +147,16 @@ WRONG = {
 def test_a_flag_of_the_wrong_type_is_refused_by_name(name):
     for text in WRONG[name]:
         assert name in refusal(f"--{name}={text}")
-    for bare in ("max_iters", "compile", "out_dir"):
-        assert f"--{bare} has no value" in refusal(f"--{bare}")
+    assert "--max_iters has no value" in refusal("--max_iters")
+
+
+def test_an_unknown_choice_names_the_nearest_and_all():
+    message = refusal("--dtype=bfloat61")
+    assert "did you mean 'bfloat16'" in message and "auto, float32, bfloat16" in message
 
 
 def test_a_value_of_the_wrong_type_in_a_file_is_refused_by_both_names(tmp_path):
-    lines = [
-        "max_iters = '5'",
-        "resume = 1",
-        "out_dir = None",
-        "runs = 'out'",
-        "splits = [1, None]",
-    ]
+    lines = ["max_iters = '5'", "resume = 1", "out_dir = None", "splits = [1, None]"]
     for line in (*lines, "learning_rate = float('inf')", "dtype = 'float64'"):
         message = refusal(config_file(tmp_path, line))
         assert line.split()[0] in message
@@ -179,17 +164,11 @@ def test_a_value_of_the_wrong_type_in_a_file_is_refused_by_both_names(tmp_path):
 
 
 def test_values_of_a_file_get_the_types_of_their_settings(tmp_path):
-    text = "max_iters = 1e3\nlearning_rate = 1\nruns = ('a', 'b')\nlr_decay_iters = None"
+    text = "import math\n_k = 1e3\nmax_iters = _k * math.cos(0)\n"
+    text += "learning_rate = 1\nruns = ('a', 'b')\nlr_decay_iters = None"
     config = configure(Settings, ["--lr_decay_iters=3", config_file(tmp_path, text)])
     assert repr((config.max_iters, config.learning_rate)) == "(1000, 1.0)"
     assert (config.runs, config.lr_decay_iters) == (["a", "b"], None)
-
-
-def test_an_unknown_choice_names_the_nearest_and_all():
-    message = refusal("--dtype=bfloat61")
-    assert "did you mean 'bfloat16'" in message
-    assert "auto, float32, bfloat16" in message
-    assert "did you mean" not in refusal("--dtype=half")
 
 
 # --- bounds ------------------------------------------------------------------------------------
@@ -207,13 +186,8 @@ def test_an_unknown_choice_names_the_nearest_and_all():
 )
 def test_a_value_out_of_bounds_is_refused_with_its_bounds(word, message):
     assert refusal(word, Defaults=Bounded) == message
-
-
-def test_values_at_their_bounds_and_none_are_taken():
-    config = configure(Bounded, ["--beta=0", "--top_p=1", "--batch_size=1", "--patience=None"])
-    assert (config.beta, config.top_p, config.batch_size, config.patience) == (0, 1, 1, None)
-    with pytest.raises(UserError, match="batch_size=0 must be 1 or more"):
-        check_bounds(Bounded, vars(Bounded(batch_size=0)))
+    # at their bounds, and None
+    configure(Bounded, ["--beta=0", "--top_p=1", "--batch_size=1", "--patience=None"])
 
 
 # --- unknown names, broken files ---------------------------------------------------------------
@@ -224,8 +198,7 @@ def test_an_unknown_name_gives_the_nearest_in_flags_and_files(tmp_path):
     assert "did you mean 'max_iters'?" in refusal("--max-iters=3")
     assert "did you mean 'resume'?" in refusal("--resum")
     message = refusal(config_file(tmp_path, "learning_rat = 1"))
-    assert "'learning_rat' in " in message
-    assert "c.py; did you mean 'learning_rate'?" in message
+    assert re.search(r"'learning_rat' in .*c.py; did you mean 'learning_rate'\?", message)
     assert "--help" in refusal("--xyzzy=3")
 
 
@@ -234,7 +207,6 @@ def test_an_unknown_name_gives_the_nearest_in_flags_and_files(tmp_path):
     [
         ("max_iters = 3\nmax_iters = = 4", 2, "SyntaxError"),
         ("\nmax_iters = max_iter", 2, "NameError"),
-        ("def _f():\n    return 1 / 0\n\n\nmax_iters = 3\n\nmax_iters = _f()", 2, "ZeroDivision"),
         ("import json\n\n\nmax_iters = json.loads('{')", 4, "JSONDecodeError"),
         ("\nraise ValueError('first\\nsecond')", 2, "ValueError"),
     ],
@@ -320,7 +292,6 @@ def start_script(folder: Path, word: str, **options) -> subprocess.Popen:
 @pytest.mark.parametrize(
     ("word", "code", "line"),
     [
-        ("--line=pass", 0, ""),
         ("--line=raise UserError('刘备=3 must be 4')", 1, "error: 刘备=3 must be 4\n"),
         ("--lime=pass", 1, "error: unknown setting 'lime'; did you mean 'line'?\n"),
         ("--line=open('no/file')", 1, "error: No such file or directory (no/file)\n"),
@@ -330,13 +301,12 @@ def start_script(folder: Path, word: str, **options) -> subprocess.Popen:
 def test_a_script_ends_with_its_exit_code_and_at_most_one_line(word, code, line, tmp_path):
     process = start_script(tmp_path, word)
     out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, err) == (code, "" if code else "done\n", line)
+    assert (process.returncode, out, err) == (code, "", line)
 
 
 def test_a_bug_keeps_its_traceback(tmp_path):
     process = start_script(tmp_path, "--line=[][0]")
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 1 and "Traceback" in err and "IndexError" in err
+    assert "Traceback" in process.communicate(timeout=30)[1]
 
 
 def test_a_closed_pipe_gives_no_traceback(tmp_path):
@@ -361,49 +331,32 @@ def test_output_on_a_full_disk_is_one_line(tmp_path):
 
 def test_written_aside_replaces_the_old_file_only_at_the_end(tmp_path):
     path = tmp_path / "new" / "folder" / "file.txt"
-    with written_aside(path) as aside:
-        aside.write_text("first")
-        assert not path.exists()
-        assert aside.parent == path.parent  # a rename across disks would not be atomic
-    with written_aside(path) as aside:
-        aside.write_text("second")
-        assert path.read_text() == "first"
-    assert path.read_text() == "second"
-    assert list(path.parent.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("old", [{}, {"file.txt": b"old"}])
-def test_written_aside_leaves_what_was_there_after_an_error(old, tmp_path):
-    path = tmp_path / "file.txt"
-    for content in old.values():
-        path.write_bytes(content)
-    with pytest.raises(KeyboardInterrupt), written_aside(path) as aside:
-        aside.write_text("half of the n")
-        raise KeyboardInterrupt
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == old
+    for content in ("first", "second"):
+        before = path.read_text() if path.exists() else None
+        with pytest.raises(KeyboardInterrupt), written_aside(path) as aside:
+            aside.write_text("half of the n")
+            raise KeyboardInterrupt  # leaves what was there
+        with written_aside(path) as aside:
+            aside.write_text(content)
+            assert before == (path.read_text() if path.exists() else None)
+            assert aside.parent == path.parent  # a rename across disks would not be atomic
+        assert path.read_text() == content
+        assert list(path.parent.iterdir()) == [path]
 
 
 # --- paths -------------------------------------------------------------------------------------
 
 
-def test_paths_of_settings_are_relative_to_the_repository(tmp_path, monkeypatch):
+def test_paths_are_read_and_shown_relative_to_the_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     assert repo_path("data/sanguo") == ROOT / "data" / "sanguo"
     assert repo_path("data") == ROOT / "data"
     assert repo_path(tmp_path / "x") == tmp_path / "x"
     assert repo_path("~/x") == Path.home() / "x"
-
-
-def test_a_users_own_file_lies_in_the_current_directory_or_the_repository(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert user_path("train.py") == ROOT / "train.py"
-    (tmp_path / "train.py").write_text("")
-    assert user_path("train.py") == tmp_path / "train.py"
-    assert user_path(tmp_path / "y") == tmp_path / "y"
-
-
-def test_messages_show_paths_relative_to_the_repository():
     assert show_path(ROOT / "data" / "sanguo" / "qa.jsonl") == "data/sanguo/qa.jsonl"
     outside = ROOT.parent / (ROOT.name + "-other") / "x"
     assert show_path(outside) == outside.as_posix()
+    assert user_path("train.py") == ROOT / "train.py"
+    (tmp_path / "train.py").write_text("")
+    assert user_path("train.py") == tmp_path / "train.py"  # a user's own

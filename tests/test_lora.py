@@ -18,7 +18,7 @@ from miniglm.lora import adapter_weights, adapters, adapters_off, add_adapters, 
 from miniglm.losses import next_token
 from tests.helpers import ARCHITECTURES, random_ids, tiny_model
 from tests.runs import (
-    assert_same_run,
+    assert_resumes_exactly,
     checkpoint_file,
     contents,
     error_line,
@@ -103,16 +103,11 @@ def test_outputs_and_gradients_equal_pefts_on_the_same_weights():
     assert (logits(ours, idx) - logits(theirs, idx)).abs().max() < 1e-5
     for model in (ours, theirs):
         next_token(model, idx[:, :-1], idx[:, 1:]).backward()
+    with_gradient = {name for name, p in ours.named_parameters() if p.grad is not None}
+    assert with_gradient == trained
     for name, weight in adapter_weights(ours).items():
         wanted = parameters[name].grad
         assert (weight.grad - wanted).abs().max() < 1e-5 * wanted.abs().max(), name
-
-
-def test_only_adapters_get_gradients():
-    model, idx = adapted(["blocks"]), random_ids(2, 12)
-    next_token(model, idx[:, :-1], idx[:, 1:]).backward()
-    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert with_gradient == adapter_weights(model).keys()
 
 
 def test_dropout_is_of_what_the_adapter_reads():
@@ -130,21 +125,21 @@ def test_dropout_is_of_what_the_adapter_reads():
 def test_targets_are_parts_of_names():
     model = tiny_model(tie_weights=False)
     assert find_targets(model, ["c_attn"]) == ["blocks.0.attn.c_attn", "blocks.1.attn.c_attn"]
-    found = find_targets(model, ["mlp.c_proj", "lm_head"])
-    assert found == ["blocks.0.mlp.c_proj", "blocks.1.mlp.c_proj", "lm_head"]
+    targets = ["blocks.0.mlp.c_proj", "blocks.1.mlp.c_proj", "lm_head"]
+    assert find_targets(model, ["mlp.c_proj", "lm_head"]) == targets
     assert len(find_targets(model, ["blocks.0", "blocks"])) == 8
 
 
 @pytest.mark.parametrize(
     ("options", "target", "message"),
     [
-        ({}, "c_atn", "lora_targets=c_atn is no Linear of this model; did you mean 'c_attn'?"),
+        ({}, "c_atn", "lora_targets=c_atn is no Linear .* did you mean 'c_attn'"),
         ({}, "lm_head", "tie_weights=True"),
-        (UNTIED_LSTM, "blocks", "lora_targets=blocks is no Linear of this model; it has lm_head"),
+        (UNTIED_LSTM, "blocks", "lora_targets=blocks is no Linear .* it has lm_head"),
     ],
 )
 def test_targets_that_cannot_be_are_refused(options, target, message):
-    with pytest.raises(UserError, match=r".*".join(message.split("; "))):
+    with pytest.raises(UserError, match=message):
         find_targets(tiny_model(**options), [target])
 
 
@@ -216,13 +211,9 @@ def test_what_loads_an_adapter_gets_a_plain_merged_model(sft):
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.2, "dropout": 0.1}])
-def test_an_adapters_run_in_two_parts_equals_one_in_one(toys, tmp_path, options):
+def test_an_adapters_run_in_three_parts_equals_one_in_one(toys, tmp_path, options):
     common = ADAPTER | options | {"dataset": toys / "questions", "init_from": toys / "base"}
-    common |= {"lr_decay_iters": 9, "eval_interval": 3, "gradient_accumulation_steps": 2}
-    whole = train_here(out_dir=tmp_path / "whole", max_iters=9, **common)
-    parts = train_here(out_dir=tmp_path / "parts", max_iters=3, **common)
-    train_here(out_dir=parts, resume=True, max_iters=9)
-    assert_same_run(whole, parts)
+    assert_resumes_exactly(tmp_path, gradient_accumulation_steps=2, **common)
 
 
 def test_a_new_adapter_stands_on_the_merged_one(sft, tmp_path):
@@ -231,11 +222,11 @@ def test_a_new_adapter_stands_on_the_merged_one(sft, tmp_path):
     common |= {"learning_rate": 0}
     second = train_here(out_dir=tmp_path / "second", **(ADAPTER | common))
     idx = random_ids(2, 20)
-    whole, found = load_checkpoint(first).model, load_checkpoint(second).model
-    assert torch.equal(logits(found, idx), logits(whole, idx))
     # and full training from an adapter trains the merged model
     full = train_here(out_dir=tmp_path / "full", **common)
-    assert torch.equal(logits(load_checkpoint(full).model, idx), logits(whole, idx))
+    merged = logits(load_checkpoint(first).model, idx)
+    for out in (second, full):
+        assert torch.equal(logits(load_checkpoint(out).model, idx), merged)
 
 
 def test_a_base_that_trains_on_keeps_what_an_adapter_stands_on(toys, tmp_path):
@@ -252,17 +243,9 @@ def test_a_base_that_trains_on_keeps_what_an_adapter_stands_on(toys, tmp_path):
     train_here(out_dir=adapter, resume=True, max_iters=4)
 
 
-def test_base_and_adapter_move_together(sft, tmp_path):
-    for run in sft:
-        shutil.copytree(run, tmp_path / run.name)
-    model = load_checkpoint(tmp_path / "adapter").model
-    idx = random_ids(1, 20)
-    assert torch.equal(logits(model, idx), logits(load_checkpoint(sft[1]).model, idx))
-    assert saved(sft[1])["adapter"]["base"].startswith("../base/")
-
-
-def test_a_base_that_moved_or_changed_gives_one_clear_line(sft, tmp_path, run_ready):
+def test_a_base_that_moved_alone_or_changed_gives_one_clear_line(sft, tmp_path, run_ready):
     base, adapter = (shutil.copytree(run, tmp_path / run.name) for run in sft)
+    load_checkpoint(adapter)  # they moved together
     best = base / Path(saved(adapter)["adapter"]["base"]).name
     weights_file = best / "model.safetensors"
     damaged = bytearray(weights_file.read_bytes())
@@ -275,7 +258,7 @@ def test_a_base_that_moved_or_changed_gives_one_clear_line(sft, tmp_path, run_re
     assert f"is an adapter of {best}, which is not there; put it back" in line
 
 
-@pytest.mark.parametrize("adapter", [None, {}, {"base": "../base"}])
+@pytest.mark.parametrize("adapter", [None, {"base": "../base"}])
 def test_a_damaged_run_json_of_an_adapter_is_named(sft, tmp_path, adapter):
     out = shutil.copytree(sft[1], tmp_path / "out")
     file = checkpoint_file(out, "run.json", "best")
@@ -315,8 +298,6 @@ def test_errors_of_adapters_are_one_line(sft, tmp_path):
         train_here(dataset=data, out_dir=tmp_path / "a", lora_rank=2)
     with pytest.raises(UserError, match=r"lora_rank=9, but .* has lora_rank=3"):
         train_here(out_dir=adapter, resume=True, lora_rank=9)
-    with pytest.raises(UserError, match=r"lora_alpha=0 must be above 0"):
-        train_here(dataset=data, out_dir=tmp_path / "a", lora_alpha=0)
 
 
 def test_a_dry_run_tells_what_is_trained_and_marks_no_base(toys, tmp_path, capsys):

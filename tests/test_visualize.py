@@ -7,22 +7,13 @@ import re
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+from matplotlib.font_manager import fontManager
 from matplotlib.patches import StepPatch
-from matplotlib.text import Text
 
 import visualize
 from configurator import UserError
-from miniglm.checkpoint import append_log
-from visualize import (
-    PAIRED,
-    curves_figure,
-    draw_histogram,
-    follow,
-    load_log,
-    main,
-    preferences_figure,
-)
+from miniglm.checkpoint import append_log, read_log
+from visualize import PAIRED, curves_figure, draw_histogram, follow, load_log, main
 
 pytestmark = pytest.mark.filterwarnings("error")
 RATIO = 0.5  # bits per byte of a nat per token
@@ -66,8 +57,7 @@ def write_paired_run(out_dir, steps=10):
 
 
 def read_column(out_dir, key):
-    lines = (out_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return np.array([record[key] for record in map(json.loads, lines) if key in record])
+    return np.array([record[key] for record in read_log(out_dir) if key in record])
 
 
 def legend_texts(figure):
@@ -101,7 +91,7 @@ def test_curves_are_the_log(tmp_path, x):
 
 def test_the_curves_of_preferences_are_the_log(tmp_path):
     runs = [write_paired_run(tmp_path / "out-a"), write_paired_run(tmp_path / "out-b", 15)]
-    figure = preferences_figure([load_log(run) for run in runs], "iter")
+    figure = visualize.preferences_figure([load_log(run) for run in runs], "iter")
     shown = [["loss"], PAIRED[:2], ["margin"], ["accuracy"], PAIRED[4:]]
     for axes, names in zip(figure.axes, shown, strict=True):
         columns = [("train_loss" if name == "loss" else name, f"val_{name}") for name in names]
@@ -200,8 +190,6 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
         (["--runs=DIR/other"], "other/log.jsonl is not a log of train.py .KeyError: 'tokens'"),
         (["--runs=DIR/damaged"], "damaged/log.jsonl is not a log of train.py .JSONDecodeError"),
         (["--runs=DIR/out-a", "--out=DIR/a.pdf"], "must end in .png"),
-        (["--runs=DIR/out-a", "--x=token"], "must be one of tokens, seconds, iter; did you mean"),
-        (["--runs=DIR/out-a", "--y=perplexity"], "must be one of loss, bits_per_byte"),
     ],
 )
 def test_errors_say_what_to_do_in_one_line(tmp_path, flags, message):
@@ -210,9 +198,8 @@ def test_errors_say_what_to_do_in_one_line(tmp_path, flags, message):
     for name, text in logs.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "log.jsonl").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError, match=rf"^.*{message}.*\Z"):
         main([flag.replace("DIR", str(tmp_path)) for flag in flags])
-    assert "\n" not in str(error.value)
     assert not list(tmp_path.rglob("*.png*"))
 
 
@@ -236,32 +223,20 @@ def test_fonts_with_chinese_are_known_by_their_names(monkeypatch):
     assert visualize.font_families() == wanted
 
 
-def undrawable(figure):
-    """Characters in any text of a figure that none of the fonts of that text has."""
-    missing = set()
-    for text in figure.findobj(Text):
-        paths = [findfont(FontProperties(family=[name])) for name in text.get_fontfamily()]
-        known = set().union(*(get_font(path).get_charmap() for path in paths))
-        missing |= {char for char in text.get_text() if ord(char) not in known}
-    return missing
-
-
 @pytest.mark.parametrize("font", ["none at all", "STIXGeneral"])
 def test_no_character_becomes_a_box(tmp_path, capsys, caplog, monkeypatch, font):
     """ⓐ and ⓑ are in STIXGeneral, which matplotlib brings, and not in DejaVu Sans."""
     monkeypatch.setattr(visualize, "CJK_FONT", re.compile(font))
     caplog.set_level(logging.WARNING)
     run = write_run(tmp_path / "out-ⓐⓑ")
-    main([f"--runs={run}"])  # warnings are errors here
+    main([f"--runs={run}"])  # a warning, as of a missing glyph, is an error here
     has_font = font == "STIXGeneral"
     assert ("no font for ⓐⓑ" in capsys.readouterr().out) != has_font
     figure = curves_figure([load_log(run)], "tokens", "loss")
-    assert undrawable(figure) == set()
     name = "out-ⓐⓑ" if has_font else r"out-\u24d0\u24d1"
     assert legend_texts(figure)[2].startswith(f"{name}: best")
 
-    figure = draw_histogram({"ⓐ": [1.0]}, tmp_path / "h.png", "ⓐⓑ 🙂", "ⓑ")
-    assert undrawable(figure) == set()
+    draw_histogram({"ⓐ": [1.0]}, tmp_path / "h.png", "ⓐⓑ 🙂", "ⓑ")
     assert not caplog.records
 
 
@@ -295,14 +270,8 @@ def test_histogram_shows_shares_of_each_group(tmp_path, log_x):
     assert (figure.axes[0].get_title(), figure.axes[0].get_xlabel()) == ("title", "perplexity")
 
 
-EDGES = [
-    {},
-    {"seen": []},
-    {"seen": [5.0], "unseen": []},
-    {"seen": [math.inf]},
-    {"seen": [1.0, 8.0]},  # in float64, 10 ** log10(8) is below 8
-    {"seen": [0.0, math.nan]},
-]
+EDGES = [{}, {"seen": [5.0], "unseen": []}, {"seen": [math.inf]}, {"seen": [0.0, math.nan]}]
+EDGES += [{"seen": [1.0, 8.0]}]  # in float64, 10 ** log10(8) is below 8
 
 
 @pytest.mark.parametrize("log_x", [False, True])

@@ -137,19 +137,6 @@ def test_rows_beyond_the_tokenizer_serve_the_ids_that_are_added(tmp_path):
     assert load_checkpoint(tmp_path).model.config.vocab_size == N_VOCAB + 20
 
 
-@pytest.mark.parametrize("kind", ["sft", "pretrain"])
-def test_what_left_comes_back(tmp_path, kind):
-    tokenizer = tiny_tokenizer()
-    model = tiny_model(n_vocab=tokenizer.n_vocab, n_kv_head=2)
-    out_dir = save_run(tmp_path / "out", model, tokenizer, tmp_path, kind)
-    export([f"--out_dir={out_dir}", f"--to={tmp_path / kind}"])
-    again = load_checkpoint(tmp_path / kind)
-    idx = random_ids(2, 20, n_vocab=tokenizer.n_vocab)
-    assert torch.equal(logits(again.model, idx), logits(model, idx))
-    assert again.tokenizer.sha256 == tokenizer.sha256
-    assert again.answers == (kind == "sft")
-
-
 def test_a_directory_is_read_once(qwen3, monkeypatch):
     read = []
     adopt, read_config = tokenizer.adopt, foreign.read_config
@@ -162,23 +149,18 @@ def test_a_directory_is_read_once(qwen3, monkeypatch):
 CHANGES = [
     ({"model_type": "bert"}, "model_type='bert' is none of qwen3, llama, gpt2"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu' is not built here; hidden_act='silu' is"),
-    ({"head_dim": 16}, "head_dim=16 is not built here; head_dim=8 is"),
-    ({"attention_bias": True}, "attention_bias=True is not built here"),
     ({"use_sliding_window": True}, "use_sliding_window=True is not built here"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn'"),
     ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_type='linear'"),
     ({"quantization_config": {"quant_method": "gptq"}}, "its weights are quantized"),
     ({"vocab_size": 290}, "its tokenizer has "),
-    ({"hidden_size": 36}, "n_embd / n_head = 9 must be even"),
     ({"num_hidden_layers": 3}, "the weights for blocks.2.norm_1.weight are missing"),
     ({"num_hidden_layers": 1}, "the weights model.layers.1."),
     ({"intermediate_size": 40}, "the weights for blocks.0.mlp.c_fc.weight are [96, 32]"),
     ({"hidden_size": None}, "cannot be read"),
-    ({"vocab_size": "many"}, "cannot be read"),
     ({"num_attention_heads": 0}, "n_head=0 must be 1 or more"),
     ({"num_hidden_layers": 2.0}, "n_layer=2.0 must be a whole number"),
-    ({"intermediate_size": 48.5}, "n_hidden=48.5 must be a whole number"),
     ({"tie_word_embeddings": False}, "the weights for lm_head.weight are missing"),
 ]
 
@@ -197,31 +179,16 @@ def changed_json(file: Path, **changes: object) -> None:
     file.write_text(json.dumps(content | changes), encoding="utf-8")
 
 
-V_PROJ = "model.layers.1.self_attn.v_proj"
-
-
-@pytest.mark.parametrize(
-    ("removed", "added", "words"),
-    [
-        (f"{V_PROJ}.weight", {}, f"{V_PROJ}.weight are missing"),
-        ("^$", {f"{V_PROJ}.bias": torch.ones(16)}, f"{V_PROJ}.bias are not built here"),
-        (  # Llama's options turn only the biases of matrices on
-            "[qk]_norm",
-            {"model.norm.bias": torch.ones(32)},
-            "the weights for norm.bias are [32]; the model has none",
-        ),
-    ],
-)
-def test_weights_that_are_not_the_models_are_named(qwen3, tmp_path, removed, added, words):
+def test_a_bias_that_the_model_has_not_is_named(qwen3, tmp_path):
+    """Llama's options turn only the biases of matrices on."""
     there = shutil.copytree(qwen3, tmp_path / "there")
     weights = load_file(there / "model.safetensors")
-    weights = {n: w for n, w in weights.items() if not re.search(removed, n)} | added
-    if "model.norm.bias" in added:
-        changed_json(there / "config.json", model_type="llama", attention_bias=True, mlp_bias=True)
-        projections = [name for name in weights if "_proj" in name]
-        weights |= {n.replace("weight", "bias"): torch.zeros(len(weights[n])) for n in projections}
-    save_file(weights, there / "model.safetensors")
-    with pytest.raises(UserError, match=re.escape(words)):
+    weights = {n: weight for n, weight in weights.items() if not re.search("[qk]_norm", n)}
+    changed_json(there / "config.json", model_type="llama", attention_bias=True, mlp_bias=True)
+    projections = [name for name in weights if "_proj" in name]
+    weights |= {n.replace("weight", "bias"): torch.zeros(len(weights[n])) for n in projections}
+    save_file(weights | {"model.norm.bias": torch.ones(32)}, there / "model.safetensors")
+    with pytest.raises(UserError, match=r"weights for norm.bias are \[32\]; the model has none"):
         load_checkpoint(there)
 
 
@@ -257,14 +224,13 @@ def put_something_odd(value: dict | list, rng: random.Random) -> None:
 
 def damage(file: Path, rng: random.Random) -> None:
     """A JSON file, or the header of a safetensors file: another value somewhere."""
-    content, start, end = file.read_bytes(), 0, None
-    if file.suffix == ".safetensors":
-        start, end = 8, 8 + int.from_bytes(content[:8], "little")
+    content = file.read_bytes()
+    is_json = file.suffix == ".json"
+    start, end = (0, len(content)) if is_json else (8, 8 + int.from_bytes(content[:8], "little"))
     value = json.loads(content[start:end])
     put_something_odd(value, rng)
     text = json.dumps(value).encode()
-    length = len(text).to_bytes(8, "little") if start else b""
-    file.write_bytes(length + text + (content[end:] if end else b""))
+    file.write_bytes(len(text).to_bytes(8, "little")[:start] + text + content[end:])
 
 
 def test_every_damage_ends_in_a_model_or_in_one_line(qwen3, tmp_path):
@@ -322,7 +288,7 @@ def test_training_goes_on_from_a_directory(qwen3, tmp_path):
     assert_moved(qwen3, out)
 
 
-def test_training_goes_on_from_a_ckpt(tmp_path):
+def test_training_goes_on_from_a_ckpt_of_nanogpt(tmp_path):
     torch.save(nanogpt_content()[0], tmp_path / "ckpt.pt")
     data = write_novel(tmp_path / "text", load_tokenizer(tmp_path / "ckpt.pt"))
     out = go_on(init_from=tmp_path / "ckpt.pt", dataset=data, out_dir=tmp_path / "out")
@@ -347,12 +313,11 @@ def test_training_goes_on_with_shorter_rows(tmp_path, name):
 def test_an_adapter_stands_on_a_directory(qwen3, tmp_path):
     base = shutil.copytree(qwen3, tmp_path / "base")
     data = write_novel(tmp_path / "text", load_tokenizer(base))
-    before = contents(tmp_path)
+    before = contents(base)
     given = {"init_from": base, "dataset": data, "out_dir": tmp_path / "out" / "adapter"}
     out = go_on(**given, lora_rank=2, block_size=16, learning_rate=0.01, max_iters=2)
     assert saved(out)["adapter"]["sha256"] == weights_sha256(base)
-    after = contents(tmp_path)
-    assert {name for name in after if name not in before and not name.startswith("out/")} == set()
+    assert contents(base) == before
     assert load_checkpoint(out).model.config.block_size == 16
     assert_moved(base, out)
 
@@ -393,8 +358,7 @@ def nanogpt_content(bias: bool = True, compiled: bool = False) -> tuple[dict, to
     return {"model": weights, "optimizer": optimizer, "model_args": args} | best, peer
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(("bias", "compiled"), [(True, False), (False, True)])
 def test_a_ckpt_of_nanogpt_has_the_logits_of_its_gpt2(tmp_path, bias, compiled):
     content, peer = nanogpt_content(bias, compiled)
     torch.save(content, tmp_path / "ckpt.pt")
@@ -442,12 +406,9 @@ def test_what_is_no_ckpt_of_nanogpt_is_said_in_one_line(tmp_path):
 
     cases = [
         ({"weights": {}}, "is not nanoGPT's: it lacks model or model_args"),
-        ([1, 2], "is not nanoGPT's"),
         (changed(vocab_size=65), "vocab_size=65 is not GPT-2's vocabulary"),
-        (changed(n_layer=3), "the weights for blocks.2.norm_1.weight are missing"),
         (changed(n_layer=1), "the weights transformer.h.1."),
         (changed(n_head=3), "n_embd=16 must be a multiple of n_head=3"),
-        (changed(block_size=31), "the weights for wpe.weight are [32, 16]; the model has [31, 16]"),
         (whole | {"model_args": {}}, "cannot be read ('vocab_size')"),
     ]
     for content, words in cases:
