@@ -247,7 +247,8 @@ def command(main: Callable[[list[str]], None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not (reason := no_memory(error)):
             raise
-        sys.exit(f"error: out of memory ({reason}); lower --batch_size=, or take a smaller model")
+        lower = "lower --batch_size=, for train.py raise --gradient_accumulation_steps= as much"
+        sys.exit(f"error: out of memory ({reason}); {lower}, or take a smaller model")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

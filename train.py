@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -32,7 +32,6 @@ from configurator import (
     command,
     configure,
     defaults_of,
-    no_memory,
     repo_path,
     show_path,
 )
@@ -162,6 +161,8 @@ class State:
 
 def main(argv: list[str]) -> None:
     startup = Stopwatch()
+    if configure(Settings, argv).dry_run:  # whole rows: short ones take less memory and time
+        argv = [*argv, "--short_block=None"]
     with distributed.together() as world, alone_in_out_dir(argv, world) as check_out_dir:
         run, state = start(argv, world, startup)
         peak = devices.find_peak(run.device, devices.pick_dtype(run.config.dtype, run.device))
@@ -173,8 +174,7 @@ def main(argv: list[str]) -> None:
         elif state.progress.is_finished(run.config):
             print(f"finished at step {state.progress.iter}, nothing to do")
         else:
-            with explain_memory(run, state):
-                train(run, state, peak, startup, check_out_dir)
+            train(run, state, peak, startup, check_out_dir)
 
 
 def alone_in_out_dir(argv: list[str], world: World):
@@ -241,8 +241,6 @@ def read_settings(argv: list[str]) -> tuple[Settings, Start, Dataset | Mixture]:
         elif open_dataset(config.dataset).kind == "dpo":
             base["dropout"] = 0.0  # noise in both log-probabilities, unless it is asked for
         config = configure(Settings, argv, base)
-    if config.dry_run:  # whole rows: short ones take less memory and time
-        config = dataclasses.replace(config, short_block=None)
     return config, begins, open_dataset(config.dataset)
 
 
@@ -256,7 +254,7 @@ def load_model(
         return checkpoints.MODELS[config.model](model_config).to(place), None
     checkpoint = checkpoints.load_checkpoint(
         begins.path,
-        begins.which,
+        "latest" if begins.resumes else "best",
         place,
         merged=not begins.resumes,
         dropout=config.dropout,
@@ -558,22 +556,6 @@ def check_steps(run: Run, state: State, window: Window) -> None:
         f"the {what}; lower --learning_rate={run.config.learning_rate:g}, or mend the rows; "
         f"{checkpoints.what_stays(run.out_dir)}"
     )
-
-
-@contextmanager
-def explain_memory(run: Run, state: State) -> Iterator[None]:
-    """Says which settings to lower if there is no memory left."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not (reason := no_memory(error)):
-            raise
-        raise UserError(
-            f"out of memory after step {state.progress.iter} ({reason}); lower --batch_size="
-            f"{run.config.batch_size} and raise --gradient_accumulation_steps="
-            f"{run.config.gradient_accumulation_steps} as much, pass --checkpoint_activations, or "
-            f"lower --block_size={run.config.block_size}; {checkpoints.what_stays(run.out_dir)}"
-        ) from None
 
 
 def dry_run(run: Run, state: State, peak: Peak, timed: int = 3) -> None:

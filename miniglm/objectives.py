@@ -84,9 +84,6 @@ class Objective:
         mine = self.world.share(rows)
         return rows, np.array_split(mine, -(-len(mine) // config.batch_size)) if len(mine) else []
 
-    def describe(self, record: dict) -> str:
-        return f"{record['val_loss']:.3f} in validation"
-
     def row_length(self, tokens: int, rows: int, step: int) -> float:
         """The mean length of rows, as attention sees them, that hold these tokens."""
         return tokens / rows

@@ -29,10 +29,6 @@ class Start:
     resumes: bool = False
     run: dict = dataclasses.field(default_factory=dict)  # run.json
 
-    @property
-    def which(self) -> str:
-        return "latest" if self.resumes else "best"
-
     def settings(self) -> dict:
         """The settings that hold unless the command line says otherwise."""
         return self.run["settings"] if self.resumes else architecture(self.run["architecture"])

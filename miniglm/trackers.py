@@ -11,7 +11,6 @@ import importlib
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,17 +18,6 @@ from pathlib import Path
 from configurator import UserError, nearest, written_aside
 
 PROJECT = "miniglm"
-
-
-@dataclass
-class Tracked:
-    """What trackers know a run by."""
-
-    id: str
-    name: str  # of its out_dir
-    folder: Path  # its out_dir
-    step: int  # steps done; later steps already logged are discarded
-    settings: dict
 
 
 def tracking_id(out_dir: Path, new: bool) -> str:
@@ -44,11 +32,11 @@ def tracking_id(out_dir: Path, new: bool) -> str:
 class TensorBoard:
     """Event files in the out_dir's folder tensorboard, in float32."""
 
-    def __init__(self, run: Tracked):
+    def __init__(self, id: str, out_dir: Path, step: int, settings: dict):
         from torch.utils.tensorboard import SummaryWriter
 
         # a killed run has sent steps beyond its checkpoint; they are not shown
-        self.writer = SummaryWriter(run.folder / "tensorboard", purge_step=run.step + 1)
+        self.writer = SummaryWriter(out_dir / "tensorboard", purge_step=step + 1)
 
     def log(self, record: dict, samples: str) -> None:
         for name, value in record.items():
@@ -64,16 +52,16 @@ class Package:
     """wandb, trackio or swanlab, which share one interface; wandb leaves out steps of a resumed run
     that it already has, trackio keeps runs apart by name, swanlab's files lie in swanlog."""
 
-    def __init__(self, name: str, run: Tracked):
+    def __init__(self, name: str, id: str, out_dir: Path, step: int, settings: dict):
         self.package = importlib.import_module(name)
         options = {
-            "wandb": {"id": run.id, "name": run.name, "dir": run.folder},
-            "trackio": {"name": f"{run.name}-{run.id}", "embed": False},
-            "swanlab": {"id": run.id, "name": run.name, "log_dir": str(run.folder / "swanlog")},
+            "wandb": {"id": id, "name": out_dir.name, "dir": out_dir},
+            "trackio": {"name": f"{out_dir.name}-{id}", "embed": False},
+            "swanlab": {"id": id, "name": out_dir.name, "log_dir": str(out_dir / "swanlog")},
         }
         self.as_text = getattr(self.package, "Text", str)  # swanlab's
         self.run = self.package.init(
-            project=PROJECT, config=run.settings, resume="allow", **options[name]
+            project=PROJECT, config=settings, resume="allow", **options[name]
         )
 
     def log(self, record: dict, samples: str) -> None:
@@ -100,14 +88,14 @@ def check_trackers(names: list[str]) -> None:
 
 @contextmanager
 def open_trackers(names: list[str], out_dir: Path, step: int, settings: dict) -> Iterator[list]:
-    """The trackers of these names, closed at the end. Raises UserError if one cannot start."""
+    """The trackers of these names, closed at the end; steps beyond `step` that were logged before
+    are discarded. Raises UserError if one cannot start."""
     id = tracking_id(out_dir, new=step == 0) if names else ""
-    run = Tracked(id, out_dir.name, out_dir, step, settings)
     with ExitStack() as stack:
         trackers = []
         for name in names:
             try:
-                tracker = TRACKERS[name](run)
+                tracker = TRACKERS[name](id, out_dir, step, settings)
             except Exception as error:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 raise UserError(f"track={name!r} cannot start: {reason}") from None

@@ -69,7 +69,6 @@ def run_figures(run: dict, n_params: int, record: dict) -> dict[str, object]:
         "tokens read": progress.get("tokens"),
         "seconds of training and evaluation": round(progress.get("seconds", 0)) or None,
         "processor": environment.get("processor"),
-        "precision": environment.get("precision"),
         "torch": environment.get("torch"),
     }
     figures |= {name: v for name, v in record.items() if name.startswith(("train_loss", "val_"))}

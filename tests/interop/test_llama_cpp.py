@@ -12,13 +12,13 @@ import torch
 
 from bench import __main__ as bench
 from bench.generate import untied_length
-from bench.llama import LlamaCpp
 from export import main
 from miniglm.checkpoint import Checkpoint, load_checkpoint
 from miniglm.generation import Sampling
 from miniglm.text import chat_prompt, stream
 from miniglm.tokenizer import SPECIAL_TOKENS
 from tests.helpers import TEXT, dialogue, random_ids, save_run, tiny_model
+from tests.interop.llama import LlamaCpp
 from tests.runs import novel, questions, read_json, toy_tokenizer, train_here, write_toys
 from tests.test_export import FAMILIES, SPOKEN
 from tests.test_generation import slow_generate

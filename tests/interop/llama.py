@@ -1,0 +1,45 @@
+"""llama.cpp in a process of its own, with what the tests ask besides greedy ids."""
+
+import ctypes
+import sys
+
+from bench import llama
+from bench.llama import greedy, serve
+
+
+class LlamaCpp(llama.LlamaCpp):
+    module = "tests.interop.llama"
+
+
+def tokenize(llm, text: str) -> list[int]:
+    """Ids of a text; names of special tokens in it are plain text."""
+    return llm.tokenize(text.encode(), add_bos=True, special=False)
+
+
+def chat(llm, messages: list[dict]) -> list[int]:
+    """Ids of a prompt, as create_chat_completion makes them: by the file's own template."""
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    write = Jinja2ChatFormatter(llm.metadata["tokenizer.chat_template"], eos_token="", bos_token="")
+    text = write(messages=messages).prompt
+    return llm.tokenize(text.encode(), add_bos=True, special=True)
+
+
+def answer(llm, messages: list[dict], n: int) -> str:
+    """The greedy answer's text, by the call that users of llama-cpp-python make."""
+    done = llm.create_chat_completion(messages, temperature=0.0, max_tokens=n, repeat_penalty=1.0)
+    return done["choices"][0]["message"]["content"]
+
+
+def logits(llm, ids: list[int]) -> list[float]:
+    """Logits of the next id."""
+    import llama_cpp as api
+
+    greedy(llm, ids, 1)
+    row = api.llama_get_logits_ith(llm.ctx, -1)
+    return list(ctypes.cast(row, ctypes.POINTER(ctypes.c_float * llm.n_vocab())).contents)
+
+
+if __name__ == "__main__":
+    functions = {f.__name__: f for f in (tokenize, chat, answer, greedy, logits)}
+    serve(functions, *sys.argv[1:])
