@@ -1,8 +1,8 @@
 """An out_dir outlives kills at any moment and full disks, and a run goes on from it."""
 
-import ast
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -125,12 +125,6 @@ def test_only_the_latest_and_the_best_checkpoint_are_kept(tmp_path, tokenizer):
     assert checkpoints(tmp_path) == {"step-000005"}
 
 
-def test_a_moved_out_dir_loads(tmp_path, tokenizer):
-    save_step(tmp_path / "here", 1, True, tokenizer)
-    (tmp_path / "here").rename(tmp_path / "there")
-    assert step_of(tmp_path / "there", "best") == 1
-
-
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_what_is_loaded_does_not_hold_its_files(tmp_path, tokenizer):
     # a mapped file keeps its space on the disk after it is deleted, and on Windows cannot be
@@ -142,26 +136,20 @@ def test_what_is_loaded_does_not_hold_its_files(tmp_path, tokenizer):
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
-ERROR_ALONE = "from pickle import UnpicklingError"
+UNPICKLE = re.compile(
+    r"^\s*(import|from) (pickle|cPickle|dill|cloudpickle|joblib|shelve|marshal)\b"
+    r"(?! import UnpicklingError)|(np|numpy)\.load\(|read_pickle|torch\.save|allow_pickle=True"
+    r"|torch\.load\((?!.*weights_only=True)",  # which reads tensors and plain values alone
+    re.MULTILINE,
+)
 
 
 def test_nothing_is_unpickled():
     """No source imports a module that unpickles, or calls a function that may run code by it."""
-    modules = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-    calls = {"torch.load", "np.load", "numpy.load", "read_pickle", "torch.save"}
     sources = [*ROOT.glob("*.py"), *ROOT.glob("miniglm/**/*.py"), *ROOT.glob("data/**/*.py")]
     assert ROOT / "miniglm/checkpoint.py" in sources
     for path in sources:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                assert not modules & {alias.name.partition(".")[0] for alias in node.names}, path
-            if isinstance(node, ast.ImportFrom) and ast.unparse(node) != ERROR_ALONE:
-                assert (node.module or "").partition(".")[0] not in modules, path
-            if isinstance(node, ast.Call):
-                words = {word.arg: ast.unparse(word.value) for word in node.keywords}
-                assert words.get("allow_pickle", "False") == "False", path
-                safe = words.get("weights_only") == "True"  # tensors and plain values alone
-                assert safe or ast.unparse(node.func) not in calls, path
+        assert not UNPICKLE.search(path.read_text(encoding="utf-8")), path
 
 
 # --- killed ------------------------------------------------------------------------------------
@@ -215,16 +203,15 @@ def test_a_save_killed_at_any_file_operation_leaves_whole_checkpoints(tmp_path, 
     save_step(out, 2, False, tokenizer)
     states = kills(lambda state: save_step(state, 3, is_best, tokenizer), out)
     assert len(states) > 20
-    found = []
+    loads = set()
     for state in states:
         loaded = step_of(state, "latest"), step_of(state, "best")
         rewind(state)  # what resuming does
         after = step_of(state, "latest"), step_of(state, "best")
         assert after == ((3, 3 if is_best else 1) if loaded[0] == 3 else (2, 1))
         assert checkpoints(state) == {f"step-{step:06d}" for step in after}
-        found.append(loaded)
-    between = {(3, 1)} if is_best else set()
-    assert set(found) == {(2, 1), (3, 3 if is_best else 1)} | between
+        loads.add(loaded)
+    assert loads == ({(2, 1), (3, 1), (3, 3)} if is_best else {(2, 1), (3, 1)})
 
 
 @posix
@@ -268,10 +255,10 @@ def test_a_rewind_killed_at_any_file_operation_is_made_up_by_the_next(tmp_path, 
 
 def test_the_rest_of_a_killed_save_is_no_part_of_the_next(tmp_path, tokenizer):
     save_step(tmp_path, 1, True, tokenizer)
-    for rest in ("step-000002", ".step-000002.tmp"):  # renamed, but no pointer yet; not renamed
-        (tmp_path / rest).mkdir()
-        (tmp_path / rest / "model.safetensors").write_bytes(b"half")
-        (tmp_path / rest / "stale").touch()
+    for name in ("step-000002", ".step-000002.tmp"):  # renamed, but no pointer yet; not renamed
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+        (tmp_path / name / "stale").touch()
     save_step(tmp_path, 2, False, tokenizer)
     assert checkpoints(tmp_path) == {"step-000001", "step-000002"}
     assert {path.name for path in (tmp_path / "step-000002").iterdir()} == set(FILES)
@@ -319,65 +306,45 @@ def test_a_save_on_a_full_disk_keeps_the_checkpoints_before(tmp_path, tokenizer)
         assert step_of(out, "latest") == 3
 
 
-def damage(path: Path) -> list[bytes]:
-    """What a disk may have left of a file: nothing, its beginning, zeros."""
-    content = path.read_bytes()
-    return [b"", content[:1], content[: len(content) // 2], content[:-2], bytes(len(content))]
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_named(tmp_path, tokenizer, name):
     save_step(tmp_path, 1, True, tokenizer)
     file = checkpoint_file(tmp_path, name)
-    for content in [*damage(file), None]:
-        if content is None:
-            file.unlink()
-        else:
+    whole = file.read_bytes()
+    # what a disk may have left: nothing, the beginning, zeros
+    damages = [b"", whole[:1], whole[: len(whole) // 2], whole[:-2], bytes(len(whole))]
+    damages += [b"{}", b"null", b'{"architecture": {"n_layers": 3}}']
+    for content in [*damages, None]:
+        file.unlink()
+        if content is not None:
             file.write_bytes(content)
-        with pytest.raises(UserError) as error:
+        with pytest.raises(UserError, match=rf"^.*{re.escape(name)}.*\Z"):
             step_of(tmp_path, "latest")
-        assert name in str(error.value)
-        assert "\n" not in str(error.value)
+
+
+def test_a_damaged_pointer_is_an_error_of_one_line(tmp_path, tokenizer):
+    save_step(tmp_path, 1, True, tokenizer)
+    for content in (b"step-000009\n", b"", bytes(12), b"\xff\xfe\x00", b"../elsewhere\n"):
+        (tmp_path / "best").write_bytes(content)
+        with pytest.raises(UserError, match=r"^.*\Z"):
+            load_checkpoint(tmp_path, "best")
 
 
 @pytest.mark.parametrize(
-    "content", [b"step-000009\n", b"", bytes(12), b"\xff\xfe\x00", b"../elsewhere\n"]
+    ("name", "options"),
+    [
+        ("model.safetensors", {"n_embd": 16}),
+        ("model.safetensors", {"n_layer": 1}),
+        ("model.safetensors", {"tie_weights": False}),
+        ("optimizer.safetensors", {"n_layer": 1}),
+    ],
 )
-@pytest.mark.parametrize("which", ["latest", "best"])
-def test_a_damaged_pointer_is_an_error_of_one_line(tmp_path, tokenizer, which, content):
-    save_step(tmp_path, 1, True, tokenizer)
-    (tmp_path / which).write_bytes(content)
-    with pytest.raises(UserError) as error:
-        load_checkpoint(tmp_path, which)
-    assert "\n" not in str(error.value)
-
-
-def test_weights_of_another_shape_are_refused(tmp_path, tokenizer):
-    save_step(tmp_path / "one", 1, True, tokenizer)
-    file = checkpoint_file(tmp_path / "one", "model.safetensors")
-    for options in ({"n_embd": 16}, {"n_layer": 2}, {"bias": True}, {"tie_weights": False}):
-        save_step(tmp_path / "other", 1, True, tokenizer, **options)
-        shutil.copy(checkpoint_file(tmp_path / "other", "model.safetensors"), file)
-        with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
-            load_checkpoint(tmp_path / "one")
-        shutil.rmtree(tmp_path / "other")
-
-
-@pytest.mark.parametrize("text", ["{}", "null", '{"architecture": {"n_layers": 3}}'])
-def test_a_run_json_of_another_kind_is_an_error_of_one_line(tmp_path, tokenizer, text):
-    save_step(tmp_path, 1, True, tokenizer)
-    checkpoint_file(tmp_path, "run.json").write_text(text)
-    with pytest.raises(UserError, match=r"run\.json"):
-        load_checkpoint(tmp_path)
-
-
-def test_an_optimizer_of_another_model_is_refused(tmp_path, tokenizer):
-    save_step(tmp_path / "one", 1, True, tokenizer, n_layer=2)
-    save_step(tmp_path / "other", 1, True, tokenizer)
-    name = "optimizer.safetensors"
-    shutil.copy(checkpoint_file(tmp_path / "other", name), checkpoint_file(tmp_path / "one", name))
-    with pytest.raises(UserError, match=r"optimizer\.safetensors"):
-        step_of(tmp_path / "one", "latest")
+def test_a_file_of_another_model_is_refused(tmp_path, tokenizer, name, options):
+    save_step(tmp_path / "ours", 1, True, tokenizer, n_layer=2)
+    save_step(tmp_path / "other", 1, True, tokenizer, **{"n_layer": 2} | options)
+    shutil.copy(*(checkpoint_file(tmp_path / out, name) for out in ("other", "ours")))
+    with pytest.raises(UserError, match=name):
+        step_of(tmp_path / "ours", "latest")
 
 
 # --- stopped and resumed in processes of their own ---------------------------------------------

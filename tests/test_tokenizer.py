@@ -210,15 +210,6 @@ def test_a_rendered_answer_starts_with_its_prompt(tokenizer):
 # --- streaming ---------------------------------------------------------------------------------
 
 
-def test_streamed_pieces_are_whole_characters_and_join_to_the_text(tokenizer):
-    text = "却说孔明😀𦩷，\U0010ffff e\u0301 half\r\n。" * 3
-    decoder = tokenizer.stream_decoder()
-    pieces = [decoder.push(id) for id in tokenizer.encode(text)]
-    assert "".join(pieces) == text
-    assert "" in pieces  # some character was split, and held back
-    assert decoder.flush() == ""
-
-
 def test_a_character_that_never_became_whole_is_shown_as_such(gpt2):
     ids = gpt2.encode("靖")
     assert len(ids) == 3
@@ -344,7 +335,6 @@ def test_a_normalizer_that_is_not_supported_is_named(tmp_path):
 # --- other projects' tokenizers ------------------------------------------------------------------
 
 FOREIGN = {  # how a text is cut, normalized, and which entries are added: first, or last
-    "gpt2": (pre_tokenizers.ByteLevel(False), None, [], ["<|endoftext|>"]),
     "llama3": (
         pre_tokenizers.Sequence([SPLIT(tokenizers.Regex(LLAMA3_PATTERN), "isolated"), BYTES]),
         None,
