@@ -222,7 +222,6 @@ def test_the_command_of_a_card_is_that_of_the_run(toys, tmp_path, model):
     again = upload.public(read_run(out_dir, "best")["settings"])
     assert asdict(config) | {"prompts": again["prompts"]} == again
     assert again["dataset"] == "text" and again["max_iters"] == 2
-    assert ("`n_head=" in card) == (model == "gpt")
 
 
 def test_a_command_has_only_changed_settings_if_the_run_names_them():
@@ -242,14 +241,6 @@ def test_the_languages_of_a_card_are_those_asked_for_or_the_datasets(toys, tmp_p
     shutil.rmtree(data)
     for path in (out_dir, toys / "text"):
         assert metadata(card_of(path))["language"] == ["zh"]
-
-
-def test_the_scores_of_translations_stand_with_their_signatures():
-    scores = {"bleu": 12.3456, "bleu_signature": "nrefs:1|tok:zh"}
-    card = cards.evaluation_table([{"dataset": "d", "split": "test", "seconds": 3.0} | scores])
-    assert figures(card)["bleu"] == ["12.35"]
-    assert figures(card)["bleu_signature"] == ["nrefs:1\\|tok:zh"]
-    assert "seconds" not in card
 
 
 def test_an_evaluation_of_another_checkpoint_stays_here(answers, tmp_path, capsys):
