@@ -485,7 +485,7 @@ def test_show_splits_a_text(trained, tmp_path, capsys):
         (["train"], "no input; name a file"),
         (["train", "no.txt"], "no file no.txt"),
         (["train", "{tmp}/e.txt"], "there is no text in the files"),
-        (["show", "gpt2"], "show takes no files; pass --tokenizer="),
+        (["show", "a.txt", "--tokenizer=gpt2"], "show takes no files; pass --tokenizer="),
     ],
 )
 def test_what_the_command_line_cannot_do_is_said_in_a_line(words, message, tmp_path):
