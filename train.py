@@ -198,8 +198,7 @@ def start(
     preflight.check(config, begins, data, device, world)
     startup.lap("data")
     device = distributed.join(world, device)
-    if world.size > 1:
-        startup.lap("processes")
+    startup.lap("processes")
     torch.manual_seed(config.seed)
     out_dir = repo_path(config.out_dir)
     objective = OBJECTIVES[data.kind](config, data, device, world)

@@ -163,6 +163,10 @@ def join(world: World, device: str) -> str:
 def _leave(world: World) -> None:
     if torch.distributed.is_initialized():
         world.any(False)  # waits until the first has written everything
+        # Gloo's threads need the GIL to release the tensors of the last sums. DistributedData-
+        # Parallel, if it frees the process group, joins these threads and holds the GIL: they must
+        # be done before.
+        time.sleep(0.2)
         torch.distributed.destroy_process_group()
 
 
