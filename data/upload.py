@@ -174,10 +174,8 @@ def reports_of(path: Path, step: str) -> dict[str, dict]:
     reports = {file: read_json(file) for file in sorted(path.glob("evaluation*.json"))}
     for file, report in reports.items():
         if report.get("checkpoint") != step:
-            print(
-                f"note: {show_path(file)} is of {report.get('checkpoint')}, not of {step}, and "
-                "stays here; python evaluations.py makes another"
-            )
+            other = report.get("checkpoint")
+            print(f"note: {show_path(file)} is of {other}, not of {step}, and stays here")
     return {f.name: public(r) for f, r in reports.items() if r.get("checkpoint") == step}
 
 
@@ -267,6 +265,8 @@ def in_one_line(repo: str, token: str) -> Iterator[None]:
 def refusal(error: BaseException, repo: str) -> str:
     """What an answer of the hub says, or why there is none."""
     hub = huggingface_hub.constants.ENDPOINT
+    while isinstance(error, RuntimeError) and error.__cause__:  # "Error while uploading ..."
+        error = error.__cause__
     response = getattr(error, "response", None)
     if response is not None:
         code = response.status_code
