@@ -34,9 +34,7 @@ from tests.runs import (
     TINY,
     assert_same_run,
     checkpoint_file,
-    contents,
     log,
-    small_disk,
     start,
     toy_tokenizer,
     wait_for,
@@ -277,33 +275,6 @@ def test_a_log_cut_at_any_byte_keeps_its_whole_lines(tmp_path):
 
 
 # --- full disks and damage ---------------------------------------------------------------------
-
-
-def test_a_save_on_a_full_disk_keeps_the_checkpoints_before(tmp_path, tokenizer):
-    with small_disk(tmp_path / "disk") as (disk, leave):
-        out = disk / "out"
-        save_step(out, 1, True, tokenizer)
-        save_step(out, 2, False, tokenizer)
-        size = sum(len(content) for content in contents(out / "step-000002").values())
-        page = 4096
-        rooms = [*range(0, size, 4 * page), *range(size, size + 8 * page, page)]
-        failures = 0
-        for room in rooms:  # the disk is full at another file each time
-            leave(room)
-            try:
-                save_step(out, 3, True, tokenizer)
-            except UserError as error:
-                failures += 1
-                assert "No space left on device" in str(error)
-                assert "\n" not in str(error)
-                assert step_of(out, "latest") == 2
-                assert step_of(out, "best") == 1
-                assert not [*disk.rglob("*.tmp")]
-                assert checkpoints(out) == {"step-000001", "step-000002"}
-            else:
-                break
-        assert failures > 5
-        assert step_of(out, "latest") == 3
 
 
 @pytest.mark.parametrize("name", FILES)

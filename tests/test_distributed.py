@@ -380,31 +380,6 @@ def test_one_process_that_fails_ends_all_and_is_heard_alone(world, tmp_path, act
     assert len(log(tmp_path / "out")) == 6
 
 
-AT_LAST_SAVE = """
-save = train.checkpoints.save_checkpoint
-
-def full(out_dir, model, optimizers, tokenizer, run, is_best, world):
-    if run["progress"]["iter"] == {last} and world.is_first:
-        raise train.UserError("the disk is full")
-    save(out_dir, model, optimizers, tokenizer, run, is_best, world)
-
-train.checkpoints.save_checkpoint = full
-"""
-
-
-@slow
-def test_a_full_disk_at_the_last_save_is_one_line(world, tmp_path):
-    """The other process has nothing left to do then, and only hears that the first has gone."""
-    out, last = tmp_path / "out", TINY["max_iters"]
-    script = script_with(tmp_path, AT_LAST_SAVE.format(last=last))
-    given = words(**TINY | {"dataset": world / "text", "out_dir": out})
-    done = finish(torchrun(*given, script=script))
-    assert done.returncode == 1
-    assert errors(done) == ["error: the disk is full"], done.stderr
-    assert "[rank" not in done.stderr  # what torch puts before the lines of a traceback
-    assert saved(out)["progress"]["iter"] < last
-
-
 TRACKED = """
 from miniglm import trackers
 

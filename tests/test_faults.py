@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -92,41 +91,11 @@ def test_who_waits_at_a_lock_that_goes_does_not_hold_it(tmp_path):
         assert not lock.exists()
 
 
-def put_away(out: Path) -> None:
-    out.rename(out.with_name("away"))
-
-
-def remove(out: Path) -> None:
-    """At once, since the run may be writing while its files go one by one."""
-    shutil.rmtree(out.rename(out.with_name("bin")))
-
-
 def make_anew(out: Path) -> None:
     """Another person takes the directory for an old one."""
     put_away(out)
     out.mkdir()
     (out / "lock").touch()
-
-
-@posix
-@pytest.mark.parametrize("vanish", [remove, put_away, make_anew])
-def test_an_out_dir_that_vanishes_is_said_at_the_next_line_of_the_log(toys, tmp_path, vanish):
-    out, away = tmp_path / "out", tmp_path / "away"
-    # saves are rare, so that none is under way
-    process = start("train.py", *words(**endless(toys, out) | {"eval_interval": 100}))
-    wait_for(lambda: (out / "latest").is_file(), process)
-    vanish(out)
-    stdout, stderr = (part.decode() for part in process.communicate(timeout=120))
-    done = subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-    assert error_line(done).startswith(f"{out} was removed or renamed while this run wrote to it")
-    if vanish is make_anew:
-        assert [path.name for path in out.iterdir()] == ["lock"]
-    else:
-        assert not out.exists()
-    if vanish is put_away:  # put back, it goes on
-        away.rename(out)
-        train_here(out_dir=out, resume=True, max_iters=110)
-        assert log(out)[-1]["iter"] == 110
 
 
 # --- numbers that are none ---------------------------------------------------------------------

@@ -13,7 +13,6 @@ from miniglm.checkpoint import Checkpoint
 from miniglm.generation import Batch, Request, Sampling
 from miniglm.text import TextStream, chat_prompt, complete, complete_question, prompt_ids, stream
 from tests.helpers import TEXT, dialogue, tiny_model, tiny_tokenizer
-from tests.test_generation import slow_generate
 
 
 def make_checkpoint(kind: str, seed: int = 0, **options) -> Checkpoint:
@@ -21,26 +20,6 @@ def make_checkpoint(kind: str, seed: int = 0, **options) -> Checkpoint:
     options = {"n_vocab": tokenizer.n_vocab, "block_size": 64} | options
     model = tiny_model(seed, **options).double()
     return Checkpoint(Path("none"), model, tokenizer, {"dataset": {"kind": kind}})
-
-
-@pytest.mark.parametrize("model", ["gpt", "lstm"])
-@pytest.mark.parametrize("kind", ["pretrain", "sft"])
-def test_batched_outputs_equal_single_ones(kind, model):
-    checkpoint = make_checkpoint(kind, model=model)
-    texts = ["汉朝", "桓帝禁锢善类，崇信宦官。", "谁？", ""]
-    prompts = [prompt_ids(checkpoint, text) for text in texts]
-    sampling = Sampling(max_new_tokens=30, temperature=1.2)
-    together = list(complete(checkpoint, prompts, sampling, 2, batch_size=16))
-    assert [len(outputs) for outputs in together] == [2] * 4
-    for batch_size in (1, 3):
-        assert list(complete(checkpoint, prompts, sampling, 2, batch_size)) == together
-    for number, outputs in enumerate(together):
-        for place, output in enumerate(outputs):
-            stop_ids, indices = checkpoint.tokenizer.stop_ids, (number, place)
-            ids = slow_generate(checkpoint.model, prompts[number], sampling, stop_ids, indices)
-            assert output.ended == (ids[-1] in stop_ids)
-            assert output.ids == ids[: len(ids) - output.ended]
-            assert output.text == checkpoint.tokenizer.decode(output.ids)
 
 
 def test_streamed_pieces_join_to_the_whole_output():

@@ -8,7 +8,7 @@ import pytest
 import train
 from bench import __main__ as bench
 from bench import quality
-from bench.quality import Settings, first_time, judge, levels
+from bench.quality import Settings, first_time, levels
 from configurator import UserError, configure
 from miniglm.checkpoint import read_run
 from tests.helpers import tiny_tokenizer, write_novel
@@ -111,25 +111,3 @@ def test_times_and_levels_of_a_curve_by_hand():
     assert first_time(curve, 2.75) == 5.5
     assert first_time(curve, 2.0) == float("inf")
     assert levels(curve) == [4.0, 3.8, 3.6, 3.4, 3.2, 3.0, 2.8, 2.6, 2.5]
-
-
-def test_ours_is_judged_by_whichever_run_is_first():
-    def run(recipe, *curve):
-        return {"recipe": recipe, "curve": curve, "bits_best": min(bits for _, bits in curve)}
-
-    runs = {
-        "short": run("ours", (1, 3.0), (2, 2.5)),
-        "long": run("ours", (3, 2.8), (6, 2.0)),
-        "slow": run("minimind", (5, 3.0), (20, 2.6)),
-        "good": run("minimind", (10, 3.0), (20, 1.8)),
-        "other": run("reference", (30, 4.0), (60, 3.0)),
-    }
-    cost = {"dtype": "bfloat16", "step": 1.0, "float32_step": 2.0}
-    results = judge(runs, {"ours": cost, "minimind": cost, "reference": cost})
-    assert results["best"] == {"ours": "long", "minimind": "good", "reference": "other"}
-    rows = {row["bits"]: list(row.values())[1:] for row in results["levels"]}
-    assert list(rows) == [3.0, 2.8, 2.6, 2.4, 2.2, 2.0]  # ours never has 1.8
-    # MiniMind's, ours: the short run is first at 3.0, the long one at 2.4, half way between its
-    # evaluations, as MiniMind's is
-    assert rows[3.0] == [10, 1, 10.0, 20.0]
-    assert rows[2.4] == pytest.approx([15, 4.5, 15 / 4.5, 30 / 4.5])

