@@ -93,7 +93,7 @@ def test_who_waits_at_a_lock_that_goes_does_not_hold_it(tmp_path):
 
 def make_anew(out: Path) -> None:
     """Another person takes the directory for an old one."""
-    put_away(out)
+    out.rename(out.with_name("away"))
     out.mkdir()
     (out / "lock").touch()
 
