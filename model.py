@@ -3,7 +3,7 @@
     hidden = model(idx)              (B, T) -> (B, T, n_embd)
     logits = model.head(hidden)      (..., n_embd) -> (..., n_vocab)
 
-Losses are in miniglm/objectives.py, sampling in miniglm/generation.py. ModelConfig spans GPT-2
+Losses are in miniglm/losses.py, sampling in miniglm/generation.py. ModelConfig spans GPT-2
 (learned positions, LayerNorm, GELU, tied head) and Qwen3 (rotary positions, RMSNorm, SwiGLU,
 grouped-query attention, norm of queries and keys), each option on its own. A new norm, activation
 or MLP is an entry of NORMS, ACTIVATIONS or MLPS: settings, training and decoding follow.

@@ -237,8 +237,8 @@ def read_settings(argv: list[str]) -> tuple[Settings, Start, Dataset | Mixture]:
         base = begins.settings()
         if begins.resumes:
             base = base | {"out_dir": config.out_dir}  # it may have been renamed
-        elif open_dataset(config.dataset).kind == "dpo":
-            base["dropout"] = 0.0  # noise in both log-probabilities, unless it is asked for
+        else:
+            base |= OBJECTIVES[open_dataset(config.dataset).kind].defaults
         config = configure(Settings, argv, base)
     return config, begins, open_dataset(config.dataset)
 
@@ -335,9 +335,8 @@ def train(
                 continue
             check_steps(run, state, window)
             record = log_record(run, state, window, peak, time.perf_counter() - began)
-            rate = devices.show_rate(record["tflops"] * 1e12)
-            summary = f"loss {record['train_loss']:.3f}, {rate}, {record['mfu']:.0%} of peak"
-            bar.set_postfix_str(summary, refresh=False)
+            rate = f"{devices.show_rate(record['tflops'] * 1e12)}, {record['mfu']:.0%} of peak"
+            bar.set_postfix_str(f"{show_loss(record)}, {rate}", refresh=False)
             samples = []
             if evaluates:
                 record |= evaluate(run, state)
@@ -388,7 +387,9 @@ def train_step(
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(state.progress.iter, config) * group["lr_ratio"]
-    losses = {name: torch.zeros(len(batches), device=run.device) for name in counts}
+    # a step may lack a term: a mixture's rows may be of one kind
+    had = [name for name, count in counts.items() if count] or ["loss"]
+    losses = {name: torch.zeros(len(batches), device=run.device) for name in had}
     for micro, batch in enumerate(batches):
         seed_dropout(config.seed, state.progress.iter, micro, world.rank)
         with nullcontext() if micro == len(batches) - 1 else state.loss.no_sync():
@@ -397,8 +398,8 @@ def train_step(
             loss = sum(weights[name] * mean for name, mean in means.items() if name in weights)
             # the processes' gradients are averaged, and counts are already those of all
             state.scaler.scale(loss * world.size).backward()
-        for name, mean in means.items():
-            losses[name][micro] += mean.detach()
+        for name in means.keys() & losses:
+            losses[name][micro] += means[name].detach()
     for optimizer in state.optimizers:
         state.scaler.unscale_(optimizer)
     limit = config.grad_clip or math.inf
@@ -530,8 +531,13 @@ def log_record(
 
 
 def evaluation_line(run: Run, record: dict) -> str:
-    loss = f"loss {record['train_loss']:.3f} in training"
+    loss = f"{show_loss(record)} in training"
     return f"step {record['iter']}: {loss}, {run.objective.describe(record)}"
+
+
+def show_loss(record: dict) -> str:
+    name = next(name for name in record if name.startswith("train_loss"))
+    return f"{name.removeprefix('train_')} {record[name]:.3f}"
 
 
 def check_steps(run: Run, state: State, window: Window) -> None:

@@ -12,10 +12,9 @@ kept in plan.json; a run has as many steps as fit its minutes, and its schedule 
 Evaluations are not counted. After Ctrl-C the same command continues; finished runs stay.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from typing import Annotated
@@ -30,9 +29,10 @@ from bench.timing import measure
 from configurator import UserError, above, configure, repo_path, show_path
 from miniglm.checkpoint import has_checkpoint, read_log, read_run
 from miniglm.devices import environment
-from miniglm.jsonl import write_report
+from miniglm.jsonl import read_report, write_report
 from visualize import save_figure, style
 
+COLUMNS = ("bits", "minimind", "ours", "ratio")  # minutes to a level of bits per byte
 EVALUATIONS = 20  # of a run
 PATIENCE = 6  # evaluations without a better one, after which a run has overfitted and is stopped
 
@@ -109,8 +109,7 @@ def train_trial(out_dir: Path, trial: Trial, cost: dict) -> dict:
     """Trains or continues a trial -> its curve on the axis of its steps' cost, and its best."""
     max_iters = int(60 * trial.minutes / cost["step"])
     if max_iters < 1:
-        seconds = f"{cost['step']:.1f} s"
-        raise UserError(f"{trial.name}: a step takes {seconds}; give {trial.recipe} more minutes")
+        raise UserError(f"{trial.name}: not enough for a step; give {trial.recipe} more minutes")
     if has_checkpoint(out_dir):
         planned = read_run(out_dir, "latest")["settings"]["max_iters"]
         if planned != max_iters:
@@ -152,7 +151,7 @@ def plan(config: Settings, recipes: dict[str, list[str]]) -> dict[str, dict]:
         machine = environment(config.device)
         write_report(path, {"environment": machine, "recipes": settings, "costs": costs})
         return costs
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read_report(path, ("recipes", "costs"), "delete it")
     if record["recipes"] != settings:
         raise UserError(f"{show_path(path)} has other settings; pass another --runs=")
     print(f"costs as in {show_path(path)}; delete it to measure them again")
@@ -160,28 +159,21 @@ def plan(config: Settings, recipes: dict[str, list[str]]) -> dict[str, dict]:
 
 
 def measure_costs(config: Settings, recipes: dict[str, list[str]]) -> dict[str, dict]:
-    """Seconds of a step in the recipe's own dtype and in float32."""
+    """Seconds of a recipe's step, in its own dtype."""
     calls, own_dtype = {}, {}
     for name, argv in recipes.items():
         # a dry run may start in an out_dir that holds a run
         argv = [*argv, f"--out_dir={config.runs}/{name}", "--dry_run"]
         settings = configure(training.Settings, argv)
-        dtypes = dtypes_of(settings.dtype, config.device)
-        own_dtype[name] = dtypes[-1]
+        dtype = own_dtype[name] = dtypes_of(settings.dtype, config.device)[-1]
         # a recipe with short rows has them in the first half of its steps
-        for dtype, rows in product(dtypes, {settings.short_block, None}):
+        for rows in {settings.short_block, None}:
             words = [*argv, f"--dtype={dtype}", f"--short_block={rows}"]
-            calls[name, dtype, rows], _ = own_step(words)
+            calls[name, rows], _ = own_step(words)
     print(f"measuring the cost of a step, {config.rounds + 1} turns of {len(calls)} contenders")
     seconds = measure(calls, config)
-
-    def cost(name: str, dtype: str) -> float:
-        return mean(median(seconds[call]) for call in calls if call[:2] == (name, dtype))
-
-    return {
-        name: {"dtype": dtype, "step": cost(name, dtype), "float32_step": cost(name, "float32")}
-        for name, dtype in own_dtype.items()
-    }
+    of_each = {name: [median(seconds[c]) for c in calls if c[0] == name] for name in recipes}
+    return {name: {"dtype": own_dtype[name], "step": mean(of_each[name])} for name in recipes}
 
 
 # --- curves --------------------------------------------------------------------------------------
@@ -209,30 +201,26 @@ def judge(runs: dict[str, dict], costs: dict[str, dict]) -> dict:
     names = {recipe: [n for n in runs if runs[n]["recipe"] == recipe] for recipe in costs}
     best = {r: min(names[r], key=lambda name: runs[name]["bits_best"]) for r in names}
     peer = runs[best["minimind"]]["curve"]
-    slower = costs["minimind"]["float32_step"] / costs["minimind"]["step"]
     rows = []
     for level in levels(peer):
         minimind = first_time(peer, level)
         ours = min(first_time(runs[name]["curve"], level) for name in names["ours"])
         if ours < math.inf:
-            ratios = {"ratio": minimind / ours, "in float32": slower * minimind / ours}
-            rows.append({"bits": level, "minimind": minimind, "ours": ours} | ratios)
+            rows.append(dict(zip(COLUMNS, (level, minimind, ours, minimind / ours), strict=True)))
     return {"best": best, "levels": rows}
 
 
 def print_quality(results: dict) -> None:
     print("quality: validation bits per byte; minutes are steps x their measured cost")
     for name, cost in results["costs"].items():
-        own, float32 = (f"{cost[key]:.3f} s" for key in ("step", "float32_step"))
-        print(f"  a step of {name:<12} {own} in {cost['dtype']}, {float32} in float32")
+        print(f"  a step of {name:<12} {cost['step']:.3f} s in {cost['dtype']}")
     for name, run in results["runs"].items():
         best = f"{run['bits_best']:.3f} at {run['minutes_at_best']:.2f} min"
         print(f"  {name:<20} {best}, {run['steps']:,} steps")
-    print("  minutes to a level, and MiniMind's / ours, as it is and with MiniMind in float32")
-    columns = ("bits", "minimind", "ours", "ratio", "in float32")
-    print("".join(f"{name:>12}" for name in columns))
+    print("  minutes to a level, and MiniMind's / ours")
+    print("".join(f"{name:>12}" for name in COLUMNS))
     for row in results["levels"]:
-        print("".join(f"{row[name]:>12.3f}" for name in columns))
+        print("".join(f"{row[name]:>12.3f}" for name in COLUMNS))
 
 
 def quality_figure(results: dict) -> Figure:

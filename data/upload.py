@@ -158,7 +158,7 @@ def of_run(path: Path, card: CardSettings) -> Upload:
 def languages_of(dataset: str) -> list[str]:
     """Those that the dataset of a run names, if it still exists."""
     try:
-        return getattr(open_dataset(dataset), "languages", [])  # a mixture has none
+        return open_dataset(dataset).languages
     except UserError:
         return []
 

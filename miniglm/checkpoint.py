@@ -177,7 +177,10 @@ def _load_model(path: Path, run: dict, device: str, changes: dict) -> GPT | LSTM
         return load_foreign(path, run["architecture"], device, changes)
     if "adapter" in run:
         return _load_adapter(path, run, device, changes)
-    config = _read(path / "run.json", lambda: ModelConfig(**run["architecture"] | changes))
+    known = ModelConfig.__dataclass_fields__
+    # an option of an older version does no harm where it was off
+    options = {k: v for k, v in run["architecture"].items() if v or k in known}
+    config = _read(path / "run.json", lambda: ModelConfig(**options | changes))
     model = MODELS[config.model](config).to(device)
 
     def load() -> None:

@@ -74,13 +74,12 @@ class Window:
         return time.perf_counter() - self.began
 
     def means(self, world: World) -> dict[str, float]:
-        """Of each term over steps and processes, as log.jsonl names them."""
-        values = torch.stack([torch.stack(list(step.values())) for step in self.losses])
-        means = world.sums(values.sum(dim=2).mean(dim=0).tolist())  # of (steps, terms, micro)
-        return {
-            f"train_{name}" if name.startswith("loss") else name: mean
-            for name, mean in zip(self.losses[0], means, strict=True)
-        }
+        """Of each term over processes and the steps that had it, as log.jsonl names them."""
+        names = dict.fromkeys(name for step in self.losses for name in step)
+        sums = [[step[name].sum() for step in self.losses if name in step] for name in names]
+        means = world.sums(torch.stack([torch.stack(steps).mean() for steps in sums]).tolist())
+        names = [f"train_{name}" if name.startswith("loss") else name for name in names]
+        return dict(zip(names, means, strict=True))
 
     def speed(self, flops_per_token: float, peak: float) -> dict[str, float]:
         """Tokens per second, padding left out; the model's TFLOP/s, as if each token were trained,

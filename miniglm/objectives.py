@@ -53,6 +53,8 @@ class Objective:
 
     unit = "rows"  # what a step counts
     needs_newest_weights = False  # to make its rows, as samples do: then no step is made ahead
+    needs_a_model = False  # to begin with
+    defaults = ()  # (name, value) of settings that a model given as init_from does not decide
     weights: dict[str, float]  # of each term in the loss
 
     def __init__(self, config, data: Dataset | Mixture, device: str, world: World = ALONE):
@@ -183,12 +185,16 @@ class Preferences(Objective):
     """
 
     unit = "pairs"
+    needs_a_model = True
+    defaults = (("dropout", 0.0),)  # it is noise in both log-probabilities
     # besides the loss a pair: what tells how training goes, each a mean over pairs
     measures = ("rewards_chosen", "rewards_rejected", "margin", "accuracy")
     measures += ("logp_chosen", "logp_rejected")
 
     def __init__(self, config, data: Dataset, device: str, world: World = ALONE):
         super().__init__(config, data, device, world)
+        if config.lora_dropout and "lm_head" in (config.lora_targets or []):
+            raise UserError("preferences need lora_dropout=0 if lora_targets has lm_head; pass it")
         self.weights = {"loss": 1.0}
         if config.dpo_sft_weight:
             self.weights["loss_sft"] = config.dpo_sft_weight

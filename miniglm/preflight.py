@@ -13,6 +13,7 @@ from data_utils import Dataset, Mixture
 from miniglm.checkpoint import has_checkpoint, has_model, read_run
 from miniglm.devices import environment, pick_dtype
 from miniglm.distributed import World
+from miniglm.objectives import OBJECTIVES
 from model import Architecture
 
 # settings that change no bits
@@ -79,14 +80,10 @@ def check(config, start: Start, data: Dataset | Mixture, device: str, world: Wor
             f"{show_path(data.path)} is not what this run was trained on: it was prepared anew; "
             "train again in another --out_dir="
         )
-    if config.init_from == "scratch" and (config.lora_rank or data.kind == "dpo"):
-        why = f"lora_rank={config.lora_rank} adapts" if config.lora_rank else "preferences change"
-        raise UserError(f"{why} a trained model; pass its out_dir as --init_from=")
-    if data.kind == "dpo" and config.lora_dropout and "lm_head" in (config.lora_targets or []):
-        raise UserError(
-            f"lora_dropout={config.lora_dropout:g} does not go with lora_targets=lm_head on "
-            "preferences, whose logits are computed twice; leave one of them out"
-        )
+    needs_a_model = config.lora_rank or OBJECTIVES[data.kind].needs_a_model
+    if config.init_from == "scratch" and needs_a_model:
+        why = f"lora_rank={config.lora_rank}" if config.lora_rank else f"dataset={config.dataset}"
+        raise UserError(f"{why} changes a trained model; pass its out_dir as --init_from=")
 
     rows = config.rows_per_step
     if rows < world.size:

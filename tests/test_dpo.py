@@ -386,8 +386,8 @@ def test_dropout_is_off_unless_it_is_asked_for(sft, tmp_path):
 
 def test_errors_of_preferences_are_one_line(sft, tmp_path):
     for settings, message in (
-        ({"init_from": "scratch"}, "preferences change a trained model"),
-        ({"lora_rank": 2, "lora_targets": "lm_head", "lora_dropout": 0.1}, "computed twice"),
+        ({"init_from": "scratch"}, "changes a trained model"),
+        ({"lora_rank": 2, "lora_targets": "lm_head", "lora_dropout": 0.1}, "need lora_dropout=0"),
     ):
         with pytest.raises(UserError, match=message):
             run_dpo(sft, tmp_path / "out", **settings)

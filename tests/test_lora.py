@@ -294,7 +294,7 @@ def test_errors_of_adapters_are_one_line(sft, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             export.main(["--format=merged", *argv])
-    with pytest.raises(UserError, match="lora_rank=2 adapts a trained model"):
+    with pytest.raises(UserError, match="lora_rank=2 changes a trained model"):
         train_here(dataset=data, out_dir=tmp_path / "a", lora_rank=2)
     with pytest.raises(UserError, match=r"lora_rank=9, but .* has lora_rank=3"):
         train_here(out_dir=adapter, resume=True, lora_rank=9)

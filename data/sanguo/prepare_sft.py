@@ -124,9 +124,12 @@ def read_people(path: Path) -> dict[str, list[str]]:
     """Each person's names, the usual one first."""
     if not path.is_file():
         raise UserError(f"{show_path(path)} is missing; run python data/fetch_data.py sanguo")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    mentions, types = content["mention"].items(), content["type"]
-    return {who: [who, *others] for who, others in mentions if types.get(who) == "人名"}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        mentions, types = content["mention"].items(), content["type"]
+        return {who: [who, *others] for who, others in mentions if types.get(who) == "人名"}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{show_path(path)} is damaged ({error!r}); fetch it again") from None
 
 
 def is_validation(fact: str) -> bool:

@@ -295,6 +295,13 @@ def test_quotes_are_as_many_as_wanted_or_as_there_are_and_all_different(chapters
     assert again and first not in again
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"mention": {}}'])
+def test_a_damaged_file_of_people_is_named(tmp_path, content):
+    (path := tmp_path / "people.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"people.json is damaged"):
+        prepare_sft.read_people(path)
+
+
 def test_a_name_of_two_people_is_neither_a_speaker_nor_told():
     names = {"张飞": ["张飞", "翼德", "将军"], "黄忠": ["黄忠", "汉升", "将军"]}
     line = "燕人张翼德在此，谁敢与我决死战？"
