@@ -154,11 +154,10 @@ def below(high: float) -> Bound:
 
 
 def bounds_of(Defaults: type) -> dict[str, tuple[Bound, ...]]:
-    """The bounds of each field that has any."""
-    hints = typing.get_type_hints(Defaults, include_extras=True)
-    return {
-        name: hint.__metadata__ for name, hint in hints.items() if hasattr(hint, "__metadata__")
-    }
+    """The bounds of each field that has any. A subclass keeps its parents', or sets others."""
+    classes = [typing.get_type_hints(c, include_extras=True) for c in reversed(Defaults.__mro__)]
+    fields = itertools.chain.from_iterable(hints.items() for hints in classes)
+    return {name: hint.__metadata__ for name, hint in fields if hasattr(hint, "__metadata__")}
 
 
 def bounds_text(bounds: tuple[Bound, ...]) -> str:

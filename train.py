@@ -74,7 +74,7 @@ class Settings(Architecture):
     learning_rate: Annotated[float, at_least(0)] = 1e-3  # at its highest
     embedding_lr: Annotated[float | None, at_least(0)] = None  # of embeddings and head
     warmup_iters: Annotated[int, at_least(0)] = 50  # steps of linear rise
-    lr_decay_iters: int | None = None  # step at which min_lr is reached; None is max_iters
+    lr_decay_iters: Annotated[int | None, at_least(1)] = None  # where min_lr is; None: max_iters
     min_lr: Annotated[float, at_least(0)] = 0.0  # learning rate at the end of the linear decay
     weight_decay: Annotated[float, at_least(0)] = 0.1  # of matrices, not of norms and biases
     embedding_decay: Annotated[float | None, at_least(0)] = None  # of embeddings and head
@@ -234,12 +234,10 @@ def read_settings(argv: list[str]) -> tuple[Settings, Start, Dataset | Mixture]:
     config = configure(Settings, argv)
     begins = preflight.find_start(config)
     if begins.run:
-        base = begins.settings()
-        if begins.resumes:
-            base = base | {"out_dir": config.out_dir}  # it may have been renamed
-        else:
-            base |= OBJECTIVES[open_dataset(config.dataset).kind].defaults
-        config = configure(Settings, argv, base)
+        changes = {"out_dir": config.out_dir}  # it may have been renamed
+        if not begins.resumes:
+            changes = dict(OBJECTIVES[open_dataset(config.dataset).kind].defaults)
+        config = configure(Settings, argv, begins.settings() | changes)
     return config, begins, open_dataset(config.dataset)
 
 

@@ -28,7 +28,7 @@ class Settings:
     n_head: Annotated[int, at_least(1)] = 4  # heads
     n_embd: Annotated[int, at_least(1)] = 256  # width
     rounds: Annotated[int, at_least(1)] = 7  # turns of each contender, after one to warm up
-    seed: int = 1337  # of weights, ids and training
+    seed: Annotated[int, at_least(0)] = 1337  # of weights, ids and training
     device: str = "cpu"  # or cuda, mps, auto; nothing is compiled
     clock: Literal["wall", "cpu"] = "wall"  # cpu: of this process, on all threads
     out: str = "bench-results"  # where the figures are written

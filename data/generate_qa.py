@@ -64,14 +64,14 @@ class Settings:
     per_call: Annotated[int, at_least(1)] = 5  # pairs asked for in a call
     passage: Annotated[int, at_least(1)] = 800  # characters of a passage at most
     n_examples: Annotated[int, at_least(0)] = 3  # examples in a prompt
-    temperature: float = 0.8
-    max_tokens: int | None = None  # of an answer; None: the endpoint's own limit
+    temperature: Annotated[float, at_least(0)] = 0.8
+    max_tokens: Annotated[int | None, at_least(1)] = None  # of an answer
     model: str = ""  # the model's name at the endpoint
     base_url: str = ""  # the endpoint, as http://127.0.0.1:7860/v1; empty: OPENAI_BASE_URL, OpenAI
     parallel: Annotated[int, at_least(1)] = 8  # calls at once
     retries: Annotated[int, at_least(0)] = 5  # of a call that the endpoint refuses or loses
     timeout: Annotated[float, above(0)] = 120.0  # seconds of a try
-    seed: int = 1337  # which examples go with which call
+    seed: Annotated[int, at_least(0)] = 1337  # which examples go with which call
     encoding: str = "auto"  # of the source: utf-8, gb18030, big5, utf-16
     dry_run: bool = False  # print the prompts and the number of calls; call nothing
 

@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from configurator import ROOT, UserError, command, configure
+from configurator import ROOT, UserError, at_least, command, configure
 from miniglm.prep import pipeline
 from miniglm.prep.forms import BadRecord, split_of
 from miniglm.prep.readers import Source, Tally, converted, find_sources
@@ -38,7 +39,7 @@ class Settings(QuestionSettings):
     out: str = "data/idioms_sft"  # directory to write
     tokenizer: str = "data/sanguo"  # gpt2, or a path: the pretrained model's
     val: float = 0.1  # share of the idioms for validation
-    n_idioms: int | None = 400  # how many idioms, evenly over the table; None: all
+    n_idioms: Annotated[int | None, at_least(1)] = 400  # evenly over the table; None: all
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class Settings:
     tokenizer: str = "train"  # train: on the training records; gpt2; or a path
     vocab_size: int = 4096  # entries of a trained tokenizer
     val: Annotated[float, above(0), below(1)] = 0.05  # share of the records for validation
-    max_tokens: int = 256  # longest conversation; a model's block_size must not be smaller
+    max_tokens: Annotated[int, at_least(1)] = 256  # of a conversation; at most block_size
     mask: Mask = "answer"  # trained: answer and its end token; no_end without; padding: end tokens
     dedup_val: bool = False  # a validation question that is also trained goes to training
     encoding: str = "auto"  # of all files: utf-8, gb18030, big5, utf-16

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from configurator import above, below, repo_path
+from configurator import above, at_least, below, repo_path
 from miniglm.prep.forms import BadRecord, Preference, fields_of, is_whole, preference, split_of
 from miniglm.prep.pipeline import print_meta
 from miniglm.prep.readers import Source, Tally, converted, find_sources
@@ -39,7 +39,7 @@ class Settings:
     name: str = ""  # the dataset's name under data/
     out: str = ""  # directory to write; empty: data/NAME
     tokenizer: str = ""  # a path: that of the model to train
-    max_tokens: int = 256  # longest conversation; a model's block_size must not be smaller
+    max_tokens: Annotated[int, at_least(1)] = 256  # of a conversation; at most block_size
     encoding: str = "auto"  # of all files: utf-8, gb18030, big5, utf-16
     strict: bool = False  # stop at the first bad record
 

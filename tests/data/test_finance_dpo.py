@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from sacrebleu.metrics import CHRF
 
-from configurator import UserError, locked
+from configurator import UserError, configure, locked
 from data.finance import prepare_dpo as finance
 from data_utils import Dataset
 from miniglm.checkpoint import weights_sha256
@@ -258,3 +258,8 @@ def test_bad_settings_are_one_line(answers, tmp_path, words, message):
     with pytest.raises(UserError, match=message):
         prepared(answers, tmp_path / "out", *(word.format(answers) for word in words))
     assert not (tmp_path / "out" / "meta.json").exists()
+
+
+def test_a_subclass_keeps_the_bounds_of_its_parents():
+    with pytest.raises(UserError, match="seed=-1 must be 0 or more"):
+        configure(ranking.Settings, ["--seed=-1"])
