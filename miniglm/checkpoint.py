@@ -178,9 +178,12 @@ def _load_model(path: Path, run: dict, device: str, changes: dict) -> GPT | LSTM
     if "adapter" in run:
         return _load_adapter(path, run, device, changes)
     known = ModelConfig.__dataclass_fields__
-    # an option of an older version does no harm where it was off
-    options = {k: v for k, v in run["architecture"].items() if v or k in known}
-    config = _read(path / "run.json", lambda: ModelConfig(**options | changes))
+
+    def read() -> ModelConfig:  # an option of an older version does no harm where it was off
+        options = {k: v for k, v in run["architecture"].items() if v or k in known}
+        return ModelConfig(**options | changes)
+
+    config = _read(path / "run.json", read)
     model = MODELS[config.model](config).to(device)
 
     def load() -> None:
@@ -372,7 +375,7 @@ def read_log(out_dir: Path) -> list[dict]:
     path = out_dir / "log.jsonl"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     *lines, last = text.splitlines() or [""]
-    records = [json.loads(line) for line in lines]
+    records = _read(path, lambda: [json.loads(line) for line in lines])
     with suppress(json.JSONDecodeError):
         records.append(json.loads(last))
     return records

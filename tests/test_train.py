@@ -27,7 +27,6 @@ from tests.runs import (
     weights,
     words,
 )
-from tests.test_objectives import gradient
 from train import Settings, start, steps, train_step
 
 
@@ -157,6 +156,12 @@ def test_the_first_step_moves_weights_by_the_logged_learning_rate(toys, tmp_path
     step = (weights(moved)[name] - weights(still)[name]).abs().median().item()
     assert step == pytest.approx(5e-3, rel=1e-2)
     assert log(moved)[0]["lr"] == pytest.approx(5e-3)
+
+
+def gradient(out_dir) -> torch.Tensor:
+    """That of a run's only step: Adam's first moment after it is (1 - beta1) x the gradient."""
+    tensors = load_file(checkpoint_file(out_dir, "optimizer.safetensors"))
+    return torch.cat([v.flatten() for k, v in tensors.items() if k.endswith(":exp_avg")]) / 0.1
 
 
 def test_gradients_are_clipped_and_logged_as_they_were(toys, tmp_path):

@@ -295,10 +295,9 @@ def test_quotes_are_as_many_as_wanted_or_as_there_are_and_all_different(chapters
     assert again and first not in again
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"mention": {}}'])
-def test_a_damaged_file_of_people_is_named(tmp_path, content):
-    (path := tmp_path / "people.json").write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match=r"people.json is damaged"):
+def test_a_damaged_file_of_people_is_named(tmp_path):
+    (path := tmp_path / "people.json").write_text('{"mention": []}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"people\.json is damaged"):
         prepare_sft.read_people(path)
 
 
