@@ -116,7 +116,8 @@ def load_log(out_dir: Path) -> Run:
         measures = ("loss", *(pairs or ("bits_per_byte",)))
         others = (*X_LABELS, "lr", "tokens_per_second", *pairs)
         train = {name: column(records, name) for name in others}
-        train["loss"] = column(records, "train_loss")
+        # a mixture's window may have had texts alone
+        train["loss"] = np.array([record.get("train_loss") for record in records], float)
         val = {name: column(evaluated, name) for name in X_LABELS}
         val |= {name: column(evaluated, f"val_{name}") for name in measures}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
