@@ -14,7 +14,6 @@ What writes all this is miniglm/prep/writer.py.
 
 import functools
 import hashlib
-import json
 import mmap
 import re
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import ROOT, UserError, repo_path, show_path
+from miniglm.jsonl import read_report
 from miniglm.tokenizer import Tokenizer, load_tokenizer
 
 IGNORE = -100  # a target that is not trained; torch's own default
@@ -43,22 +43,21 @@ class Dataset:
         self.path = under_data if under_data.is_dir() else repo_path(name)
         self.name = self.path.name
         self.meta = self._read_meta()
-        try:
-            self.kind = self.meta["kind"]
-            self.fingerprint = self.meta["splits"]["train"]["fingerprint"]
-        except (KeyError, TypeError):
-            raise UserError(
-                f"{show_path(self.path)}/meta.json is damaged; prepare it again"
-            ) from None
         self.languages = self.meta.get("languages", [])
         self.beside = []
         self.tokens, self.mask, self.bounds = {}, {}, {}
-        for split, sizes in self.meta["splits"].items():
-            self.tokens[split] = self._map(split, self.meta["dtype"], sizes["tokens"])
-            if self.kind != "pretrain":
-                rows = sizes["conversations"] if self.kind == "sft" else 2 * sizes["pairs"]
-                self.mask[split] = self._map(f"{split}_mask", "uint8", sizes["tokens"])
-                self.bounds[split] = self._map(f"{split}_idx", "uint64", rows + 1)
+        try:
+            self.kind = self.meta["kind"]
+            self.fingerprint = self.meta["splits"]["train"]["fingerprint"]
+            for split, sizes in self.meta["splits"].items():
+                self.tokens[split] = self._map(split, self.meta["dtype"], sizes["tokens"])
+                if self.kind != "pretrain":
+                    rows = sizes["conversations"] if self.kind == "sft" else 2 * sizes["pairs"]
+                    self.mask[split] = self._map(f"{split}_mask", "uint8", sizes["tokens"])
+                    self.bounds[split] = self._map(f"{split}_idx", "uint64", rows + 1)
+        except (KeyError, TypeError, AttributeError):
+            file = f"{show_path(self.path)}/meta.json"
+            raise UserError(f"{file} is damaged; prepare it again") from None
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -211,10 +210,7 @@ class Dataset:
     def _read_meta(self) -> dict:
         path = self.path / "meta.json"
         if path.is_file():
-            try:
-                return json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{show_path(path)} is damaged: {error}") from None
+            return read_report(path, ("kind", "splits", "tokenizer_sha256"), "prepare it again")
         scripts = sorted(self.path.glob("prepare*.py"))
         folder, _, kind = self.path.name.rpartition("_")
         scripts += [file for file in [ROOT / f"data/{folder}/prepare_{kind}.py"] if file.is_file()]

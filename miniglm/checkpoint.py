@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -310,9 +310,13 @@ def load_optimizers(path: Path, model: GPT | LSTM, optimizers: list[torch.optim.
         optimizer.state[parameter][key] = part_of(tensor.to(device, copy=True), parameter)
 
 
-def read_run(out_dir: Path, which: str) -> dict:
-    """run.json of the checkpoint that the pointer `which` names."""
-    return _read_run(_checkpoint_path(out_dir, which))
+def read_run(out_dir: Path, which: str, keys: Sequence[str] = ()) -> dict:
+    """run.json of the checkpoint that the pointer `which` names. Raises UserError if it lacks a
+    key."""
+    path = _checkpoint_path(out_dir, which)
+    run = _read_run(path)
+    _read(path / "run.json", lambda: [run[key] for key in keys])
+    return run
 
 
 def files_alone(checkpoint: Checkpoint, run: dict) -> dict[str, Path | bytes]:

@@ -18,6 +18,8 @@ from model import Architecture
 
 # settings that change no bits
 FREE = ("resume", "dry_run", "out_dir", "keep_last", "best_by", "track", "prompts")
+# what a run that is resumed needs of its run.json, and one that begins with it of the first
+RESUMED = ("architecture", "settings", "dataset", "environment", "scaler", "progress")
 # settings that a run keeps from its first step on
 KEPT = ("optimizer", "lora_rank", "lora_alpha", "lora_targets")
 
@@ -41,7 +43,7 @@ def find_start(config) -> Start:
     out_dir = repo_path(config.out_dir)
     if has_checkpoint(out_dir):
         if config.resume:
-            return Start(out_dir, True, read_run(out_dir, "latest"))
+            return Start(out_dir, True, read_run(out_dir, "latest", RESUMED))
         if not config.dry_run:
             raise UserError(
                 f"{show_path(out_dir)} already holds a run; pass --resume to go on with it, "
@@ -54,7 +56,7 @@ def find_start(config) -> Start:
         raise UserError(
             f"no checkpoint in {show_path(source)}; train it first, or pass --init_from="
         )
-    return Start(source, False, read_run(source, "best"))
+    return Start(source, False, read_run(source, "best", RESUMED[:1]))
 
 
 def check(config, start: Start, data: Dataset | Mixture, device: str, world: World) -> None:

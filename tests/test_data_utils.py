@@ -448,10 +448,10 @@ def test_a_missing_dataset_names_its_prepare_script(tmp_path):
         Dataset(str(tmp_path / "nowhere"))
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"kind": "pretrain"}'])
+@pytest.mark.parametrize("content", ["", "[]", '{"kind": 1, "splits": [], "tokenizer_sha256": ""}'])
 def test_a_damaged_meta_is_named(content, tmp_path):
     (tmp_path / "meta.json").write_text(content)
-    with pytest.raises(UserError, match=r"meta\.json is damaged"):
+    with pytest.raises(UserError, match=r"meta\.json (is|has no) .*; prepare it again"):
         Dataset(str(tmp_path))
 
 
