@@ -1,4 +1,5 @@
-"""三国演义 -> data/sanguo: the whole novel, every tenth chapter for validation.
+"""三国演义 -> data/sanguo: the whole novel. Of ten chapters one is validation, by which settings
+are chosen, and one is test, which neither training nor a choice of settings has seen.
 
 python data/fetch_data.py sanguo
 python data/sanguo/prepare.py
@@ -42,6 +43,7 @@ REPAIRS = {
     "......": "……",
     "?": "？",
 }
+SPLITS = ("train", "val", "test")
 
 
 @dataclass
@@ -68,12 +70,16 @@ def read_chapters(path: Path) -> list[str]:
     return [clean(text) for text in records(source_of(path), Tally(strict=True), want=str)]
 
 
+def split_of(chapter: int) -> str:
+    """Chapters 10, 20, ... are validation; 5, 15, ... are test."""
+    return {0: "val", 5: "test"}.get(chapter % 10, "train")
+
+
 def split_chapters(chapters: list[str]) -> dict[str, list[str]]:
-    """Chapters 10, 20, ... are validation."""
-    return {
-        "train": [text for number, text in enumerate(chapters, 1) if number % 10],
-        "val": chapters[9::10],
-    }
+    splits = {split: [] for split in SPLITS}
+    for number, text in enumerate(chapters, 1):
+        splits[split_of(number)].append(text)
+    return splits
 
 
 def main(argv: list[str]) -> None:

@@ -5,8 +5,8 @@
 Those of qa.jsonl are written by hand: a line {"Question", "Answer", "Fact", "Chapter", "Evidence"},
 where Evidence quotes that chapter, and all questions about one fact, however worded, share one
 Fact. Others are drawn from the novel and the list of its people: chapter titles, who said a line,
-other names of a person. A tenth of the facts is validation, so that no validation question asks
-about something that is trained in other words.
+other names of a person. A tenth of the facts is validation, and another is test, so that no
+question of these asks about something that is trained in other words.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import UserError, command, configure, repo_path, show_path, user_path
-from data.sanguo.prepare import read_chapters
+from data.sanguo.prepare import SPLITS, read_chapters, split_of
 from miniglm.prep.forms import BadRecord, fields_of, is_whole
 from miniglm.prep.pipeline import print_meta
 from miniglm.prep.readers import Tally, converted, source_of
@@ -132,9 +132,11 @@ def read_people(path: Path) -> dict[str, list[str]]:
         raise UserError(f"{show_path(path)} is damaged ({error!r}); fetch it again") from None
 
 
-def is_validation(fact: str) -> bool:
-    """A tenth of the facts, by a hash: so the split stays when facts are added."""
-    return hashlib.sha256(fact.encode()).digest()[0] % 10 == 0
+def split_of_fact(fact: str) -> str:
+    """A tenth each by a hash: so the split stays when facts are added. That test's remainder is 4
+    keeps what its answers tell out of the trained ones."""
+    remainder = hashlib.sha256(fact.encode()).digest()[0] % 10
+    return {0: "val", 4: "test"}.get(remainder, "train")
 
 
 def main(argv: list[str]) -> None:
@@ -143,7 +145,7 @@ def main(argv: list[str]) -> None:
     chapters = dict(enumerate(read_chapters(user_path(config.novel)), 1))
     if not all(text.split("\n", 1)[0].count(" ") == 2 for text in chapters.values()):
         raise UserError(f"{config.novel} has a chapter without a title in two halves")
-    trained = {number: text for number, text in chapters.items() if number % 10}
+    trained = {n: text for n, text in chapters.items() if split_of(n) == "train"}
     people = read_people(user_path(config.people))
     written = read_pairs(user_path(config.input))
     taken = "".join(pair["Question"] + pair["Answer"] for pair in written)
@@ -153,18 +155,19 @@ def main(argv: list[str]) -> None:
         "who said a line": quote_pairs(trained, people, taken, QUOTES),
         "other names": [*name_pairs("".join(trained.values()), people)],
     }
-    splits = {"train": [], "val": []}
+    splits = {split: [] for split in SPLITS}
     for pair in itertools.chain.from_iterable(pairs.values()):
         question = {"role": "user", "content": pair["Question"]}
         answer = {"role": "assistant", "content": pair["Answer"]}
-        splits["val" if is_validation(pair["Fact"]) else "train"].append([question, answer])
+        splits[split_of_fact(pair["Fact"])].append([question, answer])
     sources = [show_path(user_path(f)) for f in (config.input, config.novel, config.people)]
     out = repo_path(config.out)
     meta = write_sft(out, tokenizer, splits, sources, config.max_tokens, config.mask)
     for kind, group in pairs.items():
-        unseen = sum(is_validation(pair["Fact"]) for pair in group)
+        counts = Counter(split_of_fact(pair["Fact"]) for pair in group)
         facts = len({pair["Fact"] for pair in group})
-        print(f"{kind}: {len(group)} pairs on {facts} facts, {unseen} of them for validation")
+        parts = ", ".join(f"{counts[split]} {split}" for split in SPLITS)
+        print(f"{kind}: {len(group)} pairs on {facts} facts: {parts}")
     print_meta(out, meta)
 
 

@@ -1,5 +1,6 @@
 """The novel and its questions, as the real prepare scripts write them from the real raw files."""
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -17,6 +18,8 @@ RAW = ROOT / "data" / "raw" / "sanguo"
 QA = ROOT / "data" / "sanguo" / "qa.jsonl"
 PREPARE = str(ROOT / "data" / "sanguo" / "prepare.py")
 PREPARE_SFT = str(ROOT / "data" / "sanguo" / "prepare_sft.py")
+
+HELD_OUT = pytest.mark.parametrize("split", ["val", "test"])
 
 # the answer of each is in the answer or the wording of the other
 TOLD_TOGETHER = [
@@ -69,7 +72,7 @@ def asked(questions):
     data, _ = questions
     return {
         split: [(q["content"], a["content"]) for q, a in data.conversations(split)]
-        for split in ("train", "val")
+        for split in prepare.SPLITS
     }
 
 
@@ -122,17 +125,19 @@ def test_a_part_of_the_chapters_is_trained_and_validation_stays_whole(novel, tmp
     found = {
         s: re.findall(r"正文(\d+)", data.tokenizer.decode(ids)) for s, ids in data.tokens.items()
     }
-    assert found == {"train": ["1", "5", "9"], "val": ["10"]}
+    assert found == {"train": ["1", "6", "11"], "val": ["10"], "test": ["5"]}
 
 
-def test_each_tenth_chapter_is_validation_and_its_text_is_not_trained(chapters):
+@HELD_OUT
+def test_each_tenth_chapter_is_held_out_and_its_text_is_in_no_other_split(split, chapters):
     splits = prepare.split_chapters(chapters)
-    assert splits["val"] == [chapters[number - 1] for number in range(10, 121, 10)]
-    assert Counter(splits["train"] + splits["val"]) == Counter(chapters)
-    trained = "".join(splits["train"])
-    for text in splits["val"]:
+    first = {"val": 10, "test": 5}[split]
+    assert splits[split] == [chapters[number - 1] for number in range(first, 121, 10)]
+    assert Counter(itertools.chain(*splits.values())) == Counter(chapters)
+    others = "".join(text for other in splits if other != split for text in splits[other])
+    for text in splits[split]:
         windows = {text[i : i + 40] for i in range(0, len(text) - 40, 20)}
-        assert not [window for window in windows if window in trained]
+        assert not [window for window in windows if window in others]
 
 
 # --- prepare.py --------------------------------------------------------------------------------
@@ -150,8 +155,9 @@ def test_the_written_ids_are_the_chapters(novel, chapters):
         assert f"{len(texts)} chapters, {characters:,} characters, {len(tokens):,} tok" in output
 
 
-def test_the_tokenizer_has_seen_no_validation_chapter(novel, chapters, tmp_path):
-    changed = [text if n % 10 else "第一回 甲 乙\n丙。\n" for n, text in enumerate(chapters, 1)]
+def test_the_tokenizer_has_seen_no_chapter_that_is_held_out(novel, chapters, tmp_path):
+    trained = prepare.split_chapters(chapters)["train"]
+    changed = [text if text in trained else f"{n} 乙\n丙。\n" for n, text in enumerate(chapters)]
     source = json_file(tmp_path, changed)
     prepare.main([f"--input={source}", f"--out={tmp_path / 'other'}"])
     other, data = Dataset(str(tmp_path / "other")), novel[0]
@@ -225,20 +231,20 @@ def character_pairs(text: str) -> set[str]:
 
 
 def test_each_fact_and_what_tells_it_is_on_one_side_only(asked, pairs):
-    assert not {question for question, _ in asked["train"]} & {q for q, _ in asked["val"]}
     side = {question: split for split in asked for question, _ in asked[split]}
     sides = {}
     for pair in pairs:
         sides.setdefault(pair["Fact"], set()).add(side[pair["Question"]])
     assert not [fact for fact, both in sides.items() if len(both) > 1]
-    assert {split for both in sides.values() for split in both} == {"train", "val"}
+    assert {split for both in sides.values() for split in both} == {*prepare.SPLITS}
     assert not [pair for pair in TOLD_TOGETHER if side[pair[0]] != side[pair[1]]]
 
 
-def test_no_trained_answer_shares_over_half_of_a_validation_answer(asked, pairs):
+@HELD_OUT
+def test_no_trained_answer_shares_over_half_of_one_that_is_held_out(split, asked, pairs):
     """The answers to who said a line, and to other names, are one pattern: see below."""
     by_hand = {pair["Question"] for pair in pairs}
-    checked = [(q, a) for q, a in asked["val"] if q in by_hand or "回目" in q]
+    checked = [(q, a) for q, a in asked[split] if q in by_hand or "回目" in q]
     assert len(checked) > 100
     trained = [(q, a, character_pairs(a)) for q, a in asked["train"]]
     for question, answer in checked:
@@ -247,17 +253,19 @@ def test_no_trained_answer_shares_over_half_of_a_validation_answer(asked, pairs)
         assert not near, (question, answer)
 
 
-def test_no_line_of_validation_is_quoted_in_training(asked):
+@HELD_OUT
+def test_no_line_that_is_held_out_is_quoted_in_training(split, asked):
     trained = "\n".join(question + answer for question, answer in asked["train"])
-    lines = [q for q, _ in asked["val"] if q.endswith("”这句话是谁说的？")]
+    lines = [q for q, _ in asked[split] if q.endswith("”这句话是谁说的？")]
     assert lines
     for question in lines:
         line = question[1 : question.index("”")]
         assert not [line[i : i + 6] for i in range(len(line) - 5) if line[i : i + 6] in trained]
 
 
-def test_no_other_name_of_validation_is_told_in_training(asked):
-    named = [re.fullmatch("(.+)也被称为(.+)。", answer) for _, answer in asked["val"]]
+@HELD_OUT
+def test_no_other_name_that_is_held_out_is_told_in_training(split, asked):
+    named = [re.fullmatch("(.+)也被称为(.+)。", answer) for _, answer in asked[split]]
     assert any(named)
     for match in filter(None, named):
         told = [(q, a) for q, a in asked["train"] if match[1] in q + a]
@@ -269,12 +277,13 @@ def test_no_other_name_of_validation_is_told_in_training(asked):
 
 def test_the_questions_drawn_are_about_trained_chapters_only(chapters, asked, pairs):
     by_hand = {pair["Question"] for pair in pairs}
-    drawn = [q for q, _ in asked["train"] + asked["val"] if q not in by_hand]
-    for text in chapters[9::10]:
+    drawn = [q for q, _ in itertools.chain(*asked.values()) if q not in by_hand]
+    splits = prepare.split_chapters(chapters)
+    for text in splits["val"] + splits["test"]:
         ordinal, first, _ = text.split("\n")[0].split(" ")
         assert f"三国演义{ordinal}的回目是什么？" not in drawn
         assert f"“{first}”是三国演义第几回的回目？" not in drawn
-    trained = "".join(text for n, text in enumerate(chapters, 1) if n % 10)
+    trained = "".join(splits["train"])
     lines = [q[1 : q.index("”")] for q in drawn if q.endswith("”这句话是谁说的？")]
     assert len(lines) == len(set(lines)) == 150
     assert all(f"曰：“{line}”" in trained for line in lines)
