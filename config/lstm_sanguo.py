@@ -1,7 +1,8 @@
 # The LSTM on 三国演义, to compare with the GPT of config/pretrain_sanguo.py: as many parameters,
 # 3.87M, the same rows of text in the same order.
 #   python train.py config/lstm_sanguo.py
-# One CPU core, 8 minutes: 2.010 bits per byte on the validation chapters.
+# One CPU core, 8 minutes: 2.010 bits per byte on the validation chapters, where the GPT had 1.932
+# (both trained on 108 chapters, before some became the test split)
 out_dir = "out-sanguo-lstm"
 dataset = "sanguo"
 
