@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,22 +24,29 @@ WAYS = {
     "cold_top_k": {"temperature": 0.7, "top_k": 5},
     "hot_top_p": {"temperature": 1.5, "top_p": 0.8},
     "penalty": {"temperature": 0.0, "repetition_penalty": 1.7},
+    "counts": {"temperature": 0.0, "frequency_penalty": 0.6, "presence_penalty": -1.1},
     "min_p": {"temperature": 1.3, "min_p": 0.3},
     "no_repeat_ngram": {"temperature": 0.0, "no_repeat_ngram": 2},
     "all": {"temperature": 0.9, "top_k": 9, "top_p": 0.9, "min_p": 0.05}
-    | {"repetition_penalty": 1.3, "no_repeat_ngram": 3},
+    | {"repetition_penalty": 1.3, "no_repeat_ngram": 3, "presence_penalty": 0.7},
 }
 each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
 def slow_probs(
-    logits: np.ndarray, sampling: Sampling, text: list[int], stop_ids: tuple[int, ...] = ()
+    logits: np.ndarray,
+    sampling: Sampling,
+    text: list[int],
+    stop_ids: tuple[int, ...] = (),
+    prompt_size: int = 0,
 ) -> dict[int, float]:
     """Each id that may come, likeliest first, with its probability; loops and float64 only."""
     logits = {id: float(logit) for id, logit in enumerate(logits)}
     for id in set(text) - set(stop_ids) if sampling.repetition_penalty != 1 else ():
         penalty = sampling.repetition_penalty
         logits[id] = logits[id] / penalty if logits[id] > 0 else logits[id] * penalty
+    for id, count in Counter(text[prompt_size:]).items():
+        logits[id] -= count * sampling.frequency_penalty + sampling.presence_penalty
     if n := sampling.no_repeat_ngram:
         grams = [text[i : i + n] for i in range(len(text) - n + 1)]
         for id in logits.keys() - set(stop_ids):
@@ -77,7 +85,7 @@ def slow_generate(
     block_size = model.config.block_size
     text, window = list(prompt), list(prompt)
     for _ in range(sampling.max_new_tokens):
-        probs = slow_probs(next_logits(model, window), sampling, text, stop_ids)
+        probs = slow_probs(next_logits(model, window), sampling, text, stop_ids, len(prompt))
         if sampling.temperature:
             u = stream.random()
             sums = itertools.accumulate(probs.values())
@@ -185,6 +193,7 @@ def test_a_prompt_of_no_or_too_many_tokens_is_refused(length):
 def test_an_impossible_setting_is_named():
     impossible = {"max_new_tokens": [0], "top_k": [0], "seed": [-1], "stop": [["x", ""]]}
     impossible |= {"temperature": [-0.1, 1e-50, math.inf, math.nan], "top_p": [0.0, 1e-50, 1.1]}
+    impossible |= {"frequency_penalty": [-2.1, math.nan], "presence_penalty": [2.1, math.nan]}
     impossible |= {"min_p": [-0.1, 1.1], "repetition_penalty": [0.0, 1e-300, math.nan]}
     for name, values in (impossible | {"no_repeat_ngram": [-1]}).items():
         for value in values:
@@ -257,6 +266,19 @@ def test_penalties_equal_hugging_faces():
     requests = [Request(t, Sampling(repetition_penalty=1.3)) for t in texts[:, :4].tolist()]
     wanted = RepetitionPenaltyLogitsProcessor(1.3)(texts[:, :4], logits.clone())
     assert torch.equal(penalize(logits, requests), wanted)
+
+
+def test_counts_are_subtracted_as_openai_defines_it():
+    samplings = [{"frequency_penalty": 0.5, "presence_penalty": -1.0}, {}, {"presence_penalty": 2}]
+    requests = [Request([3, 4], Sampling(**options)) for options in samplings]
+    for request in requests:
+        request.text += [1, 1, 1, 4]  # after the prompt, whose ids do not count
+    logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    minus = [[0, 3 * 0.5 - 1, 0, 0, 0.5 - 1, 0], [0] * 6, [0, 2, 0, 0, 2, 0]]
+    changed = penalize(logits, requests)
+    torch.testing.assert_close(changed, logits - torch.tensor(minus))
+    assert torch.equal(changed[1], logits[1])
+    assert penalize(logits, requests[1:2] * 3) is logits  # nothing is spent on what is off
 
 
 # --- many requests -----------------------------------------------------------------------------
