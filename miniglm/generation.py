@@ -25,6 +25,7 @@ from model import GPT, KVCache
 
 LEAST, MOST = 1e-6, 1e4  # factors that leave logits within float32
 FACTOR = Bound(f"{LEAST:g} to {MOST:g}", lambda x: LEAST <= x <= MOST)
+PENALTY = Bound("-2 to 2", lambda x: -2 <= x <= 2)
 HEAT = Bound(f"0 (greedy), or {FACTOR.words}", lambda x: x == 0 or FACTOR.holds(x))
 
 
@@ -38,8 +39,8 @@ class Sampling:
     top_p: Annotated[float, at_least(LEAST), at_most(1)] = 1.0  # only the likeliest, up to this sum
     min_p: Annotated[float, at_least(0), at_most(1)] = 0.0  # only from this share of the top one's
     repetition_penalty: Annotated[float, FACTOR] = 1.0  # above 1 lowers ids of the text so far
-    frequency_penalty: Annotated[float, at_least(-2), at_most(2)] = 0.0  # each time an id came
-    presence_penalty: Annotated[float, at_least(-2), at_most(2)] = 0.0  # once, if an id came at all
+    frequency_penalty: Annotated[float, PENALTY] = 0.0  # lowers new ids each time they come
+    presence_penalty: Annotated[float, PENALTY] = 0.0  # lowers new ids once
     no_repeat_ngram: Annotated[int, at_least(0)] = 0  # n: no n tokens come twice; 0 is off
     stop: list[str] = field(default_factory=list)  # the output ends before these texts
     seed: Annotated[int, at_least(0)] = 1337  # same seed, same text

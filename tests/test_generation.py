@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,29 +23,22 @@ WAYS = {
     "cold_top_k": {"temperature": 0.7, "top_k": 5},
     "hot_top_p": {"temperature": 1.5, "top_p": 0.8},
     "penalty": {"temperature": 0.0, "repetition_penalty": 1.7},
-    "counts": {"temperature": 0.0, "frequency_penalty": 0.6, "presence_penalty": -1.1},
     "min_p": {"temperature": 1.3, "min_p": 0.3},
     "no_repeat_ngram": {"temperature": 0.0, "no_repeat_ngram": 2},
     "all": {"temperature": 0.9, "top_k": 9, "top_p": 0.9, "min_p": 0.05}
-    | {"repetition_penalty": 1.3, "no_repeat_ngram": 3, "presence_penalty": 0.7},
+    | {"repetition_penalty": 1.3, "no_repeat_ngram": 3},
 }
 each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
 def slow_probs(
-    logits: np.ndarray,
-    sampling: Sampling,
-    text: list[int],
-    stop_ids: tuple[int, ...] = (),
-    prompt_size: int = 0,
+    logits: np.ndarray, sampling: Sampling, text: list[int], stop_ids: tuple[int, ...] = ()
 ) -> dict[int, float]:
     """Each id that may come, likeliest first, with its probability; loops and float64 only."""
     logits = {id: float(logit) for id, logit in enumerate(logits)}
     for id in set(text) - set(stop_ids) if sampling.repetition_penalty != 1 else ():
         penalty = sampling.repetition_penalty
         logits[id] = logits[id] / penalty if logits[id] > 0 else logits[id] * penalty
-    for id, count in Counter(text[prompt_size:]).items():
-        logits[id] -= count * sampling.frequency_penalty + sampling.presence_penalty
     if n := sampling.no_repeat_ngram:
         grams = [text[i : i + n] for i in range(len(text) - n + 1)]
         for id in logits.keys() - set(stop_ids):
@@ -85,7 +77,7 @@ def slow_generate(
     block_size = model.config.block_size
     text, window = list(prompt), list(prompt)
     for _ in range(sampling.max_new_tokens):
-        probs = slow_probs(next_logits(model, window), sampling, text, stop_ids, len(prompt))
+        probs = slow_probs(next_logits(model, window), sampling, text, stop_ids)
         if sampling.temperature:
             u = stream.random()
             sums = itertools.accumulate(probs.values())
