@@ -26,10 +26,11 @@ from miniglm import generation
 from miniglm.serve.server import Busy, Server, Stream
 
 MOST_SAMPLES = 5  # of one question
-# options that change no answer; max_tokens does not beside max_completion_tokens
+# options that change no answer; max_tokens does not beside max_completion_tokens, nor do tools, of
+# which a model may always choose none
 HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 HARMLESS |= {"prompt_cache_retention", "parallel_tool_calls", "reasoning_effort", "verbosity"}
-HARMLESS |= {"prediction", "max_tokens"}
+HARMLESS |= {"prediction", "max_tokens", "tools"}
 LENGTHS = ("max_completion_tokens", "max_tokens", "max_new_tokens")  # names, the first one wins
 LENGTH = Field(generation.Sampling.max_new_tokens, ge=1, validation_alias=AliasChoices(*LENGTHS))
 # values that ask for nothing
@@ -72,9 +73,8 @@ class Body(BaseModel, extra="allow"):
     stream_options: StreamOptions = StreamOptions()
 
     def sampling(self, most_tokens: int) -> generation.Sampling:
-        unused = HARMLESS | ({"tools"} if self.model_extra.get("tool_choice") == "none" else set())
         for name, value in self.model_extra.items():
-            if name not in SAMPLING_NAMES | unused and value not in OFF:
+            if name not in SAMPLING_NAMES | HARMLESS and value not in OFF:
                 raise UserError(f"{name} is not supported; leave it out")
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         options = dict(self) | {"max_new_tokens": min(self.max_new_tokens, most_tokens)}
