@@ -29,7 +29,7 @@ from configurator import ROOT, UserError, at_least, at_most, command, configure,
 from miniglm.generation import Request, Sampling
 from miniglm.serve import api, page_html
 from miniglm.serve.api import MOST_SAMPLES
-from miniglm.serve.gate import LOOPBACK, Gate
+from miniglm.serve.gate import LOOPBACK, Gate, refuse
 from miniglm.serve.page_html import Answer, Turn
 from miniglm.serve.server import Piece, Server, Stream
 from miniglm.text import complete_question, load_for_sampling
@@ -397,6 +397,7 @@ def load_servers(config: Settings) -> dict[str, Server]:
 def make_app(servers: dict[str, Server], config: Settings) -> Gate:
     app = FastAPI(title="MiniGLM", docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(api.make_router(servers))
+    app.mount("/v1", refuse(404, "there is only POST /v1/chat/completions, and GET /v1/models"))
     gr.mount_gradio_app(
         app,
         Page(servers).blocks(),

@@ -25,6 +25,7 @@ from model import GPT, KVCache
 
 LEAST, MOST = 1e-6, 1e4  # factors that leave logits within float32
 FACTOR = Bound(f"{LEAST:g} to {MOST:g}", lambda x: LEAST <= x <= MOST)
+PENALTY = Bound("-2 to 2", lambda x: -2 <= x <= 2)
 HEAT = Bound(f"0 (greedy), or {FACTOR.words}", lambda x: x == 0 or FACTOR.holds(x))
 
 
@@ -38,6 +39,8 @@ class Sampling:
     top_p: Annotated[float, at_least(LEAST), at_most(1)] = 1.0  # only the likeliest, up to this sum
     min_p: Annotated[float, at_least(0), at_most(1)] = 0.0  # only from this share of the top one's
     repetition_penalty: Annotated[float, FACTOR] = 1.0  # above 1 lowers ids of the text so far
+    frequency_penalty: Annotated[float, PENALTY] = 0.0  # lowers new ids each time they come
+    presence_penalty: Annotated[float, PENALTY] = 0.0  # lowers new ids once
     no_repeat_ngram: Annotated[int, at_least(0)] = 0  # n: no n tokens come twice; 0 is off
     stop: list[str] = field(default_factory=list)  # the output ends before these texts
     seed: Annotated[int, at_least(0)] = 1337  # same seed, same text
@@ -218,18 +221,25 @@ class Batch:
 def penalize(
     logits: torch.Tensor, requests: list[Request], stop_ids: tuple[int, ...] = ()
 ) -> torch.Tensor:
-    """(B, n_vocab) logits after each row's repetition_penalty and no_repeat_ngram. Stop ids are
-    exempt: a conversation holds them already, and must be able to end."""
+    """(B, n_vocab) logits after each row's penalties and no_repeat_ngram. frequency_penalty and
+    presence_penalty are OpenAI's: subtracted from an id's logit for each time that the new ids have
+    it, and once ("Frequency and presence penalties" in the guide to its API). Stop ids are exempt:
+    a conversation holds them already, and must be able to end."""
     changed = logits
     for row, request in enumerate(requests):
         penalty, n = request.sampling.repetition_penalty, request.sampling.no_repeat_ngram
-        if (penalty != 1 or n) and changed is logits:
+        each, once = request.sampling.frequency_penalty, request.sampling.presence_penalty
+        if (penalty != 1 or n or each or once) and changed is logits:
             changed = logits.clone()
         if penalty != 1:
             seen = sorted({*request.text}.difference(stop_ids))
             seen = torch.tensor(seen, dtype=torch.int64, device=logits.device)
             old = logits[row, seen]
             changed[row, seen] = torch.where(old > 0, old / penalty, old * penalty)
+        if (each or once) and request.n_new:
+            new = torch.tensor(request.text[len(request.prompt) :])
+            ids, counts = new.unique(return_counts=True)
+            changed[row, ids] -= (counts * each + once).to(logits.device)
         banned = {*completions(request.text, n)}.difference(stop_ids) if n else ()
         if 0 < len(banned) < logits.shape[-1]:  # one id must be left
             changed[row, torch.tensor(sorted(banned), device=logits.device)] = -torch.inf

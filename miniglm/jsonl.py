@@ -123,7 +123,7 @@ def resume(path: Path, header: dict) -> list[dict]:
     if begun is None:
         append(path, [header])
     elif begun != header:
-        different = [key for key in header if begun.get(key) != header[key]]
+        different = [key for key in header | begun if begun.get(key) != header.get(key)]
         raise UserError(
             f"{show_path(path)} was begun with other {', '.join(different)}; delete it to start "
             "over"

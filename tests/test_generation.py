@@ -185,6 +185,7 @@ def test_a_prompt_of_no_or_too_many_tokens_is_refused(length):
 def test_an_impossible_setting_is_named():
     impossible = {"max_new_tokens": [0], "top_k": [0], "seed": [-1], "stop": [["x", ""]]}
     impossible |= {"temperature": [-0.1, 1e-50, math.inf, math.nan], "top_p": [0.0, 1e-50, 1.1]}
+    impossible |= {"frequency_penalty": [-2.1, math.nan], "presence_penalty": [2.1, math.nan]}
     impossible |= {"min_p": [-0.1, 1.1], "repetition_penalty": [0.0, 1e-300, math.nan]}
     for name, values in (impossible | {"no_repeat_ngram": [-1]}).items():
         for value in values:
@@ -257,6 +258,19 @@ def test_penalties_equal_hugging_faces():
     requests = [Request(t, Sampling(repetition_penalty=1.3)) for t in texts[:, :4].tolist()]
     wanted = RepetitionPenaltyLogitsProcessor(1.3)(texts[:, :4], logits.clone())
     assert torch.equal(penalize(logits, requests), wanted)
+
+
+def test_counts_are_subtracted_as_openai_defines_it():
+    samplings = [{"frequency_penalty": 0.5, "presence_penalty": -1.0}, {}, {"presence_penalty": 2}]
+    requests = [Request([3, 4], Sampling(**options)) for options in samplings]
+    for request in requests:
+        request.text += [1, 1, 1, 4]  # after the prompt, whose ids do not count
+    logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    minus = [[0, 3 * 0.5 - 1, 0, 0, 0.5 - 1, 0], [0] * 6, [0, 2, 0, 0, 2, 0]]
+    changed = penalize(logits, requests)
+    torch.testing.assert_close(changed, logits - torch.tensor(minus))
+    assert torch.equal(changed[1], logits[1])
+    assert penalize(logits, requests[1:2] * 3) is logits  # nothing is spent on what is off
 
 
 # --- many requests -----------------------------------------------------------------------------

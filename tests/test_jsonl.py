@@ -55,6 +55,8 @@ def test_what_another_run_began_or_a_hand_damaged_is_left_as_it_is(tmp_path):
     before = path.read_bytes()
     with pytest.raises(UserError, match=r"a\.jsonl was begun with other seed; delete it to start"):
         resume(path, {"seed": 3, "size": 2})
+    with pytest.raises(UserError, match="was begun with other size; delete"):
+        resume(path, {"seed": 1})
     with pytest.raises(UserError, match="line 1 is damaged; delete it"):
         recover(path, "a")
     assert path.read_bytes() == before

@@ -4,10 +4,13 @@
     client.chat.completions.create(model="out-sanguo-sft", messages=[...], seed=1337)
 
 The same seed gives the same text as sample.py. A fine-tuned model gets the conversation; a
-pretrained one continues the last message. Options that are not supported are refused, not ignored.
+pretrained one continues the last message. Options that would change an answer and are not supported
+are refused, not ignored. A length above the server's is cut to it; the header x-max-tokens of each
+answer says which length it had.
 """
 
 import json
+import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -23,51 +26,70 @@ from miniglm import generation
 from miniglm.serve.server import Busy, Server, Stream
 
 MOST_SAMPLES = 5  # of one question
-# options that change no answer
+# options that change no answer; max_tokens does not beside max_completion_tokens, nor do tools, of
+# which a model may always choose none
 HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-LENGTH_NAMES = AliasChoices("max_completion_tokens", "max_tokens")
-OFF = (None, False, 0, [], {}, "auto", "none", {"type": "text"})  # values that ask for nothing
+HARMLESS |= {"prompt_cache_retention", "parallel_tool_calls", "reasoning_effort", "verbosity"}
+HARMLESS |= {"prediction", "max_tokens", "tools"}
+LENGTHS = ("max_completion_tokens", "max_tokens", "max_new_tokens")  # names, the first one wins
+LENGTH = Field(generation.Sampling.max_new_tokens, ge=1, validation_alias=AliasChoices(*LENGTHS))
+# values that ask for nothing
+OFF = (None, False, 0, [], {}, "auto", "none", ["text"], {"type": "text"})
+OBJECT = TypeAdapter(dict)
 SAMPLING = TypeAdapter(generation.Sampling)
 SAMPLING_NAMES = {field.name for field in fields(generation.Sampling)}
 
 
 class Part(BaseModel):
     text: str
+    type: Literal["text"] = "text"
 
 
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | list[Part] | None = None  # an assistant's turn may be empty
+    tool_calls: list | None = None
 
     def plain(self) -> dict:
         """As the tokenizer renders it."""
-        parts = [Part(text=self.content)] if isinstance(self.content, str) else self.content
+        if self.tool_calls or (self.content is None and self.role != "assistant"):
+            raise UserError(f"a message of the {self.role} must have content, and no tool_calls")
+        parts = [Part(text=self.content)] if isinstance(self.content, str) else self.content or []
         role = "system" if self.role == "developer" else self.role
         return {"role": role, "content": "".join(part.text for part in parts)}
 
 
 class StreamOptions(BaseModel):
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class Body(BaseModel, extra="allow"):
     model: str
     messages: Annotated[list[Message], Field(min_length=1)]
-    n: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | None = None
-    stop: str | list[str] | None = None
-    max_new_tokens: int | None = Field(None, validation_alias=LENGTH_NAMES)
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] = 1
+    stop: str | list[str] = []
+    max_new_tokens: int = LENGTH
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
 
     def sampling(self, most_tokens: int) -> generation.Sampling:
         for name, value in self.model_extra.items():
             if name not in SAMPLING_NAMES | HARMLESS and value not in OFF:
-                raise UserError(f"{name} is not supported")
-        options = {"max_new_tokens": min(generation.Sampling.max_new_tokens, most_tokens)}
-        given = dict(self)
-        given["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
-        options |= {name: value for name, value in given.items() if value is not None}
-        return SAMPLING.validate_python(options)
+                raise UserError(f"{name} is not supported; leave it out")
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        options = dict(self) | {"max_new_tokens": min(self.max_new_tokens, most_tokens)}
+        return SAMPLING.validate_python(options | {"stop": [text for text in stop if text]})
+
+
+def without_nulls(body: dict) -> dict:
+    """A request without what clients write for a default: null, a top_k of 0 or -1, or a length of
+    -1. A seed of null or -1 is left to chance."""
+    if body.get("seed", 0) in (None, -1):
+        body["seed"] = secrets.randbits(63)
+    if body.get("top_k") in (0, -1):
+        del body["top_k"]
+    body |= {name: 10**9 for name in LENGTHS if body.get(name) == -1}
+    return {name: value for name, value in body.items() if value is not None}
 
 
 class NotFound(UserError):
@@ -82,32 +104,36 @@ CODES = {404: "model_not_found", 429: "rate_limit_exceeded"}
 def make_router(servers: dict[str, Server]) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/v1/models")
+    @router.api_route("/v1/models", methods=["GET", "HEAD"])
+    @router.get("/v1/models/")
     async def models() -> dict:
         return {"object": "list", "data": [describe(server) for server in servers.values()]}
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         try:
-            return JSONResponse(describe(find(servers, name)))
+            return JSONResponse(describe(find(servers, name.rstrip("/"))))
         except NotFound as error:
             return error_response(error)
 
+    @router.post("/v1/chat/completions/")
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         stream = Stream()
         try:
-            body = Body.model_validate_json(await request.body())
+            body = OBJECT.validate_json(await request.body())
+            body = Body.model_validate(without_nulls(body))
             server = find(servers, body.model)
             prompt = server.prompt([message.plain() for message in body.messages])
             sampling = body.sampling(server.max_new_tokens)
-            for sample in range(body.n or 1):
+            for sample in range(body.n):
                 server.submit(stream, generation.Request(prompt, sampling, 0, sample))
             answer = Answer(server.name, len(prompt), stream)
+            headers = {"x-max-tokens": str(sampling.max_new_tokens)}
             if body.stream:
-                with_usage = body.stream_options and body.stream_options.include_usage
-                return StreamingResponse(answer.events(with_usage), media_type="text/event-stream")
-            return await answer.whole(request)
+                events = answer.events(body.stream_options.include_usage)
+                return StreamingResponse(events, 200, headers, "text/event-stream")
+            return await answer.whole(request, headers)
         except Exception as error:
             stream.stop()
             return error_response(error)
@@ -142,7 +168,7 @@ class Answer:
         tokens = {"prompt_tokens": self.prompt_tokens, "completion_tokens": new}
         return {"usage": tokens | {"total_tokens": self.prompt_tokens + new}}
 
-    async def whole(self, request: Request) -> Response:
+    async def whole(self, request: Request, headers: dict) -> Response:
         """All samples once they have ended; given up if the client goes away meanwhile."""
         texts, finish = ["" for _ in self.stream.jobs], ["" for _ in self.stream.jobs]
         with self.stream as stream:
@@ -155,7 +181,8 @@ class Answer:
         for number, text in enumerate(texts):
             message = {"role": "assistant", "content": text, "refusal": None}
             choices.append(choice(number, finish[number], message=message))
-        return JSONResponse(self.envelope("chat.completion", choices) | self.usage())
+        content = self.envelope("chat.completion", choices) | self.usage()
+        return JSONResponse(content, headers=headers)
 
     async def events(self, with_usage: bool) -> AsyncIterator[str]:
         """Server-sent events. A client that goes away closes this generator."""
@@ -193,8 +220,8 @@ def error_response(error: Exception) -> JSONResponse:
     statuses = (status for kind, status in STATUSES.items() if isinstance(error, kind))
     status, message = next(statuses, 500), str(error)
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        message = ": ".join([".".join(map(str, first["loc"])) or "the request", first["msg"]])
+        last = error.errors()[-1]  # of a text or a list the list's, which says more
+        message = ": ".join([".".join(map(str, last["loc"])) or "the request", last["msg"]])
     kind = KINDS.get(status, "invalid_request_error")
     content = {"message": message, "type": kind, "param": None, "code": CODES.get(status)}
     headers = {"retry-after": "1"} if status == 429 else None

@@ -109,7 +109,7 @@ class Server:
     checkpoint: Checkpoint
     batch_size: int = 16
     max_waiting: int = 64
-    max_new_tokens: int = 512  # of one request
+    max_new_tokens: int = 512  # of one request; who submits keeps to it
 
     def __post_init__(self):
         self.most_jobs = self.batch_size + self.max_waiting
@@ -122,7 +122,7 @@ class Server:
     def prompt(self, messages: list[dict]) -> list[int]:
         """The ids that sample.py would give to the model: the conversation with its last question
         completed, or for a pretrained model the last message to be continued. Raises UserError
-        if the question is too long."""
+        if the question or the system's message is too long."""
         checkpoint, before = self.checkpoint, messages[:-1]
         if messages[-1]["role"] != "user":
             raise UserError("the last message must be the user's")
@@ -130,21 +130,18 @@ class Server:
         room = CHARACTERS_PER_TOKEN * block_size
         if not checkpoint.answers:
             return prompt_ids(checkpoint, text[-room:])
-        if len(text) > room:
-            raise UserError(
-                f"the question has {len(text):,} characters; this model reads {block_size} tokens"
-            )
+        for message in messages:
+            size, role = len(message["content"]), message["role"]
+            if size > room and (message is messages[-1] or role == "system"):
+                had = f"the {role}'s message has {size:,} characters"
+                raise UserError(f"{had}; this model reads {block_size} tokens")
         before = [message for message in before if len(message["content"]) <= room]
         question = {"role": "user", "content": complete_question(checkpoint, text)}
         return chat_prompt(checkpoint, [*before, question])
 
     def submit(self, stream: Stream, request: Request) -> None:
-        """Adds a request to the stream. Raises UserError if it asks for too many tokens, Busy if
-        too many requests wait."""
+        """Adds a request to the stream. Raises Busy if too many requests wait."""
         request.sampling = default_temperature(self.checkpoint, request.sampling)
-        if request.sampling.max_new_tokens > self.max_new_tokens:
-            asked = f"{request.sampling.max_new_tokens} new tokens"
-            raise UserError(f"{asked} are more than this server's limit of {self.max_new_tokens}")
         text = TextStream(self.checkpoint.tokenizer, request.sampling.stop)
         job = Job(self, stream, len(stream.jobs), request, text)
         with self.lock:

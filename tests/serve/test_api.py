@@ -46,9 +46,10 @@ def streamed(client, *args, **options) -> tuple[str, str, list]:
 @pytest.mark.parametrize("model", ["answers", "novel"])
 @pytest.mark.parametrize("seed", [1337, 7])
 def test_plain_and_streamed_texts_are_those_of_sample_py(client, out_dirs, model, seed):
-    sampling = Sampling(max_new_tokens=40, temperature=0.9, top_p=0.8, seed=seed)
+    options = {"temperature": 0.9, "top_p": 0.8, "frequency_penalty": 0.5, "presence_penalty": -1}
+    sampling = Sampling(max_new_tokens=40, seed=seed, **options)
     alone = expected(out_dirs[model], dialogue(QUESTION), sampling)
-    options = {"max_tokens": 40, "temperature": 0.9, "top_p": 0.8, "seed": seed, "model": model}
+    options |= {"max_tokens": 40, "seed": seed, "model": model}
     plain = ask(client, **options)
     assert plain.choices[0].message.content == alone
     assert plain.usage.completion_tokens == 40
@@ -91,21 +92,58 @@ def test_a_conversation_is_given_whole(client, out_dirs):
     assert ask(client, parts, max_tokens=20).choices[0].message.content == alone
 
 
+def test_an_assistants_turn_may_be_empty(client, out_dirs):
+    alone = expected(out_dirs["answers"], dialogue("问？", "", "谁？"), Sampling(20))
+    for empty in ({"content": None}, {"content": None, "tool_calls": []}, {"content": []}, {}):
+        messages = dialogue("问？", "", "谁？")
+        messages[1] = {"role": "assistant"} | empty
+        assert ask(client, messages, max_tokens=20).choices[0].message.content == alone
+
+
+def test_what_asks_for_nothing_changes_nothing(client):
+    plain = ask(client, max_tokens=9).choices[0].message.content
+    names = "n stop seed stream stream_options temperature top_p tools logit_bias top_logprobs"
+    nothing = [dict.fromkeys(names.split()) | {"max_completion_tokens": None}]
+    nothing += [{"stop": ""}, {"stop": [""]}, {"logit_bias": {}}, {"modalities": ["text"]}]
+    nothing += [{"parallel_tool_calls": True, "reasoning_effort": "low", "verbosity": "low"}]
+    nothing += [
+        {"tools": [{"type": "function"}]} | choice for choice in ({}, {"tool_choice": "auto"})
+    ]
+    nothing += [{"top_k": -1}]
+    for options in nothing:
+        answer = ask(client, extra_body={"max_tokens": 9} | options)
+        assert answer.choices[0].message.content == plain
+
+
+def test_a_seed_of_null_or_minus_one_is_left_to_chance(client):
+    bodies = [{"temperature": 2, "seed": seed} for seed in (None, None, -1, -1)]
+    answers = [ask(client, max_tokens=30, extra_body=body).choices[0].message for body in bodies]
+    assert len({answer.content for answer in answers}) == 4
+
+
 def test_models_are_listed(client):
     assert [model.id for model in client.models.list()] == ["answers", "novel"]
     assert client.models.retrieve("novel").id == "novel"
 
 
+TEXT, IMAGE = {"type": "text", "text": "问"}, {"type": "image_url", "image_url": {"url": "data:,"}}
+LONG = {"role": "system", "content": " " * 100_000}
 REFUSED = {
     "temperature=-1 must be 0": {"temperature": -1},
-    "more than this server's limit of 20000": {"max_tokens": 30000},
+    "max_tokens: Input should be greater than or equal to 1": {"max_tokens": 0},
+    "frequency_penalty=3 must be -2 to 2": {"frequency_penalty": 3},
+    "modalities is not supported; leave it out": {"modalities": ["text", "audio"]},
+    "response_format is not supported": {"response_format": {"type": "json_object"}},
     "top_p: Input should be a valid number": {"extra_body": {"top_p": "high"}},
     "seed: Input should be a valid integer": {"extra_body": {"seed": 1.5}},
     "n: Input should be less than or equal to 5": {"n": 6},
     "logprobs is not supported": {"logprobs": True},
-    "tools is not supported": {"tools": [{"type": "function", "function": {"name": "f"}}]},
+    "tool_choice is not supported": {"tools": [{"type": "function"}], "tool_choice": "required"},
     "messages.0.role: Input should be 'system'": {"text": [{"role": "tool", "content": "x"}]},
-    "messages.0.content": {"text": [{"role": "user", "content": [{"type": "image"}]}]},
+    "1.type: Input should be 'text'": {"text": [{"role": "user", "content": [TEXT, IMAGE]}]},
+    "user must have content": {"text": [{"role": "user", "content": None}]},
+    "no tool_calls": {"text": [{"role": "assistant", "tool_calls": [{}]}]},
+    "the system's message has 100,": {"text": [LONG, *dialogue("问？")]},
     "the last message must be the user's": {"text": dialogue("问？", "答。")},
     "100,000 characters": {"text": "问" * 100_000},
     "messages: List should have at least 1 item": {"text": []},
@@ -228,8 +266,21 @@ def test_an_odd_body_is_refused_and_nothing_runs(served):
         assert not servers["answers"].jobs
 
 
-def test_a_client_that_names_no_length_gets_the_servers(out_dirs):
+def test_a_length_beyond_the_servers_is_cut_to_it_and_the_header_says_so(out_dirs):
     with serving([out_dirs["answers"]], max_new_tokens=9) as (address, _):
-        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
-        assert ask(client).usage.completion_tokens == 9
-        client.close()
+        asked = [{}, {"max_tokens": 4096}, {"max_completion_tokens": -1, "stream": True}]
+        for options, length in zip([*asked, {"max_tokens": 4}], "9994", strict=True):
+            body = {"model": "answers", "messages": dialogue(QUESTION)} | options
+            answer = httpx.post(f"{address}/v1/chat/completions/", json=body)
+            assert answer.headers["x-max-tokens"] == length
+            assert '"length"' in answer.text  # its finish_reason
+
+
+def test_an_address_that_is_not_here_says_which_are(served):
+    for address in ("POST /completions", "GET /chat/completions", "PUT /models"):
+        method, path = address.split()
+        answer = httpx.request(method, f"{served[0]}/v1{path}")
+        assert answer.status_code == 404
+        assert "there is only POST /v1/chat/completions" in answer.json()["error"]["message"]
+    assert httpx.get(f"{served[0]}/v1/models/").json()["data"]
+    assert httpx.head(f"{served[0]}/v1/models").status_code == 200
