@@ -6,13 +6,16 @@ readers.py's business.
 A text's encoding is the one in which it can be read: decoded with a wrong one, at least half of the
 Chinese characters are rare, private or undefined; with the right one, about one in a hundred. This
 got 600 samples of 40 characters each right, and it tolerates damage: chardet 7.7 does as well on
-whole texts, but finds no encoding if ten bits in 128,000 bytes are wrong.
+whole texts, but finds no encoding if ten bits in 128,000 bytes are wrong. Rare characters are no
+fault where the encoding is sure: in UTF-8, which other texts are not by chance, and in the one that
+was asked for if all bytes are valid in it.
 """
 
 import codecs
 import functools
 import gzip
 import io
+import itertools
 import re
 import unicodedata
 import zlib
@@ -28,6 +31,8 @@ from configurator import UserError, show_path
 PIECE = 2**14  # bytes looked at in each of
 PIECES = 16  # places, evenly over the file
 READABLE = 0.7  # the smallest share of good characters among those beyond ASCII
+VALID = 0.98  # the same where rare characters are good ones
+WIDE = ("utf-16", "utf-32")  # where nearly any bytes are valid, and NUL is part of a character
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # the first bytes of such a file
 MARKS = {
     b"\xef\xbb\xbf": "utf-8",
@@ -68,19 +73,22 @@ def find_encoding(path: Path, encoding: str = "auto") -> str:
 
     Reads the whole file, and looks at PIECES pieces of it."""
     with open_bytes(path) as file:
-        head, pieces = _sample(file)
-    if encoding == "auto":
-        marked = [name for mark, name in MARKS.items() if head.startswith(mark)]
-        encoding = marked[0] if marked else _guess(pieces)
-    else:
-        encoding = _known(encoding, head, pieces)
-    if not encoding or not _is_readable(pieces, encoding):
-        wrong = f"as {encoding} it is garbage" if encoding else "no encoding makes it readable text"
+        head = file.read(PIECE)
+        file.seek(0)
+        marked = next((name for mark, name in MARKS.items() if head.startswith(mark)), "")
+        told = marked if encoding == "auto" else _known(encoding, head)
+        pieces, is_valid = _sample(file, told or "utf-8")
+    name = told or _guess(pieces, is_valid)
+    is_sure = is_valid and name == (told or "utf-8")
+    is_sure &= name == marked or not name.startswith(WIDE)
+    is_fit = is_sure or (name and (_is_readable(pieces, name) or _is_nearly_valid(pieces, name)))
+    if not is_fit:
+        wrong = f"as {name} it is garbage" if name else "no encoding makes it readable text"
         raise UserError(f"{show_path(path)}: {wrong}; pass --encoding=, or leave the file out")
-    return encoding
+    return name
 
 
-def _known(name: str, head: bytes, pieces: list[tuple[int, bytes]]) -> str:
+def _known(name: str, head: bytes) -> str:
     """Python's name of an encoding that was asked for."""
     try:
         "".encode(name)
@@ -88,15 +96,16 @@ def _known(name: str, head: bytes, pieces: list[tuple[int, bytes]]) -> str:
     except LookupError:
         raise UserError(f"unknown encoding={name!r}; write utf-8, gb18030, big5, ...") from None
     if name == "utf-16":  # which of the two, the mark tells, or the text
-        return MARKS.get(head[:2]) or _best(pieces, ["utf-16-le", "utf-16-be"])[1]
+        return MARKS.get(head[:2]) or _best([(0, head)], ["utf-16-le", "utf-16-be"])[1]
     return {"utf-8-sig": "utf-8"}.get(name, name)
 
 
-def _sample(file: io.BufferedIOBase) -> tuple[bytes, list[tuple[int, bytes]]]:
-    """The first bytes, and up to PIECES pieces with more than ASCII in them, (position, bytes)."""
-    head, pieces, every, seen, position = b"", [], 1, 0, 0
-    while piece := file.read(PIECE):
-        head = head or piece[:4]
+def _sample(file: io.BufferedIOBase, encoding: str) -> tuple[list[tuple[int, bytes]], bool]:
+    """Up to PIECES pieces with more than ASCII in them, (position, bytes); and whether the whole
+    file is valid in this encoding, and holds no NUL unless that is UTF-16 or UTF-32."""
+    pieces, every, seen, position, is_valid = [], 1, 0, 0, True
+    decoder, has_nul = codecs.getincrementaldecoder(encoding)(), encoding.startswith(WIDE)
+    for piece in itertools.chain(iter(functools.partial(file.read, PIECE), b""), [b""]):
         if not piece.isascii() or b"\0" in piece:
             if seen % every == 0:
                 pieces.append((position, piece))
@@ -104,12 +113,21 @@ def _sample(file: io.BufferedIOBase) -> tuple[bytes, list[tuple[int, bytes]]]:
             if len(pieces) > PIECES:
                 pieces, every = pieces[::2], every * 2
         position += len(piece)
-    return head, pieces
+        if is_valid:
+            try:
+                decoder.decode(piece, final=not piece)
+                is_valid = has_nul or b"\0" not in piece
+            except UnicodeError:
+                is_valid = False
+    return pieces, is_valid
 
 
-def _guess(pieces: list[tuple[int, bytes]]) -> str:
-    """The encoding of pieces without a mark, "" if none makes them readable."""
-    if _is_readable(pieces, "utf-8", share_of_all=0):
+def _guess(pieces: list[tuple[int, bytes]], is_valid: bool) -> str:
+    """The encoding of pieces without a mark, "" if none makes them readable. is_valid: as UTF-8."""
+    if _is_readable(pieces, "utf-8", share_of_all=0) or _is_nearly_valid(pieces, "utf-8"):
+        return "utf-8"
+    # what was read as GB18030 and saved as UTF-8 is rare characters, and some U+FFFD among them
+    if is_valid and _quality(pieces, "utf-8", rare=True)[0] < READABLE:
         return "utf-8"
     names = ["gb18030", "cp950", "utf-16-le", "utf-16-be"]  # cp950 is Big5 as Windows writes it
     (share, good, *_), name = _best(pieces, names)
@@ -129,8 +147,16 @@ def _is_readable(pieces: list, encoding: str, share_of_all: float = 0.01) -> boo
     return share >= READABLE or bad <= share_of_all * total
 
 
-def _quality(pieces: list[tuple[int, bytes]], encoding: str) -> tuple[float, int, int, int]:
-    """The share of good characters among the good and bad ones; how many are good, bad, in all."""
+def _is_nearly_valid(pieces: list, encoding: str) -> bool:
+    """Whether hardly any byte is no character. Half of a text on chemistry is rare characters."""
+    return _quality(pieces, encoding, rare=True)[0] >= VALID
+
+
+def _quality(
+    pieces: list[tuple[int, bytes]], encoding: str, rare: bool = False
+) -> tuple[float, int, int, int]:
+    """The share of good characters among the good and bad ones; how many are good, bad, in all.
+    rare: whether rare and private ones are good."""
     counts = Counter()
     for position, piece in pieces:
         counts.update(_decode_piece(position, piece, encoding))
@@ -140,7 +166,9 @@ def _quality(pieces: list[tuple[int, bytes]], encoding: str) -> tuple[float, int
             good += count * encoding.startswith("utf-16")  # elsewhere they are no evidence
         elif char not in "\t\n\r\f\ufeff":
             is_bad = _is_han(char) and char not in common_han()
-            is_bad |= unicodedata.category(char) in ("Cc", "Cn", "Co", "Cs") or char == "\ufffd"
+            is_bad |= unicodedata.category(char) == "Co"
+            is_bad &= not rare
+            is_bad |= unicodedata.category(char) in ("Cc", "Cn", "Cs") or char == "\ufffd"
             # Yi, Hangul and others: two bytes of GB18030 or Big5, read as UTF-16
             is_bad |= "\ua000" <= char <= "\ud7ff" and encoding != "utf-8"
             good, bad = good + count * (not is_bad), bad + count * is_bad

@@ -264,6 +264,32 @@ def test_an_override_is_taken_and_a_wrong_one_refused(tmp_path):
             read(path, encoding=unknown)
 
 
+RARE = {
+    "烷烃烯烃炔烃芳烃，醇酚醚醛酮羧酸酯胺酰胺腈，苯萘蒽菲，吡啶嘧啶嘌呤吲哚喹啉。\n": "gb18030",
+    "香港嘅嘢,佢哋唔係咁講㗎\n": "big5hkscs",
+    "\ue000\ue001 烃\n": "gb18030",
+    "烃\ufffd\ufffd\ufffd\n": "gb18030",
+    "㐂㐄㐅㐆㐇\n": "utf-32",
+}
+
+
+@pytest.mark.parametrize("text", RARE)
+def test_rare_characters_are_no_fault_where_the_encoding_is_sure(text, tmp_path):
+    path = tmp_path / "a.txt"
+    for name in ("utf-8", "utf-8-sig", RARE[text], "utf-16"):
+        path.write_bytes((text * 600).encode(name))
+        is_told = name.startswith("utf-") and name != "utf-32"
+        for encoding in ("auto", name) if is_told else (name,):
+            assert "\n".join(read(path, encoding)) + "\n" == text * 600, (name, encoding)
+
+
+def test_a_damaged_line_of_rare_characters_costs_that_line(tmp_path):
+    path, line = tmp_path / "a.txt", next(iter(RARE)).encode()
+    path.write_bytes(line * 300 + line[:7] + b"\xff" + line[8:] + line * 300)
+    _, tally = counted(path)
+    assert (tally.good, tally.bad) == (600, {"damaged characters": 1})
+
+
 def test_what_is_no_text_is_refused(tmp_path):
     path = tmp_path / "a.txt"
     latin = ("Déjà vu à la façade brûlée, où l'été était gênant. " * 20).encode("latin-1")
