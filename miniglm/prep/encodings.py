@@ -39,6 +39,28 @@ MARKS = {
     b"\xff\xfe": "utf-16-le",
     b"\xfe\xff": "utf-16-be",
 }
+# the first bytes of files that are no text, and what is to be done
+OTHER_KINDS = {
+    b"PK\3\4": "a zip archive; unpack it",  # also docx, xlsx and epub
+    b"Rar!\x1a\7": "a rar archive; unpack it",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it",
+    b"\xfd7zXZ\0": "an xz file; unpack it",
+    b"BZh": "a bz2 file; unpack it",
+    GZIP: "packed twice; unpack it",
+    ZSTD: "packed twice; unpack it",
+    b"%PDF-": "a PDF; save its text",
+    b"\xd0\xcf\x11\xe0": "a document of an old Word or Excel; save its text",
+    b"{\\rtf": "an RTF document; save its text",
+    b"\x7fELF": "a program",
+    b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"GIF87a": "an image",
+    b"GIF89a": "an image",
+    b"PAR1": "a parquet file; give it the suffix .parquet",
+    b"version https://git-lfs.github.com/spec/": (
+        "a git-lfs pointer, not the file; fetch it with git lfs pull"
+    ),
+}
 DAMAGED_FILE = (EOFError, gzip.BadGzipFile, zlib.error, zstd.ZstdError)
 
 
@@ -66,6 +88,21 @@ def open_bytes(path: Path) -> Iterator[io.BufferedIOBase]:
             raise UserError(
                 f"{show_path(path)} is damaged ({error}); get it again, or unpack what is intact"
             ) from None
+
+
+def refuse_other_kinds(path: Path, form: str) -> None:
+    """Raises UserError if a file's first bytes show that it is no text, or no parquet file."""
+    with open_bytes(path) as file:
+        head = file.read(512)
+    kind = next((kind for start, kind in OTHER_KINDS.items() if head.startswith(start)), "")
+    if head[257:262] == b"ustar":
+        kind = "a tar archive; unpack it"
+    elif head.startswith(b"BZh") and head[4:10] != b"1AY&SY":
+        kind = ""  # a word
+    elif form != "txt" and re.match(rb"\s*<(!doctype html|html)\b", head, re.IGNORECASE):
+        kind = "a page of HTML; download the file itself"
+    if kind and (form != "parquet" or not head.startswith(b"PAR1")):
+        raise UserError(f"{show_path(path)} is {kind}")
 
 
 def find_encoding(path: Path, encoding: str = "auto") -> str:

@@ -23,7 +23,7 @@ import json
 import re
 from collections.abc import Callable
 
-from configurator import UserError, nearest
+from configurator import UserError, nearest, printable
 
 Record = str | list[dict]
 Preference = tuple[list[dict], str | None, str | None]  # prompt, chosen and rejected answer
@@ -56,7 +56,8 @@ class BadRecord(Exception):
     """reason: what is counted; detail: what is shown of it besides."""
 
     def __init__(self, reason: str, detail: object = ""):
-        detail = " ".join(str(detail).encode(errors="replace").decode().split())[:80]
+        detail = " ".join(str(detail).encode(errors="replace").decode().split())
+        detail = printable(detail)[:80]
         super().__init__(f"{reason} ({detail})" if detail else reason)
         self.reason = reason
 

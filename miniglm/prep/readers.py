@@ -16,6 +16,7 @@ import glob
 import io
 import itertools
 import json
+import os
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from configurator import ROOT, UserError, show_path
-from miniglm.prep.encodings import find_encoding, is_packed, open_bytes
+from miniglm.prep.encodings import find_encoding, is_packed, open_bytes, refuse_other_kinds
 from miniglm.prep.forms import KNOWN_FIELDS, BadRecord, Record, clean, interpret, is_whole
 
 T = TypeVar("T")
@@ -89,6 +90,7 @@ def find_sources(
 
 def source_of(path: Path, encoding: str = "auto") -> Source:
     form = form_of(path)
+    refuse_other_kinds(path, form)
     return Source(path, form, "" if form == "parquet" else find_encoding(path, encoding))
 
 
@@ -116,10 +118,29 @@ def _find(word: str) -> list[Path]:
 
 
 def _glob(folder: Path, pattern: str) -> list[Path]:
-    """The files that match, in order; ** leaves hidden ones out."""
+    """The files that match, in order; ** leaves hidden ones out, and is in each folder once."""
+    parts = Path(pattern).parts
+    if "**" in parts:
+        at = parts.index("**")
+        head, tail = (str(Path(*some)) for some in (parts[:at], parts[at + 1 :] or ["*"]))
+        bases = glob.glob(head, root_dir=folder)  # noqa: PTH207
+        folders = (sub for base in bases for sub in _folders(folder / base))
+        return sorted({file for sub in folders for file in _glob(sub, tail)})
     # Path.glob takes no absolute pattern
-    names = glob.glob(pattern, root_dir=folder, recursive=True)  # noqa: PTH207
+    names = glob.glob(pattern, root_dir=folder)  # noqa: PTH207
     return sorted(path for name in names if (path := folder / name).is_file())
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    """A folder and those below it, each once, although links may lead back."""
+    seen = set()
+    for path, names, _ in os.walk(folder, followlinks=True):
+        shown = [name for name in names if not name.startswith(".")]
+        names.clear()
+        if (real := os.path.realpath(path)) not in seen:
+            seen.add(real)
+            names += sorted(shown, key=lambda name: (Path(path, name).is_symlink(), name))
+            yield Path(path)
 
 
 def _files_of_known_forms(folder: Path) -> list[Path]:

@@ -1,9 +1,16 @@
 """Each form of file and each encoding, from files written here; damage is never silent."""
 
+import bz2
 import gzip
+import io
 import json
+import lzma
+import os
 import random
+import tarfile
+import zipfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
@@ -16,7 +23,8 @@ from miniglm.prep import readers
 from miniglm.prep.encodings import PIECE, find_encoding
 from miniglm.prep.forms import BadRecord, clean, interpret, is_validation, parse_fields
 from miniglm.prep.readers import Tally, find_sources, is_text, records
-from tests.helpers import TEXT, dialogue
+from miniglm.prep.writer import write_pretrain
+from tests.helpers import TEXT, dialogue, tiny_tokenizer
 
 TRADITIONAL = """\
 話說天下大勢，分久必合，合久必分。周末七國分爭，併入於秦。及秦滅之後，楚、漢分爭，又併入於漢。
@@ -216,6 +224,88 @@ def test_a_file_a_folder_a_glob_and_a_list_are_found_in_order(tmp_path, capsys, 
         find_sources(["only"])
 
 
+def test_a_walk_through_links_that_lead_back_ends_with_each_file_once(tmp_path):
+    data = tmp_path / "data"
+    for name in ("b.txt", "sub/a.txt", "sub/deep/c.txt"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        write_text(data / name, TEXT)
+    (data / "a_link").symlink_to(data / "sub")
+    (data / "sub" / "loop").symlink_to(data)
+    (data / "sub" / "deep" / "loop").symlink_to(data / "sub")
+    (tmp_path / "named").symlink_to(data)
+
+    def names(word: str) -> list[str]:
+        return [source.path.relative_to(tmp_path).as_posix() for source in find_sources([word])]
+
+    once = ["b.txt", "sub/a.txt", "sub/deep/c.txt"]
+    assert names(f"{tmp_path}/data/**/*.txt") == [f"data/{name}" for name in once]
+    assert names(f"{tmp_path}/named") == [f"named/{name}" for name in once]
+    assert names(f"{tmp_path}/data/a_link/*.txt") == ["data/a_link/a.txt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="its file names are Unicode")
+def test_a_name_that_is_no_utf8_is_read_and_shown_in_hexadecimal(tmp_path, capsys):
+    name = os.fsdecode("三国.txt".encode("gbk"))
+    folder, tokenizer = tmp_path / "in", tiny_tokenizer()
+    folder.mkdir()
+    write_text(folder / name, TEXT)
+    for word in (str(folder), f"{folder}/*.txt", f"{folder}/**", f"{folder}/{name}"):
+        [source] = find_sources([word])
+        texts = {"train": records(source, Tally())}
+        meta = write_pretrain(tmp_path / "out", tokenizer, texts, [source.name])
+        assert meta["sources"] == [f"{folder.as_posix()}/\\xc8\\xfd\\xb9\\xfa.txt"]
+        capsys.readouterr().out.encode()
+
+
+def archive(write: Callable) -> bytes:
+    file = io.BytesIO()
+    write(file)
+    return file.getvalue()
+
+
+def tar(file: io.BytesIO) -> None:
+    with tarfile.open(fileobj=file, mode="w") as out:
+        out.add(__file__, "a.txt")
+
+
+def zipped(file: io.BytesIO) -> None:
+    with zipfile.ZipFile(file, "w") as out:
+        out.writestr("a.txt", TEXT)
+
+
+KINDS = {
+    "zip archive; unpack it": archive(zipped),
+    "tar archive; unpack it": archive(tar),
+    "xz file; unpack it": lzma.compress(TEXT.encode()),
+    "bz2 file; unpack it": bz2.compress(TEXT.encode()),
+    "packed twice; unpack it": gzip.compress(gzip.compress(TEXT.encode())),
+    "7z archive": b"7z\xbc\xaf\x27\x1c\0\4",
+    "rar archive": b"Rar!\x1a\7\1\0",
+    "PDF; save its text": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n",
+    "program": b"\x7fELF\2\1\1",
+    "image": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
+    "git-lfs pointer, not the file; fetch it with git lfs pull": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    ),
+    "page of HTML; download the file itself": b"\n<!DOCTYPE html>\n<html><body>404</body></html>",
+    "parquet file; give it the suffix .parquet": archive(
+        lambda file: pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), file)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_file_of_another_kind_is_named_by_its_first_bytes(pack, kind, tmp_path):
+    for name in ("a.txt", "a.jsonl", "a.parquet"):
+        (tmp_path / name).write_bytes(pack(KINDS[kind]))
+        if (name == "a.txt" and "HTML" in kind) or (name == "a.parquet" and "parquet" in kind):
+            continue
+        with pytest.raises(UserError, match=rf"a\.\w+ is (an? )?{kind}"):
+            read(tmp_path / name)
+    assert read(write_text(tmp_path / "a.txt", "BZhang 7z Rar!\n")) == ["BZhang 7z Rar!"]
+
+
 # --- encodings -----------------------------------------------------------------------------------
 
 ENCODED = [
@@ -324,6 +414,16 @@ def test_texts_and_text_files_are_cleaned_as_the_head_of_forms_says(tmp_path):
     assert clean(raw) == "却说　玄德\n飞曰\n\n    code:\n\tx = 1"
     (tmp_path / "a.txt").write_bytes(raw.encode("gb18030"))
     assert read(tmp_path / "a.txt") == [clean(raw)]
+
+
+def test_control_characters_of_the_input_are_shown_and_not_printed(tmp_path, capsys):
+    path = write_text(tmp_path / "a.txt", TEXT + "\x1b[2J甲\0乙\n")
+    counted(path)
+    assert "line 6: damaged characters (\\x1b[2J甲\\x00乙)\n" in capsys.readouterr().out
+    for value in ({"\x1b[31m": 1}, {"conversations": [{"role": "\x1b\0", "content": ""}]}):
+        with pytest.raises(BadRecord) as caught:
+            interpret(value, {})
+        assert str(caught.value).isprintable()
 
 
 def test_long_lines_come_in_bounded_pieces_and_long_records_stop(tmp_path, monkeypatch):
