@@ -11,9 +11,11 @@
 `messages` is another name of `conversations`; case makes no difference. If fields have other names,
 `parse_fields` reads which plays which part. Files are the business of readers.py.
 
-Texts are cleaned: CRLF and CR become LF, indents made with U+3000 and blanks at line ends go, and
-of several empty lines one stays. Indents of ordinary blanks stay, as does U+3000 inside a line.
-Messages lose only the blanks around them.
+Texts are cleaned: CRLF, CR and the other characters that end a line (form feed, U+2028, ...) become
+LF, and so do two U+3000 or 32 blanks inside a line, where paragraphs were joined. Indents made with
+U+3000 and blanks at line ends go, and of several empty lines one stays. Indents of ordinary blanks
+stay, as does one U+3000 inside a line. Messages lose only the blanks around them. `tidied` removes
+from both what no one can see, and tells what may be a fault of the file.
 """
 
 import ast
@@ -50,6 +52,32 @@ ROLES |= dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "model", "answer")
 ROLES |= {"system": "system"}
 FIELDS = ("text", "question", "input", "answer", "system", "history", "conversations")
 KNOWN_FIELDS = {*itertools.chain(*PAIRS), *TURNS, *FIELDS, "rejected"}
+
+LINE_END = re.compile("[\v\f\x85\u2028\u2029]")
+GAP = " " * 32  # too wide for a table of blanks
+PARAGRAPH_END = re.compile(rf"(?:\u3000\u3000|{GAP})[ \t\u3000]*")
+# what is no part of any text. U+200C and U+200D are: they join emoji and letters
+REMOVED = {
+    "escape sequences, removed": re.compile(
+        r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\a\x1b]*(?:\a|\x1b\\))"
+    ),
+    "control characters, removed": re.compile(r"[\1-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]"),
+    "zero-width characters, removed": re.compile(r"[\u200b\u2060\ufeff]"),
+}
+# what may be a fault of the file
+KEPT = {
+    "U+FFFD or 锟斤拷, kept": re.compile("\ufffd|锟斤拷|烫烫烫|屯屯屯"),
+    "HTML, kept": re.compile(
+        r"&(?:nbsp|lt|gt|amp|quot|[lr][ds]quo|hellip|mdash|middot|emsp|#\d+|#x[\da-f]+);"
+        r"|</?(?:br|p|div|span|font|img|t[dr]|table|li|ul|h[1-6])\b[^<>]*>",
+        re.IGNORECASE,
+    ),
+    "private-use characters, kept": re.compile(r"[\ue000-\uf8ff\U000f0000-\U0010ffff]"),
+}
+UNUSUAL = re.compile(  # what begins any of these
+    r"[\1-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u200b\u2060\ufeff\ufffd锟烫屯&<"
+    r"\ue000-\uf8ff\U000f0000-\U0010ffff]"
+)
 
 
 class BadRecord(Exception):
@@ -280,6 +308,7 @@ def clean(text: str) -> str:
     """A text as it is kept; the head of this file says how."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = LINE_END.sub("\n", text)
     text = "\n".join(map(clean_line, text.split("\n")))
     if "\n\n\n" in text:  # seldom, and a search is quicker
         text = re.sub(r"\n{3,}", "\n\n", text)
@@ -288,10 +317,29 @@ def clean(text: str) -> str:
 
 def clean_line(line: str) -> str:
     line = line.rstrip(" \t\u3000")
-    if line[:1] not in (" ", "\t", "\u3000"):
-        return line
     body = line.lstrip(" \t\u3000")
-    return body if "\u3000" in line[: len(line) - len(body)] else line
+    indent = line[: len(line) - len(body)]
+    if "\u3000\u3000" in body or GAP in body:
+        body = "\n".join(part.rstrip(" \t\u3000") for part in PARAGRAPH_END.split(body))
+    return body if "\u3000" in indent else indent + body
+
+
+def tidied(value: object, kinds: set[str]) -> object:
+    """A value without the characters of REMOVED in its texts. Adds what these held, of REMOVED and
+    KEPT, to kinds."""
+    if isinstance(value, str):
+        return _tidied_text(value, kinds) if UNUSUAL.search(value) else value
+    if isinstance(value, dict):
+        return {name: tidied(content, kinds) for name, content in value.items()}
+    return [tidied(item, kinds) for item in value] if isinstance(value, list) else value
+
+
+def _tidied_text(text: str, kinds: set[str]) -> str:
+    for kind, pattern in REMOVED.items():
+        text, count = pattern.subn("", text)
+        kinds.update([kind] if count else [])
+    kinds.update(kind for kind, pattern in KEPT.items() if pattern.search(text))
+    return text
 
 
 def is_whole(text: str) -> bool:

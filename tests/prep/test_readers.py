@@ -416,6 +416,92 @@ def test_texts_and_text_files_are_cleaned_as_the_head_of_forms_says(tmp_path):
     assert read(tmp_path / "a.txt") == [clean(raw)]
 
 
+NOVEL = """第一回　桃园结义
+　　话说天下大势。{gap}周末七国分争，併入于秦。\tx
+    def f():
+        return 1
+a\t\tb\t\t
+白日依山尽，
+  黄河入海流。"""
+
+
+@pytest.mark.parametrize(
+    "gap", ["　　", "　　　　", " " * 80, "\u2028", "\u2029　　", "\f", "\v", "\x85"]
+)
+def test_what_parts_paragraphs_inside_a_line_is_a_line_end_in_texts_of_each_form(gap, tmp_path):
+    text, apart = NOVEL.replace("{gap}", gap), NOVEL.replace("{gap}", "\n")
+    assert clean(text) == apart.replace("\n　　", "\n").replace("b\t\t", "b")
+    for encoding in ("utf-8", "utf-16"):
+        (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+        path = write_json_lines(tmp_path / "a.jsonl", [{"text": text}])
+        assert read(tmp_path / "a.txt") == [clean(text)] == read(path)
+
+
+@pytest.mark.parametrize("gap", ["", "　　", " " * 80])
+def test_a_novel_in_one_line_comes_in_documents_of_whole_sentences(gap, tmp_path):
+    sentences = [f"第{n}句，玄德曰：“汝何名，何处人也，欲何往？”" for n in range(4000)]
+    text, found = gap.join(sentences), []
+    for encoding in ("utf-8", "gb18030", "utf-16"):
+        (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+        found.append(read(tmp_path / "a.txt"))
+        assert "".join(found[-1]).replace("\n", "") == "".join(sentences)
+        assert all(passage[0] == "第" and passage[-1] == "”" for passage in found[-1])
+        assert max(map(len, found[-1])) < 4200
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_bad_byte_in_a_novel_of_one_line_costs_its_passage(tmp_path):
+    data = ("玄德曰：“汝何名？”" * 40_000).encode()
+    (tmp_path / "a.txt").write_bytes(data[:500_000] + b"\xff" + data[500_000:])
+    found, tally = counted(tmp_path / "a.txt")
+    assert tally.bad == {"damaged characters": 1}
+    assert 0 < 400_000 - sum(map(len, found)) < 4200
+
+
+# --- odd characters ------------------------------------------------------------------------------
+
+ODD = {
+    "甲\u200b乙\ufeff丙\u2060": ("甲乙丙", "zero-width characters, removed"),
+    "\x1b[31m甲\x1b[0m\x1b]0;title\a乙": ("甲乙", "escape sequences, removed"),
+    "甲\x07乙\x1b丙\x9d": ("甲乙丙", "control characters, removed"),
+    "甲\ufffd": ("甲\ufffd", "U+FFFD or 锟斤拷, kept"),
+    "锟斤拷锟斤拷": ("锟斤拷锟斤拷", "U+FFFD or 锟斤拷, kept"),
+    "甲&nbsp;乙": ("甲&nbsp;乙", "HTML, kept"),
+    "甲<br/>乙": ("甲<br/>乙", "HTML, kept"),
+    "甲\ue123": ("甲\ue123", "private-use characters, kept"),
+    "👨\u200d👩 烫 a < b & c <T> &x; \u200c": (None, None),
+}
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_odd_characters_are_removed_or_kept_and_counted_in_texts_and_turns_of_each_form(
+    text, tmp_path
+):
+    expected, kind = ODD[text]
+    expected = expected or text
+    rows = [{"text": TEXT}, {"text": text}]
+    pairs = [{"question": "谁？", "answer": "我。"}, {"question": text, "answer": text}]
+    (tmp_path / "a.txt").write_bytes((TEXT + text).encode())
+    files = {tmp_path / "a.txt": (f"{TEXT}{expected}", 6)}
+    files[write_json_lines(tmp_path / "a.jsonl", rows)] = (expected, 2)
+    files[write_parquet(tmp_path / "a.parquet", rows)] = (expected, 2)
+    files[write_json_lines(tmp_path / "b.jsonl", pairs)] = (dialogue(expected, expected), 2)
+    for path, (record, line) in files.items():
+        found, tally = counted(path)
+        assert (found[-1], tally.bad) == (record, {})
+        both = Tally()
+        both.add(tally)
+        both.add(tally)
+        shown = f"\n2 records with {kind}; the first in {path}, line {line}" if kind else ""
+        assert both.summary() == shown
+        assert both.meta().get("odd_characters") == ({kind: 2} if kind else None)
+
+
+def test_json_lines_put_one_behind_another_lose_the_mark_between_them(tmp_path):
+    path = write_text(tmp_path / "a.jsonl", '\ufeff{"text": "甲"}\n\ufeff{"text": "乙"}\n')
+    assert read(path) == ["甲", "乙"]
+
+
 def test_control_characters_of_the_input_are_shown_and_not_printed(tmp_path, capsys):
     path = write_text(tmp_path / "a.txt", TEXT + "\x1b[2J甲\0乙\n")
     counted(path)
