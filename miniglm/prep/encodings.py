@@ -39,27 +39,22 @@ MARKS = {
     b"\xff\xfe": "utf-16-le",
     b"\xfe\xff": "utf-16-be",
 }
-# the first bytes of files that are no text, and what is to be done
-OTHER_KINDS = {
-    b"PK\3\4": "a zip archive; unpack it",  # also docx, xlsx and epub
-    b"Rar!\x1a\7": "a rar archive; unpack it",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it",
-    b"\xfd7zXZ\0": "an xz file; unpack it",
-    b"BZh": "a bz2 file; unpack it",
-    GZIP: "packed twice; unpack it",
-    ZSTD: "packed twice; unpack it",
-    b"%PDF-": "a PDF; save its text",
-    b"\xd0\xcf\x11\xe0": "a document of an old Word or Excel; save its text",
-    b"{\\rtf": "an RTF document; save its text",
-    b"\x7fELF": "a program",
-    b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR": "an image",
-    b"\xff\xd8\xff": "an image",
-    b"GIF87a": "an image",
-    b"GIF89a": "an image",
-    b"PAR1": "a parquet file; give it the suffix .parquet",
-    b"version https://git-lfs.github.com/spec/": (
-        "a git-lfs pointer, not the file; fetch it with git lfs pull"
-    ),
+PAGE = "a page of HTML; download the file itself"
+PARQUET = "a parquet file; give it the suffix .parquet"
+OTHER_KINDS = {  # what begins so is no text
+    "a zip archive; unpack it": rb"PK\x03\x04",  # docx, xlsx and epub too
+    "a rar archive; unpack it": rb"Rar!\x1a\x07",
+    "a 7z archive; unpack it": rb"7z\xbc\xaf\x27\x1c",
+    "a tar archive; unpack it": rb".{257}ustar",
+    "an xz file; unpack it": rb"\xfd7zXZ\0",
+    "a bz2 file; unpack it": rb"BZh\d1AY&SY",
+    "packed twice; unpack it": re.escape(GZIP) + b"|" + re.escape(ZSTD),
+    "a document; save its text": rb"%PDF-|\{\\rtf|\xd0\xcf\x11\xe0",  # the last: .doc, .xls
+    "a program": rb"\x7fELF",
+    "an image": rb"\x89PNG\r\n\x1a\n\0\0\0\rIHDR|\xff\xd8\xff|GIF8[79]a",
+    "a git-lfs pointer, not the file; fetch it with git lfs pull": rb"version https://git-lfs\.",
+    PAGE: rb"(?i)\s*<(!doctype html|html)\b",
+    PARQUET: rb"PAR1",
 }
 DAMAGED_FILE = (EOFError, gzip.BadGzipFile, zlib.error, zstd.ZstdError)
 
@@ -94,15 +89,9 @@ def refuse_other_kinds(path: Path, form: str) -> None:
     """Raises UserError if a file's first bytes show that it is no text, or no parquet file."""
     with open_bytes(path) as file:
         head = file.read(512)
-    kind = next((kind for start, kind in OTHER_KINDS.items() if head.startswith(start)), "")
-    if head[257:262] == b"ustar":
-        kind = "a tar archive; unpack it"
-    elif head.startswith(b"BZh") and head[4:10] != b"1AY&SY":
-        kind = ""  # a word
-    elif form != "txt" and re.match(rb"\s*<(!doctype html|html)\b", head, re.IGNORECASE):
-        kind = "a page of HTML; download the file itself"
-    if kind and (form != "parquet" or not head.startswith(b"PAR1")):
-        raise UserError(f"{show_path(path)} is {kind}")
+    for kind, start in OTHER_KINDS.items():
+        if re.match(start, head, re.DOTALL) and kind != {"txt": PAGE, "parquet": PARQUET}.get(form):
+            raise UserError(f"{show_path(path)} is {kind}")
 
 
 def find_encoding(path: Path, encoding: str = "auto") -> str:
@@ -118,8 +107,7 @@ def find_encoding(path: Path, encoding: str = "auto") -> str:
     name = told or _guess(pieces, is_valid)
     is_sure = is_valid and name == (told or "utf-8")
     is_sure &= name == marked or not name.startswith(WIDE)
-    is_fit = is_sure or (name and (_is_readable(pieces, name) or _is_nearly_valid(pieces, name)))
-    if not is_fit:
+    if not is_sure and not (name and _is_readable(pieces, name)):
         wrong = f"as {name} it is garbage" if name else "no encoding makes it readable text"
         raise UserError(f"{show_path(path)}: {wrong}; pass --encoding=, or leave the file out")
     return name
@@ -161,9 +149,9 @@ def _sample(file: io.BufferedIOBase, encoding: str) -> tuple[list[tuple[int, byt
 
 def _guess(pieces: list[tuple[int, bytes]], is_valid: bool) -> str:
     """The encoding of pieces without a mark, "" if none makes them readable. is_valid: as UTF-8."""
-    if _is_readable(pieces, "utf-8", share_of_all=0) or _is_nearly_valid(pieces, "utf-8"):
+    if _is_readable(pieces, "utf-8", share_of_all=0):
         return "utf-8"
-    # what was read as GB18030 and saved as UTF-8 is rare characters, and some U+FFFD among them
+    # else valid UTF-8 is rare characters with some bad ones among them: GB18030 was misread here
     if is_valid and _quality(pieces, "utf-8", rare=True)[0] < READABLE:
         return "utf-8"
     names = ["gb18030", "cp950", "utf-16-le", "utf-16-be"]  # cp950 is Big5 as Windows writes it
@@ -181,19 +169,16 @@ def _is_readable(pieces: list, encoding: str, share_of_all: float = 0.01) -> boo
     """Whether bad characters are few among those beyond ASCII, or very few among all: then only the
     records that hold them are left out."""
     share, _, bad, total = _quality(pieces, encoding)
-    return share >= READABLE or bad <= share_of_all * total
-
-
-def _is_nearly_valid(pieces: list, encoding: str) -> bool:
-    """Whether hardly any byte is no character. Half of a text on chemistry is rare characters."""
-    return _quality(pieces, encoding, rare=True)[0] >= VALID
+    if share >= READABLE or bad <= share_of_all * total:
+        return True
+    return _quality(pieces, encoding, rare=True)[0] >= VALID  # half of a text on chemistry is rare
 
 
 def _quality(
     pieces: list[tuple[int, bytes]], encoding: str, rare: bool = False
 ) -> tuple[float, int, int, int]:
     """The share of good characters among the good and bad ones; how many are good, bad, in all.
-    rare: whether rare and private ones are good."""
+    rare: whether rare ones are good."""
     counts = Counter()
     for position, piece in pieces:
         counts.update(_decode_piece(position, piece, encoding))
@@ -203,9 +188,8 @@ def _quality(
             good += count * encoding.startswith("utf-16")  # elsewhere they are no evidence
         elif char not in "\t\n\r\f\ufeff":
             is_bad = _is_han(char) and char not in common_han()
-            is_bad |= unicodedata.category(char) == "Co"
             is_bad &= not rare
-            is_bad |= unicodedata.category(char) in ("Cc", "Cn", "Cs") or char == "\ufffd"
+            is_bad |= unicodedata.category(char) in ("Cc", "Cn", "Co", "Cs") or char == "\ufffd"
             # Yi, Hangul and others: two bytes of GB18030 or Big5, read as UTF-16
             is_bad |= "\ua000" <= char <= "\ud7ff" and encoding != "utf-8"
             good, bad = good + count * (not is_bad), bad + count * is_bad

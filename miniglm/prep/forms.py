@@ -53,39 +53,30 @@ ROLES |= {"system": "system"}
 FIELDS = ("text", "question", "input", "answer", "system", "history", "conversations")
 KNOWN_FIELDS = {*itertools.chain(*PAIRS), *TURNS, *FIELDS, "rejected"}
 
-LINE_END = re.compile("[\v\f\x85\u2028\u2029]")
 GAP = " " * 32  # too wide for a table of blanks
 PARAGRAPH_END = re.compile(rf"(?:\u3000\u3000|{GAP})[ \t\u3000]*")
-# what is no part of any text. U+200C and U+200D are: they join emoji and letters
-REMOVED = {
-    "escape sequences, removed": re.compile(
-        r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\a\x1b]*(?:\a|\x1b\\))"
+CONTROLS = r"\1-\x08\x0e-\x1f\x7f-\x84\x86-\x9f"
+PRIVATE = r"\ue000-\uf8ff\U000f0000-\U0010ffff"
+UNUSUAL = re.compile(rf"[{CONTROLS}{PRIVATE}\u200b\u2060\ufeff\ufffd锟烫&<]")  # begins any of ODD
+ODD = {  # U+200C and U+200D are not: they join letters and emoji
+    "control characters, removed": re.compile(
+        rf"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\a\x1b]*(?:\a|\x1b\\)|[{CONTROLS}]"
     ),
-    "control characters, removed": re.compile(r"[\1-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]"),
     "zero-width characters, removed": re.compile(r"[\u200b\u2060\ufeff]"),
-}
-# what may be a fault of the file
-KEPT = {
-    "U+FFFD or 锟斤拷, kept": re.compile("\ufffd|锟斤拷|烫烫烫|屯屯屯"),
+    "U+FFFD or 锟斤拷, kept": re.compile("\ufffd|锟斤拷|烫烫烫"),
+    "private-use characters, kept": re.compile(f"[{PRIVATE}]"),
     "HTML, kept": re.compile(
-        r"&(?:nbsp|lt|gt|amp|quot|[lr][ds]quo|hellip|mdash|middot|emsp|#\d+|#x[\da-f]+);"
-        r"|</?(?:br|p|div|span|font|img|t[dr]|table|li|ul|h[1-6])\b[^<>]*>",
-        re.IGNORECASE,
+        r"(?i)&(?:[a-z]{2,6}|#\d+|#x[\da-f]+);"
+        r"|</?(?:br|p|div|span|font|img|t[dr]|table|li|ul|h[1-6])\b[^<>]*>"
     ),
-    "private-use characters, kept": re.compile(r"[\ue000-\uf8ff\U000f0000-\U0010ffff]"),
 }
-UNUSUAL = re.compile(  # what begins any of these
-    r"[\1-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u200b\u2060\ufeff\ufffd锟烫屯&<"
-    r"\ue000-\uf8ff\U000f0000-\U0010ffff]"
-)
 
 
 class BadRecord(Exception):
     """reason: what is counted; detail: what is shown of it besides."""
 
     def __init__(self, reason: str, detail: object = ""):
-        detail = " ".join(str(detail).encode(errors="replace").decode().split())
-        detail = printable(detail)[:80]
+        detail = printable(" ".join(str(detail).encode(errors="replace").decode().split()))[:80]
         super().__init__(f"{reason} ({detail})" if detail else reason)
         self.reason = reason
 
@@ -308,7 +299,8 @@ def clean(text: str) -> str:
     """A text as it is kept; the head of this file says how."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = LINE_END.sub("\n", text)
+    for end in "\v\f\x85\u2028\u2029":
+        text = text.replace(end, "\n")
     text = "\n".join(map(clean_line, text.split("\n")))
     if "\n\n\n" in text:  # seldom, and a search is quicker
         text = re.sub(r"\n{3,}", "\n\n", text)
@@ -325,21 +317,18 @@ def clean_line(line: str) -> str:
 
 
 def tidied(value: object, kinds: set[str]) -> object:
-    """A value without the characters of REMOVED in its texts. Adds what these held, of REMOVED and
-    KEPT, to kinds."""
-    if isinstance(value, str):
-        return _tidied_text(value, kinds) if UNUSUAL.search(value) else value
+    """A value without the characters of ODD that are removed; adds the kinds of all that are in its
+    texts."""
     if isinstance(value, dict):
         return {name: tidied(content, kinds) for name, content in value.items()}
-    return [tidied(item, kinds) for item in value] if isinstance(value, list) else value
-
-
-def _tidied_text(text: str, kinds: set[str]) -> str:
-    for kind, pattern in REMOVED.items():
-        text, count = pattern.subn("", text)
-        kinds.update([kind] if count else [])
-    kinds.update(kind for kind, pattern in KEPT.items() if pattern.search(text))
-    return text
+    if isinstance(value, list):
+        return [tidied(item, kinds) for item in value]
+    if isinstance(value, str) and UNUSUAL.search(value):
+        for kind, pattern in ODD.items():
+            if pattern.search(value):
+                kinds.add(kind)
+                value = pattern.sub("", value) if kind.endswith("removed") else value
+    return value
 
 
 def is_whole(text: str) -> bool:

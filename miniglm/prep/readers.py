@@ -28,18 +28,7 @@ from typing import TypeVar
 
 from configurator import ROOT, UserError, show_path
 from miniglm.prep.encodings import find_encoding, is_packed, open_bytes, refuse_other_kinds
-from miniglm.prep.forms import (
-    GAP,
-    KNOWN_FIELDS,
-    LINE_END,
-    UNUSUAL,
-    BadRecord,
-    Record,
-    clean,
-    interpret,
-    is_whole,
-    tidied,
-)
+from miniglm.prep.forms import KNOWN_FIELDS, BadRecord, Record, clean, interpret, is_whole, tidied
 
 T = TypeVar("T")
 FORMS = ("txt", "jsonl", "json", "csv", "tsv", "tmx", "parquet")
@@ -47,7 +36,7 @@ PASSAGE = 4096  # characters; a plain text is cut at the first line end after so
 LONG_LINE = 2 * PASSAGE  # characters; a longer line of a plain text is cut at ends of sentences
 CUT = re.compile(  # over PASSAGE characters, and at most LONG_LINE
     rf"(?s:.{{{PASSAGE}}}(?:.{{0,{PASSAGE - 100}}}?"
-    rf"(?:(?:[。！？…；!?;]|\.(?!\d)){{1,9}}[”’」』）)]{{0,9}}|\u3000\u3000|{LINE_END.pattern}|{GAP})"
+    r"(?:(?:[。！？…；!?;]|\.(?!\d)){1,9}[”’」』）)]{0,9}|[\v\f\x85\u2028\u2029]|\u3000{2}| {32})"
     rf"|.{{0,{PASSAGE}}}))"
 )
 MAX_RECORD = 2**24  # characters of one line or JSON value; bounds the memory
@@ -298,8 +287,8 @@ class Tally:
     def meta(self) -> dict:
         """What goes into meta.json."""
         aside = {"not_taken": dict(sorted(self.aside.items()))} if self.aside else {}
-        odd = {kind: n for kind, (n, _) in sorted(self.odd.items())}
-        odd = {"odd_characters": odd} if odd else {}
+        odd = {"odd_characters": {kind: n for kind, (n, _) in sorted(self.odd.items())}}
+        odd = odd if self.odd else {}
         return {"records": self.good, "skipped": dict(sorted(self.bad.items()))} | aside | odd
 
 
@@ -376,10 +365,10 @@ def passages(source: Source, tally: Tally) -> Iterator[str]:
 
 
 def _passage(lines: list[tuple[int, str]], tally: Tally) -> Iterator[str]:
-    if UNUSUAL.search("".join(line for _, line in lines)):
-        lines = [(number, tally.tidy(number, line)) for number, line in lines]
-    tally.count(sum(1 for _, line in lines if line and not line.isspace()))
-    if text := clean("\n".join(line for _, line in lines)):
+    tidied("".join(line for _, line in lines), kinds := set())
+    lines = [tally.tidy(number, line) if kinds else line for number, line in lines]
+    tally.count(sum(1 for line in lines if line and not line.isspace()))
+    if text := clean("\n".join(lines)):
         yield text
 
 

@@ -2,15 +2,11 @@
 
 import bz2
 import gzip
-import io
 import json
 import lzma
 import os
 import random
-import tarfile
-import zipfile
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
@@ -224,6 +220,7 @@ def test_a_file_a_folder_a_glob_and_a_list_are_found_in_order(tmp_path, capsys, 
         find_sources(["only"])
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
 def test_a_walk_through_links_that_lead_back_ends_with_each_file_once(tmp_path):
     data = tmp_path / "data"
     for name in ("b.txt", "sub/a.txt", "sub/deep/c.txt"):
@@ -257,40 +254,20 @@ def test_a_name_that_is_no_utf8_is_read_and_shown_in_hexadecimal(tmp_path, capsy
         capsys.readouterr().out.encode()
 
 
-def archive(write: Callable) -> bytes:
-    file = io.BytesIO()
-    write(file)
-    return file.getvalue()
-
-
-def tar(file: io.BytesIO) -> None:
-    with tarfile.open(fileobj=file, mode="w") as out:
-        out.add(__file__, "a.txt")
-
-
-def zipped(file: io.BytesIO) -> None:
-    with zipfile.ZipFile(file, "w") as out:
-        out.writestr("a.txt", TEXT)
-
-
 KINDS = {
-    "zip archive; unpack it": archive(zipped),
-    "tar archive; unpack it": archive(tar),
+    "zip archive; unpack it": b"PK\3\4\x14\0\0\0",
+    "tar archive; unpack it": b"a.txt".ljust(257, b"\0") + b"ustar\0" + b"00",
     "xz file; unpack it": lzma.compress(TEXT.encode()),
     "bz2 file; unpack it": bz2.compress(TEXT.encode()),
     "packed twice; unpack it": gzip.compress(gzip.compress(TEXT.encode())),
     "7z archive": b"7z\xbc\xaf\x27\x1c\0\4",
     "rar archive": b"Rar!\x1a\7\1\0",
-    "PDF; save its text": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n",
+    "document; save its text": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n",
     "program": b"\x7fELF\2\1\1",
     "image": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
-    "git-lfs pointer, not the file; fetch it with git lfs pull": (
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-    ),
+    "git-lfs pointer, not the file; fetch it": b"version https://git-lfs.github.com/spec/v1\n",
     "page of HTML; download the file itself": b"\n<!DOCTYPE html>\n<html><body>404</body></html>",
-    "parquet file; give it the suffix .parquet": archive(
-        lambda file: pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), file)
-    ),
+    "parquet file; give it the suffix .parquet": b"PAR1\x15\4",
 }
 
 
@@ -462,7 +439,7 @@ def test_a_bad_byte_in_a_novel_of_one_line_costs_its_passage(tmp_path):
 
 ODD = {
     "甲\u200b乙\ufeff丙\u2060": ("甲乙丙", "zero-width characters, removed"),
-    "\x1b[31m甲\x1b[0m\x1b]0;title\a乙": ("甲乙", "escape sequences, removed"),
+    "\x1b[31m甲\x1b[0m\x1b]0;title\a乙": ("甲乙", "control characters, removed"),
     "甲\x07乙\x1b丙\x9d": ("甲乙丙", "control characters, removed"),
     "甲\ufffd": ("甲\ufffd", "U+FFFD or 锟斤拷, kept"),
     "锟斤拷锟斤拷": ("锟斤拷锟斤拷", "U+FFFD or 锟斤拷, kept"),
