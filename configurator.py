@@ -51,10 +51,22 @@ def user_path(path: str | Path) -> Path:
     return path.absolute() if path.exists() else ROOT / path
 
 
+def printable(text: str) -> str:
+    r"""text for a message of one line: control characters as \x1b, undecodable bytes as \xb9."""
+
+    def shown(char: str) -> str:
+        if char.isprintable() or char == "\u3000":  # the blank of Chinese text
+            return char
+        byte = ord(char) - 0xDC00  # of a surrogate that stands for an undecodable byte
+        return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else ascii(char)[1:-1]
+
+    return "".join(map(shown, re.sub(r"[\r\n]+", " ", text)))
+
+
 def show_path(path: str | Path) -> str:
     """A path for messages: with /, and relative to the repository if it lies inside."""
     path = Path(path)
-    return (path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).as_posix()
+    return printable((path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).as_posix())
 
 
 @contextlib.contextmanager
@@ -236,18 +248,18 @@ def command(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
     except BrokenPipeError:  # the reader of a pipe (`| head`) is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         name = f" ({show_path(error.filename)})" if error.filename else ""
-        sys.exit(f"error: {error.strerror or error}{name}")
+        sys.exit(f"error: {printable(str(error.strerror or error))}{name}")
     except (MemoryError, RuntimeError) as error:
         if not (reason := no_memory(error)):
             raise
         lower = "lower --batch_size=, for train.py raise --gradient_accumulation_steps= as much"
-        sys.exit(f"error: out of memory ({reason}); {lower}, or take a smaller model")
+        sys.exit(f"error: out of memory ({printable(reason)}); {lower}, or take a smaller model")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

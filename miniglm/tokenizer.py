@@ -12,11 +12,14 @@ data/train_tokenizer.py.
 """
 
 import codecs
+import functools
 import hashlib
 import heapq
+import itertools
 import json
+import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +54,10 @@ OTHER_ENDS = ("<|end_of_text|>", "</s>")
 SAMPLE = 2_000_000  # characters that a vocabulary is trained on; bounds the memory
 PASSAGE = 4096  # characters
 RUN_LENGTH = 4  # characters; Chinese has no blanks, and the trainer is slow on long words
+# (characters, how many of them in a row are too many): tiktoken's patterns panic at a million
+# blanks, and NFC takes a time that is quadratic in the marks on a letter
+BLANKS = r"\s", 2**19
+MARKS = r"[^\0-\x7f\u4e00-\u9fff]", 2**10  # and others; a cut between those costs nothing
 GPT2_FILES = ROOT / "data" / "raw" / "gpt2"
 
 
@@ -98,14 +105,27 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; names of special tokens inside it are plain text."""
-        return self._encoding.encode_ordinary(self._normalized(text))
+        first, *others = self._split(self._encoding.encode_ordinary, text)
+        return [*first, *itertools.chain(*others)] if others else first
 
     def encode_array(self, text: str) -> np.ndarray:
         """The same ids, uint32; a sixth faster, since none becomes a Python object."""
-        return self._encoding.encode_to_numpy(self._normalized(text), disallowed_special=())
+        encode = functools.partial(self._encoding.encode_to_numpy, disallowed_special=())
+        return np.concatenate(self._split(encode, text))
+
+    def _split(self, encode: Callable[[str], Iterable], text: str) -> list:
+        """What `encode` makes of a text, in pieces if its blanks are too many for it."""
+        try:
+            return [encode(piece) for piece in _cut(self._normalized(text), *BLANKS)]
+        except BaseException as error:  # a panic in Rust is no Exception
+            if type(error).__name__ not in ("PanicException", "ValueError"):
+                raise
+            raise UserError(f"the tokenizer cannot split {text[:20]!r}... ({error})") from None
 
     def _normalized(self, text: str) -> str:
-        return unicodedata.normalize("NFC", text) if self._nfc else text
+        if not self._nfc:
+            return text
+        return "".join(unicodedata.normalize("NFC", piece) for piece in _cut(text, *MARKS))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; special tokens have none, invalid bytes become U+FFFD."""
@@ -154,6 +174,15 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         path.write_text(self.text, encoding="utf-8", newline="")
+
+
+def _cut(text: str, chars: str, longest: int) -> list[str]:
+    """A text, cut behind every `longest` characters of a run of these."""
+    if len(text) < longest:
+        return [text]
+    runs = re.finditer(f"{chars}{{1,{longest}}}", text)
+    ends = [run.end() for run in runs if run.end() - run.start() == longest]
+    return [text[start:end] for start, end in itertools.pairwise([0, *ends, len(text)])]
 
 
 class StreamDecoder:

@@ -21,6 +21,7 @@ from configurator import (
     bounds_of,
     bounds_text,
     configure,
+    printable,
     repo_path,
     show_path,
     user_path,
@@ -294,6 +295,7 @@ def start_script(folder: Path, word: str, **options) -> subprocess.Popen:
     [
         ("--line=raise UserError('刘备=3 must be 4')", 1, "error: 刘备=3 must be 4\n"),
         ("--lime=pass", 1, "error: unknown setting 'lime'; did you mean 'line'?\n"),
+        ("--line=raise UserError('\\x1b[2J刘备\\n\\x00')", 1, "error: \\x1b[2J刘备 \\x00\n"),
         ("--line=open('no/file')", 1, "error: No such file or directory (no/file)\n"),
         ("--line=os.kill(os.getpid(), signal.SIGINT)", 130, "interrupted\n"),
     ],
@@ -360,3 +362,10 @@ def test_paths_are_read_and_shown_relative_to_the_repository(tmp_path, monkeypat
     assert user_path("train.py") == ROOT / "train.py"
     (tmp_path / "train.py").write_text("")
     assert user_path("train.py") == tmp_path / "train.py"  # a user's own
+
+
+def test_a_message_has_one_line_that_any_terminal_can_show():
+    text = "“孔明”\u3000a'b\\c 😀\r\nd\x1b[31m\x00\x9b\u202e\ud800"
+    assert printable(text) == "“孔明”　a'b\\c 😀 d" + r"\x1b[31m\x00\x9b\u202e\ud800"
+    assert printable(os.fsdecode("孔.txt".encode("gbk"))) == r"\xbf\xd7.txt"
+    assert show_path("\x1b\n.txt") == r"\x1b .txt"

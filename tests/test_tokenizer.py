@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,36 @@ def test_decoding_gives_the_text_back(tokenizer, splits):
 def test_half_of_a_surrogate_pair_becomes_one_replacement_character(tokenizer):
     assert tokenizer.decode(tokenizer.encode("甲\ud83d乙")) == "甲\ufffd乙"
     assert tokenizer.encode("\ud83d\ude00") == tokenizer.encode("😀")
+
+
+MILLION = [" ", "\u3000", "\n", " \n", "aB", "甲", "!", "1", "\0", "\u0301\u0316", "x "]
+
+
+def test_a_million_of_anything_is_encoded_in_seconds_and_comes_back(gpt2, trained):
+    nfc = Tokenizer(json.dumps(json.loads(trained.text) | {"normalizer": {"type": "NFC"}}))
+    before = time.monotonic()
+    for unit in MILLION:
+        text = "甲" + unit * (1_100_000 // len(unit)) + "乙"
+        for tokenizer in (gpt2, nfc):
+            decoded = tokenizer.decode(tokenizer.encode_array(text))
+            assert sorted(decoded) == sorted(text), repr(unit)  # NFC puts marks in an order
+    assert time.monotonic() - before < 60
+
+
+def test_half_a_million_blanks_have_the_ids_of_the_tokenizers_library(tokenizer):
+    text = "甲" + " " * 500_000 + "乙"
+    assert tokenizer.encode(text) == library(tokenizer).encode(text).ids
+    longer = "甲\n" + "\u3000" * 1_100_000 + "乙"
+    assert tokenizer.encode(longer) == tokenizer.encode_array(longer).tolist()
+
+
+def test_a_panic_of_the_library_is_one_line(trained):
+    content = json.loads(trained.text)
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"(?:a+(?!c))+b|(?s:.)"
+    broken = Tokenizer(json.dumps(content))
+    for encode in (broken.encode, broken.encode_array):
+        with pytest.raises(UserError, match=r"^the tokenizer cannot split 'aaaa.*[Bb]acktrack"):
+            encode("a" * 60)
 
 
 def test_special_tokens_come_last_and_have_no_text(trained, gpt2):

@@ -6,13 +6,16 @@ readers.py's business.
 A text's encoding is the one in which it can be read: decoded with a wrong one, at least half of the
 Chinese characters are rare, private or undefined; with the right one, about one in a hundred. This
 got 600 samples of 40 characters each right, and it tolerates damage: chardet 7.7 does as well on
-whole texts, but finds no encoding if ten bits in 128,000 bytes are wrong.
+whole texts, but finds no encoding if ten bits in 128,000 bytes are wrong. Rare characters are no
+fault where the encoding is sure: in UTF-8, which other texts are not by chance, and in the one that
+was asked for if all bytes are valid in it.
 """
 
 import codecs
 import functools
 import gzip
 import io
+import itertools
 import re
 import unicodedata
 import zlib
@@ -28,11 +31,30 @@ from configurator import UserError, show_path
 PIECE = 2**14  # bytes looked at in each of
 PIECES = 16  # places, evenly over the file
 READABLE = 0.7  # the smallest share of good characters among those beyond ASCII
+VALID = 0.98  # the same where rare characters are good ones
+WIDE = ("utf-16", "utf-32")  # where nearly any bytes are valid, and NUL is part of a character
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # the first bytes of such a file
 MARKS = {
     b"\xef\xbb\xbf": "utf-8",
     b"\xff\xfe": "utf-16-le",
     b"\xfe\xff": "utf-16-be",
+}
+PAGE = "a page of HTML; download the file itself"
+PARQUET = "a parquet file; give it the suffix .parquet"
+OTHER_KINDS = {  # what begins so is no text
+    "a zip archive; unpack it": rb"PK\x03\x04",  # docx, xlsx and epub too
+    "a rar archive; unpack it": rb"Rar!\x1a\x07",
+    "a 7z archive; unpack it": rb"7z\xbc\xaf\x27\x1c",
+    "a tar archive; unpack it": rb".{257}ustar",
+    "an xz file; unpack it": rb"\xfd7zXZ\0",
+    "a bz2 file; unpack it": rb"BZh\d1AY&SY",
+    "packed twice; unpack it": re.escape(GZIP) + b"|" + re.escape(ZSTD),
+    "a document; save its text": rb"%PDF-|\{\\rtf|\xd0\xcf\x11\xe0",  # the last: .doc, .xls
+    "a program": rb"\x7fELF",
+    "an image": rb"\x89PNG\r\n\x1a\n\0\0\0\rIHDR|\xff\xd8\xff|GIF8[79]a",
+    "a git-lfs pointer, not the file; fetch it with git lfs pull": rb"version https://git-lfs\.",
+    PAGE: rb"(?i)\s*<(!doctype html|html)\b",
+    PARQUET: rb"PAR1",
 }
 DAMAGED_FILE = (EOFError, gzip.BadGzipFile, zlib.error, zstd.ZstdError)
 
@@ -63,24 +85,35 @@ def open_bytes(path: Path) -> Iterator[io.BufferedIOBase]:
             ) from None
 
 
+def refuse_other_kinds(path: Path, form: str) -> None:
+    """Raises UserError if a file's first bytes show that it is no text, or no parquet file."""
+    with open_bytes(path) as file:
+        head = file.read(512)
+    for kind, start in OTHER_KINDS.items():
+        if re.match(start, head, re.DOTALL) and kind != {"txt": PAGE, "parquet": PARQUET}.get(form):
+            raise UserError(f"{show_path(path)} is {kind}")
+
+
 def find_encoding(path: Path, encoding: str = "auto") -> str:
     """Python's name of a file's encoding, found or given. Raises UserError if it gives garbage.
 
     Reads the whole file, and looks at PIECES pieces of it."""
     with open_bytes(path) as file:
-        head, pieces = _sample(file)
-    if encoding == "auto":
-        marked = [name for mark, name in MARKS.items() if head.startswith(mark)]
-        encoding = marked[0] if marked else _guess(pieces)
-    else:
-        encoding = _known(encoding, head, pieces)
-    if not encoding or not _is_readable(pieces, encoding):
-        wrong = f"as {encoding} it is garbage" if encoding else "no encoding makes it readable text"
+        head = file.read(PIECE)
+        file.seek(0)
+        marked = next((name for mark, name in MARKS.items() if head.startswith(mark)), "")
+        told = marked if encoding == "auto" else _known(encoding, head)
+        pieces, is_valid = _sample(file, told or "utf-8")
+    name = told or _guess(pieces, is_valid)
+    is_sure = is_valid and name == (told or "utf-8")
+    is_sure &= name == marked or not name.startswith(WIDE)
+    if not is_sure and not (name and _is_readable(pieces, name)):
+        wrong = f"as {name} it is garbage" if name else "no encoding makes it readable text"
         raise UserError(f"{show_path(path)}: {wrong}; pass --encoding=, or leave the file out")
-    return encoding
+    return name
 
 
-def _known(name: str, head: bytes, pieces: list[tuple[int, bytes]]) -> str:
+def _known(name: str, head: bytes) -> str:
     """Python's name of an encoding that was asked for."""
     try:
         "".encode(name)
@@ -88,15 +121,16 @@ def _known(name: str, head: bytes, pieces: list[tuple[int, bytes]]) -> str:
     except LookupError:
         raise UserError(f"unknown encoding={name!r}; write utf-8, gb18030, big5, ...") from None
     if name == "utf-16":  # which of the two, the mark tells, or the text
-        return MARKS.get(head[:2]) or _best(pieces, ["utf-16-le", "utf-16-be"])[1]
+        return MARKS.get(head[:2]) or _best([(0, head)], ["utf-16-le", "utf-16-be"])[1]
     return {"utf-8-sig": "utf-8"}.get(name, name)
 
 
-def _sample(file: io.BufferedIOBase) -> tuple[bytes, list[tuple[int, bytes]]]:
-    """The first bytes, and up to PIECES pieces with more than ASCII in them, (position, bytes)."""
-    head, pieces, every, seen, position = b"", [], 1, 0, 0
-    while piece := file.read(PIECE):
-        head = head or piece[:4]
+def _sample(file: io.BufferedIOBase, encoding: str) -> tuple[list[tuple[int, bytes]], bool]:
+    """Up to PIECES pieces with more than ASCII in them, (position, bytes); and whether the whole
+    file is valid in this encoding, and holds no NUL unless that is UTF-16 or UTF-32."""
+    pieces, every, seen, position, is_valid = [], 1, 0, 0, True
+    decoder, has_nul = codecs.getincrementaldecoder(encoding)(), encoding.startswith(WIDE)
+    for piece in itertools.chain(iter(functools.partial(file.read, PIECE), b""), [b""]):
         if not piece.isascii() or b"\0" in piece:
             if seen % every == 0:
                 pieces.append((position, piece))
@@ -104,12 +138,21 @@ def _sample(file: io.BufferedIOBase) -> tuple[bytes, list[tuple[int, bytes]]]:
             if len(pieces) > PIECES:
                 pieces, every = pieces[::2], every * 2
         position += len(piece)
-    return head, pieces
+        if is_valid:
+            try:
+                decoder.decode(piece, final=not piece)
+                is_valid = has_nul or b"\0" not in piece
+            except UnicodeError:
+                is_valid = False
+    return pieces, is_valid
 
 
-def _guess(pieces: list[tuple[int, bytes]]) -> str:
-    """The encoding of pieces without a mark, "" if none makes them readable."""
+def _guess(pieces: list[tuple[int, bytes]], is_valid: bool) -> str:
+    """The encoding of pieces without a mark, "" if none makes them readable. is_valid: as UTF-8."""
     if _is_readable(pieces, "utf-8", share_of_all=0):
+        return "utf-8"
+    # else valid UTF-8 is rare characters with some bad ones among them: GB18030 was misread here
+    if is_valid and _quality(pieces, "utf-8", rare=True)[0] < READABLE:
         return "utf-8"
     names = ["gb18030", "cp950", "utf-16-le", "utf-16-be"]  # cp950 is Big5 as Windows writes it
     (share, good, *_), name = _best(pieces, names)
@@ -126,11 +169,16 @@ def _is_readable(pieces: list, encoding: str, share_of_all: float = 0.01) -> boo
     """Whether bad characters are few among those beyond ASCII, or very few among all: then only the
     records that hold them are left out."""
     share, _, bad, total = _quality(pieces, encoding)
-    return share >= READABLE or bad <= share_of_all * total
+    if share >= READABLE or bad <= share_of_all * total:
+        return True
+    return _quality(pieces, encoding, rare=True)[0] >= VALID  # half of a text on chemistry is rare
 
 
-def _quality(pieces: list[tuple[int, bytes]], encoding: str) -> tuple[float, int, int, int]:
-    """The share of good characters among the good and bad ones; how many are good, bad, in all."""
+def _quality(
+    pieces: list[tuple[int, bytes]], encoding: str, rare: bool = False
+) -> tuple[float, int, int, int]:
+    """The share of good characters among the good and bad ones; how many are good, bad, in all.
+    rare: whether rare ones are good."""
     counts = Counter()
     for position, piece in pieces:
         counts.update(_decode_piece(position, piece, encoding))
@@ -140,6 +188,7 @@ def _quality(pieces: list[tuple[int, bytes]], encoding: str) -> tuple[float, int
             good += count * encoding.startswith("utf-16")  # elsewhere they are no evidence
         elif char not in "\t\n\r\f\ufeff":
             is_bad = _is_han(char) and char not in common_han()
+            is_bad &= not rare
             is_bad |= unicodedata.category(char) in ("Cc", "Cn", "Co", "Cs") or char == "\ufffd"
             # Yi, Hangul and others: two bytes of GB18030 or Big5, read as UTF-16
             is_bad |= "\ua000" <= char <= "\ud7ff" and encoding != "utf-8"

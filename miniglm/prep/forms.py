@@ -11,9 +11,11 @@
 `messages` is another name of `conversations`; case makes no difference. If fields have other names,
 `parse_fields` reads which plays which part. Files are the business of readers.py.
 
-Texts are cleaned: CRLF and CR become LF, indents made with U+3000 and blanks at line ends go, and
-of several empty lines one stays. Indents of ordinary blanks stay, as does U+3000 inside a line.
-Messages lose only the blanks around them.
+Texts are cleaned: CRLF, CR and the other characters that end a line (form feed, U+2028, ...) become
+LF, and so do two U+3000 or 32 blanks inside a line, where paragraphs were joined. Indents made with
+U+3000 and blanks at line ends go, and of several empty lines one stays. Indents of ordinary blanks
+stay, as does one U+3000 inside a line. Messages lose only the blanks around them. `tidied` removes
+from both what no one can see, and tells what may be a fault of the file.
 """
 
 import ast
@@ -23,7 +25,7 @@ import json
 import re
 from collections.abc import Callable
 
-from configurator import UserError, nearest
+from configurator import UserError, nearest, printable
 
 Record = str | list[dict]
 Preference = tuple[list[dict], str | None, str | None]  # prompt, chosen and rejected answer
@@ -51,12 +53,30 @@ ROLES |= {"system": "system"}
 FIELDS = ("text", "question", "input", "answer", "system", "history", "conversations")
 KNOWN_FIELDS = {*itertools.chain(*PAIRS), *TURNS, *FIELDS, "rejected"}
 
+GAP = " " * 32  # too wide for a table of blanks
+PARAGRAPH_END = re.compile(rf"(?:\u3000\u3000|{GAP})[ \t\u3000]*")
+CONTROLS = r"\1-\x08\x0e-\x1f\x7f-\x84\x86-\x9f"
+PRIVATE = r"\ue000-\uf8ff\U000f0000-\U0010ffff"
+UNUSUAL = re.compile(rf"[{CONTROLS}{PRIVATE}\u200b\u2060\ufeff\ufffd锟烫&<]")  # begins any of ODD
+ODD = {  # U+200C and U+200D are not: they join letters and emoji
+    "control characters, removed": re.compile(
+        rf"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\a\x1b]*(?:\a|\x1b\\)|[{CONTROLS}]"
+    ),
+    "zero-width characters, removed": re.compile(r"[\u200b\u2060\ufeff]"),
+    "U+FFFD or 锟斤拷, kept": re.compile("\ufffd|锟斤拷|烫烫烫"),
+    "private-use characters, kept": re.compile(f"[{PRIVATE}]"),
+    "HTML, kept": re.compile(
+        r"(?i)&(?:[a-z]{2,6}|#\d+|#x[\da-f]+);"
+        r"|</?(?:br|p|div|span|font|img|t[dr]|table|li|ul|h[1-6])\b[^<>]*>"
+    ),
+}
+
 
 class BadRecord(Exception):
     """reason: what is counted; detail: what is shown of it besides."""
 
     def __init__(self, reason: str, detail: object = ""):
-        detail = " ".join(str(detail).encode(errors="replace").decode().split())[:80]
+        detail = printable(" ".join(str(detail).encode(errors="replace").decode().split()))[:80]
         super().__init__(f"{reason} ({detail})" if detail else reason)
         self.reason = reason
 
@@ -279,6 +299,8 @@ def clean(text: str) -> str:
     """A text as it is kept; the head of this file says how."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
+    for end in "\v\f\x85\u2028\u2029":
+        text = text.replace(end, "\n")
     text = "\n".join(map(clean_line, text.split("\n")))
     if "\n\n\n" in text:  # seldom, and a search is quicker
         text = re.sub(r"\n{3,}", "\n\n", text)
@@ -287,10 +309,26 @@ def clean(text: str) -> str:
 
 def clean_line(line: str) -> str:
     line = line.rstrip(" \t\u3000")
-    if line[:1] not in (" ", "\t", "\u3000"):
-        return line
     body = line.lstrip(" \t\u3000")
-    return body if "\u3000" in line[: len(line) - len(body)] else line
+    indent = line[: len(line) - len(body)]
+    if "\u3000\u3000" in body or GAP in body:
+        body = "\n".join(part.rstrip(" \t\u3000") for part in PARAGRAPH_END.split(body))
+    return body if "\u3000" in indent else indent + body
+
+
+def tidied(value: object, kinds: set[str]) -> object:
+    """A value without the characters of ODD that are removed; adds the kinds of all that are in its
+    texts."""
+    if isinstance(value, dict):
+        return {name: tidied(content, kinds) for name, content in value.items()}
+    if isinstance(value, list):
+        return [tidied(item, kinds) for item in value]
+    if isinstance(value, str) and UNUSUAL.search(value):
+        for kind, pattern in ODD.items():
+            if pattern.search(value):
+                kinds.add(kind)
+                value = pattern.sub("", value) if kind.endswith("removed") else value
+    return value
 
 
 def is_whole(text: str) -> bool:

@@ -16,6 +16,7 @@ import glob
 import io
 import itertools
 import json
+import os
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -26,13 +27,18 @@ from pathlib import Path
 from typing import TypeVar
 
 from configurator import ROOT, UserError, show_path
-from miniglm.prep.encodings import find_encoding, is_packed, open_bytes
-from miniglm.prep.forms import KNOWN_FIELDS, BadRecord, Record, clean, interpret, is_whole
+from miniglm.prep.encodings import find_encoding, is_packed, open_bytes, refuse_other_kinds
+from miniglm.prep.forms import KNOWN_FIELDS, BadRecord, Record, clean, interpret, is_whole, tidied
 
 T = TypeVar("T")
 FORMS = ("txt", "jsonl", "json", "csv", "tsv", "tmx", "parquet")
 PASSAGE = 4096  # characters; a plain text is cut at the first line end after so many
-LONG_LINE = 2**16  # characters; a plain text's line is cut after so many
+LONG_LINE = 2 * PASSAGE  # characters; a longer line of a plain text is cut at ends of sentences
+CUT = re.compile(  # over PASSAGE characters, and at most LONG_LINE
+    rf"(?s:.{{{PASSAGE}}}(?:.{{0,{PASSAGE - 100}}}?"
+    r"(?:(?:[。！？…；!?;]|\.(?!\d)){1,9}[”’」』）)]{0,9}|[\v\f\x85\u2028\u2029]|\u3000{2}| {32})"
+    rf"|.{{0,{PASSAGE}}}))"
+)
 MAX_RECORD = 2**24  # characters of one line or JSON value; bounds the memory
 MAX_CELL = 2**20  # characters of one cell of a csv
 CHUNK = 2**18  # bytes read at once
@@ -89,6 +95,7 @@ def find_sources(
 
 def source_of(path: Path, encoding: str = "auto") -> Source:
     form = form_of(path)
+    refuse_other_kinds(path, form)
     return Source(path, form, "" if form == "parquet" else find_encoding(path, encoding))
 
 
@@ -116,10 +123,29 @@ def _find(word: str) -> list[Path]:
 
 
 def _glob(folder: Path, pattern: str) -> list[Path]:
-    """The files that match, in order; ** leaves hidden ones out."""
+    """The files that match, in order; ** leaves hidden ones out, and is in each folder once."""
+    parts = Path(pattern).parts
+    if "**" in parts:
+        at = parts.index("**")
+        head, tail = (str(Path(*some)) for some in (parts[:at], parts[at + 1 :] or ["*"]))
+        bases = glob.glob(head, root_dir=folder)  # noqa: PTH207
+        folders = (sub for base in bases for sub in _folders(folder / base))
+        return sorted({file for sub in folders for file in _glob(sub, tail)})
     # Path.glob takes no absolute pattern
-    names = glob.glob(pattern, root_dir=folder, recursive=True)  # noqa: PTH207
+    names = glob.glob(pattern, root_dir=folder)  # noqa: PTH207
     return sorted(path for name in names if (path := folder / name).is_file())
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    """A folder and those below it, each once, although links may lead back."""
+    seen = set()
+    for path, names, _ in os.walk(folder, followlinks=True):
+        shown = [name for name in names if not name.startswith(".")]
+        names.clear()
+        if (real := os.path.realpath(path)) not in seen:
+            seen.add(real)
+            names += sorted(shown, key=lambda name: (Path(path, name).is_symlink(), name))
+            yield Path(path)
 
 
 def _files_of_known_forms(folder: Path) -> list[Path]:
@@ -180,6 +206,7 @@ class Tally:
     good: int = 0
     bad: Counter = field(default_factory=Counter)
     aside: Counter = field(default_factory=Counter)  # good ones that are not wanted, by reason
+    odd: dict[str, list] = field(default_factory=dict)  # kind of `tidied` -> [records, the first]
     shown: list[str] = field(default_factory=list)  # a line for each of the first bad ones
     _source: Source | None = None  # what is being read,
     _good: int = 0  # its good records,
@@ -206,6 +233,14 @@ class Tally:
         if self._bad == CHECKED:
             self._check()
 
+    def tidy(self, line: int, value: T) -> T:
+        """What `tidied` makes of a record, which is counted by what it held."""
+        kinds = set()
+        value = tidied(value, kinds)
+        for kind in kinds:
+            self.odd.setdefault(kind, [0, f"{self._source.name}, line {line}"])[0] += 1
+        return value
+
     def end(self) -> None:
         """Raises UserError if over half of the records are bad: of a file, or of a part of one."""
         if self._good or self._bad or not self._source.is_whole:
@@ -225,6 +260,8 @@ class Tally:
         self.good += other.good
         self.bad += other.bad
         self.aside += other.aside
+        for kind, (count, first) in other.odd.items():
+            self.odd.setdefault(kind, [0, first])[0] += count
         for line in other.shown:
             self._show(line)
 
@@ -235,18 +272,24 @@ class Tally:
                 print(line)
 
     def summary(self) -> str:
-        """What was left out, as the end of a line."""
+        """What was left out, as the end of a line; and a line for each kind of odd characters."""
         bad, aside = (
             ", ".join(f"{n:,} {reason}" for reason, n in counts.most_common())
             for counts in (self.bad, self.aside)
         )
         aside = f"; of these not taken: {aside}" if aside else ""
-        return aside + (f"; records left out: {bad}" if bad else "")
+        odd = (
+            f"\n{n:,} records with {kind}; the first in {first}"
+            for kind, (n, first) in sorted(self.odd.items())
+        )
+        return aside + (f"; records left out: {bad}" if bad else "") + "".join(odd)
 
     def meta(self) -> dict:
         """What goes into meta.json."""
         aside = {"not_taken": dict(sorted(self.aside.items()))} if self.aside else {}
-        return {"records": self.good, "skipped": dict(sorted(self.bad.items()))} | aside
+        odd = {"odd_characters": {kind: n for kind, (n, _) in sorted(self.odd.items())}}
+        odd = odd if self.odd else {}
+        return {"records": self.good, "skipped": dict(sorted(self.bad.items()))} | aside | odd
 
 
 # --- lines ---------------------------------------------------------------------------------------
@@ -269,8 +312,8 @@ def read_chunks(source: Source) -> Iterator[str]:
 
 
 def read_lines(source: Source, cut: int = 0) -> Iterator[tuple[int, str]]:
-    """(number, line) without its end. cut: a line longer than about so many characters comes in
-    pieces. Without it, raises UserError if a line is longer than MAX_RECORD."""
+    """(number, line) without its end. cut: a line longer than about so many characters may come in
+    pieces, see `cut_line`. Without it, raises UserError if a line is longer than MAX_RECORD."""
     number, pieces, size = source.line, [], 0
     for chunk in read_chunks(source):
         *lines, last = chunk.split("\n")
@@ -282,30 +325,48 @@ def read_lines(source: Source, cut: int = 0) -> Iterator[tuple[int, str]]:
         pieces.append(last)
         size += len(last)
         if cut and size > cut:
-            yield number, "".join(pieces)
-            pieces, size = [], 0
+            *cuts, last = cut_line("".join(pieces), LONG_LINE + 100, LONG_LINE + 100)
+            yield from ((number, piece) for piece in cuts)
+            pieces, size = [last], len(last)
         elif size > MAX_RECORD:
             raise UserError(f"{source.name}, line {number}: over {MAX_RECORD:,} characters")
     if size:
         yield number, "".join(pieces)
 
 
+def cut_line(line: str, longest: int, then: int) -> list[str]:
+    """A line in pieces of over PASSAGE characters while it has more than `longest`, and what is
+    left of it more than `then`."""
+    pieces = []
+    while len(line) > longest:
+        end = CUT.match(line).end()
+        pieces.append(line[:end])
+        line, longest = line[end:], then
+    return [*pieces, line] if line or not pieces else pieces
+
+
 def passages(source: Source, tally: Tally) -> Iterator[str]:
     """A plain text in passages of whole lines, without damaged ones. The tally counts lines."""
-    lines, size = [], 0
+    lines, size, before = [], 0, 0
     for number, line in read_lines(source, cut=LONG_LINE):
-        if is_whole(line):
-            lines.append(line)
-        else:
-            tally.skip(number, BadRecord("damaged characters", line[:40]))
-        size += len(line) + 1
-        if size >= PASSAGE:
-            yield from _passage(lines, tally)
-            lines, size = [], 0
+        for piece in cut_line(line, PASSAGE if number == before else LONG_LINE, PASSAGE):
+            if number == before:  # behind a cut there is no indent
+                piece = piece.lstrip(" \t\u3000")
+            before = number
+            if is_whole(piece):
+                lines.append((number, piece))
+            else:
+                tally.skip(number, BadRecord("damaged characters", piece[:40]))
+            size += len(piece) + 1
+            if size >= PASSAGE:
+                yield from _passage(lines, tally)
+                lines, size = [], 0
     yield from _passage(lines, tally)
 
 
-def _passage(lines: list[str], tally: Tally) -> Iterator[str]:
+def _passage(lines: list[tuple[int, str]], tally: Tally) -> Iterator[str]:
+    tidied("".join(line for _, line in lines), kinds := set())
+    lines = [tally.tidy(number, line) if kinds else line for number, line in lines]
     tally.count(sum(1 for line in lines if line and not line.isspace()))
     if text := clean("\n".join(lines)):
         yield text
@@ -357,7 +418,7 @@ def _json_lines(source: Source, tally: Tally) -> Iterator[tuple[int, object]]:
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
+            yield number, json.loads(line.removeprefix("\ufeff"))  # of a file put behind another
         except (ValueError, RecursionError) as error:
             tally.skip(number, BadRecord("broken JSON", error))
 
@@ -588,7 +649,7 @@ def converted(
     tally.begin(source)
     for line, value in values(source, tally, has_header):
         try:
-            record = record_of(value)
+            record = record_of(tally.tidy(line, value))
         except BadRecord as error:
             tally.skip(line, error)
         else:

@@ -1,7 +1,10 @@
 """Each form of file and each encoding, from files written here; damage is never silent."""
 
+import bz2
 import gzip
 import json
+import lzma
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -16,7 +19,8 @@ from miniglm.prep import readers
 from miniglm.prep.encodings import PIECE, find_encoding
 from miniglm.prep.forms import BadRecord, clean, interpret, is_validation, parse_fields
 from miniglm.prep.readers import Tally, find_sources, is_text, records
-from tests.helpers import TEXT, dialogue
+from miniglm.prep.writer import write_pretrain
+from tests.helpers import TEXT, dialogue, tiny_tokenizer
 
 TRADITIONAL = """\
 話說天下大勢，分久必合，合久必分。周末七國分爭，併入於秦。及秦滅之後，楚、漢分爭，又併入於漢。
@@ -216,6 +220,69 @@ def test_a_file_a_folder_a_glob_and_a_list_are_found_in_order(tmp_path, capsys, 
         find_sources(["only"])
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_a_walk_through_links_that_lead_back_ends_with_each_file_once(tmp_path):
+    data = tmp_path / "data"
+    for name in ("b.txt", "sub/a.txt", "sub/deep/c.txt"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        write_text(data / name, TEXT)
+    (data / "a_link").symlink_to(data / "sub")
+    (data / "sub" / "loop").symlink_to(data)
+    (data / "sub" / "deep" / "loop").symlink_to(data / "sub")
+    (tmp_path / "named").symlink_to(data)
+
+    def names(word: str) -> list[str]:
+        return [source.path.relative_to(tmp_path).as_posix() for source in find_sources([word])]
+
+    once = ["b.txt", "sub/a.txt", "sub/deep/c.txt"]
+    assert names(f"{tmp_path}/data/**/*.txt") == [f"data/{name}" for name in once]
+    assert names(f"{tmp_path}/named") == [f"named/{name}" for name in once]
+    assert names(f"{tmp_path}/data/a_link/*.txt") == ["data/a_link/a.txt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="its file names are Unicode")
+def test_a_name_that_is_no_utf8_is_read_and_shown_in_hexadecimal(tmp_path, capsys):
+    name = os.fsdecode("三国.txt".encode("gbk"))
+    folder, tokenizer = tmp_path / "in", tiny_tokenizer()
+    folder.mkdir()
+    write_text(folder / name, TEXT)
+    for word in (str(folder), f"{folder}/*.txt", f"{folder}/**", f"{folder}/{name}"):
+        [source] = find_sources([word])
+        texts = {"train": records(source, Tally())}
+        meta = write_pretrain(tmp_path / "out", tokenizer, texts, [source.name])
+        assert meta["sources"] == [f"{folder.as_posix()}/\\xc8\\xfd\\xb9\\xfa.txt"]
+        capsys.readouterr().out.encode()
+
+
+KINDS = {
+    "zip archive; unpack it": b"PK\3\4\x14\0\0\0",
+    "tar archive; unpack it": b"a.txt".ljust(257, b"\0") + b"ustar\0" + b"00",
+    "xz file; unpack it": lzma.compress(TEXT.encode()),
+    "bz2 file; unpack it": bz2.compress(TEXT.encode()),
+    "packed twice; unpack it": gzip.compress(gzip.compress(TEXT.encode())),
+    "7z archive": b"7z\xbc\xaf\x27\x1c\0\4",
+    "rar archive": b"Rar!\x1a\7\1\0",
+    "document; save its text": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n",
+    "program": b"\x7fELF\2\1\1",
+    "image": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
+    "git-lfs pointer, not the file; fetch it": b"version https://git-lfs.github.com/spec/v1\n",
+    "page of HTML; download the file itself": b"\n<!DOCTYPE html>\n<html><body>404</body></html>",
+    "parquet file; give it the suffix .parquet": b"PAR1\x15\4",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_file_of_another_kind_is_named_by_its_first_bytes(pack, kind, tmp_path):
+    for name in ("a.txt", "a.jsonl", "a.parquet"):
+        (tmp_path / name).write_bytes(pack(KINDS[kind]))
+        if (name == "a.txt" and "HTML" in kind) or (name == "a.parquet" and "parquet" in kind):
+            continue
+        with pytest.raises(UserError, match=rf"a\.\w+ is (an? )?{kind}"):
+            read(tmp_path / name)
+    assert read(write_text(tmp_path / "a.txt", "BZhang 7z Rar!\n")) == ["BZhang 7z Rar!"]
+
+
 # --- encodings -----------------------------------------------------------------------------------
 
 ENCODED = [
@@ -264,6 +331,32 @@ def test_an_override_is_taken_and_a_wrong_one_refused(tmp_path):
             read(path, encoding=unknown)
 
 
+RARE = {
+    "烷烃烯烃炔烃芳烃，醇酚醚醛酮羧酸酯胺酰胺腈，苯萘蒽菲，吡啶嘧啶嘌呤吲哚喹啉。\n": "gb18030",
+    "香港嘅嘢,佢哋唔係咁講㗎\n": "big5hkscs",
+    "\ue000\ue001 烃\n": "gb18030",
+    "烃\ufffd\ufffd\ufffd\n": "gb18030",
+    "㐂㐄㐅㐆㐇\n": "utf-32",
+}
+
+
+@pytest.mark.parametrize("text", RARE)
+def test_rare_characters_are_no_fault_where_the_encoding_is_sure(text, tmp_path):
+    path = tmp_path / "a.txt"
+    for name in ("utf-8", "utf-8-sig", RARE[text], "utf-16"):
+        path.write_bytes((text * 600).encode(name))
+        is_told = name.startswith("utf-") and name != "utf-32"
+        for encoding in ("auto", name) if is_told else (name,):
+            assert "\n".join(read(path, encoding)) + "\n" == text * 600, (name, encoding)
+
+
+def test_a_damaged_line_of_rare_characters_costs_that_line(tmp_path):
+    path, line = tmp_path / "a.txt", next(iter(RARE)).encode()
+    path.write_bytes(line * 300 + line[:7] + b"\xff" + line[8:] + line * 300)
+    _, tally = counted(path)
+    assert (tally.good, tally.bad) == (600, {"damaged characters": 1})
+
+
 def test_what_is_no_text_is_refused(tmp_path):
     path = tmp_path / "a.txt"
     latin = ("Déjà vu à la façade brûlée, où l'été était gênant. " * 20).encode("latin-1")
@@ -298,6 +391,102 @@ def test_texts_and_text_files_are_cleaned_as_the_head_of_forms_says(tmp_path):
     assert clean(raw) == "却说　玄德\n飞曰\n\n    code:\n\tx = 1"
     (tmp_path / "a.txt").write_bytes(raw.encode("gb18030"))
     assert read(tmp_path / "a.txt") == [clean(raw)]
+
+
+NOVEL = """第一回　桃园结义
+　　话说天下大势。{gap}周末七国分争，併入于秦。\tx
+    def f():
+        return 1
+a\t\tb\t\t
+白日依山尽，
+  黄河入海流。"""
+
+
+@pytest.mark.parametrize(
+    "gap", ["　　", "　　　　", " " * 80, "\u2028", "\u2029　　", "\f", "\v", "\x85"]
+)
+def test_what_parts_paragraphs_inside_a_line_is_a_line_end_in_texts_of_each_form(gap, tmp_path):
+    text, apart = NOVEL.replace("{gap}", gap), NOVEL.replace("{gap}", "\n")
+    assert clean(text) == apart.replace("\n　　", "\n").replace("b\t\t", "b")
+    for encoding in ("utf-8", "utf-16"):
+        (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+        path = write_json_lines(tmp_path / "a.jsonl", [{"text": text}])
+        assert read(tmp_path / "a.txt") == [clean(text)] == read(path)
+
+
+@pytest.mark.parametrize("gap", ["", "　　", " " * 80])
+def test_a_novel_in_one_line_comes_in_documents_of_whole_sentences(gap, tmp_path):
+    sentences = [f"第{n}句，玄德曰：“汝何名，何处人也，欲何往？”" for n in range(4000)]
+    text, found = gap.join(sentences), []
+    for encoding in ("utf-8", "gb18030", "utf-16"):
+        (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+        found.append(read(tmp_path / "a.txt"))
+        assert "".join(found[-1]).replace("\n", "") == "".join(sentences)
+        assert all(passage[0] == "第" and passage[-1] == "”" for passage in found[-1])
+        assert max(map(len, found[-1])) < 4200
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_bad_byte_in_a_novel_of_one_line_costs_its_passage(tmp_path):
+    data = ("玄德曰：“汝何名？”" * 40_000).encode()
+    (tmp_path / "a.txt").write_bytes(data[:500_000] + b"\xff" + data[500_000:])
+    found, tally = counted(tmp_path / "a.txt")
+    assert tally.bad == {"damaged characters": 1}
+    assert 0 < 400_000 - sum(map(len, found)) < 4200
+
+
+# --- odd characters ------------------------------------------------------------------------------
+
+ODD = {
+    "甲\u200b乙\ufeff丙\u2060": ("甲乙丙", "zero-width characters, removed"),
+    "\x1b[31m甲\x1b[0m\x1b]0;title\a乙": ("甲乙", "control characters, removed"),
+    "甲\x07乙\x1b丙\x9d": ("甲乙丙", "control characters, removed"),
+    "甲\ufffd": ("甲\ufffd", "U+FFFD or 锟斤拷, kept"),
+    "锟斤拷锟斤拷": ("锟斤拷锟斤拷", "U+FFFD or 锟斤拷, kept"),
+    "甲&nbsp;乙": ("甲&nbsp;乙", "HTML, kept"),
+    "甲<br/>乙": ("甲<br/>乙", "HTML, kept"),
+    "甲\ue123": ("甲\ue123", "private-use characters, kept"),
+    "👨\u200d👩 烫 a < b & c <T> &x; \u200c": (None, None),
+}
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_odd_characters_are_removed_or_kept_and_counted_in_texts_and_turns_of_each_form(
+    text, tmp_path
+):
+    expected, kind = ODD[text]
+    expected = expected or text
+    rows = [{"text": TEXT}, {"text": text}]
+    pairs = [{"question": "谁？", "answer": "我。"}, {"question": text, "answer": text}]
+    (tmp_path / "a.txt").write_bytes((TEXT + text).encode())
+    files = {tmp_path / "a.txt": (f"{TEXT}{expected}", 6)}
+    files[write_json_lines(tmp_path / "a.jsonl", rows)] = (expected, 2)
+    files[write_parquet(tmp_path / "a.parquet", rows)] = (expected, 2)
+    files[write_json_lines(tmp_path / "b.jsonl", pairs)] = (dialogue(expected, expected), 2)
+    for path, (record, line) in files.items():
+        found, tally = counted(path)
+        assert (found[-1], tally.bad) == (record, {})
+        both = Tally()
+        both.add(tally)
+        both.add(tally)
+        shown = f"\n2 records with {kind}; the first in {path}, line {line}" if kind else ""
+        assert both.summary() == shown
+        assert both.meta().get("odd_characters") == ({kind: 2} if kind else None)
+
+
+def test_json_lines_put_one_behind_another_lose_the_mark_between_them(tmp_path):
+    path = write_text(tmp_path / "a.jsonl", '\ufeff{"text": "甲"}\n\ufeff{"text": "乙"}\n')
+    assert read(path) == ["甲", "乙"]
+
+
+def test_control_characters_of_the_input_are_shown_and_not_printed(tmp_path, capsys):
+    path = write_text(tmp_path / "a.txt", TEXT + "\x1b[2J甲\0乙\n")
+    counted(path)
+    assert "line 6: damaged characters (\\x1b[2J甲\\x00乙)\n" in capsys.readouterr().out
+    for value in ({"\x1b[31m": 1}, {"conversations": [{"role": "\x1b\0", "content": ""}]}):
+        with pytest.raises(BadRecord) as caught:
+            interpret(value, {})
+        assert str(caught.value).isprintable()
 
 
 def test_long_lines_come_in_bounded_pieces_and_long_records_stop(tmp_path, monkeypatch):
