@@ -12,7 +12,7 @@ Settings are a dataclass of defaults, then config files and --key=value flags; t
 
 A config file is plain Python assignments, and may use the settings that stand so far. The comment
 behind a field is its help text, to which --help adds the bounds. What the settings mean is left to
-the scripts.
+the scripts. They import this before torch: from then on, Ctrl-C ends them in one line.
 """
 
 import ast
@@ -26,6 +26,7 @@ import itertools
 import os
 import re
 import runpy
+import signal
 import sys
 import traceback
 import types
@@ -258,15 +259,15 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 def command(main: Callable[[list[str]], None]) -> None:
     """Runs a script's main(argv). A UserError or a full disk is one line on stderr and exit 1."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")  # Windows consoles differ
     try:
+        if signal.getsignal(signal.SIGINT) is _interrupted_early:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        _prepare_streams()
         main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
         sys.exit(f"error: {printable(str(error))}")
     except BrokenPipeError:  # the reader of a pipe (`| head`) is gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         name = f" ({show_path(error.filename)})" if error.filename else ""
@@ -279,6 +280,31 @@ def command(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        try:
+            sys.stdout.flush()
+        except (OSError, AttributeError):  # drops what Python would try to write again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _prepare_streams() -> None:
+    """UTF-8 whatever the console. A closed stdin is empty; a closed stdout is refused."""
+    sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+    if sys.stdout is None:
+        raise UserError("standard output is closed; redirect it to a file, or to /dev/null")
+    with contextlib.suppress(OSError):  # something has been read from it
+        sys.stdin.reconfigure(errors="surrogateescape")  # see is_text
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")  # Windows consoles differ
+
+
+def _interrupted_early(signum: int, frame: types.FrameType | None) -> None:
+    """Ctrl-C before a script's command() runs. No exception: imports may catch or wrap it."""
+    if getattr(sys.modules["__main__"], "command", None) is not command:
+        signal.default_int_handler(signum, frame)
+    os.write(2, b"interrupted\n")
+    os._exit(130)
 
 
 def no_memory(error: Exception) -> str:
@@ -419,3 +445,8 @@ def _convert(name: str, value: object, hint: type, where: str) -> object:
         return value
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
     raise UserError(f"{name}={value!r}{where} must be {words.get(kind, str(kind))}")
+
+
+with contextlib.suppress(ValueError):  # where it is imported in a thread
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted_early)

@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from configurator import UserError, command, configure, repo_path, show_path, written_aside
+
+# isort: split
 import matplotlib
 import numpy as np
 from matplotlib import ticker
@@ -26,7 +29,6 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager, get_f
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
-from configurator import UserError, command, configure, repo_path, show_path, written_aside
 from miniglm.checkpoint import has_checkpoint, read_log, read_run
 
 X = Literal["tokens", "seconds", "iter"]

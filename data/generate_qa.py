@@ -15,7 +15,6 @@ and is appended as soon as it comes; OUT.calls has a line for each call that was
 the same command resumes where it was stopped. The prepare scripts read the file as it is.
 """
 
-import asyncio
 import hashlib
 import heapq
 import itertools
@@ -30,11 +29,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configurator import UserError, above, at_least, command, configure, repo_path, show_path
+
+# isort: split
+import asyncio  # takes a tenth of a second
+
+from tqdm import tqdm
+
 from miniglm import jsonl
 from miniglm.prep.forms import is_whole, text_of
 from miniglm.prep.readers import Tally, find_sources, records

@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
@@ -27,6 +28,7 @@ from configurator import (
     user_path,
     written_aside,
 )
+from tests.runs import start
 
 
 @dataclass
@@ -379,12 +381,52 @@ def test_a_closed_pipe_gives_no_traceback(tmp_path):
     assert process.wait(timeout=30) == 1
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs /dev/full")
-def test_output_on_a_full_disk_is_one_line(tmp_path):
-    with Path("/dev/full").open("w") as full:
-        process = start_script(tmp_path, "--line=pass", stdout=full)
-        _, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (1, "error: No space left on device\n")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a shell, and /dev/full")
+@pytest.mark.parametrize(
+    ("redirection", "line", "code", "out", "err"),
+    [
+        ("> /dev/full", "pass", 1, "", "error: No space left on device\n"),
+        ("> /dev/full", "print('x'); raise UserError('刘备')", 1, "", "error: 刘备\n"),
+        ("<&-", "import sys; print(sys.stdin.read())", 0, "\ndone\n", ""),
+        (">&-", "pass", 1, "", "error: standard output is closed; redirect it to a file, or to "),
+        ("2>&-", "import sys; print('x', file=sys.stderr)", 0, "done\n", ""),
+        ("<&- >&- 2>&-", "pass", 1, "", ""),
+        ("<<< $'\\xbf'", "print(ascii(input()))", 0, "'\\udcbf'\ndone\n", ""),
+    ],
+)
+def test_closed_full_or_undecodable_streams_are_no_traceback(
+    redirection, line, code, out, err, tmp_path
+):
+    path = config_file(tmp_path, SCRIPT, "script.py")
+    shell = ["bash", "-c", f'exec "$@" {redirection}', "bash"]
+    words = [*shell, sys.executable, path, f"--line={line}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(words, env=environment, capture_output=True, encoding="utf-8")
+    assert (done.returncode, done.stdout) == (code, out)
+    assert done.stderr.startswith(err) and len(done.stderr.splitlines()) == bool(err)
+
+
+SLOW = ["train.py", "sample.py", "evaluations.py", "sample_gradio.py", "export.py", "visualize.py"]
+SLOW += [f"data/{name}.py" for name in ("upload", "generate_qa", "custom/prepare")]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process cannot be sent Ctrl-C")
+@pytest.mark.parametrize(
+    ("script", "word"), [*((script, "--help") for script in SLOW), ("-m", "bench")]
+)
+def test_ctrl_c_while_a_script_is_imported_is_one_line(script, word, monkeypatch):
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # Python prints each import on stderr
+    for later in (1, 30):
+        with start(script, word, encoding="utf-8") as process:
+            lines = iter(process.stderr.readline, "")
+            while "| configurator" not in next(lines):
+                pass
+            for _ in range(later):
+                next(lines)
+            process.send_signal(signal.SIGINT)
+            err = process.stderr.read()
+        assert (process.returncode, err.splitlines()[-1]) == (130, "interrupted")
+        assert "Traceback" not in err
 
 
 # --- files -------------------------------------------------------------------------------------
