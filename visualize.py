@@ -160,7 +160,7 @@ def pick_unit(runs: list[Run]) -> Y:
 def run_names(runs: list[Run]) -> list[str]:
     """The out_dirs' names, or their paths if two have the same name."""
     unique = len({run.path.name for run in runs}) == len(runs)
-    return [run.path.name if unique else show_path(run.path) for run in runs]
+    return [show_path(run.path.name if unique else run.path) for run in runs]
 
 
 # --- curves ------------------------------------------------------------------------------------

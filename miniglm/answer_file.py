@@ -50,7 +50,7 @@ def answer_file(config: Settings) -> None:
         records = [check(checkpoint, line, number) for number, line in questions]
         bad = [record["error"] for record, _ in records if "error" in record]
         for error in bad[:5]:
-            print(f"bad line: {printable(error)}")
+            print(f"bad line: {error}")
         if len(bad) == len(records):
             raise UserError(f"no line of {show_path(source)} is a question; the first: {bad[0]}")
         part = target.with_name(target.name + ".part")
