@@ -12,7 +12,7 @@ Settings are a dataclass of defaults, then config files and --key=value flags; t
 
 A config file is plain Python assignments, and may use the settings that stand so far. The comment
 behind a field is its help text, to which --help adds the bounds. What the settings mean is left to
-the scripts.
+the scripts. They import this before torch: from then on, Ctrl-C ends them in one line.
 """
 
 import ast
@@ -20,11 +20,13 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import glob
 import inspect
 import itertools
 import os
 import re
 import runpy
+import signal
 import sys
 import traceback
 import types
@@ -40,27 +42,34 @@ class UserError(Exception):
     """An error that the user can fix; one line: what, which value, what to do."""
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with the home folder for ~; where no user has it, ~name is an ordinary name."""
+    with contextlib.suppress(RuntimeError):
+        return Path(path).expanduser()
+    return Path(path)
+
+
 def repo_path(path: str | Path) -> Path:
     """A setting's path: relative to the repository, whatever the current directory."""
-    return ROOT / Path(path).expanduser()
+    return ROOT / expanded(path)
 
 
 def user_path(path: str | Path) -> Path:
     """A user's own file: relative to the current directory, else to the repository."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     return path.absolute() if path.exists() else ROOT / path
+
+
+def is_text(text: str) -> bool:
+    """Whether it has no undecodable bytes, for which Python has surrogates."""
+    return text == text.encode(errors="replace").decode()
 
 
 def printable(text: str) -> str:
     r"""text for a message of one line: control characters as \x1b, undecodable bytes as \xb9."""
-
-    def shown(char: str) -> str:
-        if char.isprintable() or char == "\u3000":  # the blank of Chinese text
-            return char
-        byte = ord(char) - 0xDC00  # of a surrogate that stands for an undecodable byte
-        return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else ascii(char)[1:-1]
-
-    return "".join(map(shown, re.sub(r"[\r\n]+", " ", text)))
+    line = re.sub(r"[\r\n]+", " ", text)
+    shown = (c if c.isprintable() or c == "\u3000" else ascii(c)[1:-1] for c in line)
+    return re.sub(r"\\udc([89a-f])", r"\\x\1", "".join(shown))  # surrogates stand for the bytes
 
 
 def show_path(path: str | Path) -> str:
@@ -190,8 +199,9 @@ def configure(Defaults: type[T], argv: list[str], base: dict | None = None) -> T
     """An instance of the dataclass Defaults: its defaults, then base, then argv left to right.
 
     base holds settings that a checkpoint brings. A word of argv without dashes is a config file,
-    or an entry of `names` where Defaults has that field. --help prints all settings and exits.
-    Raises UserError for an unknown name (with the nearest one) or a value of the wrong type.
+    *.py, or an entry of `names` where Defaults has that field. --help prints all settings and
+    exits. Raises UserError for an unknown name (with the nearest one), a value of the wrong type, a
+    list that two flags set, or text that is not UTF-8 and names no file.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text(Defaults))
@@ -199,13 +209,20 @@ def configure(Defaults: type[T], argv: list[str], base: dict | None = None) -> T
     hints = typing.get_type_hints(Defaults)
     values = defaults_of(Defaults)
     values |= {name: value for name, value in (base or {}).items() if name in values}
-    for word in argv:
+    flags = {}
+    for before, word in zip(["", *argv], argv, strict=False):
         if word.startswith("-"):
-            values.update(_read_flag(word, hints))
+            [(name, value)] = _read_flag(word, hints).items()
+            if isinstance(value, list) and flags.get(name):
+                both = ",".join(map(str, flags[name] + value))
+                raise UserError(f"--{name}= is given twice; write one, --{name}={both}")
+            flags[name] = values[name] = value
         elif "names" in hints:
-            values["names"] = [*values["names"], word]
-        else:
+            values["names"] = values["names"] + _parse("names", word, hints["names"])
+        elif word.endswith(".py") and user_path(word).is_file():
             values.update(_read_file(word, values, hints))
+        else:
+            raise UserError(f"no config file {word}{_meant(word, before, hints)}")
     check_bounds(Defaults, values)
     return Defaults(**values)
 
@@ -242,15 +259,15 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 def command(main: Callable[[list[str]], None]) -> None:
     """Runs a script's main(argv). A UserError or a full disk is one line on stderr and exit 1."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")  # Windows consoles differ
     try:
+        if signal.getsignal(signal.SIGINT) is _interrupted_early:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        _prepare_streams()
         main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
         sys.exit(f"error: {printable(str(error))}")
     except BrokenPipeError:  # the reader of a pipe (`| head`) is gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         name = f" ({show_path(error.filename)})" if error.filename else ""
@@ -263,6 +280,31 @@ def command(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        try:
+            sys.stdout.flush()
+        except (OSError, AttributeError):  # drops what Python would try to write again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _prepare_streams() -> None:
+    """UTF-8 whatever the console. A closed stdin is empty; a closed stdout is refused."""
+    sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+    if sys.stdout is None:
+        raise UserError("standard output is closed; redirect it to a file, or to /dev/null")
+    with contextlib.suppress(OSError):  # something has been read from it
+        sys.stdin.reconfigure(errors="surrogateescape")  # see is_text
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")  # Windows consoles differ
+
+
+def _interrupted_early(signum: int, frame: types.FrameType | None) -> None:
+    """Ctrl-C before a script's command() runs. No exception: imports may catch or wrap it."""
+    if getattr(sys.modules["__main__"], "command", None) is not command:
+        signal.default_int_handler(signum, frame)
+    os.write(2, b"interrupted\n")
+    os._exit(130)
 
 
 def no_memory(error: Exception) -> str:
@@ -292,20 +334,27 @@ def _read_flag(word: str, hints: dict[str, type]) -> dict:
     return {name: _parse(name, text, hints[name]) if equals else True}
 
 
+def _meant(word: str, before: str, hints: dict[str, type]) -> str:
+    """What was meant by a word that is no config file, and by the one before."""
+    near = nearest(word, (show_path(path) for path in ROOT.glob("config/**/*.py")))
+    name, _, text = before.lstrip("-").partition("=")
+    if _kind(hints.get(name, int)) != list[str]:
+        name, text = "input", "FILE"
+    if near or name not in hints or "=" in word:
+        return near or "; settings are written --key=value"
+    return f"; several go between commas: --{name}={text},{word}"
+
+
 def _read_file(word: str, values: dict, hints: dict[str, type]) -> dict:
     path = user_path(word)
-    if not path.is_file():
-        near = nearest(word, (show_path(p) for p in ROOT.glob("config/*.py")))
-        hint = near or "; settings are written --key=value"
-        raise UserError(f"no config file {word}{hint}")
     try:
         names = runpy.run_path(str(path), init_globals=dict(values))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         line = lines[-1] if lines else getattr(error, "lineno", None)
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{word}, line {line}: {reason}") from None
+        raise UserError(f"{word}, line {line or '?'}: {reason}") from None
     settings = {}
     for name, value in names.items():
         if name.startswith("_") or isinstance(value, types.ModuleType):
@@ -322,14 +371,19 @@ def _check_name(name: str, hints: dict[str, type], where: str) -> None:
 
 
 def _parse(name: str, text: str, hint: type) -> object:
-    """A flag's text as a value: Python's own notation if the type is not text; a,b for a list."""
+    """A flag's text as a value: Python's own notation if the type is not text; a,b for a list of
+    texts, but the name of a file is one."""
     kind = _kind(hint)
     if text == "None" and kind is not hint:
         return None
     if kind is str or typing.get_origin(kind) is typing.Literal:
+        _check_text(name, text, os.path.isfile)  # some libraries take no such folder
         return _convert(name, text, kind, "")
-    if kind == list[str] and not text.startswith("["):
-        return [part for part in text.split(",") if part]
+    if kind == list[str] and (not text.startswith("[") or _names(text, os.path.exists)):
+        parts = [text] if "," in text and _names(text, _matches) else text.split(",")
+        for part in parts:
+            _check_text(name, part, _matches)
+        return [part for part in parts if part]
     try:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     except (ValueError, SyntaxError, TypeError):
@@ -337,6 +391,22 @@ def _parse(name: str, text: str, hint: type) -> object:
     if typing.get_origin(kind) is list and isinstance(value, int | float):
         value = [value]  # as --runs=a is a list of one
     return _convert(name, value, kind, "")
+
+
+def _check_text(name: str, text: str, is_there: Callable[[Path], bool]) -> None:
+    """Raises UserError for text that is not UTF-8, but a file's name is what it is."""
+    if not is_text(text) and not _names(text.removeprefix("FILE:"), is_there):
+        raise UserError(f"{name}={text} is no text in UTF-8, nor the name of a file")
+
+
+def _names(text: str, is_there: Callable[[Path], bool]) -> bool:
+    """Whether it is there under this name, in the current directory or the repository."""
+    return any(is_there(base / expanded(text)) for base in (Path.cwd(), ROOT))
+
+
+def _matches(path: Path) -> bool:
+    # pathlib's functions raise an error if a name is too long
+    return os.path.exists(path) or bool(glob.glob(str(path), recursive=True))  # noqa: PTH110, PTH207
 
 
 def _kind(hint: type) -> type:
@@ -370,6 +440,13 @@ def _convert(name: str, value: object, hint: type, where: str) -> object:
     elif kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     elif isinstance(value, kind):
+        if "\0" in str(value):
+            raise UserError(f"{name}={value!r}{where} holds a NUL")
         return value
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
     raise UserError(f"{name}={value!r}{where} must be {words.get(kind, str(kind))}")
+
+
+with contextlib.suppress(ValueError):  # where it is imported in a thread
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted_early)

@@ -14,9 +14,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from configurator import UserError, at_least, command, configure, repo_path, show_path
+
+# isort: split
 import numpy as np
 
-from configurator import UserError, at_least, command, configure, repo_path, show_path
 from data_utils import Dataset, Mixture, open_dataset
 from miniglm import answer_file, jsonl, scoring
 from miniglm.checkpoint import Checkpoint

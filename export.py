@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from configurator import UserError, command, configure, repo_path, show_path
+
+# isort: split
 from safetensors import SafetensorError
 
-from configurator import UserError, command, configure, repo_path, show_path
 from miniglm.checkpoint import Checkpoint, claimed, load_checkpoint, save_checkpoint
 from miniglm.interop.gguf import write_gguf
 from miniglm.interop.hugging_face import write_directory

@@ -16,9 +16,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from configurator import UserError, command, configure, expanded, is_text, show_path, user_path
+
+# isort: split
 from tqdm import tqdm
 
-from configurator import UserError, command, configure, show_path, user_path
 from miniglm import answer_file, jsonl
 from miniglm.checkpoint import Checkpoint
 from miniglm.generation import Sampling
@@ -119,7 +121,7 @@ def note_cuts(checkpoint: Checkpoint, texts: list[str]) -> None:
 
 def save(path: Path, checkpoint: Checkpoint, pairs: list[tuple[str, str]]) -> None:
     """Writes (prompt, output) to a file."""
-    path = path.expanduser().absolute()
+    path = expanded(path).absolute()
     keys = ("question", "answer") if checkpoint.answers else ("prompt", "continuation")
     if path.suffix == ".jsonl":
         jsonl.write(path, (dict(zip(keys, pair, strict=True)) for pair in pairs))
@@ -149,6 +151,8 @@ def converse(checkpoint: Checkpoint, sampling: Sampling) -> None:
             continue
         question = {"role": "user", "content": complete_question(checkpoint, text)}
         try:
+            if not is_text(text):
+                raise UserError("this line is not UTF-8 and was not read; the conversation goes on")
             if checkpoint.answers:
                 prompt = chat_prompt(checkpoint, [*messages, question])
             else:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from configurator import ROOT, UserError, at_least, at_most, command, configure, show_path
+
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -25,7 +27,6 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
-from configurator import ROOT, UserError, at_least, at_most, command, configure, show_path
 from miniglm.generation import Request, Sampling
 from miniglm.serve import api, page_html
 from miniglm.serve.api import MOST_SAMPLES
@@ -430,7 +431,7 @@ def main(argv: list[str]) -> None:
     app = make_app(servers, config)
     host = f"[{config.host}]" if ":" in config.host else config.host
     print(f"page http://{host}:{config.port}   endpoint http://{host}:{config.port}/v1", flush=True)
-    print("\n".join(f"model {name}" for name in servers), flush=True)
+    print("\n".join(f"model {show_path(name)}" for name in servers), flush=True)
     settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
     uvicorn.Server(settings).run(sockets=[sock])
 

@@ -21,9 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
-import torch
-
 from configurator import (
     UserError,
     above,
@@ -35,6 +32,11 @@ from configurator import (
     repo_path,
     show_path,
 )
+
+# isort: split
+import numpy as np
+import torch
+
 from data_utils import Dataset, Mixture, open_dataset
 from miniglm import checkpoint as checkpoints
 from miniglm import devices, distributed, monitor, preflight

@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from configurator import UserError, command, configure, repo_path, show_path, written_aside
+
+# isort: split
 import matplotlib
 import numpy as np
 from matplotlib import ticker
@@ -26,7 +29,6 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager, get_f
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
-from configurator import UserError, command, configure, repo_path, show_path, written_aside
 from miniglm.checkpoint import has_checkpoint, read_log, read_run
 
 X = Literal["tokens", "seconds", "iter"]
@@ -158,7 +160,7 @@ def pick_unit(runs: list[Run]) -> Y:
 def run_names(runs: list[Run]) -> list[str]:
     """The out_dirs' names, or their paths if two have the same name."""
     unique = len({run.path.name for run in runs}) == len(runs)
-    return [run.path.name if unique else show_path(run.path) for run in runs]
+    return [show_path(run.path.name if unique else run.path) for run in runs]
 
 
 # --- curves ------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ and is appended as soon as it comes; OUT.calls has a line for each call that was
 the same command resumes where it was stopped. The prepare scripts read the file as it is.
 """
 
-import asyncio
 import hashlib
 import heapq
 import itertools
@@ -30,11 +29,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import UserError, above, at_least, command, configure, repo_path, show_path
+from configurator import UserError, above, at_least, command, configure, printable, repo_path
+
+# isort: split
+import asyncio  # takes a tenth of a second
+
+from tqdm import tqdm
+
 from miniglm import jsonl
 from miniglm.prep.forms import is_whole, text_of
 from miniglm.prep.readers import Tally, find_sources, records
@@ -284,14 +287,14 @@ async def ask_all(client, config: Settings, calls: list[Call], pairs: Pairs) -> 
                 if refused or failed_in_a_row >= min(HOPELESS, len(calls)):
                     raise UserError(f"{client.base_url}: {reason}") from None
                 pairs.counts["failed calls"] += 1
-                bar.write(f"failed: {reason}", file=sys.stdout)
+                bar.write(f"failed: {printable(reason)}", file=sys.stdout)
             else:
                 failed_in_a_row = 0
                 pairs.add(call, text, config.model)
                 bar.set_postfix_str(f"{pairs.counts['kept']} pairs")
             bar.update()
 
-    with tqdm(total=len(calls), unit="call", desc=pairs.path.name) as bar:
+    with tqdm(total=len(calls), unit="call", desc=printable(pairs.path.name)) as bar:
         async with client, asyncio.TaskGroup() as group:
             for _ in range(config.parallel):
                 group.create_task(work())
@@ -303,7 +306,7 @@ def main(argv: list[str]) -> None:
     calls = plan(config, examples)
     if config.dry_run:
         for number, call in enumerate(calls, 1):
-            print(f"--- prompt {number}\n{call.prompt}")
+            print(f"--- prompt {number}", *map(printable, call.prompt.split("\n")), sep="\n")
         size = sum(len(call.prompt) for call in calls)
         return print(f"--- {len(calls):,} calls, {size:,} characters of prompts")
     client = open_client(config)
@@ -318,7 +321,7 @@ def main(argv: list[str]) -> None:
     finally:
         counts = ", ".join(f"{n:,} {what}" for what, n in pairs.counts.items() if n)
         total = pairs.n_before + pairs.counts["kept"]
-        print(f"{counts or 'nothing new'}; {show_path(pairs.path)} has {total:,} pairs")
+        print(f"{counts or 'nothing new'}; {printable(config.out)} has {total:,} pairs")
 
 
 if __name__ == "__main__":

@@ -28,11 +28,13 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configurator import ROOT, UserError, command, configure, repo_path, show_path, written_aside
+
+# isort: split
 import huggingface_hub
 from huggingface_hub.errors import SafetensorsParsingError
 from huggingface_hub.utils import validate_repo_id
 
-from configurator import ROOT, UserError, command, configure, repo_path, show_path, written_aside
 from data.fetch_data import SOURCES, Source
 from data_utils import Dataset, open_dataset
 from miniglm.interop.hub import CardSettings, dataset_card, export_card, model_card

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 from tqdm import tqdm
 
-from configurator import UserError, at_least, locked, show_path, user_path
+from configurator import UserError, at_least, expanded, locked, printable, show_path, user_path
 from miniglm import jsonl
 from miniglm.checkpoint import Checkpoint
 from miniglm.generation import Sampling
@@ -41,7 +41,7 @@ class Settings(Sampling):
 
 
 def answer_file(config: Settings) -> None:
-    source, target = user_path(config.input_data), Path(config.output_data).expanduser().absolute()
+    source, target = user_path(config.input_data), expanded(config.output_data).absolute()
     questions = jsonl.read_lines(source, "--input_data= takes a file of questions in UTF-8")
     with locked(target):
         if target.exists():
@@ -56,7 +56,8 @@ def answer_file(config: Settings) -> None:
         part = target.with_name(target.name + ".part")
         done = jsonl.resume(part, header(config, checkpoint, source))
         new = answers(checkpoint, config, records, len(done))
-        for record in tqdm(new, target.name, len(records), initial=len(done), unit="question"):
+        name = printable(target.name)
+        for record in tqdm(new, name, len(records), initial=len(done), unit="question"):
             jsonl.append(part, [record])
             done.append(record)
         jsonl.write(target, done)

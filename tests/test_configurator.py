@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
@@ -27,6 +28,7 @@ from configurator import (
     user_path,
     written_aside,
 )
+from tests.runs import start
 
 
 @dataclass
@@ -121,7 +123,7 @@ VALUES = {
     "resume": {"true": True, "False": False},
     "compile": {"None": None},
     "dtype": {"bfloat16": "bfloat16"},
-    "runs": {"a,b=c": ["a", "b=c"], "['a', 'b,c']": ["a", "b,c"], "": []},
+    "runs": {"a,b=c": ["a", "b=c"], "['a', 'b,c']": ["a", "b,c"], "": [], "x" * 300: ["x" * 300]},
     "prompts": {"3": ["3"], "None": None},
     "splits": {"7,3": [7, 3], "1e3": [1000]},
 }
@@ -172,6 +174,49 @@ def test_values_of_a_file_get_the_types_of_their_settings(tmp_path):
     assert (config.runs, config.lr_decay_iters) == (["a", "b"], None)
 
 
+def test_a_list_splits_at_commas_unless_the_whole_names_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a,b [1].txt").touch()
+    (tmp_path / "a").touch()  # which ["a","b"] would match as a glob
+    for text in ("a,b [1].txt", "a,b*.txt", str(tmp_path / "a,b [1].txt")):
+        assert configure(Settings, [f"--runs={text}"]).runs == [text]
+    assert configure(Settings, ['--runs=["a,b [1].txt"]']).runs == ["a,b [1].txt"]
+    assert configure(Settings, ['--runs=["a","b"]']).runs == ["a", "b"]
+    assert configure(Settings, ["--runs=a,b [1]"]).runs == ["a", "b [1]"]
+
+
+def test_a_list_given_twice_is_refused():
+    assert refusal("--runs=a,b", "--max_iters=3", "--runs=c").endswith("one, --runs=a,b,c")
+    assert refusal("--splits=8,1", "--splits=2").endswith("one, --splits=8,1,2")
+    assert configure(Settings, ["--prompts=None", "--prompts=a"]).prompts == ["a"]
+
+
+def gbk(text: str) -> str:
+    """The text as a word of the command line, written in GBK."""
+    return os.fsdecode(text.encode("gbk"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are UTF-8, or UTF-16")
+def test_text_that_is_not_utf8_is_refused_unless_it_names_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for word in (
+        "out_dir={}",
+        "dataset=FILE:{}",
+        "runs=a,{}",
+        "prompts={}*",
+        "{}=3",
+        "runs=['{}']",
+    ):
+        assert printable(refusal(f"--{word}".format(gbk("孔明"))))
+    (tmp_path / gbk("孔明")).mkdir()
+    assert "is no text in UTF-8" in refusal(f"--out_dir={gbk('孔明')}")  # which torch cannot open
+    (tmp_path / gbk("曹操")).touch()
+    for text in (gbk("孔明"), gbk("曹操"), gbk("曹操")[:1] + "*"):
+        assert configure(Settings, [f"--runs=a,{text}"]).runs == ["a", text]
+    assert configure(Settings, [f"--dataset=FILE:{gbk('曹操')}"]).dataset == f"FILE:{gbk('曹操')}"
+    assert "holds a NUL" in refusal(config_file(tmp_path, "out_dir = 'a\\0'"))
+
+
 # --- bounds ------------------------------------------------------------------------------------
 
 
@@ -210,10 +255,12 @@ def test_an_unknown_name_gives_the_nearest_in_flags_and_files(tmp_path):
         ("\nmax_iters = max_iter", 2, "NameError"),
         ("import json\n\n\nmax_iters = json.loads('{')", 4, "JSONDecodeError"),
         ("\nraise ValueError('first\\nsecond')", 2, "ValueError"),
+        ("\nexit(0)", 2, "SystemExit"),
+        ("max_iters = 3\0", "[?1]", "S"),
     ],
 )
 def test_an_error_in_a_file_is_one_line_with_its_place(text, line, error, tmp_path):
-    assert f"c.py, line {line}: {error}" in refusal(config_file(tmp_path, text))
+    assert re.search(rf"c.py, line {line}: {error}", refusal(config_file(tmp_path, text)))
 
 
 def test_a_missing_file_names_the_nearest_config():
@@ -222,6 +269,20 @@ def test_a_missing_file_names_the_nearest_config():
     assert f"did you mean 'config/{names[0]}'?" in message
     assert "--key=value" in refusal("max_iters=3")
     assert "no config file" in refusal("/")
+    assert "no config file ~no-such-user.py" in refusal("~no-such-user.py")
+
+
+def test_a_word_that_is_no_config_file_is_never_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.jsonl", "b.txt", "b"):
+        config_file(tmp_path, "raise RuntimeError('it was run')", name)
+        hint = f"; several go between commas: --runs=a,{name}"
+        assert refusal("--runs=a", name) == f"no config file {name}{hint}"
+        assert refusal("--max_iters=3", name).endswith("; settings are written --key=value")
+    Input = make_dataclass("Input", [("input", list[str], field(default_factory=list))])
+    assert refusal("b.txt", "--input=a", Defaults=Input).endswith(": --input=FILE,b.txt")
+    (tmp_path / "folder.py").mkdir()
+    assert "no config file folder.py" in refusal("folder.py")
 
 
 def test_a_config_file_lies_in_the_current_directory_or_the_repository(tmp_path, monkeypatch):
@@ -320,12 +381,52 @@ def test_a_closed_pipe_gives_no_traceback(tmp_path):
     assert process.wait(timeout=30) == 1
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs /dev/full")
-def test_output_on_a_full_disk_is_one_line(tmp_path):
-    with Path("/dev/full").open("w") as full:
-        process = start_script(tmp_path, "--line=pass", stdout=full)
-        _, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (1, "error: No space left on device\n")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a shell, and /dev/full")
+@pytest.mark.parametrize(
+    ("redirection", "line", "code", "out", "err"),
+    [
+        ("> /dev/full", "pass", 1, "", "error: No space left on device\n"),
+        ("> /dev/full", "print('x'); raise UserError('刘备')", 1, "", "error: 刘备\n"),
+        ("<&-", "import sys; print(sys.stdin.read())", 0, "\ndone\n", ""),
+        (">&-", "pass", 1, "", "error: standard output is closed; redirect it to a file, or to "),
+        ("2>&-", "import sys; print('x', file=sys.stderr)", 0, "done\n", ""),
+        ("<&- >&- 2>&-", "pass", 1, "", ""),
+        ("<<< $'\\xbf'", "print(ascii(input()))", 0, "'\\udcbf'\ndone\n", ""),
+    ],
+)
+def test_closed_full_or_undecodable_streams_are_no_traceback(
+    redirection, line, code, out, err, tmp_path
+):
+    path = config_file(tmp_path, SCRIPT, "script.py")
+    shell = ["bash", "-c", f'exec "$@" {redirection}', "bash"]
+    words = [*shell, sys.executable, path, f"--line={line}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(words, env=environment, capture_output=True, encoding="utf-8")
+    assert (done.returncode, done.stdout) == (code, out)
+    assert done.stderr.startswith(err) and len(done.stderr.splitlines()) == bool(err)
+
+
+SLOW = ["train.py", "sample.py", "evaluations.py", "sample_gradio.py", "export.py", "visualize.py"]
+SLOW += [f"data/{name}.py" for name in ("upload", "generate_qa", "custom/prepare")]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process cannot be sent Ctrl-C")
+@pytest.mark.parametrize(
+    ("script", "word"), [*((script, "--help") for script in SLOW), ("-m", "bench")]
+)
+def test_ctrl_c_while_a_script_is_imported_is_one_line(script, word, monkeypatch):
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # Python prints each import on stderr
+    for later in (1, 30):
+        with start(script, word, encoding="utf-8") as process:
+            lines = iter(process.stderr.readline, "")
+            while "| configurator" not in next(lines):
+                pass
+            for _ in range(later):
+                next(lines)
+            process.send_signal(signal.SIGINT)
+            err = process.stderr.read()
+        assert (process.returncode, err.splitlines()[-1]) == (130, "interrupted")
+        assert "Traceback" not in err
 
 
 # --- files -------------------------------------------------------------------------------------
@@ -356,6 +457,9 @@ def test_paths_are_read_and_shown_relative_to_the_repository(tmp_path, monkeypat
     assert repo_path("data") == ROOT / "data"
     assert repo_path(tmp_path / "x") == tmp_path / "x"
     assert repo_path("~/x") == Path.home() / "x"
+    assert repo_path("~no-such-user/x") == ROOT / "~no-such-user" / "x"
+    (tmp_path / "~no-such-user").touch()
+    assert user_path("~no-such-user") == tmp_path / "~no-such-user"
     assert show_path(ROOT / "data" / "sanguo" / "qa.jsonl") == "data/sanguo/qa.jsonl"
     outside = ROOT.parent / (ROOT.name + "-other") / "x"
     assert show_path(outside) == outside.as_posix()

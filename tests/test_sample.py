@@ -105,7 +105,7 @@ def test_a_question_that_is_missing_or_too_long_is_refused(tmp_path):
 def test_a_conversation_remembers_until_an_empty_line(tmp_path, monkeypatch, capsys):
     checkpoint = load_for_sampling(str(make_run(tmp_path, "sft")), "cpu")
     checkpoint.run["dataset"]["question_end"] = "？"
-    lines = ["谁弄权", "何时？", TEXT.replace("\n", ""), "", "何时？"]
+    lines = ["\udcbf谁", "谁弄权", "何时？", TEXT.replace("\n", ""), "", "何时？"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     asked = []
     monkeypatch.setattr(sample, "chat_prompt", lambda c, m: asked.append(m) or chat_prompt(c, m))
@@ -114,5 +114,5 @@ def test_a_conversation_remembers_until_an_empty_line(tmp_path, monkeypatch, cap
     assert [m["content"] for m in asked[0]] == ["谁弄权？"]
     assert [m["role"] for m in asked[1]] == ["user", "assistant", "user"]
     assert asked[1][1]["content"] in printed and asked[1][1]["content"]
-    assert "error: the prompt" in printed
+    assert "error: this line is not UTF-8" in printed and "error: the prompt" in printed
     assert asked[3] == [{"role": "user", "content": "何时？"}]

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from configurator import ROOT, UserError, show_path
+from configurator import ROOT, UserError, expanded, show_path
 from miniglm.prep.encodings import find_encoding, is_packed, open_bytes, refuse_other_kinds
 from miniglm.prep.forms import KNOWN_FIELDS, BadRecord, Record, clean, interpret, is_whole, tidied
 
@@ -110,7 +110,7 @@ def _suffix(path: Path) -> str:
 
 
 def _find(word: str) -> list[Path]:
-    word = str(Path(word).expanduser())
+    word = str(expanded(word))
     for base in (Path.cwd(), ROOT):
         path = base / word
         if path.is_dir():

@@ -32,6 +32,13 @@ def prepared(tokenizer: Path, out: Path, *words: str) -> Dataset:
     return Dataset(str(out))
 
 
+def test_pairs_are_shown_without_their_control_characters(tokenizer, tmp_path, capsys):
+    pairs = [{"prompt": f"{n}\x1b[2J", "chosen": "甲\n乙", "rejected": "丙\a"} for n in range(9)]
+    prepared(tokenizer, tmp_path / "a", f"--input={write_lines(tmp_path / 'a.jsonl', pairs)}")
+    printed = capsys.readouterr().out
+    assert "\\x1b[2J\n    better: 甲 乙\n    worse:  丙\\x07\n" in printed
+
+
 def write_lines(path: Path, lines: list) -> Path:
     jsonl.write(path, lines)
     return path
