@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from configurator import above, at_least, below, printable, repo_path
+from configurator import above, at_least, below, repo_path
 from miniglm.prep.forms import BadRecord, Preference, fields_of, is_whole, preference, split_of
 from miniglm.prep.pipeline import print_meta
 from miniglm.prep.readers import Source, Tally, converted, find_sources
@@ -87,8 +87,7 @@ def write(
 
     meta = write_dataset(out, tokenizer, noted(), Form("dpo", max_tokens), more_meta)
     for prompt, chosen, rejected in shown:
-        question, better, worse = map(printable, (prompt[-1]["content"], chosen, rejected))
-        print(f"{question}\n    better: {better}\n    worse:  {worse}")
+        print(f"{prompt[-1]['content']}\n    better: {chosen}\n    worse:  {rejected}")
     print_meta(out, meta)
 
 

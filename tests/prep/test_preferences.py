@@ -36,7 +36,8 @@ def test_pairs_are_shown_without_their_control_characters(tokenizer, tmp_path, c
     pairs = [{"prompt": f"{n}\x1b[2J", "chosen": "甲\n乙", "rejected": "丙\a"} for n in range(9)]
     prepared(tokenizer, tmp_path / "a", f"--input={write_lines(tmp_path / 'a.jsonl', pairs)}")
     printed = capsys.readouterr().out
-    assert "\\x1b[2J\n    better: 甲 乙\n    worse:  丙\\x07\n" in printed
+    assert "    better: 甲\n乙\n    worse:  丙\n" in printed
+    assert not [char for char in printed if char != "\n" and not char.isprintable()]
 
 
 def write_lines(path: Path, lines: list) -> Path:
