@@ -250,7 +250,8 @@ class Preferences(Objective):
         out = torch.zeros(self.data.n_rows(split, 0), 2)
         batches = self.data.pair_batches(split, self.config.batch_size)
         for (pairs, arrays), is_own in self.world.deal(batches):
-            with self.autocast():
+            # as its policy is computed: attention may round otherwise where gradients are wanted
+            with self.autocast(), torch.set_grad_enabled(split == "train"):
                 log_p = reference_log_prob(model, *to_device(arrays, self.device))
             if is_own:
                 out[pairs] = log_p.view(-1, 2).float().cpu()
