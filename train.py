@@ -219,7 +219,9 @@ def start(
         if begins.run["scaler"]:
             state.scaler.load_state_dict(begins.run["scaler"])
         saved = begins.run["progress"]
-        state.progress = Progress(**{f.name: saved[f.name] for f in dataclasses.fields(Progress)})
+        state.progress = checkpoints.typed(
+            checkpoint.path, Progress, lambda: {name: saved[name] for name in vars(Progress())}
+        )
         if world.is_first and not config.dry_run:
             checkpoints.rewind(out_dir)
     preflight.check_same_steps(config, data, state.progress.iter, device, world)

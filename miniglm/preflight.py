@@ -43,7 +43,7 @@ def find_start(config) -> Start:
     out_dir = repo_path(config.out_dir)
     if has_checkpoint(out_dir):
         if config.resume:
-            return Start(out_dir, True, read_run(out_dir, "latest", RESUMED))
+            return Start(out_dir, True, read_run(out_dir, "latest", RESUMED, type(config)))
         if not config.dry_run:
             raise UserError(
                 f"{show_path(out_dir)} already holds a run; pass --resume to go on with it, "
