@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,21 +74,30 @@ class Checkpoint:
         return self.run["dataset"].get("question_end", "")
 
 
+def check_writable(folder: Path, flag: str) -> None:
+    """Raises UserError, which names the flag, if no file can be made in a folder that is there or
+    will be made: before long work, not after it."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    probe = there / f".{os.getpid()}.tmp"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write in {show_path(folder)}: {error.strerror}; make it writable, or pass "
+            f"another {flag}"
+        ) from None
+
+
 @contextmanager
 def claimed(out_dir: Path) -> Iterator[Callable[[], None]]:
     """Makes out_dir and locks it against other runs; reading stays free. Raises UserError if it is
     locked or cannot be written. Yields a function that raises UserError if the directory has been
     removed or replaced since."""
     is_new = not out_dir.exists()
+    check_writable(out_dir, "--out_dir=")
     try:
-        with ExitStack() as stack:
-            try:
-                is_held = stack.enter_context(locked(out_dir, out_dir / "lock"))
-            except OSError as error:
-                raise UserError(
-                    f"cannot write in {show_path(out_dir)}: {error.strerror}; make it writable, "
-                    "or pass another --out_dir="
-                ) from None
+        with locked(out_dir, out_dir / "lock") as is_held:
 
             def check() -> None:
                 if not is_held():
@@ -138,6 +147,7 @@ def save_checkpoint(
         if optimizers:  # a merged adapter has none
             save_file(_contiguous(moments), aside / "optimizer.safetensors")
         tokenizer.save(aside / "tokenizer.json")
+        run["sha256"] = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
         text = json.dumps(run, ensure_ascii=False, indent=1)
         (aside / "run.json").write_text(text, encoding="utf-8")
         for file in aside.iterdir():
@@ -147,7 +157,6 @@ def save_checkpoint(
         shutil.rmtree(out_dir / name, ignore_errors=True)
         aside.rename(out_dir / name)
         _point(out_dir, "latest", name)
-        run["sha256"] = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
         _point(out_dir, "best", best)
     except (OSError, SafetensorError) as error:
         raise _write_fault(out_dir, f"save in {show_path(out_dir)}", error) from None
@@ -178,6 +187,7 @@ def _load_model(path: Path, run: dict, device: str, changes: dict) -> GPT | LSTM
     added."""
     if is_foreign(path):
         return load_foreign(path, run["architecture"], device, changes)
+    _check_files(path, run, ("model.safetensors", "adapter.safetensors", "tokenizer.json"))
     if "adapter" in run:
         return _load_adapter(path, run, device, changes)
     known = ModelConfig.__dataclass_fields__
@@ -186,7 +196,6 @@ def _load_model(path: Path, run: dict, device: str, changes: dict) -> GPT | LSTM
         return {k: v for k, v in run["architecture"].items() if v or k in known} | changes
 
     config = typed(path, ModelConfig, options)
-    _check_files(path, run, ("model.safetensors", "adapter.safetensors", "tokenizer.json"))
     model = MODELS[config.model](config).to(device)
 
     def load() -> None:
@@ -282,6 +291,13 @@ def _sha256(*files: Path) -> str:
     return digest.hexdigest()
 
 
+def _check_files(path: Path, run: dict, names: Sequence[str]) -> None:
+    """Raises UserError if one of a checkpoint's files is not what its run.json says."""
+    for name, sha256 in run.get("sha256", {}).items():  # older ones have none
+        if name in names and _sha256(path / name) != sha256:
+            raise _damaged(path / name, "its sha256 is not that in run.json")
+
+
 def keep_base(base: Path, user: Path) -> None:
     """Protects the base of the adapter in the out_dir `user` from being deleted by its own run."""
     if is_foreign(base):
@@ -291,13 +307,6 @@ def keep_base(base: Path, user: Path) -> None:
     try:
         if not (file.is_file() and line in file.read_text(encoding="utf-8")):
             with file.open("a", encoding="utf-8") as handle:  # others may add theirs meanwhile
-def _check_files(path: Path, run: dict, names: Sequence[str]) -> None:
-    """Raises UserError if one of a checkpoint's files is not what its run.json says."""
-    for name, sha256 in run.get("sha256", {}).items():  # older ones have none
-        if name in names and _sha256(path / name) != sha256:
-            raise _damaged(path / name, "its sha256 is not that in run.json")
-
-
                 handle.write(line)
     except OSError as error:
         print(
@@ -309,6 +318,7 @@ def _check_files(path: Path, run: dict, names: Sequence[str]) -> None:
 def load_optimizers(path: Path, model: GPT | LSTM, optimizers: list[torch.optim.Optimizer]) -> None:
     """Restores the optimizers' state from the checkpoint at path, parameter by parameter."""
     file = path / "optimizer.safetensors"
+    _check_files(path, _read_run(path), (file.name,))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     owners = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
 
@@ -318,7 +328,6 @@ def load_optimizers(path: Path, model: GPT | LSTM, optimizers: list[torch.optim.
             raise ValueError("its parameters are not the model's")
         return tensors
 
-    _check_files(path, _read_run(path), (file.name,))
     for name, tensor in _read(file, load).items():
         parameter_name, _, key = name.rpartition(":")
         parameter = parameters[parameter_name]
@@ -338,20 +347,11 @@ def read_run(
     path = _checkpoint_path(out_dir, which)
     run = _read_run(path)
     _read(path / "run.json", lambda: [run[key] for key in keys])
-    return run
-
-
-def files_alone(checkpoint: Checkpoint, run: dict) -> dict[str, Path | bytes]:
-    """An out_dir with this checkpoint alone, without the optimizer: the source or the content of
-    each file, by name. run: its run.json."""
-    name = checkpoint.path.name
-    files = {which: f"{name}\n".encode() for which in ("latest", "best")}
-    for file in ("model.safetensors", "tokenizer.json"):
     if Settings:  # those of an older version are left out
         known = Settings.__dataclass_fields__
         typed(path, Settings, lambda: {k: v for k, v in run["settings"].items() if k in known})
-        files[f"{name}/{file}"] = checkpoint.path / file
-    return files | {f"{name}/run.json": json.dumps(run, ensure_ascii=False, indent=1).encode()}
+    return run
+
 
 def typed(path: Path, Class: type, values: Callable[[], dict]) -> object:
     """An instance of a dataclass from a part of the checkpoint's run.json. Raises UserError if a
@@ -362,6 +362,15 @@ def typed(path: Path, Class: type, values: Callable[[], dict]) -> object:
 
     return _read(path / "run.json", read)
 
+
+def files_alone(checkpoint: Checkpoint, run: dict) -> dict[str, Path | bytes]:
+    """An out_dir with this checkpoint alone, without the optimizer: the source or the content of
+    each file, by name. run: its run.json."""
+    name = checkpoint.path.name
+    files = {which: f"{name}\n".encode() for which in ("latest", "best")}
+    for file in ("model.safetensors", "tokenizer.json"):
+        files[f"{name}/{file}"] = checkpoint.path / file
+    return files | {f"{name}/run.json": json.dumps(run, ensure_ascii=False, indent=1).encode()}
 
 
 def has_checkpoint(out_dir: Path) -> bool:
