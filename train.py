@@ -234,7 +234,7 @@ def start(
 def read_settings(argv: list[str]) -> tuple[Settings, Start, Dataset | Mixture]:
     """The settings, with those that a checkpoint brings; the checkpoint; the data."""
     config = configure(Settings, argv)
-    begins = preflight.find_start(config)
+    begins = preflight.find_start(config, argv)
     if begins.run:
         changes = {"out_dir": config.out_dir}  # it may have been renamed
         if not begins.resumes:

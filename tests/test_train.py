@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train
 from configurator import UserError
 from miniglm.prep.writer import write_pretrain
 from model import ModelConfig
@@ -308,3 +309,28 @@ def test_short_rows_hold_the_same_tokens_and_later_rows_are_whole(toys, tmp_path
 def test_short_block_must_divide_block_size():
     with pytest.raises(UserError, match="short_block=24 must divide block_size=256"):
         Settings(short_block=24)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_mistyped_out_dir_is_not_resumed_and_not_begun(toys, dry_run):
+    before = contents(toys)
+    for name, hint in (("basse", "; did you mean 'base'?"), ("q", "; pass the --out_dir= of a ")):
+        said = re.escape(f"no checkpoint in {toys / name} to go on from{hint}")
+        with pytest.raises(UserError, match=said):
+            train_here(out_dir=toys / name, resume=True, dry_run=dry_run)
+        assert not (toys / name).exists()
+    assert contents(toys) == before
+
+
+@pytest.mark.parametrize("named", ["config", "dataset", "init_from"])
+def test_what_names_its_data_begins_where_nothing_is_to_resume(toys, tmp_path, capsys, named):
+    config = tmp_path / "config.py"
+    config.write_text(f"dataset = {str(toys / 'text')!r}\n", encoding="utf-8")
+    argv = {"config": [str(config)], "dataset": words(dataset=toys / "text")}
+    argv["init_from"] = words(init_from=toys / "base", dataset=toys / "text")
+    out = tmp_path / "out"
+    train.main([*argv[named], *words(**TINY | {"out_dir": out, "resume": True, "max_iters": 2})])
+    printed = capsys.readouterr().out
+    assert f"no checkpoint in {out} to go on from: training begins anew\n" in printed
+    assert "note: 2 steps only warm up (warmup_iters=4)\n" in printed
+    assert log(out)[-1]["iter"] == 2
