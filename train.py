@@ -87,7 +87,7 @@ class Settings(Architecture):
     patience: Annotated[int | None, at_least(1)] = None  # evaluations without a better one; off
     log_interval: Annotated[int, at_least(1)] = 10  # steps between lines of log.jsonl
     track: list[str] = field(default_factory=list)  # tensorboard, wandb, trackio, swanlab
-    prompts: list[str] | None = None  # of samples at evaluations; None: from val.bin; empty: none
+    prompts: list[str] | None = None  # of samples at evaluations; None: of the data; empty: none
     device: str = "auto"  # cuda, mps, cpu; auto is the first of them that is there
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # bfloat16 where it is native
     compile: bool | None = None  # torch.compile; None: on CUDA, if triton is installed
@@ -350,7 +350,8 @@ def train(
                 checkpoints.append_log(run.out_dir, record)
             if evaluates or stops:
                 lowest = evaluates and progress.worse == 0
-                save(run, state, is_best=lowest or config.best_by == "last")
+                is_last_best = config.best_by == "last" or "val" not in run.data.splits
+                save(run, state, is_best=lowest or is_last_best)
             for tracker in trackers:
                 tracker.log(record, "\n".join(samples))
             if stops or progress.is_finished(config):
@@ -422,8 +423,10 @@ def seed_dropout(seed: int, step: int, micro: int, rank: int) -> None:
 
 
 def evaluate(run: Run, state: State) -> dict[str, float]:
-    """The objective's scores on the whole validation split; keeps count of the best. Raises
-    UserError if one is no number: nothing is saved then."""
+    """The objective's scores on the whole validation split, none without one; keeps count of the
+    best. Raises UserError if a score is no number: nothing is saved then."""
+    if "val" not in run.data.splits:
+        return {}
     scores, progress = run.objective.evaluate(state.model), state.progress
     if not all(map(math.isfinite, scores.values())):
         raise UserError(
@@ -486,9 +489,10 @@ def end(run: Run, progress: Progress, interrupts: list[int]) -> None:
         )
         sys.exit(128 + (interrupts or [signal.SIGINT])[0])
     why = "" if progress.iter == run.config.max_iters else " (out of patience)"
+    best = f"best validation loss {progress.best_val_loss:.3f}; " if progress.best_val_loss else ""
     print(
         f"finished at step {progress.iter}{why} in {progress.seconds:.0f} s; "
-        f"best validation loss {progress.best_val_loss:.3f}; {show_path(run.out_dir)} is ready"
+        f"{best}{show_path(run.out_dir)} is ready"
     )
 
 
@@ -531,8 +535,8 @@ def log_record(
 
 
 def evaluation_line(run: Run, record: dict) -> str:
-    loss = f"{show_loss(record)} in training"
-    return f"step {record['iter']}: {loss}, {run.objective.describe(record)}"
+    line = f"step {record['iter']}: {show_loss(record)} in training"
+    return f"{line}, {run.objective.describe(record)}" if "val_loss" in record else line
 
 
 def show_loss(record: dict) -> str:

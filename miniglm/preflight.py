@@ -83,8 +83,9 @@ def check(config, start: Start, data: Dataset | Mixture, device: str, world: Wor
                 "leave it out, or train another model in another --out_dir="
             )
 
-    for split in ("train", "val"):
+    for split in data.splits:
         data.check(config.block_size, split)
+    check_validation(config, data)
     if config.max_iters <= config.warmup_iters:
         print(f"note: {config.max_iters} steps only warm up (warmup_iters={config.warmup_iters})")
     if start.resumes and start.run["dataset"]["fingerprint"] != data.fingerprint:
@@ -116,6 +117,16 @@ def check(config, start: Start, data: Dataset | Mixture, device: str, world: Wor
             )
     if start.resumes:
         note_changes(start.run, config, device, world)
+
+
+def check_validation(config, data: Dataset | Mixture) -> None:
+    """Says if there is none. Raises UserError if a setting needs it."""
+    if "val" in data.splits:
+        return
+    none = f"{show_path(data.path)} has no validation split"
+    if config.patience is not None:
+        raise UserError(f"patience={config.patience} counts evaluations, but {none}; leave it out")
+    print(f"note: {none}: no evaluation, and sampling takes the last checkpoint")
 
 
 def note_changes(run: dict, config, device: str, world: World) -> None:

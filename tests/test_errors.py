@@ -51,9 +51,9 @@ CASES = {
         {"dataset": "{}/questions", "prompts": "话说天下大势分久必合合久必分周末七国分争"},
         "longer than block_size=32; shorten it",
     ),
-    "a mixture without validation": (
-        {"dataset": "{}/questions:1,{}/no_val:1"},
-        "{}/no_val has no split 'val'; it has train",
+    "patience without validation": (
+        {"dataset": "{}/no_val", "patience": 2},
+        "patience=2 counts evaluations, but {}/no_val has no validation split; leave it out",
     ),
     "init_from another tokenizer": (
         {"dataset": "{}/other_tokens", "init_from": "{}/base"},
