@@ -329,14 +329,12 @@ def test_a_mistyped_out_dir_is_not_resumed_and_not_begun(toys, dry_run):
     assert contents(toys) == before
 
 
-@pytest.mark.parametrize("named", ["config", "dataset", "init_from"])
-def test_what_names_its_data_begins_where_nothing_is_to_resume(toys, tmp_path, capsys, named):
-    config = tmp_path / "config.py"
+@pytest.mark.parametrize("is_file", [False, True])
+def test_what_names_its_data_begins_where_nothing_is_to_resume(toys, tmp_path, capsys, is_file):
+    out, config = tmp_path / "out", tmp_path / "config.py"
     config.write_text(f"dataset = {str(toys / 'text')!r}\n", encoding="utf-8")
-    argv = {"config": [str(config)], "dataset": words(dataset=toys / "text")}
-    argv["init_from"] = words(init_from=toys / "base", dataset=toys / "text")
-    out = tmp_path / "out"
-    train.main([*argv[named], *words(**TINY | {"out_dir": out, "resume": True, "max_iters": 2})])
+    data = [str(config)] if is_file else words(dataset=toys / "text")
+    train.main([*data, *words(**TINY | {"out_dir": out, "resume": True, "max_iters": 2})])
     printed = capsys.readouterr().out
     assert f"no checkpoint in {out} to go on from: training begins anew\n" in printed
     assert "note: 2 steps only warm up (warmup_iters=4)\n" in printed
