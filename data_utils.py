@@ -34,8 +34,9 @@ OWNER = 48  # a row of a mixture: the number of its dataset is in the bits from 
 class Dataset:
     """A prepared directory; `name` is one under data/, or a path. Arrays are memory-mapped.
 
-    languages: the source's and the target's of a translation set, else empty; beside: the texts
-    beside the questions of a Mixture.
+    splits: those that training reads: train, and val if there is one; languages: the source's and
+    the target's of a translation set, else empty; beside: the texts beside the questions of a
+    Mixture.
     """
 
     def __init__(self, name: str):
@@ -58,6 +59,7 @@ class Dataset:
         except (KeyError, TypeError, AttributeError):
             file = f"{show_path(self.path)}/meta.json"
             raise UserError(f"{file} is damaged; prepare it again") from None
+        self.splits = [split for split in ("train", "val") if split in self.tokens]
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -236,7 +238,7 @@ class Mixture:
     Each PERIOD rows of training hold exactly their shares, in an order that is another each time;
     a dataset smaller than its share is read more often. It has the methods of a Dataset; the
     highest bits of a row are the number of its dataset. With questions and texts, its kind,
-    validation and conversations are those of the questions.
+    validation and conversations are those of the questions; parts without validation have none.
     """
 
     def __init__(self, name: str, parts: list[Dataset], weights: np.ndarray):
@@ -252,8 +254,10 @@ class Mixture:
         self.kind = "sft" if any(part.kind == "sft" for part in parts) else "pretrain"
         self.judged = [part for part in parts if part.kind == self.kind]
         self.beside = [part for part in parts if part.kind != self.kind]
-        first = self.judged[0]  # samples continue its validation split
+        # samples continue its validation split
+        first = next((part for part in self.judged if "val" in part.tokens), self.judged[0])
         self.path, self.tokenizer, self.meta = first.path, first.tokenizer, first.meta
+        self.splits = first.splits
         self.tokens, self.bounds, self.languages = first.tokens, first.bounds, first.languages
         facts = [(p.fingerprint, int(n)) for p, n in zip(parts, self.shares, strict=True)]
         self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
@@ -263,10 +267,12 @@ class Mixture:
 
     def check(self, block_size: int, split: str) -> None:
         for part in self.parts:
-            part.check(block_size, split)
+            if split in part.tokens or split not in self.tokens:
+                part.check(block_size, split)
 
     def conversations(self, split: str) -> list[list[dict]]:
-        return [messages for part in self.judged for messages in part.conversations(split)]
+        parts = [part for part in self.judged if split in part.tokens]
+        return [messages for part in parts for messages in part.conversations(split)]
 
     def n_rows(self, split: str, block_size: int) -> int:
         return sum(part.n_rows(split, block_size) for part in self.parts)
@@ -330,9 +336,10 @@ class Mixture:
     def eval_batches(
         self, split: str, block_size: int, batch_size: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The whole split of each."""
+        """The whole split of each that has it."""
         for part in self.judged:
-            yield from part.eval_batches(split, block_size, batch_size)
+            if split in part.tokens:
+                yield from part.eval_batches(split, block_size, batch_size)
 
 
 def open_dataset(name: str) -> "Dataset | Mixture":

@@ -21,7 +21,7 @@ import numpy as np
 
 from data_utils import Dataset, Mixture, open_dataset
 from miniglm import answer_file, jsonl, scoring
-from miniglm.checkpoint import Checkpoint
+from miniglm.checkpoint import Checkpoint, check_writable
 from miniglm.comparison import compare, report_name
 from miniglm.generation import Sampling
 from miniglm.losses import split_sums
@@ -63,6 +63,7 @@ def dataset_of(checkpoint: Checkpoint, name: str | None) -> Dataset | Mixture:
 
 def evaluate(checkpoint: Checkpoint, data: Dataset, split: str, config: Settings) -> None:
     """Scores the whole split and writes the report."""
+    check_writable(checkpoint.out_dir, "--out_dir=")
     batch_size = config.batch_size
     report, asked, seen = {"dataset": data.name, "split": split}, [], None
     conversations = data.conversations(split) if data.kind == "sft" else []
@@ -103,6 +104,7 @@ def evaluate_file(
     """Scores the answers to a file's questions: `sample.py --eval_mode`. References come from the
     file, else from the dataset; questions that have neither are counted and left out."""
     check_answers(checkpoint)
+    check_writable(checkpoint.out_dir, "--out_dir=")
     try:
         data = dataset_of(checkpoint, dataset)
     except UserError:
@@ -178,6 +180,7 @@ def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     if config.compare:
         datasets, split = config.datasets or TRANSLATIONS, config.split or "test"
+        check_writable(repo_path(config.out), "--out=")
         return compare(config.compare, datasets, split, config.examples, repo_path(config.out))
     split = config.split or "val"
     checkpoint = load_for_sampling(config.out_dir, config.device, config.quantize == "int8")

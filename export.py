@@ -20,7 +20,13 @@ from configurator import UserError, command, configure, repo_path, show_path
 # isort: split
 from safetensors import SafetensorError
 
-from miniglm.checkpoint import Checkpoint, claimed, load_checkpoint, save_checkpoint
+from miniglm.checkpoint import (
+    Checkpoint,
+    check_writable,
+    claimed,
+    load_checkpoint,
+    save_checkpoint,
+)
 from miniglm.interop.gguf import write_gguf
 from miniglm.interop.hugging_face import write_directory
 
@@ -39,6 +45,7 @@ def main(argv: list[str]) -> None:
     to = repo_path(config.to)
     if to.exists():
         raise UserError(f"{show_path(to)} is there; delete it, or name another --to=")
+    check_writable(to.parent, "--to=")
     checkpoint = load_checkpoint(repo_path(config.out_dir))
     if config.format == "merged":
         write_merged(checkpoint, to)

@@ -22,7 +22,7 @@ from configurator import UserError, command, configure, expanded, is_text, show_
 from tqdm import tqdm
 
 from miniglm import answer_file, jsonl
-from miniglm.checkpoint import Checkpoint
+from miniglm.checkpoint import Checkpoint, check_writable
 from miniglm.generation import Sampling
 from miniglm.text import (
     chat_prompt,
@@ -169,6 +169,8 @@ def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     if config.input_data:
         return answer_file.answer_file(config)
+    if config.save_path:
+        check_writable(Path(config.save_path).expanduser().parent, "--save_path=")
     checkpoint = load_for_sampling(config.out_dir, config.device, config.quantize == "int8")
     if config.interactive:
         return converse(checkpoint, config)

@@ -89,7 +89,7 @@ class Settings(Architecture):
     patience: Annotated[int | None, at_least(1)] = None  # evaluations without a better one; off
     log_interval: Annotated[int, at_least(1)] = 10  # steps between lines of log.jsonl
     track: list[str] = field(default_factory=list)  # tensorboard, wandb, trackio, swanlab
-    prompts: list[str] | None = None  # of samples at evaluations; None: from val.bin; empty: none
+    prompts: list[str] | None = None  # of samples at evaluations; None: of the data; empty: none
     device: str = "auto"  # cuda, mps, cpu; auto is the first of them that is there
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # bfloat16 where it is native
     compile: bool | None = None  # torch.compile; None: on CUDA, if triton is installed
@@ -221,7 +221,9 @@ def start(
         if begins.run["scaler"]:
             state.scaler.load_state_dict(begins.run["scaler"])
         saved = begins.run["progress"]
-        state.progress = Progress(**{f.name: saved[f.name] for f in dataclasses.fields(Progress)})
+        state.progress = checkpoints.typed(
+            checkpoint.path, Progress, lambda: {name: saved[name] for name in vars(Progress())}
+        )
         if world.is_first and not config.dry_run:
             checkpoints.rewind(out_dir)
     preflight.check_same_steps(config, data, state.progress.iter, device, world)
@@ -234,7 +236,7 @@ def start(
 def read_settings(argv: list[str]) -> tuple[Settings, Start, Dataset | Mixture]:
     """The settings, with those that a checkpoint brings; the checkpoint; the data."""
     config = configure(Settings, argv)
-    begins = preflight.find_start(config)
+    begins = preflight.find_start(config, argv)
     if begins.run:
         changes = {"out_dir": config.out_dir}  # it may have been renamed
         if not begins.resumes:
@@ -350,7 +352,8 @@ def train(
                 checkpoints.append_log(run.out_dir, record)
             if evaluates or stops:
                 lowest = evaluates and progress.worse == 0
-                save(run, state, is_best=lowest or config.best_by == "last")
+                is_last_best = config.best_by == "last" or "val" not in run.data.splits
+                save(run, state, is_best=lowest or is_last_best)
             for tracker in trackers:
                 tracker.log(record, "\n".join(samples))
             if stops or progress.is_finished(config):
@@ -422,8 +425,10 @@ def seed_dropout(seed: int, step: int, micro: int, rank: int) -> None:
 
 
 def evaluate(run: Run, state: State) -> dict[str, float]:
-    """The objective's scores on the whole validation split; keeps count of the best. Raises
-    UserError if one is no number: nothing is saved then."""
+    """The objective's scores on the whole validation split, none without one; keeps count of the
+    best. Raises UserError if a score is no number: nothing is saved then."""
+    if "val" not in run.data.splits:
+        return {}
     scores, progress = run.objective.evaluate(state.model), state.progress
     if not all(map(math.isfinite, scores.values())):
         raise UserError(
@@ -486,9 +491,10 @@ def end(run: Run, progress: Progress, interrupts: list[int]) -> None:
         )
         sys.exit(128 + (interrupts or [signal.SIGINT])[0])
     why = "" if progress.iter == run.config.max_iters else " (out of patience)"
+    best = f"best validation loss {progress.best_val_loss:.3f}; " if progress.best_val_loss else ""
     print(
         f"finished at step {progress.iter}{why} in {progress.seconds:.0f} s; "
-        f"best validation loss {progress.best_val_loss:.3f}; {show_path(run.out_dir)} is ready"
+        f"{best}{show_path(run.out_dir)} is ready"
     )
 
 
@@ -531,8 +537,8 @@ def log_record(
 
 
 def evaluation_line(run: Run, record: dict) -> str:
-    loss = f"{show_loss(record)} in training"
-    return f"step {record['iter']}: {loss}, {run.objective.describe(record)}"
+    line = f"step {record['iter']}: {show_loss(record)} in training"
+    return f"{line}, {run.objective.describe(record)}" if "val_loss" in record else line
 
 
 def show_loss(record: dict) -> str:

@@ -16,6 +16,7 @@ import dataclasses
 import importlib
 
 from configurator import UserError, command, configure, nearest, repo_path, show_path
+from miniglm.checkpoint import check_writable
 from miniglm.devices import environment
 from miniglm.jsonl import write_report
 
@@ -33,6 +34,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"unknown part {part!r}{hint}")
     module = importlib.import_module(f"bench.{part}")
     config = configure(module.Settings, words)
+    check_writable(repo_path(config.out), "--out=")
     record = {
         "part": part,
         "environment": environment(getattr(config, "device", "cpu")),

@@ -3,7 +3,8 @@
     out-x/latest, out-x/best       one line each: the name of a checkpoint
     out-x/step-000500/             model.safetensors (a tied weight once), run.json, tokenizer.json,
                                    optimizer.safetensors; a LoRA run has adapter.safetensors instead
-                                   of the model, and run.json names the base checkpoint
+                                   of the model, and run.json names the base checkpoint; run.json
+                                   has the sha256 of the others, which reading them checks
     out-x/log.jsonl                an object a line
     out-x/bases                    checkpoints that adapters need, and whose: never deleted
     out-x/reference.safetensors    a DPO run's log-probabilities before its first step
@@ -21,7 +22,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from configurator import UserError, locked, show_path, written_aside
+from configurator import UserError, configure, locked, show_path, written_aside
 from lstm_model import LSTM
 from miniglm.distributed import ALONE, World, gather, is_sharded, part_of
 from miniglm.interop.foreign import (
@@ -44,6 +45,7 @@ from miniglm.lora import adapter_weights, add_adapters, merge
 from miniglm.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, ModelConfig
 
+PARTS = ("architecture", "settings", "dataset", "environment", "scaler", "progress", "sha256")
 MODELS = {"gpt": GPT, "lstm": LSTM}  # by an architecture's `model`
 
 
@@ -72,21 +74,30 @@ class Checkpoint:
         return self.run["dataset"].get("question_end", "")
 
 
+def check_writable(folder: Path, flag: str) -> None:
+    """Raises UserError, which names the flag, if no file can be made in a folder that is there or
+    will be made: before long work, not after it."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    probe = there / f".{os.getpid()}.tmp"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write in {show_path(folder)}: {error.strerror}; make it writable, or pass "
+            f"another {flag}"
+        ) from None
+
+
 @contextmanager
 def claimed(out_dir: Path) -> Iterator[Callable[[], None]]:
     """Makes out_dir and locks it against other runs; reading stays free. Raises UserError if it is
     locked or cannot be written. Yields a function that raises UserError if the directory has been
     removed or replaced since."""
     is_new = not out_dir.exists()
+    check_writable(out_dir, "--out_dir=")
     try:
-        with ExitStack() as stack:
-            try:
-                is_held = stack.enter_context(locked(out_dir, out_dir / "lock"))
-            except OSError as error:
-                raise UserError(
-                    f"cannot write in {show_path(out_dir)}: {error.strerror}; make it writable, "
-                    "or pass another --out_dir="
-                ) from None
+        with locked(out_dir, out_dir / "lock") as is_held:
 
             def check() -> None:
                 if not is_held():
@@ -136,6 +147,7 @@ def save_checkpoint(
         if optimizers:  # a merged adapter has none
             save_file(_contiguous(moments), aside / "optimizer.safetensors")
         tokenizer.save(aside / "tokenizer.json")
+        run["sha256"] = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
         text = json.dumps(run, ensure_ascii=False, indent=1)
         (aside / "run.json").write_text(text, encoding="utf-8")
         for file in aside.iterdir():
@@ -175,15 +187,15 @@ def _load_model(path: Path, run: dict, device: str, changes: dict) -> GPT | LSTM
     added."""
     if is_foreign(path):
         return load_foreign(path, run["architecture"], device, changes)
+    _check_files(path, run, ("model.safetensors", "adapter.safetensors", "tokenizer.json"))
     if "adapter" in run:
         return _load_adapter(path, run, device, changes)
     known = ModelConfig.__dataclass_fields__
 
-    def read() -> ModelConfig:  # an option of an older version does no harm where it was off
-        options = {k: v for k, v in run["architecture"].items() if v or k in known}
-        return ModelConfig(**options | changes)
+    def options() -> dict:  # one of an older version does no harm where it was off
+        return {k: v for k, v in run["architecture"].items() if v or k in known} | changes
 
-    config = _read(path / "run.json", read)
+    config = typed(path, ModelConfig, options)
     model = MODELS[config.model](config).to(device)
 
     def load() -> None:
@@ -201,11 +213,11 @@ def _load_model(path: Path, run: dict, device: str, changes: dict) -> GPT | LSTM
 
 def _load_adapter(path: Path, run: dict, device: str, changes: dict) -> GPT | LSTM:
     parts = ("base", "sha256", "rank", "alpha", "targets")
-    base, sha256, rank, alpha, targets, block_size = _read(
+    place, sha256, rank, alpha, targets, block_size = _read(
         path / "run.json",
         lambda: [*(run["adapter"][part] for part in parts), run["architecture"]["block_size"]],
     )
-    base = Path(os.path.normpath(path.parent.resolve() / base))
+    base = _read(path / "run.json", lambda: Path(os.path.normpath(path.parent.resolve() / place)))
     if not base.exists():
         raise UserError(
             f"{show_path(path)} is an adapter of {show_path(base)}, which is not there; put it "
@@ -219,7 +231,7 @@ def _load_adapter(path: Path, run: dict, device: str, changes: dict) -> GPT | LS
     # an adapter may have been trained on shorter rows than its base
     model = _load_model(base, _read_run(base), device, {"block_size": block_size} | changes)
     merge(model)  # the base may itself be an adapter
-    add_adapters(model, rank, alpha, targets)
+    _read(path / "run.json", lambda: add_adapters(model, rank, alpha, targets))
 
     def load() -> None:
         weights = load_file(path / "adapter.safetensors", device=device)
@@ -257,17 +269,33 @@ def adapter_of(out_dir: Path, base: Path, rank: int, alpha: float, targets: list
 
 
 def weights_sha256(path: Path) -> str:
-    """The digest of a checkpoint's weights; of an adapter's, only A and B."""
-    adapter, digest = path / "adapter.safetensors", hashlib.sha256()
-    own = [adapter if adapter.is_file() else path / "model.safetensors"]
+    """The digest of a checkpoint's weights; of an adapter's, only A and B. Our own checkpoints have
+    it in run.json, and reading the weights checks it."""
+    if is_foreign(path):
+        return _sha256(*weight_files(path))
+    adapter = path / "adapter.safetensors"
+    file = adapter if adapter.is_file() else path / "model.safetensors"
+    return _read_run(path).get("sha256", {}).get(file.name) or _sha256(file)
+
+
+def _sha256(*files: Path) -> str:
+    """The digest of the files' bytes, one file after another."""
+    digest = hashlib.sha256()
 
     def add(file: Path) -> None:
         with file.open("rb") as handle:
             hashlib.file_digest(handle, lambda: digest)
 
-    for file in weight_files(path) if is_foreign(path) else own:
+    for file in files:
         _read(file, partial(add, file))
     return digest.hexdigest()
+
+
+def _check_files(path: Path, run: dict, names: Sequence[str]) -> None:
+    """Raises UserError if one of a checkpoint's files is not what its run.json says."""
+    for name, sha256 in run.get("sha256", {}).items():  # older ones have none
+        if name in names and _sha256(path / name) != sha256:
+            raise _damaged(path / name, "its sha256 is not that in run.json")
 
 
 def keep_base(base: Path, user: Path) -> None:
@@ -290,6 +318,7 @@ def keep_base(base: Path, user: Path) -> None:
 def load_optimizers(path: Path, model: GPT | LSTM, optimizers: list[torch.optim.Optimizer]) -> None:
     """Restores the optimizers' state from the checkpoint at path, parameter by parameter."""
     file = path / "optimizer.safetensors"
+    _check_files(path, _read_run(path), (file.name,))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     owners = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
 
@@ -310,13 +339,28 @@ def load_optimizers(path: Path, model: GPT | LSTM, optimizers: list[torch.optim.
         optimizer.state[parameter][key] = part_of(tensor.to(device, copy=True), parameter)
 
 
-def read_run(out_dir: Path, which: str, keys: Sequence[str] = ()) -> dict:
+def read_run(
+    out_dir: Path, which: str, keys: Sequence[str] = (), Settings: type | None = None
+) -> dict:
     """run.json of the checkpoint that the pointer `which` names. Raises UserError if it lacks a
-    key."""
+    key, or if one of its settings is not of the type that Settings gives."""
     path = _checkpoint_path(out_dir, which)
     run = _read_run(path)
     _read(path / "run.json", lambda: [run[key] for key in keys])
+    if Settings:  # those of an older version are left out
+        known = Settings.__dataclass_fields__
+        typed(path, Settings, lambda: {k: v for k, v in run["settings"].items() if k in known})
     return run
+
+
+def typed(path: Path, Class: type, values: Callable[[], dict]) -> object:
+    """An instance of a dataclass from a part of the checkpoint's run.json. Raises UserError if a
+    value is missing or of another type."""
+
+    def read() -> object:
+        return configure(Class, [f"--{name}={value}" for name, value in values().items()])
+
+    return _read(path / "run.json", read)
 
 
 def files_alone(checkpoint: Checkpoint, run: dict) -> dict[str, Path | bytes]:
@@ -343,7 +387,8 @@ def rewind(out_dir: Path) -> None:
     step, keep_last = 0, 1
     if has_checkpoint(out_dir):
         run = read_run(out_dir, "latest")
-        _point(out_dir, "best", run["best"])
+        if (out_dir / run["best"]).is_dir():  # not if `latest` was set back by hand
+            _point(out_dir, "best", run["best"])
         step, keep_last = run["progress"]["iter"], run["settings"]["keep_last"]
     _delete_old(out_dir, keep_last)
     kept = [r for r in read_log(out_dir) if r["iter"] <= step]
@@ -425,7 +470,9 @@ def _read_run(path: Path, tokenizer: Tokenizer | None = None) -> dict:
     if is_foreign(path):
         return foreign_run(path, tokenizer or load_tokenizer(path))
     file = path / "run.json"
-    return _read(file, lambda: {**json.loads(file.read_text(encoding="utf-8"))})
+
+    run = _read(file, lambda: {**json.loads(file.read_text(encoding="utf-8"))})
+    return run | _read(file, lambda: {part: {**run[part]} for part in PARTS if part in run})
 
 
 def _read(file: Path, read: Callable) -> object:
@@ -433,13 +480,21 @@ def _read(file: Path, read: Callable) -> object:
     try:
         return read()
     except FileNotFoundError:
-        raise UserError(f"{show_path(file)} is missing; {_REMEDY}") from None
-    except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{show_path(file)} is damaged ({reason}); {_REMEDY}") from None
+        raise UserError(f"{show_path(file)} is missing; {_remedy(file)}") from None
+    except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError, UserError) as error:
+        raise _damaged(file, str(error).splitlines()[0]) from None
 
 
-_REMEDY = "train again in another --out_dir="
+def _damaged(file: Path, reason: str) -> UserError:
+    return UserError(f"{show_path(file)} is damaged ({reason}); {_remedy(file)}")
+
+
+def _remedy(file: Path) -> str:
+    """What to do about a file that is damaged or missing."""
+    out_dir = file.parent.parent
+    others = [p.parent.name for p in out_dir.glob("step-*/run.json") if p.parent != file.parent]
+    back = f"write {max(others)} into {show_path(out_dir)}/latest and best, " if others else ""
+    return f"copy it again, {back}or train again in another --out_dir="
 
 
 def _optimizer_tensors(

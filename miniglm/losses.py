@@ -45,9 +45,9 @@ def target_losses(model: torch.nn.Module, idx: torch.Tensor, targets: torch.Tens
 def reference_log_prob(
     model: torch.nn.Module, idx: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """sequence_log_prob with the model's adapters off, in eval mode, without gradients."""
+    """sequence_log_prob with the model's adapters off, in eval mode; it has no gradient."""
     with eval_mode(model), adapters_off(model):
-        return -target_losses(model, idx, targets).sum(dim=1)
+        return sequence_log_prob(model, idx, targets).detach()
 
 
 @contextmanager

@@ -155,7 +155,7 @@ def catch_interrupt(world: World) -> Iterator[list[int]]:
 
 
 def sample_prompts(checkpoint: Checkpoint, data: Dataset, texts: list[str] | None) -> list[Prompt]:
-    """The prompts of the samples; None is the first of the validation split.
+    """The prompts of the samples; None is the first of the validation split, or of training.
 
     Raises UserError if a question is longer than the model can read.
     """
@@ -166,8 +166,9 @@ def sample_prompts(checkpoint: Checkpoint, data: Dataset, texts: list[str] | Non
 
 def first_prompt(data: Dataset, block_size: int) -> Prompt:
     """The beginning of the validation text, in at most half of block_size; or the first question
-    with what stands before it."""
-    tokenizer, tokens = data.tokenizer, data.tokens["val"]
+    with what stands before it. Of training if there is no validation."""
+    tokenizer, split = data.tokenizer, data.splits[-1]
+    tokens = data.tokens[split]
     if data.kind == "pretrain":
         # a character has at most four bytes
         beginning = tokens[: min(4 * PROMPT_LENGTH, block_size // 2)].tolist()
@@ -175,7 +176,7 @@ def first_prompt(data: Dataset, block_size: int) -> Prompt:
         while len(ids := tokenizer.encode(text)) > block_size // 2:
             text = text[:-1]
         return text, ids or [tokenizer.end_of_text]
-    *messages, _ = tokenizer.parse(tokens[: int(data.bounds["val"][1])])
+    *messages, _ = tokenizer.parse(tokens[: int(data.bounds[split][1])])
     return messages[-1]["content"], tokenizer.render_prompt(messages)
 
 

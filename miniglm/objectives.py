@@ -6,7 +6,7 @@ train.py has one loop for every stage, and asks an objective:
                             the tokens of the whole step, padding left out
     counts(batches)         before the forward pass: what each sum is divided by
     sums(model, batch)      {term: sum over the batch}, of which the loss is made
-    evaluate(model)         {name: value} on the validation split, with "val_loss"
+    evaluate(model)         {name: value} on the validation split, if there is one, with "val_loss"
     describe(record)        the line that is printed of an evaluation
 
 loss = sum of weights[term] x sums[term] / counts[term], where counts are those of all micro-batches
@@ -153,8 +153,8 @@ class NextToken(Objective):
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
         nats, count, n_bytes = self.split_sums(model, self.data)
         scores = {"val_loss": nats / count, "val_bits_per_byte": nats / math.log(2) / n_bytes}
-        if self.data.beside:
-            sums = [self.split_sums(model, text) for text in self.data.beside]
+        if beside := [text for text in self.data.beside if "val" in text.tokens]:
+            sums = [self.split_sums(model, text) for text in beside]
             nats, _, n_bytes = map(sum, zip(*sums, strict=True))
             scores["val_bits_per_byte_text"] = nats / math.log(2) / n_bytes
         return scores
@@ -204,7 +204,7 @@ class Preferences(Objective):
     def start_from(self, checkpoint: Path) -> None:
         """From now on the model at this path is the reference."""
         splits = self.data.meta["splits"]
-        self.reference_key = {split: splits[split]["fingerprint"] for split in ("train", "val")} | {
+        self.reference_key = {split: splits[split]["fingerprint"] for split in self.data.splits} | {
             "model": weights_sha256(checkpoint),
             "precision": str(pick_dtype(self.config.dtype, self.device)).removeprefix("torch."),
         }
@@ -227,7 +227,8 @@ class Preferences(Objective):
         """
         if not self.reference_key:
             return
-        if self.reference_key["val"] != self.data.meta["splits"]["val"]["fingerprint"]:
+        val = self.data.meta["splits"].get("val", {})
+        if self.reference_key.get("val") != val.get("fingerprint"):
             raise UserError(
                 f"{show_path(self.data.path)}/val.bin is not what this run began with; train again "
                 "in another --out_dir="
@@ -241,7 +242,7 @@ class Preferences(Objective):
                 "of the model it started from; train again in another --out_dir="
             )
         print(f"reading {self.data.name} with the model as it is, for reference.safetensors")
-        self.reference = {split: self.log_probs(model, split) for split in ("train", "val")}
+        self.reference = {split: self.log_probs(model, split) for split in self.data.splits}
         if self.world.is_first:
             save_reference(out_dir, self.reference, self.reference_key)
 
@@ -250,7 +251,8 @@ class Preferences(Objective):
         out = torch.zeros(self.data.n_rows(split, 0), 2)
         batches = self.data.pair_batches(split, self.config.batch_size)
         for (pairs, arrays), is_own in self.world.deal(batches):
-            with self.autocast():
+            # as its policy is computed: attention may round otherwise where gradients are wanted
+            with self.autocast(), torch.set_grad_enabled(split == "train"):
                 log_p = reference_log_prob(model, *to_device(arrays, self.device))
             if is_own:
                 out[pairs] = log_p.view(-1, 2).float().cpu()

@@ -3,12 +3,13 @@ declared beside the settings; here is what hangs on several of them, on files an
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
-from configurator import UserError, repo_path, show_path
+from configurator import UserError, nearest, repo_path, show_path
 from data_utils import Dataset, Mixture
 from miniglm.checkpoint import has_checkpoint, has_model, read_run
 from miniglm.devices import environment, pick_dtype
@@ -37,18 +38,25 @@ class Start:
         return self.run["settings"] if self.resumes else architecture(self.run["architecture"])
 
 
-def find_start(config) -> Start:
-    """Where settings say that a run begins. Raises UserError if there is no model, or if out_dir
-    would be written over."""
+def find_start(config, argv: list[str]) -> Start:
+    """Where settings say that a run begins. Raises UserError if there is no model, if out_dir would
+    be written over, or if argv names nothing to train where there is nothing to resume."""
     out_dir = repo_path(config.out_dir)
     if has_checkpoint(out_dir):
         if config.resume:
-            return Start(out_dir, True, read_run(out_dir, "latest", RESUMED))
+            return Start(out_dir, True, read_run(out_dir, "latest", RESUMED, type(config)))
         if not config.dry_run:
             raise UserError(
                 f"{show_path(out_dir)} already holds a run; pass --resume to go on with it, "
                 "or another --out_dir="
             )
+    elif config.resume:
+        nothing = f"no checkpoint in {show_path(out_dir)} to go on from"
+        if not any(re.match("[^-]|-+(dataset|init_from)=", word) for word in argv):
+            near = nearest(out_dir.name, (p.parent.name for p in out_dir.parent.glob("*/latest")))
+            begin = "; pass the --out_dir= of a run, or begin one with a config file or --dataset="
+            raise UserError(nothing + (near or begin))
+        print(f"{nothing}: training begins anew")
     if config.init_from == "scratch":
         return Start()
     source = repo_path(config.init_from)
@@ -75,8 +83,11 @@ def check(config, start: Start, data: Dataset | Mixture, device: str, world: Wor
                 "leave it out, or train another model in another --out_dir="
             )
 
-    for split in ("train", "val"):
+    for split in data.splits:
         data.check(config.block_size, split)
+    check_validation(config, data)
+    if config.max_iters <= config.warmup_iters:
+        print(f"note: {config.max_iters} steps only warm up (warmup_iters={config.warmup_iters})")
     if start.resumes and start.run["dataset"]["fingerprint"] != data.fingerprint:
         raise UserError(
             f"{show_path(data.path)} is not what this run was trained on: it was prepared anew; "
@@ -106,6 +117,16 @@ def check(config, start: Start, data: Dataset | Mixture, device: str, world: Wor
             )
     if start.resumes:
         note_changes(start.run, config, device, world)
+
+
+def check_validation(config, data: Dataset | Mixture) -> None:
+    """Says if there is none. Raises UserError if a setting needs it."""
+    if "val" in data.splits:
+        return
+    none = f"{show_path(data.path)} has no validation split"
+    if config.patience is not None:
+        raise UserError(f"patience={config.patience} counts evaluations, but {none}; leave it out")
+    print(f"note: {none}: no evaluation, and sampling takes the last checkpoint")
 
 
 def note_changes(run: dict, config, device: str, world: World) -> None:

@@ -207,6 +207,18 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def edit_run(checkpoint: Path, **values: object) -> None:
+    """Replaces parts of a checkpoint's run.json."""
+    file = checkpoint / "run.json"
+    file.write_text(json.dumps(read_json(file) | values), encoding="utf-8")
+
+
+def flip_bit(file: Path, place: int = -1) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
 def plant_nan(out_dir: Path, data: Dataset) -> int:
     """Makes the embedding of the rarest trained id NaN, and so the loss of its rows; the id."""
     ids, counts = np.unique(data.tokens["train"], return_counts=True)
@@ -215,6 +227,7 @@ def plant_nan(out_dir: Path, data: Dataset) -> int:
     planted = load_file(file)
     planted["wte.weight"][rarest] = math.nan
     save_file(planted, file)
+    edit_run(file.parent, sha256={})
     return rarest
 
 

@@ -34,9 +34,14 @@ from tests.runs import (
     TINY,
     assert_same_run,
     checkpoint_file,
+    contents,
+    edit_run,
+    flip_bit,
     log,
+    saved,
     start,
     toy_tokenizer,
+    train_here,
     wait_for,
     words,
 )
@@ -61,11 +66,13 @@ def stepped_model(**options) -> tuple[GPT, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def save_step(out_dir: Path, step: int, is_best: bool, tokenizer, **options) -> None:
+def save_step(
+    out_dir: Path, step: int, is_best: bool, tokenizer, keep_last: int = 1, **options
+) -> None:
     """A checkpoint of that step; all weights of its last norm are the step's number."""
     model, optimizer = stepped_model(**options)
     model.norm.weight.data.fill_(step)
-    run = {"progress": {"iter": step}, "settings": {"keep_last": 1}}
+    run = {"progress": {"iter": step}, "settings": {"keep_last": keep_last}}
     save_checkpoint(out_dir, model, [optimizer], tokenizer, run, is_best)
 
 
@@ -281,6 +288,7 @@ def test_a_log_cut_at_any_byte_keeps_its_whole_lines(tmp_path):
 def test_a_damaged_file_is_named(tmp_path, tokenizer, name):
     save_step(tmp_path, 1, True, tokenizer)
     file = checkpoint_file(tmp_path, name)
+    edit_run(file.parent, sha256={})  # as an older version wrote it
     whole = file.read_bytes()
     # what a disk may have left: nothing, the beginning, zeros
     damages = [b"", whole[:1], whole[: len(whole) // 2], whole[:-2], bytes(len(whole))]
@@ -291,6 +299,40 @@ def test_a_damaged_file_is_named(tmp_path, tokenizer, name):
             file.write_bytes(content)
         with pytest.raises(UserError, match=rf"^.*{re.escape(name)}.*\Z"):
             step_of(tmp_path, "latest")
+
+
+@pytest.mark.parametrize("name", sorted({*FILES} - {"run.json"}))
+def test_a_flipped_bit_is_named_and_the_checkpoint_before_still_there(tmp_path, tokenizer, name):
+    for step in (1, 2):
+        save_step(tmp_path, step, True, tokenizer, keep_last=2)
+    file = checkpoint_file(tmp_path, name)
+    flip_bit(file)
+    said = f"{file} is damaged (its sha256 is not that in run.json); copy it again, write "
+    said += f"step-000001 into {tmp_path}/latest and best, or train again"
+    with pytest.raises(UserError, match=re.escape(said)):
+        step_of(tmp_path, "latest")
+    for pointer in ("latest", "best"):
+        (tmp_path / pointer).write_text("step-000001\n")
+    rewind(tmp_path)
+    assert step_of(tmp_path, "latest") == step_of(tmp_path, "best") == 1
+
+
+# part of run.json, a name in it or "", a value
+WRONG = [("settings", "", []), ("settings", "max_iters", "x"), ("settings", "track", 3)]
+WRONG += [("progress", "iter", "x"), ("progress", "", {}), ("dataset", "", "x"), ("scaler", "", 3)]
+WRONG += [("architecture", "n_layer", 2.5), ("architecture", "norm", "x"), ("sha256", "", "x")]
+
+
+@pytest.mark.parametrize(("part", "name", "value"), WRONG)
+def test_a_value_of_a_wrong_type_in_run_json_is_one_line(toys, tmp_path, part, name, value):
+    out = shutil.copytree(toys / "base", tmp_path / "out")
+    edit_run(out / "step-000020", **{part: saved(out)[part] | {name: value} if name else value})
+    before = contents(out)
+    with pytest.raises(UserError, match=r"^.*step-000020/run\.json is damaged \(.*\).*\Z"):
+        if part == "architecture":
+            load_checkpoint(out)
+        train_here(out_dir=out, resume=True, max_iters=30)
+    assert contents(out) == before
 
 
 def test_a_damaged_pointer_is_an_error_of_one_line(tmp_path, tokenizer):
@@ -314,6 +356,7 @@ def test_a_file_of_another_model_is_refused(tmp_path, tokenizer, name, options):
     save_step(tmp_path / "ours", 1, True, tokenizer, n_layer=2)
     save_step(tmp_path / "other", 1, True, tokenizer, **{"n_layer": 2} | options)
     shutil.copy(*(checkpoint_file(tmp_path / out, name) for out in ("other", "ours")))
+    edit_run(checkpoint_file(tmp_path / "ours", name).parent, sha256={})
     with pytest.raises(UserError, match=name):
         step_of(tmp_path / "ours", "latest")
 

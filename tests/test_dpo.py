@@ -281,6 +281,16 @@ def sft(toys):
     return toys
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lora", [{}, LORA])
+def test_the_loss_of_the_model_that_is_its_own_reference_is_log_2(sft, tmp_path, dtype, lora):
+    given = {"dtype": dtype, "learning_rate": 0, "max_iters": 4, **lora}
+    *_, record = records = log(run_dpo(sft, tmp_path / "out", **given))
+    losses = [record["val_loss"], *(r["train_loss"] for r in records)]
+    assert losses == pytest.approx([math.log(2)] * 5, abs=1e-6)
+    assert record["margin"] == record["val_margin"] == 0
+
+
 def run_dpo(sft, out_dir, **settings):
     common = {"dataset": sft / "pairs", "init_from": sft / "sft", "learning_rate": 3e-3}
     return train_here(out_dir=out_dir, **(common | settings))

@@ -51,9 +51,9 @@ CASES = {
         {"dataset": "{}/questions", "prompts": "话说天下大势分久必合合久必分周末七国分争"},
         "longer than block_size=32; shorten it",
     ),
-    "a mixture without validation": (
-        {"dataset": "{}/questions:1,{}/no_val:1"},
-        "{}/no_val has no split 'val'; it has train",
+    "patience without validation": (
+        {"dataset": "{}/no_val", "patience": 2},
+        "patience=2 counts evaluations, but {}/no_val has no validation split; leave it out",
     ),
     "init_from another tokenizer": (
         {"dataset": "{}/other_tokens", "init_from": "{}/base"},
@@ -181,7 +181,8 @@ def test_preparing_on_a_full_disk_keeps_the_old_dataset(checkout, run_ready, tmp
         argv = ["data/sanguo/prepare.py", f"--input={tmp_path}/novel.json", f"--out={disk}/out"]
         assert run_ready(*argv, f"--tokenizer={tmp_path}/one", cwd=checkout).returncode == 0
         before = contents(disk / "out")
-        assert {"train.bin", "val.bin", "meta.json", "tokenizer.json"} == before.keys()
+        bins = {f"{split}.bin" for split in ("train", "val", "test")}
+        assert {*bins, "meta.json", "tokenizer.json"} == before.keys()
         for room in itertools.count(0, 2 * 4096):
             leave(room)
             done = run_ready(*argv, f"--tokenizer={tmp_path}/other", cwd=checkout)

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+import bench.__main__
+import evaluations
+import export
+import sample
 from configurator import UserError, locked
 from data_utils import Dataset
 from tests.runs import (
@@ -69,6 +73,24 @@ def test_a_read_only_out_dir_is_said_before_anything_is_read(toys, tmp_path, run
             assert said.startswith(f"cannot write in {disk / name}: Read-only file system; ")
             assert "--out_dir=" in said
         assert contents(disk) == before
+
+
+def test_where_nothing_can_be_written_no_script_works_first(toys, tmp_path, capsys):
+    with small_disk(tmp_path / "disk") as (disk, _):
+        own = train_here(dataset=toys / "text", out_dir=disk / "run", max_iters=2)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        base = toys / "base"
+        capsys.readouterr()
+        for main, *argv in (
+            (evaluations.main, *words(out_dir=own)),
+            (evaluations.main, *words(compare=base, out=disk / "new/out")),
+            (sample.main, *words(out_dir=base, start="刘备", save_path=disk / "said.txt")),
+            (export.main, *words(out_dir=base, to=disk / "hf")),
+            (bench.__main__.main, "step", *words(out=disk, dataset=toys / "text")),
+        ):
+            with pytest.raises(UserError, match=f"cannot write in {disk}.*: Read-only file system"):
+                main(argv)
+        assert capsys.readouterr().out == ""
 
 
 def test_where_the_out_dir_should_be_lies_a_file(tmp_path, run_ready):

@@ -1,7 +1,6 @@
 """Adapters: what they leave alone, what they equal, and how their checkpoints stand on a base."""
 
 import copy
-import json
 import shutil
 from pathlib import Path
 
@@ -21,7 +20,9 @@ from tests.runs import (
     assert_resumes_exactly,
     checkpoint_file,
     contents,
+    edit_run,
     error_line,
+    flip_bit,
     log,
     pointer,
     saved,
@@ -247,10 +248,10 @@ def test_a_base_that_moved_alone_or_changed_gives_one_clear_line(sft, tmp_path, 
     base, adapter = (shutil.copytree(run, tmp_path / run.name) for run in sft)
     load_checkpoint(adapter)  # they moved together
     best = base / Path(saved(adapter)["adapter"]["base"]).name
-    weights_file = best / "model.safetensors"
-    damaged = bytearray(weights_file.read_bytes())
-    damaged[-1] ^= 1
-    weights_file.write_bytes(damaged)
+    flip_bit(best / "model.safetensors")
+    line = error_line(run_ready("sample.py", f"--out_dir={adapter}"))
+    assert f"{best}/model.safetensors is damaged (its sha256 is not that in run.json)" in line
+    edit_run(best, sha256={})  # as a base that was trained anew
     line = error_line(run_ready("sample.py", f"--out_dir={adapter}"))
     assert f"is an adapter of {best}, which has changed since; restore it" in line
     base.rename(tmp_path / "elsewhere")
@@ -258,12 +259,14 @@ def test_a_base_that_moved_alone_or_changed_gives_one_clear_line(sft, tmp_path, 
     assert f"is an adapter of {best}, which is not there; put it back" in line
 
 
-@pytest.mark.parametrize("adapter", [None, {"base": "../base"}])
+WRONG = [{"rank": "x"}, {"alpha": None}, {"targets": 3}, {"base": 3}]
+
+
+@pytest.mark.parametrize("adapter", [None, {"base": "../base"}, *WRONG])
 def test_a_damaged_run_json_of_an_adapter_is_named(sft, tmp_path, adapter):
-    out = shutil.copytree(sft[1], tmp_path / "out")
-    file = checkpoint_file(out, "run.json", "best")
-    run = json.loads(file.read_text(encoding="utf-8")) | {"adapter": adapter}
-    file.write_text(json.dumps(run), encoding="utf-8")
+    _, out = (shutil.copytree(run, tmp_path / run.name) for run in sft)
+    whole = saved(out, "best")["adapter"] if adapter in WRONG else {}
+    edit_run(out / pointer(out, "best"), adapter=adapter and whole | adapter)
     with pytest.raises(UserError, match=r"run\.json is damaged"):
         load_checkpoint(out)
 

@@ -9,9 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import evaluations
+import train
+import visualize
 from configurator import UserError
-from miniglm.prep.writer import write_pretrain
+from miniglm.generation import Sampling
+from miniglm.prep.writer import write_dpo, write_pretrain, write_sft
+from miniglm.text import complete, load_for_sampling, prompt_ids
 from model import ModelConfig
+from tests.helpers import dialogue
 from tests.runs import (
     TINY,
     assert_accumulation_is_exact,
@@ -22,6 +28,8 @@ from tests.runs import (
     log,
     novel,
     pointer,
+    preferences,
+    questions,
     saved,
     toy_tokenizer,
     train_here,
@@ -308,3 +316,78 @@ def test_short_rows_hold_the_same_tokens_and_later_rows_are_whole(toys, tmp_path
 def test_short_block_must_divide_block_size():
     with pytest.raises(UserError, match="short_block=24 must divide block_size=256"):
         Settings(short_block=24)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_mistyped_out_dir_is_not_resumed_and_not_begun(toys, dry_run):
+    before = contents(toys)
+    for name, hint in (("basse", "; did you mean 'base'?"), ("q", "; pass the --out_dir= of a ")):
+        said = re.escape(f"no checkpoint in {toys / name} to go on from{hint}")
+        with pytest.raises(UserError, match=said):
+            train_here(out_dir=toys / name, resume=True, dry_run=dry_run)
+        assert not (toys / name).exists()
+    assert contents(toys) == before
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_what_names_its_data_begins_where_nothing_is_to_resume(toys, tmp_path, capsys, is_file):
+    out, config = tmp_path / "out", tmp_path / "config.py"
+    config.write_text(f"dataset = {str(toys / 'text')!r}\n", encoding="utf-8")
+    data = [str(config)] if is_file else words(dataset=toys / "text")
+    train.main([*data, *words(**TINY | {"out_dir": out, "resume": True, "max_iters": 2})])
+    printed = capsys.readouterr().out
+    assert f"no checkpoint in {out} to go on from: training begins anew\n" in printed
+    assert "note: 2 steps only warm up (warmup_iters=4)\n" in printed
+    assert log(out)[-1]["iter"] == 2
+
+
+# --- without validation ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> Path:
+    """Datasets of training alone."""
+    folder = tmp_path_factory.mktemp("bare")
+    source = toy_tokenizer(), ["a test"]
+    write_pretrain(folder / "text", source[0], {"train": [novel(0, 400)]}, source[1])
+    write_sft(folder / "questions", source[0], {"train": questions(1, 40)}, source[1], 32)
+    write_dpo(folder / "pairs", source[0], {"train": preferences(3, 40)}, source[1], 32)
+    return folder
+
+
+@pytest.mark.parametrize("dataset", ["text", "questions", "pairs", "questions:1,{}/text:1"])
+def test_nothing_is_evaluated_and_the_last_checkpoint_is_best(
+    toys, bare, tmp_path, capsys, dataset
+):
+    name = f"{bare}/{dataset.replace('{}', str(bare))}"
+    out, _ = assert_resumes_exactly(tmp_path, dataset=name, init_from=toys / "base")
+    printed = capsys.readouterr().out
+    assert printed.count(" has no validation split: no evaluation, and sampling takes") == 4
+    assert re.search(r"^step 2: loss(_text)? [\d.]+ in training$", printed, re.MULTILINE)
+    assert pointer(out, "best") == pointer(out, "latest") == "step-000006"
+    assert not [key for record in log(out) for key in record if key.startswith("val_")]
+    visualize.main([f"--runs={out}"])
+    if dataset == "questions":
+        with pytest.raises(UserError, match="has no split 'val'; it has train"):
+            evaluations.main(words(out_dir=out))
+        evaluations.main(words(out_dir=out, split="train", max_new_tokens=3))
+
+
+@pytest.mark.parametrize("part", ["text", "questions"])
+def test_a_mixture_is_judged_on_its_parts_with_validation(toys, bare, tmp_path, part):
+    parts = f"{bare}/{part}:1,{toys}/{part}:1,{toys}/questions:1"
+    out = train_here(out_dir=tmp_path / "out", dataset=parts, max_iters=2)
+    given = {"dataset": toys / "questions", "init_from": out, "learning_rate": 0, "max_iters": 1}
+    [wanted] = log(train_here(out_dir=tmp_path / "judge", **given))
+    assert log(out)[-1]["val_loss"] == pytest.approx(wanted["val_loss"], rel=1e-6)
+
+
+def test_an_adapter_learns_a_name_of_its_own_by_heart(toys, tmp_path):
+    rows = [dialogue(f"{name}叫什么？", "刘备。") for name in "甲乙丙丁戊己庚辛"]
+    write_sft(tmp_path / "names", toy_tokenizer(), {"train": rows}, ["a test"], max_tokens=32)
+    given = {"dataset": tmp_path / "names", "init_from": toys / "base", "learning_rate": 3e-2}
+    out = train_here(**given, out_dir=tmp_path / "out", lora_rank=8, max_iters=60)
+    checkpoint = load_for_sampling(str(out), "cpu")
+    prompts = [prompt_ids(checkpoint, messages[0]["content"]) for messages in rows]
+    outputs = complete(checkpoint, prompts, Sampling(20, temperature=0.0))
+    assert [output.text for [output] in outputs] == ["刘备。"] * 8
