@@ -266,6 +266,11 @@ def split_of(record: Record, val: float) -> str:
     return "val" if is_validation(record, val) else "train"
 
 
+def splits_of(val: float) -> tuple[str, ...]:
+    """The splits of a dataset; without a share for validation there is only train."""
+    return ("train", "val") if val else ("train",)
+
+
 def first_question(messages: list[dict]) -> str:
     return next(turn["content"] for turn in messages if turn["role"] == "user")
 

@@ -37,8 +37,8 @@ from typing import Annotated, Any, Literal
 
 from tqdm import tqdm
 
-from configurator import ROOT, UserError, above, at_least, below, repo_path, show_path
-from miniglm.prep.forms import parse_fields, split_of, text_of
+from configurator import ROOT, UserError, at_least, below, repo_path, show_path
+from miniglm.prep.forms import parse_fields, split_of, splits_of, text_of
 from miniglm.prep.readers import Source, Tally, converted, find_sources, parts, records
 from miniglm.prep.writer import Form, Kind, Mask, Record, merge, working_folder, write_unit
 from miniglm.tokenizer import Tokenizer, load_tokenizer, sample, train_tokenizer
@@ -58,7 +58,7 @@ class Settings:
     out: str = ""  # directory to write
     tokenizer: str = "train"  # train: on the training records; gpt2; or a path
     vocab_size: int = 4096  # entries of a trained tokenizer
-    val: Annotated[float, above(0), below(1)] = 0.05  # share of the records for validation
+    val: Annotated[float, at_least(0), below(1)] = 0.05  # share of the records for validation
     max_tokens: Annotated[int, at_least(1)] = 256  # of a conversation; at most block_size
     mask: Mask = "answer"  # trained: answer and its end token; no_end without; padding: end tokens
     dedup_val: bool = False  # a validation question that is also trained goes to training
@@ -88,16 +88,17 @@ def prepare(
     read: Read,
     kind: Kind,
     sources: list[Source] | None = None,
-    splits: tuple[str, ...] = ("train", "val"),
+    splits: tuple[str, ...] | None = None,
     more_meta: dict | None = None,
 ) -> dict:
     """Reads and encodes the sources, writes config.out and prints what it holds.
 
-    sources: None is the files of config.input. more_meta: what else goes into meta.json, which is
-    returned."""
+    sources: None is the files of config.input. splits: None is training, and a share for
+    validation. more_meta: what else goes into meta.json, which is returned."""
     sources = sources or find_sources(config.input, config.encoding)
     out, units = repo_path(config.out), plan(sources)
-    form = Form(kind, config.max_tokens, config.mask, splits)
+    names = splits or splits_of(config.val)
+    form = Form(kind, config.max_tokens, config.mask, names, is_share=splits is None)
     tally, skipped = Tally(config.strict), Counter()
     with working_folder(out) as folder, workers(config, len(units)) as run:
         paths = [folder / f"{number:06}" for number in range(len(units))]
@@ -108,8 +109,8 @@ def prepare(
         for part, left_out in tqdm(done, "encoding", len(units), leave=False, disable=quiet):
             tally.add(part)
             skipped += left_out
-        names = [file.name for source in sources for file in (source, source.target) if file]
-        more_meta = {"sources": names} | tally.meta() | (more_meta or {})
+        files = [file.name for source in sources for file in (source, source.target) if file]
+        more_meta = {"sources": files} | tally.meta() | (more_meta or {})
         meta = merge(out, paths, skipped, tokenizer, form, more_meta, config.dedup_val)
     print(f"{tally.good:,} good records{tally.summary()}")
     print_meta(out, meta)
@@ -170,23 +171,27 @@ def plan(sources: list[Source]) -> list[Unit]:
 def find_tokenizer(
     config: Settings, run: Run, read: Read, units: list[Unit], paths: list[Path]
 ) -> Tokenizer:
-    """The tokenizer that config names, or one trained on a sample of the training records."""
+    """The tokenizer that config names, or one trained on a sample of the training records; of all
+    records if none is for training yet, since the writer then moves one there."""
     if config.tokenizer != "train":
         return load_tokenizer(config.tokenizer)
     some = [n * len(units) // SAMPLED for n in range(SAMPLED)] if len(units) > SAMPLED else []
-    for chosen in filter(None, (some, range(len(units)))):
-        do = functools.partial(sample_unit, config, read)
+    every = range(len(units))
+    for chosen, splits in ((some, ("train",)), (every, ("train",)), (every, ("train", "val"))):
+        do = functools.partial(sample_unit, config, read, splits)
         samples = run(do, [units[n] for n in chosen], [paths[n] for n in chosen])
         if passages := sample(itertools.chain.from_iterable(samples)):
             return train_tokenizer(passages, config.vocab_size)
     raise UserError("no record is for train; change --val= or the input")
 
 
-def sample_unit(config: Settings, read: Read, unit: Unit, path: Path) -> list[str]:
-    """Passages of a unit's training records."""
+def sample_unit(
+    config: Settings, read: Read, splits: tuple[str, ...], unit: Unit, path: Path
+) -> list[str]:
+    """Passages of a unit's records of these splits."""
     tally = Tally(quiet=True)  # records are counted when they are encoded
     reads = read_unit(config, read, unit, tally)
-    return sample(text_of(record) for split, record in reads if split == "train")
+    return sample(text_of(record) for split, record in reads if split in splits)
 
 
 def encode_unit(

@@ -59,6 +59,7 @@ class Form:
     max_tokens: int = 256  # longest conversation
     mask: Mask = "answer"
     splits: tuple[str, ...] = ("train", "val")
+    is_share: bool = False  # val is a share by hashes: neither split stays empty, see `_fill`
 
     def meta(self) -> dict:
         limits = {} if self.kind == "pretrain" else {"max_tokens": self.max_tokens}
@@ -321,6 +322,8 @@ def merge(
     dtype = ids_dtype(tokenizer)
     rows, counts = _all_rows(units, folder / "all.rows")
     repeated = _leave_out_repeated(rows)
+    if form.is_share and len(form.splits) == 2:
+        _fill(rows, form, skipped)
     meta = {"kind": form.kind, "tokenizer_sha256": tokenizer.sha256, "dtype": dtype.name}
     meta |= more_meta | form.meta()
     if common := _common_questions(rows, form, dedup_val):
@@ -376,6 +379,26 @@ def _leave_out_repeated(rows: np.ndarray) -> Counter:
     repeated = Counter(rows["split"][again].tolist())
     rows["split"][again] = LEFT_OUT
     return repeated
+
+
+def _fill(rows: np.ndarray, form: Form, skipped: Counter) -> None:
+    """Where the hashes leave a split empty, as they may of few records: the document with the
+    smallest hash goes there, or all conversations of the first question with the smallest."""
+    hashes = rows["key" if form.kind == "pretrain" else "question"]
+    is_kept = rows["split"] != LEFT_OUT
+    for number, split in enumerate(form.splits):
+        # if all that was to be trained is left out, _why_empty says why
+        is_left_out = split == "train" and any(name == split for name, _ in skipped)
+        if not is_kept.any() or is_left_out or (rows["split"] == number).any():
+            continue
+        is_first = is_kept & (hashes == hashes[is_kept].min())
+        if (is_first == is_kept).all():
+            what = "document" if form.kind == "pretrain" else "question"
+            raise UserError(
+                f"there is only one {what}, and training and validation need one each; add more, "
+                "or pass --val=0 to train without validation"
+            )
+        rows["split"][is_first] = number
 
 
 def _common_questions(rows: np.ndarray, form: Form, move: bool) -> int:

@@ -105,11 +105,23 @@ def test_questions_take_the_tokenizer_of_a_dataset_and_the_same_bytes_come_again
     assert data.meta["max_tokens"] == 99
 
 
+def test_without_validation_all_is_trained_and_no_file_of_it_stays(mine):
+    write_questions(mine / "a.jsonl")
+    data = prepared(mine, "--input=a.jsonl", "--val=0.2")
+    assert len(data.conversations("val")) > 1
+    data = prepared(mine, "--input=a.jsonl", "--val=0")
+    assert data.conversations("train") == QUESTIONS
+    assert {*data.meta["splits"]} == {"train"}
+    assert not list(data.path.glob("val*"))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--input=a.txt", "--val=0"], "val=0 must be above 0 and below 1"),
-        (["--input=a.txt", "--val=1e-9"], "no record is for val; change --val= or the input"),
+        (["--input=a.txt", "--val=1"], "val=1 must be 0 or more and below 1"),
+        (["--input=a.txt"], "there is only one document, and training and validation need one"),
+        (["--input=o.jsonl"], "there is only one question, "),
+        (["--input=c.jsonl", "--val_input=c.jsonl"], "no record is for train; change --val="),
         (["--input=a.txt", "--target=b.txt", "--fields=text=a"], "--target= goes with neither"),
         (["--input=a.txt", "--tokenizer=nowhere"], "no tokenizer nowhere"),
         (
@@ -122,6 +134,7 @@ def test_questions_take_the_tokenizer_of_a_dataset_and_the_same_bytes_come_again
 def test_what_cannot_be_prepared_is_said_in_a_line_and_writes_nothing(words, message, mine):
     (mine / "a.txt").write_text(TEXT, encoding="utf-8")
     write_questions(mine / "c.jsonl", QUESTIONS[:10])
+    write_questions(mine / "o.jsonl", [*QUESTIONS[:1] * 3, dialogue("第0回说的是什么？", "不知。")])
     (mine / "e.txt").write_bytes(b"")
     with pytest.raises(UserError) as caught:
         prepare.main([*words, f"--out={mine / 'out'}"])

@@ -63,7 +63,7 @@ def write_jsonl(path: Path, values: list) -> Path:
 
 
 def prepared(out: Path, files: list[Path], kind: str, **settings) -> Dataset:
-    config = Settings([str(file) for file in files], str(out), val=0.2, **settings)
+    config = Settings([str(file) for file in files], str(out), **{"val": 0.2} | settings)
     prepare(config, partial(read_records, want=str if kind == "pretrain" else list), kind)
     return Dataset(str(out))
 
@@ -147,6 +147,30 @@ def test_any_number_of_processes_gives_the_same_bytes(kind, tmp_path, small, cap
     assert len(pipeline.plan(find_sources([str(file) for file in files]))) > 5
     assert data.meta["skipped"] == {"broken JSON": 3 if kind == "pretrain" else 1}
     assert not list(tmp_path.glob("*/prepare.tmp"))
+
+
+@pytest.mark.parametrize(("val", "other"), [(1e-9, "val"), (1 - 1e-9, "train")])
+def test_of_few_records_one_goes_to_each_split(val, other, tmp_path, small):
+    """The one with the smallest hash, from any number of processes; equal questions together."""
+    turns = [dialogue(f"第{n % 9}问？", LINES[n % 5] + str(n)) for n in range(90)]
+    write_jsonl(tmp_path / "sft.jsonl", turns)
+    texts = [json.dumps({"text": f"第{n}段。" + TEXT}, ensure_ascii=False) for n in range(9)]
+    write_jsonl(tmp_path / "pretrain.jsonl", texts)
+    for kind, split_sizes, name in (
+        ("sft", (80, 10), "conversations"),
+        ("pretrain", (8, 1), "documents"),
+    ):
+        found = []
+        for processes in (1, 3):
+            out = tmp_path / f"{kind}{processes}"
+            settings = {"vocab_size": 300, "val": val, "processes": processes}
+            data = prepared(out, [tmp_path / f"{kind}.jsonl"], kind, **settings)
+            found.append(contents(out))
+        assert found[0] == found[1]
+        sizes = {split: data.meta["splits"][split][name] for split in ("train", "val")}
+        assert (sizes.pop(other), *sizes.values()) == split_sizes[::-1]
+        if kind == "sft":
+            assert len({question["content"] for question, _ in data.conversations(other)}) == 1
 
 
 def test_bad_records_are_told_with_their_lines_in_the_order_of_the_input(

@@ -91,6 +91,19 @@ def test_answers_in_order_need_no_scores(tokenizer, tmp_path):
         assert all(pair == ("荆州。", f"洛阳{source[3:-1]}。") for source, pair in pairs.items())
 
 
+def test_two_pairs_are_enough_and_none_need_be_held_out(tokenizer, tmp_path):
+    lines = [{"prompt": f"刘备到{n}？", "ranked": ["荆州。", "徐州。"]} for n in range(3)]
+    file = write_lines(tmp_path / "few.jsonl", lines)
+    data = prepared(tokenizer, tmp_path / "out", f"--ranked={file}", "--val=1e-9")
+    assert [len(pairs_of(data, split)) for split in ("train", "val")] == [2, 1]
+    lines[0]["split"] = "val"
+    write_lines(file, lines)
+    data = prepared(tokenizer, tmp_path / "out", f"--ranked={file}", "--val=0")
+    assert {*pairs_of(data, "train")} == {"刘备到1？", "刘备到2？"}
+    assert {*data.meta["splits"]} == {"train"}
+    assert data.meta["not_taken"] == {"held out by their split": 1}
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
