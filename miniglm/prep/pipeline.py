@@ -31,14 +31,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tqdm import tqdm
 
 from configurator import ROOT, UserError, at_least, below, repo_path, show_path
-from miniglm.prep.forms import parse_fields, split_of, splits_of, text_of
+from miniglm.prep.forms import parse_fields, split_of, text_of
 from miniglm.prep.readers import Source, Tally, converted, find_sources, parts, records
 from miniglm.prep.writer import Form, Kind, Mask, Record, merge, working_folder, write_unit
 from miniglm.tokenizer import Tokenizer, load_tokenizer, sample, train_tokenizer
@@ -75,6 +75,11 @@ class Settings:
 
 
 Read = Callable[[Settings, Source, Tally], Reads]
+
+
+def splits_of(val: float) -> tuple[str, ...]:
+    """The splits of a dataset of which a share, or nothing, is for validation."""
+    return ("train", "val") if val else ("train",)
 
 
 def read_records(config: Settings, source: Source, tally: Tally, want: type | None = None) -> Reads:
@@ -177,21 +182,19 @@ def find_tokenizer(
         return load_tokenizer(config.tokenizer)
     some = [n * len(units) // SAMPLED for n in range(SAMPLED)] if len(units) > SAMPLED else []
     every = range(len(units))
-    for chosen, splits in ((some, ("train",)), (every, ("train",)), (every, ("train", "val"))):
-        do = functools.partial(sample_unit, config, read, splits)
+    for chosen, settings in ((some, config), (every, config), (every, replace(config, val=0))):
+        do = functools.partial(sample_unit, settings, read)
         samples = run(do, [units[n] for n in chosen], [paths[n] for n in chosen])
         if passages := sample(itertools.chain.from_iterable(samples)):
             return train_tokenizer(passages, config.vocab_size)
     raise UserError("no record is for train; change --val= or the input")
 
 
-def sample_unit(
-    config: Settings, read: Read, splits: tuple[str, ...], unit: Unit, path: Path
-) -> list[str]:
-    """Passages of a unit's records of these splits."""
+def sample_unit(config: Settings, read: Read, unit: Unit, path: Path) -> list[str]:
+    """Passages of a unit's training records."""
     tally = Tally(quiet=True)  # records are counted when they are encoded
     reads = read_unit(config, read, unit, tally)
-    return sample(text_of(record) for split, record in reads if split in splits)
+    return sample(text_of(record) for split, record in reads if split == "train")
 
 
 def encode_unit(

@@ -2,9 +2,12 @@
 
     {"prompt", "chosen", "rejected"}               a pair; texts or messages
     {"chosen": messages, "rejected": messages}     MiniMind's form of it
+    {"conversations", "chosen", "rejected"}        LLaMA-Factory's: the prompt's turns, two more
+    {"instruction", "output": [best, ..., worst]}  the first and the last
     {"prompt", "chosen"} or {"prompt", "rejected"} a mark of the chat page: the first chosen and the
                                                    first rejected answer to a prompt are a pair,
                                                    then the second ones
+    {"prompt", "completion", "label": true}        a mark, too; false: rejected
     {"prompt", "ranked": [best, ..., worst]}       answers in their order: the first and the last
     {"prompt", "samples": [...], "scores": [...]}  answers with scores, higher is better
 
@@ -22,16 +25,8 @@ from pathlib import Path
 from typing import Annotated
 
 from configurator import at_least, below, repo_path
-from miniglm.prep.forms import (
-    BadRecord,
-    Preference,
-    fields_of,
-    is_whole,
-    preference,
-    split_of,
-    splits_of,
-)
-from miniglm.prep.pipeline import print_meta
+from miniglm.prep.forms import BadRecord, Preference, fields_of, is_whole, preference, split_of
+from miniglm.prep.pipeline import print_meta, splits_of
 from miniglm.prep.readers import Source, Tally, converted, find_sources
 from miniglm.prep.writer import Form, Pair
 from miniglm.prep.writer import write as write_dataset
@@ -149,12 +144,10 @@ def read_ranked(
         scores = {text: score_of[text] for text in texts}
         pair, why = best_and_worst(scores, faults, margin if item.scored else 0.0)
         split = item.split or split_of(item.prompt, config.val)
-        if pair and split not in splits_of(config.val):
-            pair, why = None, "held out by their split"
-        if pair:
+        if pair and split in splits_of(config.val):
             yield split, (item.prompt, *pair)
         else:
-            tally.aside[why] += 1
+            tally.aside[why or "held out by their split"] += 1
 
 
 def ranked(value: object) -> Ranked:

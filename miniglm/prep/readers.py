@@ -573,7 +573,7 @@ def records(
         return
     fields = fields or {}
     has_header = not all(name.isdigit() for name in fields.values()) if fields else None
-    record_of = functools.partial(interpret, fields=fields, want=want)
+    record_of = functools.partial(interpret, fields=fields, want=want, aside=tally.aside)
     yield from converted(source, tally, record_of, has_header)
 
 

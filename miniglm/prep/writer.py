@@ -322,8 +322,8 @@ def merge(
     dtype = ids_dtype(tokenizer)
     rows, counts = _all_rows(units, folder / "all.rows")
     repeated = _leave_out_repeated(rows)
-    if form.is_share and len(form.splits) == 2:
-        _fill(rows, form, skipped)
+    if form.is_share:
+        _fill(rows, form)
     meta = {"kind": form.kind, "tokenizer_sha256": tokenizer.sha256, "dtype": dtype.name}
     meta |= more_meta | form.meta()
     if common := _common_questions(rows, form, dedup_val):
@@ -381,24 +381,20 @@ def _leave_out_repeated(rows: np.ndarray) -> Counter:
     return repeated
 
 
-def _fill(rows: np.ndarray, form: Form, skipped: Counter) -> None:
+def _fill(rows: np.ndarray, form: Form) -> None:
     """Where the hashes leave a split empty, as they may of few records: the document with the
     smallest hash goes there, or all conversations of the first question with the smallest."""
     hashes = rows["key" if form.kind == "pretrain" else "question"]
-    is_kept = rows["split"] != LEFT_OUT
-    for number, split in enumerate(form.splits):
-        # if all that was to be trained is left out, _why_empty says why
-        is_left_out = split == "train" and any(name == split for name, _ in skipped)
-        if not is_kept.any() or is_left_out or (rows["split"] == number).any():
-            continue
-        is_first = is_kept & (hashes == hashes[is_kept].min())
-        if (is_first == is_kept).all():
-            what = "document" if form.kind == "pretrain" else "question"
-            raise UserError(
-                f"there is only one {what}, and training and validation need one each; add more, "
-                "or pass --val=0 to train without validation"
-            )
-        rows["split"][is_first] = number
+    kept = rows["split"] != LEFT_OUT
+    for number in range(len(form.splits)):
+        if kept.any() and not (rows["split"] == number).any():
+            moved = kept & (hashes == hashes[kept].min())
+            if (moved == kept).all():
+                raise UserError(
+                    "only one document or question is left, and training and validation need one "
+                    "each; add more, or pass --val=0 to train without validation"
+                )
+            rows["split"][moved] = number
 
 
 def _common_questions(rows: np.ndarray, form: Form, move: bool) -> int:

@@ -10,7 +10,7 @@ from data.custom import prepare
 from data_utils import Dataset
 from miniglm.prep.forms import is_validation
 from miniglm.tokenizer import load_tokenizer
-from tests.helpers import TEXT, dialogue
+from tests.helpers import TEXT, dialogue, tiny_tokenizer
 from tests.runs import contents, error_line, run
 
 LINES = TEXT.splitlines()
@@ -77,6 +77,26 @@ def test_files_of_their_own_can_be_the_validation_split(given, mine):
     assert "skipped: duplicate" not in data.meta["splits"]["val"]
 
 
+def test_an_answer_of_no_weight_is_read_but_not_trained_and_what_is_dropped_is_counted(mine):
+    long, tokenizer = dialogue("谁？", "孔明。", "何人？", "军师。"), tiny_tokenizer()
+    long[1]["weight"] = 0
+    asked = [*dialogue("谁弄权？", "曹节。"), {"role": "user", "content": "何故？"}]
+    asked[1]["reasoning_content"] = "宦官。"
+    bad = {"prompt": "谁？", "completion": "不知。", "label": False}
+    file = write_questions(mine / "a.jsonl", [long, asked])
+    file.write_text(file.read_text("utf-8") + "\n" + json.dumps(bad), encoding="utf-8")
+    tokenizer.save(mine / "tokenizer.json")
+    data = prepared(mine, "--input=a.jsonl", "--val=0", f"--tokenizer={mine}")
+    texts = ["谁？", "孔明。", "何人？", "军师。"], ["谁弄权？", "曹节。"]
+    assert data.conversations("train") == [dialogue(*turns) for turns in texts]
+    answers = ("军师。", "曹节。")
+    assert data.mask["train"].sum() == sum(len(tokenizer.encode(text)) + 1 for text in answers)
+    trained = data.tokens["train"][data.mask["train"] == 1]
+    assert tokenizer.decode(trained.tolist()) == "".join(answers)
+    assert data.meta["skipped"] == {"one-sided": 1}
+    assert data.meta["not_taken"] == {"reasoning": 1, "unanswered last question": 1}
+
+
 def test_bad_records_are_counted_once_however_often_they_are_read(mine, capsys):
     path = write_questions(mine / "a.jsonl")
     path.write_text(path.read_text() + '\n{"q": "谁？"}\nx\n{"text": "甲"}\n')
@@ -119,8 +139,8 @@ def test_without_validation_all_is_trained_and_no_file_of_it_stays(mine):
     ("words", "message"),
     [
         (["--input=a.txt", "--val=1"], "val=1 must be 0 or more and below 1"),
-        (["--input=a.txt"], "there is only one document, and training and validation need one"),
-        (["--input=o.jsonl"], "there is only one question, "),
+        (["--input=a.txt"], "only one document or question is left, and training and validation"),
+        (["--input=o.jsonl"], "only one document or question is left"),
         (["--input=c.jsonl", "--val_input=c.jsonl"], "no record is for train; change --val="),
         (["--input=a.txt", "--target=b.txt", "--fields=text=a"], "--target= goes with neither"),
         (["--input=a.txt", "--tokenizer=nowhere"], "no tokenizer nowhere"),
