@@ -79,6 +79,10 @@ class BadRecord(Exception):
         self.reason = reason
 
 
+class Unwanted(BadRecord):
+    """Why a good record is not taken."""
+
+
 def parse_fields(text: str) -> dict[str, str]:
     """question=A,answer=B -> {"question": "A", "answer": "B"}: which field plays which part."""
     fields = {}
@@ -118,7 +122,7 @@ def fields_of(value: object) -> dict:
 
 
 def _record(whole: dict, fields: dict[str, str]) -> Record:
-    """The text, or the messages as they are. Raises BadRecord if their answer is marked as bad."""
+    """The text, or the messages as they are. Raises Unwanted if the answer is marked as bad."""
     record = _ranked(whole)
     if isinstance(record.get("translation"), dict):
         record = fields_of(record["translation"])
@@ -130,7 +134,7 @@ def _record(whole: dict, fields: dict[str, str]) -> Record:
             return _text(record["text"])
         raise BadRecord("missing field", f"it has {', '.join(record) or 'none'}")
     if mark_of(whole) is False:
-        raise BadRecord("one-sided", "the answer is marked as bad")
+        raise Unwanted("one-sided", "the answer is marked as bad")
     _refuse_beside(record)
     return messages
 
@@ -150,10 +154,7 @@ def _any_messages(record: dict) -> list[dict] | None:
 
 
 def _turns(record: dict) -> object:
-    for name in TURNS:
-        if name in record:
-            return record[name]
-    return None
+    return next((record[name] for name in TURNS if name in record), None)
 
 
 def _refuse_beside(fields: dict) -> None:

@@ -102,8 +102,7 @@ def prepare(
     validation. more_meta: what else goes into meta.json, which is returned."""
     sources = sources or find_sources(config.input, config.encoding)
     out, units = repo_path(config.out), plan(sources)
-    names = splits or splits_of(config.val)
-    form = Form(kind, config.max_tokens, config.mask, names, is_share=splits is None)
+    form = Form(kind, config.max_tokens, config.mask, splits or splits_of(config.val), not splits)
     tally, skipped = Tally(config.strict), Counter()
     with working_folder(out) as folder, workers(config, len(units)) as run:
         paths = [folder / f"{number:06}" for number in range(len(units))]

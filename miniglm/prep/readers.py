@@ -27,7 +27,7 @@ from typing import TypeVar
 
 from configurator import ROOT, UserError, show_path
 from miniglm.prep.encodings import find_encoding, is_packed, open_bytes
-from miniglm.prep.forms import KNOWN_FIELDS, BadRecord, Record, clean, interpret, is_whole
+from miniglm.prep.forms import KNOWN_FIELDS, BadRecord, Record, Unwanted, clean, interpret, is_whole
 
 T = TypeVar("T")
 FORMS = ("txt", "jsonl", "json", "csv", "tsv", "tmx", "parquet")
@@ -477,6 +477,8 @@ def _column_names(source: Source, row: list[str], has_header: bool | None) -> li
                 f"{source.name} has {len(row)} columns and no header; which are they? "
                 "pass for instance --fields=question=1,answer=3"
             )
+    if has_header and (twice := [name for name in row if name and row.count(name) > 1]):
+        raise UserError(f"{source.name} has two columns called {twice[0]!r}; rename or remove one")
     return row if has_header else [str(n + 1) for n in range(len(row))]
 
 
@@ -589,6 +591,9 @@ def converted(
     for line, value in values(source, tally, has_header):
         try:
             record = record_of(value)
+        except Unwanted as error:
+            tally.count()
+            tally.aside[error.reason] += 1
         except BadRecord as error:
             tally.skip(line, error)
         else:

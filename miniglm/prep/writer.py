@@ -391,8 +391,7 @@ def _fill(rows: np.ndarray, form: Form) -> None:
             moved = kept & (hashes == hashes[kept].min())
             if (moved == kept).all():
                 raise UserError(
-                    "only one document or question is left, and training and validation need one "
-                    "each; add more, or pass --val=0 to train without validation"
+                    "only one document or question, none for validation; add more, or pass --val=0"
                 )
             rows["split"][moved] = number
 

@@ -84,7 +84,7 @@ def test_an_answer_of_no_weight_is_read_but_not_trained_and_what_is_dropped_is_c
     asked[1]["reasoning_content"] = "宦官。"
     bad = {"prompt": "谁？", "completion": "不知。", "label": False}
     file = write_questions(mine / "a.jsonl", [long, asked])
-    file.write_text(file.read_text("utf-8") + "\n" + json.dumps(bad), encoding="utf-8")
+    file.write_text(file.read_text("utf-8") + ("\n" + json.dumps(bad)) * 5, encoding="utf-8")
     tokenizer.save(mine / "tokenizer.json")
     data = prepared(mine, "--input=a.jsonl", "--val=0", f"--tokenizer={mine}")
     texts = ["谁？", "孔明。", "何人？", "军师。"], ["谁弄权？", "曹节。"]
@@ -93,8 +93,8 @@ def test_an_answer_of_no_weight_is_read_but_not_trained_and_what_is_dropped_is_c
     assert data.mask["train"].sum() == sum(len(tokenizer.encode(text)) + 1 for text in answers)
     trained = data.tokens["train"][data.mask["train"] == 1]
     assert tokenizer.decode(trained.tolist()) == "".join(answers)
-    assert data.meta["skipped"] == {"one-sided": 1}
-    assert data.meta["not_taken"] == {"reasoning": 1, "unanswered last question": 1}
+    left_out = {"one-sided": 5, "reasoning": 1, "unanswered last question": 1}
+    assert (data.meta["skipped"], data.meta["not_taken"]) == ({}, left_out)
 
 
 def test_bad_records_are_counted_once_however_often_they_are_read(mine, capsys):
@@ -139,15 +139,13 @@ def test_without_validation_all_is_trained_and_no_file_of_it_stays(mine):
     ("words", "message"),
     [
         (["--input=a.txt", "--val=1"], "val=1 must be 0 or more and below 1"),
-        (["--input=a.txt"], "only one document or question is left, and training and validation"),
-        (["--input=o.jsonl"], "only one document or question is left"),
+        (["--input=a.txt"], "only one document or question, none for validation; add more, or"),
+        (["--input=o.jsonl"], "only one document or question"),
         (["--input=c.jsonl", "--val_input=c.jsonl"], "no record is for train; change --val="),
         (["--input=a.txt", "--target=b.txt", "--fields=text=a"], "--target= goes with neither"),
         (["--input=a.txt", "--tokenizer=nowhere"], "no tokenizer nowhere"),
-        (
-            ["--input=c.jsonl", "--max_tokens=3"],
-            "(8 skipped: too long); see --max_tokens=",
-        ),
+        (["--input=c.jsonl", "--max_tokens=3"], "(8 skipped: too long); see --max_tokens="),
+        (["--input=t.csv"], "t.csv has two columns called 'question'; rename or remove one"),
         (["--input=e.txt"], "there is no record in the input"),
     ],
 )
@@ -156,6 +154,7 @@ def test_what_cannot_be_prepared_is_said_in_a_line_and_writes_nothing(words, mes
     write_questions(mine / "c.jsonl", QUESTIONS[:10])
     write_questions(mine / "o.jsonl", [*QUESTIONS[:1] * 3, dialogue("第0回说的是什么？", "不知。")])
     (mine / "e.txt").write_bytes(b"")
+    (mine / "t.csv").write_text("question,question,answer\na,b,c\n")
     with pytest.raises(UserError) as caught:
         prepare.main([*words, f"--out={mine / 'out'}"])
     assert message in str(caught.value)
