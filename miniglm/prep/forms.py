@@ -71,16 +71,13 @@ KNOWN_FIELDS = {*itertools.chain(*PAIRS), *TURNS, *FIELDS, *MARKS, "rejected", "
 
 
 class BadRecord(Exception):
-    """reason: what is counted; detail: what is shown of it besides."""
+    """reason: what is counted; detail: what is shown of it besides; is_good: it is only not wanted,
+    and counts as no fault of the file."""
 
-    def __init__(self, reason: str, detail: object = ""):
+    def __init__(self, reason: str, detail: object = "", is_good: bool = False):
         detail = " ".join(str(detail).encode(errors="replace").decode().split())[:80]
         super().__init__(f"{reason} ({detail})" if detail else reason)
-        self.reason = reason
-
-
-class Unwanted(BadRecord):
-    """Why a good record is not taken."""
+        self.reason, self.is_good = reason, is_good
 
 
 def parse_fields(text: str) -> dict[str, str]:
@@ -122,7 +119,7 @@ def fields_of(value: object) -> dict:
 
 
 def _record(whole: dict, fields: dict[str, str]) -> Record:
-    """The text, or the messages as they are. Raises Unwanted if the answer is marked as bad."""
+    """The text, or the messages as they are. Raises BadRecord if the answer is marked as bad."""
     record = _ranked(whole)
     if isinstance(record.get("translation"), dict):
         record = fields_of(record["translation"])
@@ -134,7 +131,7 @@ def _record(whole: dict, fields: dict[str, str]) -> Record:
             return _text(record["text"])
         raise BadRecord("missing field", f"it has {', '.join(record) or 'none'}")
     if mark_of(whole) is False:
-        raise Unwanted("one-sided", "the answer is marked as bad")
+        raise BadRecord("one-sided", "the answer is marked as bad", is_good=True)
     _refuse_beside(record)
     return messages
 

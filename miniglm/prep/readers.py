@@ -27,7 +27,7 @@ from typing import TypeVar
 
 from configurator import ROOT, UserError, show_path
 from miniglm.prep.encodings import find_encoding, is_packed, open_bytes
-from miniglm.prep.forms import KNOWN_FIELDS, BadRecord, Record, Unwanted, clean, interpret, is_whole
+from miniglm.prep.forms import KNOWN_FIELDS, BadRecord, Record, clean, interpret, is_whole
 
 T = TypeVar("T")
 FORMS = ("txt", "jsonl", "json", "csv", "tsv", "tmx", "parquet")
@@ -195,7 +195,11 @@ class Tally:
         self._good += n
 
     def skip(self, line: int, error: BadRecord) -> None:
-        """Counts a bad record; line 0 is the whole file."""
+        """Counts a bad record, or one that is not wanted; line 0 is the whole file."""
+        if error.is_good:
+            self.count()
+            self.aside[error.reason] += 1
+            return
         place = f"{self._source.name}, line {line}" if line else self._source.name
         if self.strict:
             raise UserError(f"{place}: {error}")
@@ -591,9 +595,6 @@ def converted(
     for line, value in values(source, tally, has_header):
         try:
             record = record_of(value)
-        except Unwanted as error:
-            tally.count()
-            tally.aside[error.reason] += 1
         except BadRecord as error:
             tally.skip(line, error)
         else:
