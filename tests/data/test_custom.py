@@ -127,11 +127,9 @@ def test_questions_take_the_tokenizer_of_a_dataset_and_the_same_bytes_come_again
 
 def test_without_validation_all_is_trained_and_no_file_of_it_stays(mine):
     write_questions(mine / "a.jsonl")
-    data = prepared(mine, "--input=a.jsonl", "--val=0.2")
-    assert len(data.conversations("val")) > 1
+    assert len(prepared(mine, "--input=a.jsonl", "--val=0.2").conversations("val")) > 1
     data = prepared(mine, "--input=a.jsonl", "--val=0")
-    assert data.conversations("train") == QUESTIONS
-    assert {*data.meta["splits"]} == {"train"}
+    assert (data.conversations("train"), [*data.meta["splits"]]) == (QUESTIONS, ["train"])
     assert not list(data.path.glob("val*"))
 
 

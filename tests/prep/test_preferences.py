@@ -124,10 +124,7 @@ def test_bad_ranked_records_have_a_reason(value, reason):
     assert error.value.reason == reason
 
 
-FORMS = ("minimind", "plain", "marks", "turns", "ordered", "labels")
-
-
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["minimind", "plain", "marks", "turns", "ordered", "labels"])
 def test_pairs_of_each_form_are_the_same_pairs(tokenizer, tmp_path, form):
     pairs = [(f"刘备到{n}？", f"荆州{n}。", f"徐州{n}。") for n in range(40)]
     lines = []
