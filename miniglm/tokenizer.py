@@ -149,12 +149,14 @@ class Tokenizer:
         return StreamDecoder(self._bytes)
 
     def render(self, messages: list[dict]) -> tuple[list[int], list[int]]:
-        """Messages {"role", "content"} -> ids and mask, 1 for each answer and its end token."""
+        """Messages {"role", "content"} -> ids and mask, 1 for each answer and its end token;
+        0 for one with "train": False."""
         ids, mask = [], []
         for message in messages:
             body = self.encode(message["content"])
             ids += [self._role_id[message["role"]], *body, self.end]
-            mask += [0] + [int(message["role"] == "assistant")] * (len(body) + 1)
+            is_trained = message["role"] == "assistant" and message.get("train", True)
+            mask += [0] + [int(is_trained)] * (len(body) + 1)
         return ids, mask
 
     def render_prompt(self, messages: list[dict]) -> list[int]:

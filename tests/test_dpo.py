@@ -233,10 +233,11 @@ Q, A, B = dialogue("谁弄权？"), "曹节。", "张让。"
             ([{"role": "system", "content": "s"}, *Q], A, None),
         ),
         ({"prompt": "谁？"}, "missing field"),
-        ({"chosen": A, "rejected": B}, "missing field"),
+        ({"chosen": A, "rejected": B}, "no question"),
         ({"chosen": dialogue("谁？", A), "rejected": dialogue("何？", B)}, "two prompts"),
         ({"prompt": "谁？", "chosen": A, "rejected": ""}, "empty answer"),
-        ({"prompt": "谁？", "chosen": A, "rejected": 3}, "wrong type"),
+        ({"prompt": "谁弄权？", "chosen": A, "rejected": 3}, (Q, A, "3")),
+        ({"prompt": "谁？", "chosen": A, "rejected": [3]}, "wrong type"),
         ("谁？", "wrong type"),
     ],
 )
@@ -261,8 +262,8 @@ def test_marks_from_the_page_become_pairs_and_those_left_over_are_counted(tmp_pa
     assert data.meta["not_taken"] == {"without a counterpart": 1}
     assert "41 good records; of these not taken: 1 without a cou" in capsys.readouterr().out
     assert {row[-1]["content"] for row in data.conversations("train")[::2]} == {"荆州。"}
-    with pytest.raises(UserError, match="no record is for val"):
-        prepare_dpo.main([*argv, f"--input={tmp_path}/marks.jsonl", "--val=1e-9"])
+    prepare_dpo.main([*argv, f"--input={tmp_path}/marks.jsonl", "--val=1e-9"])
+    assert Dataset(str(tmp_path)).meta["splits"]["val"]["pairs"] == 1
 
 
 # --- runs --------------------------------------------------------------------------------------

@@ -55,7 +55,8 @@ def main(argv: list[str]) -> None:
     sources = [source for source in sources if source.path not in val_paths] + val_sources
     texts = is_text(sources, parse_fields(config.fields))
     chosen = partial(read, str if texts else list, val_paths)
-    pipeline.prepare(config, chosen, "pretrain" if texts else "sft", sources)
+    splits = ("train", "val") if val_paths else None
+    pipeline.prepare(config, chosen, "pretrain" if texts else "sft", sources, splits)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ def read(groups: dict[str, str], config: Settings, source: Source, tally: Tally)
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     sources, groups = find_idioms(config)
-    pipeline.prepare(config, partial(read, groups), "pretrain", sources)
+    splits = pipeline.splits_of(config.val)  # idioms are split, not rows
+    pipeline.prepare(config, partial(read, groups), "pretrain", sources, splits)
 
 
 if __name__ == "__main__":

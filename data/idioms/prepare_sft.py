@@ -131,7 +131,8 @@ def main(argv: list[str]) -> None:
     if config.n_idioms is not None:
         chosen = sorted(groups, key=lambda word: key_of(groups[word]))[: config.n_idioms]
         groups = {word: groups[word] for word in chosen}
-    prepare_questions(config, partial(read, groups), sources)
+    splits = pipeline.splits_of(config.val)  # idioms are split, not rows
+    prepare_questions(config, partial(read, groups), sources, splits)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,24 @@
 
     "..."   {"text"}                                         a text
     {"question", "answer"}   and others in PAIRS             one question, one answer
-    {"instruction", "input", "output", "history", "system"}  the same, with what it refers to
+    {"instruction", "input", "output", "history", "system"}  the same, with what it refers to;
+                                                             `context` is the same as `input`
+    {"question", "A", "B", "C", "D", "answer"}               the options follow the question
     {"conversations": [{"role", "content"} or {"from", "value"}]}; without roles they alternate
     {"prompt", "chosen", "rejected"}                         the chosen answer; texts or messages.
-                                                             `preference` reads both answers
+    {"conversations", "chosen", "rejected"}                  `preference` reads both answers
+    {"instruction", "output": [best, ..., worst]}
+    {"prompt", "completion", "label": false}                 a bad answer, never trained
     {"translation": {"en", "zh"}}                            English asks, Chinese answers
 
 `messages` is another name of `conversations`; case makes no difference. If fields have other names,
-`parse_fields` reads which plays which part. Files are the business of readers.py.
+`parse_fields` reads which plays which part. A question and its answer count before a `text`. What
+else a text needs to be understood (BESIDE) makes a record bad. Files are read by readers.py.
+
+A message is a text, a number, true or false, or {"type": "text"} parts, a line each. Two questions
+in a row are both asked. Two answers in a row are bad: which one is meant? An answer before the
+first question is read but not trained, and so is one with "loss": false or "weight": 0. A last
+question without an answer is dropped.
 
 Texts are cleaned: CRLF, CR and the other characters that end a line (form feed, U+2028, ...) become
 LF, and so do two U+3000 or 32 blanks inside a line, where paragraphs were joined. Indents made with
@@ -22,7 +32,9 @@ import ast
 import hashlib
 import itertools
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Callable
 
 from configurator import UserError, nearest, printable
@@ -51,7 +63,13 @@ ROLES = {"user": "user", "human": "user", "prompter": "user", "question": "user"
 ROLES |= dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "model", "answer"), "assistant")
 ROLES |= {"system": "system"}
 FIELDS = ("text", "question", "input", "answer", "system", "history", "conversations")
-KNOWN_FIELDS = {*itertools.chain(*PAIRS), *TURNS, *FIELDS, "rejected"}
+OPTIONS = "abcdefgh"  # of a question
+MARKS = {"label", "kto_tag", "is_correct", "is_bad"}  # of an answer: whether it is good, or bad
+TRUTH = {"true": True, "1": True, "false": False, "0": False}
+BESIDE = {"choices", "options", "tools", "functions", "tool_calls", "function_call"}
+BESIDE |= {"image", "images", "video", "videos", "audio", "audios"}
+WEIGHTS = {"loss", "weight", "train", "training"}  # of an answer; 0 or false: it is not trained
+KNOWN_FIELDS = {*itertools.chain(*PAIRS), *TURNS, *FIELDS, *MARKS, "rejected", "context", *OPTIONS}
 
 GAP = " " * 32  # too wide for a table of blanks
 PARAGRAPH_END = re.compile(rf"(?:\u3000\u3000|{GAP})[ \t\u3000]*")
@@ -73,12 +91,13 @@ ODD = {  # U+200C and U+200D are not: they join letters and emoji
 
 
 class BadRecord(Exception):
-    """reason: what is counted; detail: what is shown of it besides."""
+    """reason: what is counted; detail: what is shown of it besides; is_good: it is only not wanted,
+    and counts as no fault of the file."""
 
-    def __init__(self, reason: str, detail: object = ""):
+    def __init__(self, reason: str, detail: object = "", is_good: bool = False):
         detail = printable(" ".join(str(detail).encode(errors="replace").decode().split()))[:80]
         super().__init__(f"{reason} ({detail})" if detail else reason)
-        self.reason = reason
+        self.reason, self.is_good = reason, is_good
 
 
 def parse_fields(text: str) -> dict[str, str]:
@@ -96,39 +115,86 @@ def parse_fields(text: str) -> dict[str, str]:
     return fields
 
 
-def interpret(value: object, fields: dict[str, str], want: type | None = None) -> Record:
+def interpret(
+    value: object, fields: dict[str, str], want: type | None = None, aside: Counter | None = None
+) -> Record:
     """The text or the conversation that a value means. want: str or list, the one that is wanted.
+    aside: counts what of a good conversation is not taken, by reason.
 
     Raises BadRecord if it means neither, or the other."""
     record = _text(value) if isinstance(value, str) else _record(fields_of(value), fields)
     if want and not isinstance(record, want):
         raise BadRecord("no conversation" if want is list else "no text")
-    return record
+    return conversation(record, aside) if isinstance(record, list) else record
 
 
 def fields_of(value: object) -> dict:
     """An object's fields, their names in lower case. Raises BadRecord if it is no object."""
     if not isinstance(value, dict):
         raise BadRecord("wrong type", f"{type(value).__name__}, not an object")
-    return {str(name).strip().lower(): content for name, content in value.items()}
+    fields = {str(name).strip().lower(): content for name, content in value.items()}
+    if len(fields) < len(value):
+        raise BadRecord("two fields of one name", ", ".join(map(str, value)))
+    return fields
 
 
-def _record(record: dict, fields: dict[str, str]) -> Record:
+def _record(whole: dict, fields: dict[str, str]) -> Record:
+    """The text, or the messages as they are. Raises BadRecord if the answer is marked as bad."""
+    record = _ranked(whole)
     if isinstance(record.get("translation"), dict):
         record = fields_of(record["translation"])
     if fields:
         record = _renamed(record, fields)
-    for name in TURNS:
-        if name in record:
-            return conversation(_with_system(record, _messages(record[name])))
-    if isinstance(record.get("chosen"), list):
-        return conversation(_with_system(record, _preferred(record)))
-    for question, answer in PAIRS:
+    messages = _any_messages(record)
+    if messages is None:
+        if "text" in record:
+            return _text(record["text"])
+        raise BadRecord("missing field", f"it has {', '.join(record) or 'none'}")
+    if mark_of(whole) is False:
+        raise BadRecord("one-sided", "the answer is marked as bad", is_good=True)
+    _refuse_beside(record)
+    return messages
+
+
+def _any_messages(record: dict) -> list[dict] | None:
+    """The messages of a record, None if it has none."""
+    turns, chosen = _turns(record), record.get("chosen")
+    messages = None if turns is None else _history(record.get("history")) + _messages(turns)
+    is_open = messages and messages[-1]["role"] != "assistant"
+    if (is_open and chosen) or (messages is None and isinstance(chosen, list | dict)):
+        messages = _side(record, "chosen")
+    for question, answer in PAIRS if messages is None else ():
         if question in record and answer in record:
-            return _question_and_answer(record, question, answer)
-    if "text" in record:
-        return _text(record["text"])
-    raise BadRecord("missing field", f"it has {', '.join(record) or 'none'}")
+            messages = _question_and_answer(record, question, answer)
+            break
+    return messages and _with_system(record, messages)
+
+
+def _turns(record: dict) -> object:
+    return next((record[name] for name in TURNS if name in record), None)
+
+
+def _refuse_beside(fields: dict) -> None:
+    """Raises BadRecord if a record or a turn has what a text alone does not say."""
+    for name in BESIDE.intersection(fields):
+        if fields[name] and fields[name] not in ("[]", "{}"):  # a table has lists as text
+            raise BadRecord("more than text", name)
+
+
+def mark_of(record: dict) -> bool | None:
+    """Whether an answer is marked as good or, False, as bad; None if it has no mark."""
+    for name in MARKS.intersection(record):
+        if (mark := TRUTH.get(str(record[name]).strip().lower())) is not None:
+            return mark != (name == "is_bad")
+    return None
+
+
+def _ranked(record: dict) -> dict:
+    """{"output": [best, ..., worst]} with its first answer as the output and the chosen one."""
+    answers = record.get("output")
+    if isinstance(answers, list) and len(answers) > 1 and isinstance(answers[0], str):
+        record = record | {"output": answers[0], "chosen": answers[0], "rejected": answers[-1]}
+    return record
 
 
 def _renamed(record: dict, fields: dict[str, str]) -> dict:
@@ -146,6 +212,17 @@ def _text(value: object) -> str:
     return text
 
 
+def _content(value: object, what: str) -> str:
+    """A message's text: a string, the parts of one, or a number or truth value as JSON has it."""
+    if isinstance(value, (bool, int, float)) and abs(value) < math.inf:
+        return json.dumps(value)
+    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
+        if any(part.get("text") is None for part in value):
+            raise BadRecord("more than text", f"the parts of the {what}")
+        value = "\n".join(_string(part["text"], what) for part in value)
+    return _string(value, what)
+
+
 def _string(value: object, what: str) -> str:
     """A value that must be text, all of it valid characters; None counts as empty."""
     if value is not None and not isinstance(value, str):
@@ -156,16 +233,19 @@ def _string(value: object, what: str) -> str:
 
 
 def _question_and_answer(record: dict, question: str, answer: str) -> list[dict]:
-    """One pair, what it refers to (`input`), the turns before it, and a system message."""
+    """One pair, what it refers to, its options, and the turns before it."""
     messages = _history(record.get("history"))
     if isinstance(record[question], list):
         messages += _messages(record[question])
     else:
-        names = [question, "input"] if question in ("instruction", "question") else [question]
-        texts = [_string(record.get(name), "question").strip() for name in names]
+        has_more = question in ("instruction", "question")
+        names = (question, "input", "context") if has_more else (question,)
+        texts = [_content(record[name], "question").strip() for name in names if name in record]
+        if question != "q" and "a" in record and "b" in record:
+            options = {name: _content(record.get(name), "option").strip() for name in OPTIONS}
+            texts += [f"{name.upper()}. {text}" for name, text in options.items() if text]
         messages.append({"role": "user", "content": "\n".join(filter(None, texts))})
-    messages.append({"role": "assistant", "content": record[answer]})
-    return conversation(_with_system(record, messages))
+    return [*messages, {"role": "assistant", "content": record[answer]}]
 
 
 def _with_system(record: dict, messages: list[dict]) -> list[dict]:
@@ -195,9 +275,14 @@ def _parsed(value: object, parse: Callable[[str], object], name: str) -> object:
 
 def preference(value: object) -> Preference:
     """The prompt's messages, the chosen and the rejected answer that a value means. If it marks one
-    answer only, as the chat page's marks do, the other is None."""
-    record = fields_of(value)
-    sides = [_side(record, name) for name in ("chosen", "rejected")]
+    answer only, as the chat page's marks and `label` do, the other is None."""
+    record = _ranked(fields_of(value))
+    mark, names = mark_of(record), ("chosen", "rejected")
+    if mark is None or any(record.get(name) for name in names):
+        sides = [_side(record, name) for name in names]
+    else:
+        sides = [_any_messages(record) if mark == is_good else None for is_good in (True, False)]
+    sides = [messages and conversation(_with_system(record, messages)) for messages in sides]
     prompts = [messages[:-1] for messages in sides if messages]
     if not prompts:
         raise BadRecord("missing field", "neither chosen nor rejected")
@@ -208,28 +293,23 @@ def preference(value: object) -> Preference:
 
 
 def _side(record: dict, name: str) -> list[dict] | None:
-    """The conversation that ends with this answer: `chosen`, or `rejected`."""
+    """The messages that end with this answer, `chosen` or `rejected`: behind the prompt unless they
+    repeat it."""
     answer = record.get(name)
     if answer is None:
         return None
-    if isinstance(answer, dict | list):
-        messages = answer if isinstance(answer, list) else [answer]
-        return conversation(_preferred(record | {"chosen": messages}))
-    for question in ("prompt", "question", "instruction"):
-        if question in record:
-            return _question_and_answer(record, question, name)
-    raise BadRecord("missing field", "no prompt")
-
-
-def _preferred(record: dict) -> list[dict]:
-    """The messages of the better answer, behind the prompt unless they repeat it."""
-    chosen = _messages(record["chosen"])
+    if not isinstance(answer, list | dict):
+        for question in ("prompt", "question", "instruction"):
+            if question in record:
+                return _question_and_answer(record, question, name)
+        answer = {"role": "assistant", "content": answer}
+    answers = _messages(answer if isinstance(answer, list) else [answer])
+    if any(message["role"] == "user" for message in answers):
+        return answers
     prompt = record.get("prompt")
-    if not prompt or any(message["role"] == "user" for message in chosen):
-        return chosen
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}, *chosen]
-    return _messages(prompt) + chosen
+    if prompt and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    return _messages(prompt or _turns(record) or []) + answers
 
 
 def _messages(value: object) -> list[dict]:
@@ -244,29 +324,48 @@ def _messages(value: object) -> list[dict]:
             raise BadRecord("unknown role", name)
         if "content" not in turn and "value" not in turn:
             raise BadRecord("missing field", "a turn has no content")
-        content = turn.get("content", turn.get("value"))
-        messages.append({"role": ROLES[name.lower()], "content": content})
+        _refuse_beside(turn)
+        content, reasoning = turn.get("content", turn.get("value")), turn.get("reasoning_content")
+        message = {"role": ROLES[name.lower()], "content": content, "reasoning": reasoning}
+        messages.append(message | {"train": _is_trained(turn)})
     return messages
 
 
-def conversation(messages: list[dict]) -> list[dict]:
-    """The messages with their texts. Raises BadRecord if they are not a question and an answer at
-    least."""
+def _is_trained(turn: dict) -> bool:
+    """Whether an answer is to be trained, by its weight."""
+    weights = [turn[name] for name in WEIGHTS.intersection(turn) if turn[name] is not None]
+    if any(weight not in (0, 1) for weight in weights):
+        raise BadRecord("unknown weight", weights)
+    return 0 not in weights
+
+
+def conversation(messages: list[dict], aside: Counter | None = None) -> list[dict]:
+    """The messages with their texts, up to the last answer that is trained; "train": False for one
+    that is only read. Raises BadRecord if there is no question and answer at least."""
     names = {"user": "question", "assistant": "answer", "system": "system message"}
-    kept = []
+    kept, roles = [], []
     for message in messages:
         role = message["role"]
-        text = _string(message["content"], names[role])
+        text = _content(message["content"], names[role])
         text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
         if text:
-            kept.append({"role": role, "content": text})
+            is_read = role == "assistant" and not ("user" in roles and message.get("train", True))
+            kept.append({"role": role, "content": text} | ({"train": False} if is_read else {}))
+            roles.append(role)
         elif role != "system":
             raise BadRecord(f"empty {names[role]}")
-    roles = [message["role"] for message in kept]
-    if "user" not in (roles[:1] if roles[:1] != ["system"] else roles[1:2]):
-        raise BadRecord("no question")
-    if roles[-2:] != ["user", "assistant"]:
-        raise BadRecord("no answer")
+        if roles[-2:] == ["assistant", "assistant"]:
+            raise BadRecord("two answers in a row")
+    while kept and (kept[-1]["role"] != "assistant" or "train" in kept[-1]):
+        kept.pop()
+    if roles[: len(kept)][-2:] != ["user", "assistant"]:
+        raise BadRecord("no answer" if "user" in roles else "no question")
+    behind = roles[len(kept) :]
+    if aside is not None and behind:
+        is_answered = "assistant" in behind
+        aside["untrained last answer" if is_answered else "unanswered last question"] += 1
+    if aside is not None and any(message.get("reasoning") for message in messages):
+        aside["reasoning"] += 1
     return kept
 
 

@@ -177,4 +177,5 @@ def prepare(config: Settings, kind: Kind) -> dict:
     unseen = find_sources(others) if others else []
     repeated, tested = find_repeated(own, unseen, parse_fields(config.fields), config.val)
     chosen = functools.partial(read, kind, repeated, tested)
-    return pipeline.prepare(config, chosen, kind, own, SPLITS, {"languages": LANGUAGES})
+    splits = SPLITS if config.val else ("train",)
+    return pipeline.prepare(config, chosen, kind, own, splits, {"languages": LANGUAGES})

@@ -31,13 +31,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tqdm import tqdm
 
-from configurator import ROOT, UserError, above, at_least, below, repo_path, show_path
+from configurator import ROOT, UserError, at_least, below, repo_path, show_path
 from miniglm.prep.forms import parse_fields, split_of, text_of
 from miniglm.prep.readers import Source, Tally, converted, find_sources, parts, records
 from miniglm.prep.writer import Form, Kind, Mask, Record, merge, working_folder, write_unit
@@ -58,7 +58,7 @@ class Settings:
     out: str = ""  # directory to write
     tokenizer: str = "train"  # train: on the training records; gpt2; or a path
     vocab_size: int = 4096  # entries of a trained tokenizer
-    val: Annotated[float, above(0), below(1)] = 0.05  # share of the records for validation
+    val: Annotated[float, at_least(0), below(1)] = 0.05  # share of the records for validation
     max_tokens: Annotated[int, at_least(1)] = 256  # of a conversation; at most block_size
     mask: Mask = "answer"  # trained: answer and its end token; no_end without; padding: end tokens
     dedup_val: bool = False  # a validation question that is also trained goes to training
@@ -77,6 +77,11 @@ class Settings:
 Read = Callable[[Settings, Source, Tally], Reads]
 
 
+def splits_of(val: float) -> tuple[str, ...]:
+    """The splits of a dataset of which a share, or nothing, is for validation."""
+    return ("train", "val") if val else ("train",)
+
+
 def read_records(config: Settings, source: Source, tally: Tally, want: type | None = None) -> Reads:
     """A `read` for most datasets: the good records, a share of them for validation."""
     for record in records(source, tally, parse_fields(config.fields), want):
@@ -88,16 +93,16 @@ def prepare(
     read: Read,
     kind: Kind,
     sources: list[Source] | None = None,
-    splits: tuple[str, ...] = ("train", "val"),
+    splits: tuple[str, ...] | None = None,
     more_meta: dict | None = None,
 ) -> dict:
     """Reads and encodes the sources, writes config.out and prints what it holds.
 
-    sources: None is the files of config.input. more_meta: what else goes into meta.json, which is
-    returned."""
+    sources: None is the files of config.input. splits: None is training, and a share for
+    validation. more_meta: what else goes into meta.json, which is returned."""
     sources = sources or find_sources(config.input, config.encoding)
     out, units = repo_path(config.out), plan(sources)
-    form = Form(kind, config.max_tokens, config.mask, splits)
+    form = Form(kind, config.max_tokens, config.mask, splits or splits_of(config.val), not splits)
     tally, skipped = Tally(config.strict), Counter()
     with working_folder(out) as folder, workers(config, len(units)) as run:
         paths = [folder / f"{number:06}" for number in range(len(units))]
@@ -108,8 +113,8 @@ def prepare(
         for part, left_out in tqdm(done, "encoding", len(units), leave=False, disable=quiet):
             tally.add(part)
             skipped += left_out
-        names = [file.name for source in sources for file in (source, source.target) if file]
-        more_meta = {"sources": names} | tally.meta() | (more_meta or {})
+        files = [file.name for source in sources for file in (source, source.target) if file]
+        more_meta = {"sources": files} | tally.meta() | (more_meta or {})
         meta = merge(out, paths, skipped, tokenizer, form, more_meta, config.dedup_val)
     print(f"{tally.good:,} good records{tally.summary()}")
     print_meta(out, meta)
@@ -170,12 +175,14 @@ def plan(sources: list[Source]) -> list[Unit]:
 def find_tokenizer(
     config: Settings, run: Run, read: Read, units: list[Unit], paths: list[Path]
 ) -> Tokenizer:
-    """The tokenizer that config names, or one trained on a sample of the training records."""
+    """The tokenizer that config names, or one trained on a sample of the training records; of all
+    records if none is for training yet, since the writer then moves one there."""
     if config.tokenizer != "train":
         return load_tokenizer(config.tokenizer)
     some = [n * len(units) // SAMPLED for n in range(SAMPLED)] if len(units) > SAMPLED else []
-    for chosen in filter(None, (some, range(len(units)))):
-        do = functools.partial(sample_unit, config, read)
+    every = range(len(units))
+    for chosen, settings in ((some, config), (every, config), (every, replace(config, val=0))):
+        do = functools.partial(sample_unit, settings, read)
         samples = run(do, [units[n] for n in chosen], [paths[n] for n in chosen])
         if passages := sample(itertools.chain.from_iterable(samples)):
             return train_tokenizer(passages, config.vocab_size)

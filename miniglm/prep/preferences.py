@@ -2,9 +2,12 @@
 
     {"prompt", "chosen", "rejected"}               a pair; texts or messages
     {"chosen": messages, "rejected": messages}     MiniMind's form of it
+    {"conversations", "chosen", "rejected"}        LLaMA-Factory's: the prompt's turns, two more
+    {"instruction", "output": [best, ..., worst]}  the first and the last
     {"prompt", "chosen"} or {"prompt", "rejected"} a mark of the chat page: the first chosen and the
                                                    first rejected answer to a prompt are a pair,
                                                    then the second ones
+    {"prompt", "completion", "label": true}        a mark, too; false: rejected
     {"prompt", "ranked": [best, ..., worst]}       answers in their order: the first and the last
     {"prompt", "samples": [...], "scores": [...]}  answers with scores, higher is better
 
@@ -21,9 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from configurator import above, at_least, below, repo_path
+from configurator import at_least, below, repo_path
 from miniglm.prep.forms import BadRecord, Preference, fields_of, is_whole, preference, split_of
-from miniglm.prep.pipeline import print_meta
+from miniglm.prep.pipeline import print_meta, splits_of
 from miniglm.prep.readers import Source, Tally, converted, find_sources
 from miniglm.prep.writer import Form, Pair
 from miniglm.prep.writer import write as write_dataset
@@ -35,7 +38,7 @@ SHOWN = 3  # pairs
 @dataclass
 class Settings:
     input: list[str] = field(default_factory=list)  # files, folders, globs: a,b
-    val: Annotated[float, above(0), below(1)] = 0.1  # share of the prompts for validation
+    val: Annotated[float, at_least(0), below(1)] = 0.1  # share of the prompts for validation
     name: str = ""  # the dataset's name under data/
     out: str = ""  # directory to write; empty: data/NAME
     tokenizer: str = ""  # a path: that of the model to train
@@ -64,13 +67,14 @@ def prepare(config: Settings, words: list[str], read: Read) -> None:
     def more_meta() -> dict:
         return {"sources": names} | tally.meta()
 
-    write(config.folder, config.max_tokens, records, tokenizer, more_meta)
+    form = Form("dpo", config.max_tokens, splits=splits_of(config.val), is_share=True)
+    write(config.folder, form, records, tokenizer, more_meta)
     print(f"{tally.good:,} good records{tally.summary()}")
 
 
 def write(
     out: Path,
-    max_tokens: int,
+    form: Form,
     records: Records,
     tokenizer: Tokenizer,
     more_meta: Callable[[], dict],
@@ -85,7 +89,7 @@ def write(
                 shown.append(pair)
             yield split, pair
 
-    meta = write_dataset(out, tokenizer, noted(), Form("dpo", max_tokens), more_meta)
+    meta = write_dataset(out, tokenizer, noted(), form, more_meta)
     for prompt, chosen, rejected in shown:
         print(f"{prompt[-1]['content']}\n    better: {chosen}\n    worse:  {rejected}")
     print_meta(out, meta)
@@ -139,10 +143,11 @@ def read_ranked(
         score_of = dict(zip(reversed(item.texts), reversed(item.scores), strict=True))
         scores = {text: score_of[text] for text in texts}
         pair, why = best_and_worst(scores, faults, margin if item.scored else 0.0)
-        if pair:
-            yield item.split or split_of(item.prompt, config.val), (item.prompt, *pair)
+        split = item.split or split_of(item.prompt, config.val)
+        if pair and split in splits_of(config.val):
+            yield split, (item.prompt, *pair)
         else:
-            tally.aside[why] += 1
+            tally.aside[why or "held out by their split"] += 1
 
 
 def ranked(value: object) -> Ranked:

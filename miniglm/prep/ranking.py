@@ -29,7 +29,7 @@ from miniglm.generation import Sampling
 from miniglm.metrics import METRICS
 from miniglm.prep import preferences
 from miniglm.prep.preferences import best_and_worst, usable
-from miniglm.prep.writer import Pair
+from miniglm.prep.writer import Form, Pair
 from miniglm.text import check_answers, complete, fingerprint, load_for_sampling
 from miniglm.tokenizer import Tokenizer
 
@@ -90,7 +90,7 @@ def prepare(config: Settings) -> None:
         "margin": config.margin,
         "pairs_from": counts,
     }
-    preferences.write(config.folder, max_tokens, pairs, tokenizer, lambda: more_meta)
+    preferences.write(config.folder, Form("dpo", max_tokens), pairs, tokenizer, lambda: more_meta)
 
 
 def prompt_of(line: dict) -> list[dict]:

@@ -222,7 +222,11 @@ class Tally:
         self._good += n
 
     def skip(self, line: int, error: BadRecord) -> None:
-        """Counts a bad record; line 0 is the whole file."""
+        """Counts a bad record, or one that is not wanted; line 0 is the whole file."""
+        if error.is_good:
+            self.count()
+            self.aside[error.reason] += 1
+            return
         place = f"{self._source.name}, line {line}" if line else self._source.name
         if self.strict:
             raise UserError(f"{place}: {error}")
@@ -538,6 +542,8 @@ def _column_names(source: Source, row: list[str], has_header: bool | None) -> li
                 f"{source.name} has {len(row)} columns and no header; which are they? "
                 "pass for instance --fields=question=1,answer=3"
             )
+    if has_header and (twice := [name for name in row if name and row.count(name) > 1]):
+        raise UserError(f"{source.name} has two columns called {twice[0]!r}; rename or remove one")
     return row if has_header else [str(n + 1) for n in range(len(row))]
 
 
@@ -634,7 +640,7 @@ def records(
         return
     fields = fields or {}
     has_header = not all(name.isdigit() for name in fields.values()) if fields else None
-    record_of = functools.partial(interpret, fields=fields, want=want)
+    record_of = functools.partial(interpret, fields=fields, want=want, aside=tally.aside)
     yield from converted(source, tally, record_of, has_header)
 
 

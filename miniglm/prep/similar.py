@@ -125,6 +125,7 @@ def prepare_questions(
     config: QuestionSettings,
     read: pipeline.Read = read_questions,
     sources: list[Source] | None = None,
+    splits: tuple[str, ...] | None = None,
     more_meta: dict | None = None,
 ) -> dict:
     """pipeline.prepare for conversations, without near duplicates of their first questions."""
@@ -133,7 +134,7 @@ def prepare_questions(
         reads = pipeline.read_unit(config, read, sources, Tally(quiet=True))
         pairs = ((first_question(turns), turns) for _, turns in reads)
         read = partial(without, read, {*near_duplicates(pairs, 2, QUESTIONS_ALIKE)})
-    return pipeline.prepare(config, read, "sft", sources, more_meta=more_meta)
+    return pipeline.prepare(config, read, "sft", sources, splits, more_meta)
 
 
 def without(

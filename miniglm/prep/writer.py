@@ -59,6 +59,7 @@ class Form:
     max_tokens: int = 256  # longest conversation
     mask: Mask = "answer"
     splits: tuple[str, ...] = ("train", "val")
+    is_share: bool = False  # val is a share by hashes: neither split stays empty, see `_fill`
 
     def meta(self) -> dict:
         limits = {} if self.kind == "pretrain" else {"max_tokens": self.max_tokens}
@@ -321,6 +322,8 @@ def merge(
     dtype = ids_dtype(tokenizer)
     rows, counts = _all_rows(units, folder / "all.rows")
     repeated = _leave_out_repeated(rows)
+    if form.is_share:
+        _fill(rows, form)
     meta = {"kind": form.kind, "tokenizer_sha256": tokenizer.sha256, "dtype": dtype.name}
     meta |= more_meta | form.meta()
     if common := _common_questions(rows, form, dedup_val):
@@ -376,6 +379,21 @@ def _leave_out_repeated(rows: np.ndarray) -> Counter:
     repeated = Counter(rows["split"][again].tolist())
     rows["split"][again] = LEFT_OUT
     return repeated
+
+
+def _fill(rows: np.ndarray, form: Form) -> None:
+    """Where the hashes leave a split empty, as they may of few records: the document with the
+    smallest hash goes there, or all conversations of the first question with the smallest."""
+    hashes = rows["key" if form.kind == "pretrain" else "question"]
+    kept = rows["split"] != LEFT_OUT
+    for number in range(len(form.splits)):
+        if kept.any() and not (rows["split"] == number).any():
+            moved = kept & (hashes == hashes[kept].min())
+            if (moved == kept).all():
+                raise UserError(
+                    "only one document or question, none for validation; add more, or pass --val=0"
+                )
+            rows["split"][moved] = number
 
 
 def _common_questions(rows: np.ndarray, form: Form, move: bool) -> int:

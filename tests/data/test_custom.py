@@ -10,7 +10,7 @@ from data.custom import prepare
 from data_utils import Dataset
 from miniglm.prep.forms import is_validation
 from miniglm.tokenizer import load_tokenizer
-from tests.helpers import TEXT, dialogue
+from tests.helpers import TEXT, dialogue, tiny_tokenizer
 from tests.runs import contents, error_line, run
 
 LINES = TEXT.splitlines()
@@ -77,6 +77,26 @@ def test_files_of_their_own_can_be_the_validation_split(given, mine):
     assert "skipped: duplicate" not in data.meta["splits"]["val"]
 
 
+def test_an_answer_of_no_weight_is_read_but_not_trained_and_what_is_dropped_is_counted(mine):
+    long, tokenizer = dialogue("谁？", "孔明。", "何人？", "军师。"), tiny_tokenizer()
+    long[1]["weight"] = 0
+    asked = [*dialogue("谁弄权？", "曹节。"), {"role": "user", "content": "何故？"}]
+    asked[1]["reasoning_content"] = "宦官。"
+    bad = {"prompt": "谁？", "completion": "不知。", "label": False}
+    file = write_questions(mine / "a.jsonl", [long, asked])
+    file.write_text(file.read_text("utf-8") + ("\n" + json.dumps(bad)) * 5, encoding="utf-8")
+    tokenizer.save(mine / "tokenizer.json")
+    data = prepared(mine, "--input=a.jsonl", "--val=0", f"--tokenizer={mine}")
+    texts = ["谁？", "孔明。", "何人？", "军师。"], ["谁弄权？", "曹节。"]
+    assert data.conversations("train") == [dialogue(*turns) for turns in texts]
+    answers = ("军师。", "曹节。")
+    assert data.mask["train"].sum() == sum(len(tokenizer.encode(text)) + 1 for text in answers)
+    trained = data.tokens["train"][data.mask["train"] == 1]
+    assert tokenizer.decode(trained.tolist()) == "".join(answers)
+    left_out = {"one-sided": 5, "reasoning": 1, "unanswered last question": 1}
+    assert (data.meta["skipped"], data.meta["not_taken"]) == ({}, left_out)
+
+
 def test_bad_records_are_counted_once_however_often_they_are_read(mine, capsys):
     path = write_questions(mine / "a.jsonl")
     path.write_text(path.read_text() + '\n{"q": "谁？"}\nx\n{"text": "甲"}\n')
@@ -105,24 +125,34 @@ def test_questions_take_the_tokenizer_of_a_dataset_and_the_same_bytes_come_again
     assert data.meta["max_tokens"] == 99
 
 
+def test_without_validation_all_is_trained_and_no_file_of_it_stays(mine):
+    write_questions(mine / "a.jsonl")
+    assert len(prepared(mine, "--input=a.jsonl", "--val=0.2").conversations("val")) > 1
+    data = prepared(mine, "--input=a.jsonl", "--val=0")
+    assert (data.conversations("train"), [*data.meta["splits"]]) == (QUESTIONS, ["train"])
+    assert not list(data.path.glob("val*"))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--input=a.txt", "--val=0"], "val=0 must be above 0 and below 1"),
-        (["--input=a.txt", "--val=1e-9"], "no record is for val; change --val= or the input"),
+        (["--input=a.txt", "--val=1"], "val=1 must be 0 or more and below 1"),
+        (["--input=a.txt"], "only one document or question, none for validation; add more, or"),
+        (["--input=o.jsonl"], "only one document or question"),
+        (["--input=c.jsonl", "--val_input=c.jsonl"], "no record is for train; change --val="),
         (["--input=a.txt", "--target=b.txt", "--fields=text=a"], "--target= goes with neither"),
         (["--input=a.txt", "--tokenizer=nowhere"], "no tokenizer nowhere"),
-        (
-            ["--input=c.jsonl", "--max_tokens=3"],
-            "(8 skipped: too long); see --max_tokens=",
-        ),
+        (["--input=c.jsonl", "--max_tokens=3"], "(8 skipped: too long); see --max_tokens="),
+        (["--input=t.csv"], "t.csv has two columns called 'question'; rename or remove one"),
         (["--input=e.txt"], "there is no record in the input"),
     ],
 )
 def test_what_cannot_be_prepared_is_said_in_a_line_and_writes_nothing(words, message, mine):
     (mine / "a.txt").write_text(TEXT, encoding="utf-8")
     write_questions(mine / "c.jsonl", QUESTIONS[:10])
+    write_questions(mine / "o.jsonl", [*QUESTIONS[:1] * 3, dialogue("第0回说的是什么？", "不知。")])
     (mine / "e.txt").write_bytes(b"")
+    (mine / "t.csv").write_text("question,question,answer\na,b,c\n")
     with pytest.raises(UserError) as caught:
         prepare.main([*words, f"--out={mine / 'out'}"])
     assert message in str(caught.value)

@@ -121,6 +121,13 @@ def test_texts_hold_out_the_idioms_that_are_asked_in_validation(folder):
     assert texts.meta["records"] == 60
 
 
+def test_where_no_idiom_is_for_validation_none_is_torn_apart(folder):
+    table = write_table(folder / "a.csv", many(3))
+    with pytest.raises(UserError, match="no record is for val"):
+        prepared(folder, f"--input={table}", "--val=1e-9")
+    assert [*prepared(folder, f"--input={table}", "--val=0").tokens] == ["train"]
+
+
 def test_another_table_or_none_is_one_line(folder, monkeypatch):
     (folder / "a.csv").write_text("question,answer\n甲,乙\n", encoding="utf-8")
     with pytest.raises(UserError, match="it has no word or explanation or derivation"):

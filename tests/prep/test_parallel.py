@@ -105,6 +105,12 @@ def test_what_cannot_be_a_translation_is_left_out(english, chinese, reason):
     assert found.value.reason == reason
 
 
+def test_without_validation_there_is_no_test_either(folder):
+    words = [f"--input={write_pairs(folder / 'a.tsv', many(9))}", f"--tokenizer={folder}"]
+    translation.main([*words, f"--out={folder / 'out'}", "--val=0"])
+    assert {*Dataset(str(folder / "out")).tokens} == {"train"}
+
+
 def test_roles_have_their_shares_and_hang_on_the_letters_alone():
     letters = [letters_of(english) for english, _ in many(3000)]
     roles = [role_of(text, 0.1) for text in letters]

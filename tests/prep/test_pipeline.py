@@ -63,7 +63,7 @@ def write_jsonl(path: Path, values: list) -> Path:
 
 
 def prepared(out: Path, files: list[Path], kind: str, **settings) -> Dataset:
-    config = Settings([str(file) for file in files], str(out), val=0.2, **settings)
+    config = Settings([str(file) for file in files], str(out), **{"val": 0.2} | settings)
     prepare(config, partial(read_records, want=str if kind == "pretrain" else list), kind)
     return Dataset(str(out))
 
@@ -147,6 +147,24 @@ def test_any_number_of_processes_gives_the_same_bytes(kind, tmp_path, small, cap
     assert len(pipeline.plan(find_sources([str(file) for file in files]))) > 5
     assert data.meta["skipped"] == {"broken JSON": 3 if kind == "pretrain" else 1}
     assert not list(tmp_path.glob("*/prepare.tmp"))
+
+
+@pytest.mark.parametrize(("val", "small_split"), [(1e-9, "val"), (1 - 1e-9, "train")])
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+def test_of_few_records_one_goes_to_each_split(kind, val, small_split, tmp_path, small):
+    """From any number of processes the same, and equal questions together."""
+    texts = [json.dumps({"text": f"第{n}段。" + TEXT}, ensure_ascii=False) for n in range(9)]
+    turns = [dialogue(f"第{n % 9}问？", LINES[n % 5] + str(n)) for n in range(90)]
+    file = write_jsonl(tmp_path / "a.jsonl", texts if kind == "pretrain" else turns)
+    for name in "13":
+        settings = {"vocab_size": 300, "val": val, "processes": int(name)}
+        data = prepared(tmp_path / name, [file], kind, **settings)
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+    if kind == "pretrain":
+        assert data.meta["splits"][small_split]["documents"] == 1
+    else:
+        questions = [question["content"] for question, _ in data.conversations(small_split)]
+        assert (len(questions), len({*questions})) == (10, 1)
 
 
 def test_bad_records_are_told_with_their_lines_in_the_order_of_the_input(

@@ -99,6 +99,19 @@ def test_answers_in_order_need_no_scores(tokenizer, tmp_path):
         assert all(pair == ("荆州。", f"洛阳{source[3:-1]}。") for source, pair in pairs.items())
 
 
+def test_two_pairs_are_enough_and_none_need_be_held_out(tokenizer, tmp_path):
+    lines = [{"prompt": f"刘备到{n}？", "ranked": ["荆州。", "徐州。"]} for n in range(3)]
+    file = write_lines(tmp_path / "few.jsonl", lines)
+    data = prepared(tokenizer, tmp_path / "out", f"--ranked={file}", "--val=1e-9")
+    assert [len(pairs_of(data, split)) for split in ("train", "val")] == [2, 1]
+    lines[0]["split"] = "val"
+    write_lines(file, lines)
+    data = prepared(tokenizer, tmp_path / "out", f"--ranked={file}", "--val=0")
+    assert {*pairs_of(data, "train")} == {"刘备到1？", "刘备到2？"}
+    assert {*data.meta["splits"]} == {"train"}
+    assert data.meta["not_taken"] == {"held out by their split": 1}
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
@@ -119,7 +132,7 @@ def test_bad_ranked_records_have_a_reason(value, reason):
     assert error.value.reason == reason
 
 
-@pytest.mark.parametrize("form", ["minimind", "plain", "marks"])
+@pytest.mark.parametrize("form", ["minimind", "plain", "marks", "turns", "ordered", "labels"])
 def test_pairs_of_each_form_are_the_same_pairs(tokenizer, tmp_path, form):
     pairs = [(f"刘备到{n}？", f"荆州{n}。", f"徐州{n}。") for n in range(40)]
     lines = []
@@ -128,6 +141,15 @@ def test_pairs_of_each_form_are_the_same_pairs(tokenizer, tmp_path, form):
             lines.append({"chosen": dialogue(ask, chosen), "rejected": dialogue(ask, rejected)})
         elif form == "plain":
             lines.append({"prompt": ask, "chosen": chosen, "rejected": rejected})
+        elif form == "turns":
+            sides = {"chosen": chosen, "rejected": rejected}
+            sides = {name: {"from": "gpt", "value": text} for name, text in sides.items()}
+            lines.append({"conversations": [{"from": "human", "value": ask}], **sides})
+        elif form == "ordered":
+            lines.append({"instruction": ask, "input": "", "output": [chosen, "甲", rejected]})
+        elif form == "labels":
+            lines.append({"prompt": ask, "completion": rejected, "label": False})
+            lines.append({"messages": dialogue(ask, chosen), "label": True})
         else:
             lines.append({"prompt": dialogue(ask), "chosen": chosen})
             lines.append({"prompt": dialogue(ask), "rejected": rejected})
