@@ -306,7 +306,7 @@ def main(argv: list[str]) -> None:
     calls = plan(config, examples)
     if config.dry_run:
         for number, call in enumerate(calls, 1):
-            print(f"--- prompt {number}", *map(printable, call.prompt.split("\n")), sep="\n")
+            print(f"--- prompt {number}\n{call.prompt}")
         size = sum(len(call.prompt) for call in calls)
         return print(f"--- {len(calls):,} calls, {size:,} characters of prompts")
     client = open_client(config)
