@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -71,48 +72,29 @@ class Form:
         return {"pretrain": "documents", "sft": "conversations", "dpo": "pairs"}[self.kind]
 
 
-def write_pretrain(
-    out: Path, tokenizer: Tokenizer, documents: dict[str, Iterable[str]], sources: list[str]
-) -> dict:
-    """Writes each split's documents, each with its end token, and returns the meta.json."""
-    return _write(out, tokenizer, documents, Form("pretrain", splits=(*documents,)), sources)
-
-
-def write_sft(
+def write_splits(
+    kind: Kind,
     out: Path,
     tokenizer: Tokenizer,
-    conversations: dict[str, Iterable[list[dict]]],
+    splits: dict[str, Iterable[Record]],
     sources: list[str],
-    max_tokens: int,
+    max_tokens: int = 256,
     mask: Mask = "answer",
 ) -> dict:
-    """Writes each split's conversations with the mask of their answers, and returns the meta.json.
+    """Writes each split's records, and returns the meta.json.
 
-    Conversations longer than max_tokens are fitted (see `fit`); repeated ones are left out, within
+    Texts get an end token each. Conversations and pairs longer than max_tokens are fitted (see
+    `fit`, `fit_pair`); pairs with equal answers are left out, and so are repeated records, within
     a split and across splits. All of it is counted in meta.json.
     """
-    form = Form("sft", max_tokens, mask, (*conversations,))
-    return _write(out, tokenizer, conversations, form, sources)
-
-
-def write_dpo(
-    out: Path,
-    tokenizer: Tokenizer,
-    pairs: dict[str, Iterable[Pair]],
-    sources: list[str],
-    max_tokens: int,
-) -> dict:
-    """Writes each split's preferences, two rows a pair, and returns the meta.json.
-
-    Pairs are fitted (see `fit_pair`); repeated ones are left out, within a split and across splits,
-    and so are equal answers. All of it is counted in meta.json.
-    """
-    return _write(out, tokenizer, pairs, Form("dpo", max_tokens, splits=(*pairs,)), sources)
-
-
-def _write(out: Path, tokenizer: Tokenizer, splits: dict, form: Form, sources: list[str]) -> dict:
     records = ((split, record) for split in splits for record in splits[split])
+    form = Form(kind, max_tokens, mask, (*splits,))
     return write(out, tokenizer, records, form, lambda: {"sources": sources})
+
+
+write_pretrain = partial(write_splits, "pretrain")
+write_sft = partial(write_splits, "sft")
+write_dpo = partial(write_splits, "dpo")
 
 
 def write(
