@@ -38,6 +38,7 @@ from huggingface_hub.utils import validate_repo_id
 from data.fetch_data import SOURCES, Source
 from data_utils import Dataset, open_dataset
 from miniglm.interop.hub import CardSettings, dataset_card, export_card, model_card
+from miniglm.jsonl import read_report
 from miniglm.prep.writer import files_of
 
 LINK = "hub_url.txt"
@@ -173,7 +174,8 @@ def with_languages(card: CardSettings, languages: list[str]) -> CardSettings:
 
 def reports_of(path: Path, step: str) -> dict[str, dict]:
     """The evaluations of a checkpoint by their files; says which are of another."""
-    reports = {file: read_json(file) for file in sorted(path.glob("evaluation*.json"))}
+    files = sorted(path.glob("evaluation*.json"))
+    reports = {file: read_report(file, (), "make or delete it") for file in files}
     for file, report in reports.items():
         if report.get("checkpoint") != step:
             other = report.get("checkpoint")
@@ -191,8 +193,8 @@ def of_export(path: Path, card: CardSettings) -> Upload:
     except SafetensorsParsingError as error:
         raise UserError(f"{error}; run export.py again") from None
     n_params = sum(weights.parameter_count.values())
-    config, card = read_json(files["config.json"]), with_languages(card, [])
-    files["README.md"] = export_card(card, config, n_params).encode()
+    config = read_report(files["config.json"], (), "run export.py again")
+    files["README.md"] = export_card(with_languages(card, []), config, n_params).encode()
     return Upload("model", files)
 
 
@@ -206,13 +208,6 @@ def public(value: object, key: str = "") -> object:
     if isinstance(value, str):
         return PLACE.sub(r"\1\2", value.replace(f"{ROOT}{os.sep}", ""))
     return value
-
-
-def read_json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{show_path(file)} is damaged ({error}); make or delete it") from None
 
 
 def json_bytes(value: dict) -> bytes:
