@@ -44,9 +44,7 @@ class UserError(Exception):
 
 def expanded(path: str | Path) -> Path:
     """The path with the home folder for ~; where no user has it, ~name is an ordinary name."""
-    with contextlib.suppress(RuntimeError):
-        return Path(path).expanduser()
-    return Path(path)
+    return Path(os.path.expanduser(path))  # noqa: PTH111, which raises an error there
 
 
 def repo_path(path: str | Path) -> Path:
