@@ -79,9 +79,7 @@ def add_adapters(
     names = find_targets(model, targets)
     model.requires_grad_(False)
     for name in names:
-        parent, _, last = name.rpartition(".")
-        linear = model.get_submodule(name)
-        setattr(model.get_submodule(parent), last, LoRALinear(linear, rank, alpha, dropout))
+        model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha, dropout))
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
@@ -100,8 +98,7 @@ def adapter_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 def merge(model: nn.Module) -> None:
     """Replaces each adapter by W + alpha / rank B A: a plain model, all of it trainable."""
     for name, module in adapters(model).items():
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, module.merged())
+        model.set_submodule(name, module.merged())
     model.requires_grad_(True)
 
 
