@@ -8,6 +8,7 @@ DistributedDataParallel, a sharded model is FSDP2's. A run of one process import
 and takes none of these paths.
 """
 
+import io
 import os
 import sys
 import time
@@ -15,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -110,7 +110,7 @@ def together() -> Iterator[World]:
     if world.size == 1:
         yield world
         return
-    with nullcontext() if world.is_first else _silence():
+    with nullcontext() if world.is_first else redirect_stdout(io.StringIO()):
         try:
             yield world
             _leave(world)
@@ -168,12 +168,6 @@ def _leave(world: World) -> None:
         # be done before.
         time.sleep(0.2)
         torch.distributed.destroy_process_group()
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
-        yield
 
 
 def _is_lost_connection(error: Exception) -> bool:
