@@ -11,13 +11,13 @@ and yuenv. Passages of about 4,096 characters are split by their hashes.
 
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import UserError, command, configure
 from miniglm.prep import pipeline
-from miniglm.prep.readers import Source, Tally
 
 RAW = "data/raw/jinyong"
 
@@ -29,10 +29,6 @@ class Settings(pipeline.Settings):
     out: str = "data/jinyong"  # directory to write
 
 
-def read(config: Settings, source: Source, tally: Tally) -> pipeline.Reads:
-    return pipeline.read_records(config, source, tally, want=str)
-
-
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     if config.novels and config.input:
@@ -40,7 +36,7 @@ def main(argv: list[str]) -> None:
     if not config.input:
         files = [f"{RAW}/{name}/input.txt" for name in config.novels or ["*"]]
         config = replace(config, input=files)
-    pipeline.prepare(config, read, "pretrain")
+    pipeline.prepare(config, partial(pipeline.read_records, want=str), "pretrain")
 
 
 if __name__ == "__main__":

@@ -117,8 +117,7 @@ class QuestionSettings(pipeline.Settings):
     near: bool = True  # leave out questions that are nearly the same as an earlier one
 
 
-def read_questions(config: QuestionSettings, source: Source, tally: Tally) -> pipeline.Reads:
-    return pipeline.read_records(config, source, tally, want=list)
+read_questions = partial(pipeline.read_records, want=list)
 
 
 def prepare_questions(
