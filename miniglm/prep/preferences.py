@@ -46,11 +46,6 @@ class Settings:
     encoding: str = "auto"  # of all files: utf-8, gb18030, big5, utf-16
     strict: bool = False  # stop at the first bad record
 
-    @property
-    def folder(self) -> Path:
-        """Where the dataset goes."""
-        return repo_path(self.out or f"data/{self.name}")
-
 
 Records = Iterable[tuple[str, Pair]]  # (split, pair)
 Read = Callable[[Settings, list[Source], Tokenizer, Tally], Records]
@@ -68,7 +63,8 @@ def prepare(config: Settings, words: list[str], read: Read) -> None:
         return {"sources": names} | tally.meta()
 
     form = Form("dpo", config.max_tokens, splits=splits_of(config.val), is_share=True)
-    write(config.folder, form, records, tokenizer, more_meta)
+    out = repo_path(config.out or f"data/{config.name}")
+    write(out, form, records, tokenizer, more_meta)
     print(f"{tally.good:,} good records{tally.summary()}")
 
 

@@ -94,15 +94,10 @@ def find_sources(
 
 
 def source_of(path: Path, encoding: str = "auto") -> Source:
-    form = form_of(path)
+    form = _suffix(path)
+    form = form if form in FORMS else "txt"  # any unknown suffix
     refuse_other_kinds(path, form)
     return Source(path, form, "" if form == "parquet" else find_encoding(path, encoding))
-
-
-def form_of(path: Path) -> str:
-    """The form that a file's name tells; any unknown suffix is plain text."""
-    form = _suffix(path)
-    return form if form in FORMS else "txt"
 
 
 def _suffix(path: Path) -> str:
