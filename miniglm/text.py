@@ -4,6 +4,7 @@ A fine-tuned model is asked in the chat format and answers; a pretrained one con
 Token ids are generation.py's, the command line is sample.py's.
 """
 
+import codecs
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -116,15 +117,16 @@ class TextStream:
     """Ids of one sample -> text as it comes: whole characters, up to the first stop text."""
 
     def __init__(self, tokenizer: Tokenizer, stop: list[str]):
-        self.decoder, self.stop = tokenizer.stream_decoder(), stop
+        self.bytes_of, self.stop = tokenizer.bytes_of, stop
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.held, self.stopped = "", False
 
     def push(self, id: int) -> str:
-        return self._release(self.decoder.push(id), keep=True)
+        return self._release(self.decoder.decode(self.bytes_of[id]), keep=True)
 
     def flush(self) -> str:
-        """The remaining text, when no more ids come."""
-        return self._release(self.decoder.flush(), keep=False)
+        """The remaining text, when no more ids come; U+FFFD for an incomplete character."""
+        return self._release(self.decoder.decode(b"", final=True), keep=False)
 
     def _release(self, new: str, keep: bool) -> str:
         if self.stopped:

@@ -11,7 +11,6 @@ Training reads at most SAMPLE characters, passages picked by their hashes. The c
 data/train_tokenizer.py.
 """
 
-import codecs
 import functools
 import hashlib
 import heapq
@@ -62,8 +61,9 @@ GPT2_FILES = ROOT / "data" / "raw" / "gpt2"
 
 
 class Tokenizer:
-    """A vocabulary. n_vocab: ids are 0 .. n_vocab - 1; bytes_per_id: UTF-8 bytes, special ones 0;
-    end_of_text: the id that ends documents; stop_ids: the ids that end a generated text."""
+    """A vocabulary. n_vocab: ids are 0 .. n_vocab - 1; bytes_of: the UTF-8 bytes of each, none of a
+    special one; bytes_per_id: how many; end_of_text: the id that ends documents; stop_ids: the ids
+    that end a generated text."""
 
     def __init__(self, text: str):
         """text: the content of a tokenizer.json. Raises ValueError if it is no byte-level BPE."""
@@ -95,10 +95,10 @@ class Tokenizer:
             raise ValueError(f"not a byte-level BPE with a split pattern ({error!r})") from None
         self.n_vocab = len(ids)
         self._special = {id: name for name, id in special.items()}
-        self._bytes = [b""] * self.n_vocab
+        self.bytes_of = [b""] * self.n_vocab
         for token, id in ranks.items():
-            self._bytes[id] = token
-        self.bytes_per_id = np.array([len(token) for token in self._bytes], np.int64)
+            self.bytes_of[id] = token
+        self.bytes_per_id = np.array([len(token) for token in self.bytes_of], np.int64)
         self.end_of_text, self.end = special[END_OF_TEXT], special[END]
         self.stop_ids = (self.end_of_text, self.end)
         self._role_id = {role: special[token] for role, token in ROLES.items()}
@@ -129,7 +129,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; special tokens have none, invalid bytes become U+FFFD."""
-        return b"".join(self._bytes[id] for id in ids).decode("utf-8", errors="replace")
+        return b"".join(self.bytes_of[id] for id in ids).decode("utf-8", errors="replace")
 
     @property
     def special_names(self) -> list[str]:
@@ -141,12 +141,9 @@ class Tokenizer:
         if id in self._special:
             return self._special[id]
         try:
-            return repr(self._bytes[id].decode())
+            return repr(self.bytes_of[id].decode())
         except UnicodeDecodeError:
-            return self._bytes[id].hex(" ")
-
-    def stream_decoder(self) -> "StreamDecoder":
-        return StreamDecoder(self._bytes)
+            return self.bytes_of[id].hex(" ")
 
     def render(self, messages: list[dict]) -> tuple[list[int], list[int]]:
         """Messages {"role", "content"} -> ids and mask, 1 for each answer and its end token;
@@ -185,21 +182,6 @@ def _cut(text: str, chars: str, longest: int) -> list[str]:
     runs = re.finditer(f"{chars}{{1,{longest}}}", text)
     ends = [run.end() for run in runs if run.end() - run.start() == longest]
     return [text[start:end] for start, end in itertools.pairwise([0, *ends, len(text)])]
-
-
-class StreamDecoder:
-    """Ids -> text as it comes, holding bytes back until they form whole characters."""
-
-    def __init__(self, token_bytes: list[bytes]):
-        self._bytes = token_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, id: int) -> str:
-        return self._decoder.decode(self._bytes[id])
-
-    def flush(self) -> str:
-        """The rest; U+FFFD for an incomplete character."""
-        return self._decoder.decode(b"", final=True)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
