@@ -26,6 +26,7 @@ import itertools
 import os
 import re
 import runpy
+import shutil
 import signal
 import sys
 import traceback
@@ -78,13 +79,16 @@ def show_path(path: str | Path) -> str:
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Yields a path beside path; renames it to path at the end, or removes it on error."""
+    """Yields a path beside path, for a file or a directory; renames it to path at the end, or
+    removes it on error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
+    aside = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)  # a directory that a killed run has left
     try:
         yield aside
         aside.replace(path)
     finally:
+        shutil.rmtree(aside, ignore_errors=True)
         aside.unlink(missing_ok=True)
 
 

@@ -8,14 +8,11 @@ transformers loads the directory as it loads any (AutoModelForCausalLM, AutoToke
 ours), llama.cpp the file, our own scripts the merged checkpoint. Weights are float32.
 """
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, command, configure, repo_path, show_path
+from configurator import UserError, command, configure, repo_path, show_path, written_aside
 
 # isort: split
 from safetensors import SafetensorError
@@ -51,30 +48,15 @@ def main(argv: list[str]) -> None:
         write_merged(checkpoint, to)
     else:
         write = {"hf": write_directory, "gguf": write_gguf}[config.format]
-        with whole_or_absent(to) as aside:
-            write(checkpoint.model, checkpoint.tokenizer, checkpoint.answers, aside)
+        try:
+            with written_aside(to) as aside:
+                write(checkpoint.model, checkpoint.tokenizer, checkpoint.answers, aside)
+        except (OSError, SafetensorError) as error:
+            # numpy only counts the bytes that are missing
+            reason = getattr(error, "strerror", None) or f"the disk is full ({error})"
+            raise UserError(f"cannot write {show_path(to)}: {reason}") from None
     size = sum(file.stat().st_size for file in [to, *to.rglob("*.*")] if file.is_file())
     print(f"{show_path(to)}: {checkpoint.n_params:,} parameters, {size / 1e6:.1f} MB, float32")
-
-
-@contextmanager
-def whole_or_absent(to: Path) -> Iterator[Path]:
-    """A path for a file or a directory, renamed to `to` at the end, or removed after an error.
-    Raises UserError if it cannot be written."""
-    aside = to.with_name(f".{to.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        aside.rename(to)
-    except (OSError, SafetensorError) as error:
-        # numpy only counts the bytes that are missing
-        reason = getattr(error, "strerror", None) or f"the disk is full ({error})"
-        raise UserError(f"cannot write {show_path(to)}: {reason}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)  # a directory
-        with suppress(OSError):  # a file
-            aside.unlink()
 
 
 def write_merged(checkpoint: Checkpoint, to: Path) -> None:
