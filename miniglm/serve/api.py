@@ -23,6 +23,7 @@ from pydantic import AliasChoices, BaseModel, Field, TypeAdapter, ValidationErro
 
 from configurator import UserError
 from miniglm import generation
+from miniglm.serve.gate import refuse
 from miniglm.serve.server import Busy, Server, Stream
 
 MOST_SAMPLES = 5  # of one question
@@ -97,7 +98,6 @@ class NotFound(UserError):
 
 
 STATUSES = {NotFound: 404, Busy: 429, UserError: 400, ValidationError: 400}
-KINDS = {429: "rate_limit_error", 500: "server_error"}
 CODES = {404: "model_not_found", 429: "rate_limit_exceeded"}
 
 
@@ -216,13 +216,10 @@ def event(content: dict) -> str:
 
 
 def error_response(error: Exception) -> JSONResponse:
-    """OpenAI's form of an error: its status is 500 unless the client can mend it."""
+    """An error's status is 500 unless the client can mend it."""
     statuses = (status for kind, status in STATUSES.items() if isinstance(error, kind))
     status, message = next(statuses, 500), str(error)
     if isinstance(error, ValidationError):
         last = error.errors()[-1]  # of a text or a list the list's, which says more
         message = ": ".join([".".join(map(str, last["loc"])) or "the request", last["msg"]])
-    kind = KINDS.get(status, "invalid_request_error")
-    content = {"message": message, "type": kind, "param": None, "code": CODES.get(status)}
-    headers = {"retry-after": "1"} if status == 429 else None
-    return JSONResponse({"error": content}, status, headers)
+    return refuse(status, message, CODES.get(status))

@@ -15,6 +15,11 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
 LARGEST_BODY = 2**20  # bytes: a question, and what surrounds it
+HEADERS = {
+    401: {"www-authenticate": 'Basic realm="MiniGLM", charset="UTF-8"'},
+    429: {"retry-after": "1"},
+}
+KINDS = {429: "rate_limit_error", 500: "server_error"}
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
@@ -73,7 +78,8 @@ def limited(receive: Callable[[], Awaitable[dict]]) -> Callable[[], Awaitable[di
     return receive_some
 
 
-def refuse(status: int, reason: str) -> JSONResponse:
-    challenge = {"www-authenticate": 'Basic realm="MiniGLM", charset="UTF-8"'}
-    error = {"message": reason, "type": "invalid_request_error", "param": None, "code": None}
-    return JSONResponse({"error": error}, status, challenge if status == 401 else None)
+def refuse(status: int, reason: str, code: str | None = None) -> JSONResponse:
+    """OpenAI's form of an error."""
+    kind = KINDS.get(status, "invalid_request_error")
+    error = {"message": reason, "type": kind, "param": None, "code": code}
+    return JSONResponse({"error": error}, status, HEADERS.get(status))
