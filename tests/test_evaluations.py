@@ -240,7 +240,8 @@ def test_a_model_of_texts_is_asked_as_its_texts_are_written(pairs):
     tokenizer = pairs.tokenizer
     for messages in pairs.conversations("train"):
         prompt, answer = in_text(tokenizer, messages)
-        text = parallel.as_text(parallel.Settings(), *(m["content"] for m in messages))
+        english, chinese = (message["content"] for message in messages)
+        text = parallel.record_of(parallel.Settings(), "pretrain", english, chinese)
         end = tokenizer.end_of_text
         assert prompt + answer == [end, *tokenizer.encode(text), end]
         assert tokenizer.decode(answer) == messages[1]["content"]

@@ -137,7 +137,6 @@ def read(
     tally: Tally,
 ) -> pipeline.Reads:
     """The pairs that repeat no other, with their roles; `find_repeated` says which do."""
-    record_of = as_text if kind == "pretrain" else as_conversation
     pairs_of = functools.partial(pair_of, fields=parse_fields(config.fields))
     for pair in converted(source, tally, pairs_of):
         if likeness := repeated.get(key_of(pair)):
@@ -147,18 +146,16 @@ def read(
         role, chinese = role_of(letters_of(pair[0]), config.val), traditional(pair[1])
         if role != "test" and answer_key(chinese) in tested:
             tally.aside["Chinese of a test"] += 1
-        elif record := record_of(config, pair[0], chinese):
+        elif record := record_of(config, kind, pair[0], chinese):
             yield role, record
         else:
             tally.aside["longer than --max_tokens"] += 1
 
 
-def as_text(config: Settings, english: str, chinese: str) -> str:
-    return f"{english}\n{chinese}"
-
-
-def as_conversation(config: Settings, english: str, chinese: str) -> Record | None:
+def record_of(config: Settings, kind: Kind, english: str, chinese: str) -> Record | None:
     """English alone asks, its Chinese answers: a model with one task needs no instruction."""
+    if kind == "pretrain":
+        return f"{english}\n{chinese}"
     turns = [{"role": "user", "content": english}, {"role": "assistant", "content": chinese}]
     rendered = _tokenizer(config.tokenizer).render(turns)[0]
     return turns if len(rendered) <= config.max_tokens else None  # half of one is no translation
