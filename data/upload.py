@@ -28,7 +28,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import ROOT, UserError, command, configure, repo_path, show_path, written_aside
+from configurator import ROOT, UserError, command, configure, repo_path, show_path
 
 # isort: split
 import huggingface_hub
@@ -38,7 +38,7 @@ from huggingface_hub.utils import validate_repo_id
 from data.fetch_data import SOURCES, Source
 from data_utils import Dataset, open_dataset
 from miniglm.interop.hub import CardSettings, dataset_card, export_card, model_card
-from miniglm.jsonl import read_report
+from miniglm.jsonl import read_report, write_text
 from miniglm.prep.writer import files_of
 
 LINK = "hub_url.txt"
@@ -78,8 +78,7 @@ def main(argv: list[str]) -> None:
     if upload.terms and not config.private:
         raise UserError(f"{show_path(path)}: {upload.terms}; pass --private=True")
     url = send(api, upload, config, f"Upload {path.name}")
-    with written_aside(path / LINK) as aside:
-        aside.write_text(f"{url}\n", encoding="utf-8")
+    write_text(path / LINK, f"{url}\n")
     print(f"{show_path(path)}: {len(upload.files)} files, now at {url}")
 
 

@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 
 from configurator import UserError, configure, locked, show_path, written_aside
 from lstm_model import LSTM
+from miniglm import jsonl
 from miniglm.distributed import ALONE, World, gather, is_sharded, part_of
 from miniglm.interop.foreign import (
     find_foreign,
@@ -392,8 +393,7 @@ def rewind(out_dir: Path) -> None:
         step, keep_last = run["progress"]["iter"], run["settings"]["keep_last"]
     _delete_old(out_dir, keep_last)
     kept = [r for r in read_log(out_dir) if r["iter"] <= step]
-    with written_aside(out_dir / "log.jsonl") as path:
-        path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+    jsonl.write(out_dir / "log.jsonl", kept)
 
 
 def append_log(out_dir: Path, record: dict) -> None:
@@ -527,8 +527,7 @@ def _pointer(out_dir: Path, which: str) -> str | None:
 
 
 def _point(out_dir: Path, which: str, name: str) -> None:
-    with written_aside(out_dir / which) as path:
-        path.write_text(name + "\n", encoding="utf-8")
+    jsonl.write_text(out_dir / which, name + "\n")
 
 
 def _delete_old(out_dir: Path, keep_last: int) -> None:
