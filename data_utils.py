@@ -28,6 +28,7 @@ from miniglm.tokenizer import Tokenizer, load_tokenizer
 IGNORE = -100  # a target that is not trained; torch's own default
 POOL = 16  # steps whose rows are sorted by length together
 PERIOD = 1000  # rows in which a mixture keeps its shares exactly
+Arrays = tuple[np.ndarray, np.ndarray]  # idx and targets of rows, (B, T) int64 each
 OWNER = 48  # a row of a mixture: the number of its dataset is in the bits from here on
 
 
@@ -145,9 +146,7 @@ class Dataset:
                 rows[here] = (windows * block_size + int(shift)) % len(self.tokens["train"])
         return rows
 
-    def batch(
-        self, rows: np.ndarray, block_size: int, multiple: int = 1
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, rows: np.ndarray, block_size: int, multiple: int = 1) -> Arrays:
         """Training rows as `step_rows` names them -> idx and targets, (B, T) int64 each.
 
         Conversations are padded to the longest of them, up to a multiple of `multiple`. B pairs
@@ -165,9 +164,7 @@ class Dataset:
         shown = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
         return f"{kinds[self.kind]} {shown} of {show_path(self.path)}/train"
 
-    def eval_batches(
-        self, split: str, block_size: int, batch_size: int
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def eval_batches(self, split: str, block_size: int, batch_size: int) -> Iterator[Arrays]:
         """The whole split once, always the same: idx and targets, (B, T) int64 each."""
         if self.kind != "pretrain":
             rows = np.argsort(np.diff(self.bounds[split].astype(np.int64)), kind="stable")
@@ -181,9 +178,7 @@ class Dataset:
             ends = np.minimum(bounds + block_size + 1, len(tokens))
             yield _gather(tokens, None, bounds, ends)
 
-    def pair_batches(
-        self, split: str, batch_size: int
-    ) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]]:
+    def pair_batches(self, split: str, batch_size: int) -> Iterator[tuple[np.ndarray, Arrays]]:
         """A whole split of preferences once, always the same: numbers of pairs, (B,), and their
         idx and targets, (2 B, T) int64 each."""
         pairs = np.argsort(self.row_lengths(split), kind="stable")
@@ -204,7 +199,7 @@ class Dataset:
 
     def _padded(
         self, split: str, rows: np.ndarray, multiple: int = 1, longest: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> Arrays:
         starts = self.bounds[split][rows].astype(np.int64)
         ends = self.bounds[split][rows + 1].astype(np.int64)
         return _gather(self.tokens[split], self.mask[split], starts, ends, multiple, longest)
@@ -315,9 +310,7 @@ class Mixture:
     def input_tokens(self, rows: np.ndarray, block_size: int) -> int:
         return sum(part.input_tokens(own, block_size) for part, own, _ in self._by_part(rows))
 
-    def batch(
-        self, rows: np.ndarray, block_size: int, multiple: int = 1
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, rows: np.ndarray, block_size: int, multiple: int = 1) -> Arrays:
         """As Dataset.batch, of rows of one kind."""
         batches = [
             (mine, part.batch(own, block_size, multiple)) for part, own, mine in self._by_part(rows)
@@ -333,9 +326,7 @@ class Mixture:
         """As Dataset.show_rows."""
         return " and ".join(part.show_rows(own) for part, own, _ in self._by_part(rows))
 
-    def eval_batches(
-        self, split: str, block_size: int, batch_size: int
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def eval_batches(self, split: str, block_size: int, batch_size: int) -> Iterator[Arrays]:
         """The whole split of each that has it."""
         for part in self.judged:
             if split in part.tokens:
@@ -357,9 +348,7 @@ def open_dataset(name: str) -> "Dataset | Mixture":
     return Mixture(",".join(words), [Dataset(match[1]) for match in shares], weights)
 
 
-def collate(
-    rendered: list[tuple[list[int], list[int]]],
-) -> tuple[np.ndarray, np.ndarray]:
+def collate(rendered: list[tuple[list[int], list[int]]]) -> Arrays:
     """Rows of ids and masks as `render` gives them -> idx and targets, (B, T) int64 each."""
     ids = np.concatenate([np.array(ids) for ids, _ in rendered])
     mask = np.concatenate([np.array(mask) for _, mask in rendered])
@@ -374,7 +363,7 @@ def _gather(
     ends: np.ndarray,
     multiple: int = 1,
     longest: int | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Arrays:
     """Rows tokens[start:end], padded on the right: idx (B, T), and targets shifted by one.
 
     Right padding needs no attention mask: causal positions before it cannot see it.

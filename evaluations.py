@@ -72,8 +72,7 @@ def evaluate(checkpoint: Checkpoint, data: Dataset, split: str, config: Settings
         asked, sizes = scoring.answer_all(checkpoint, conversations, config, batch_size, ask)
         report |= sizes | scoring.score_translations(asked)
     else:
-        device = str(checkpoint.model.wte.weight.device)
-        report |= scoring.per_token(*split_sums(checkpoint.model, data, split, batch_size, device))
+        report |= scoring.per_token(*split_sums(checkpoint.model, data, split, batch_size))
     if conversations and not data.languages:
         trained = data.conversations("train")
         count = min(len(conversations), len(trained))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from data_utils import IGNORE, Dataset
@@ -17,15 +18,13 @@ from miniglm.distributed import ALONE, World
 from miniglm.lora import adapters_off
 
 
-def next_token(model: torch.nn.Module, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def next_token(model: nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
     """The sum of -log p in nats over the trained targets, both (B, T); 0 where none is trained."""
     hidden, targets = trained_positions(model(idx), targets)
     return SummedLoss.apply(model.head, hidden, targets, *head_weights(model))
 
 
-def sequence_log_prob(
-    model: torch.nn.Module, idx: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
+def sequence_log_prob(model: nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
     """Log probability in nats of each row's targets, (B, T) -> (B,); IGNORE does not count."""
     hidden, wanted = trained_positions(model(idx), targets)
     losses = EachLoss.apply(model.head, hidden, wanted, *head_weights(model))
@@ -34,7 +33,7 @@ def sequence_log_prob(
 
 
 @torch.no_grad()
-def target_losses(model: torch.nn.Module, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def target_losses(model: nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
     """-log p in nats of each target, (B, T); 0 where it is IGNORE."""
     hidden, wanted = trained_positions(model(idx), targets)
     losses = torch.cat([loss for _, loss in chunk_losses(model.head, hidden, wanted)])
@@ -42,16 +41,14 @@ def target_losses(model: torch.nn.Module, idx: torch.Tensor, targets: torch.Tens
     return out.masked_scatter_(targets != IGNORE, losses)
 
 
-def reference_log_prob(
-    model: torch.nn.Module, idx: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
+def reference_log_prob(model: nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
     """sequence_log_prob with the model's adapters off, in eval mode; it has no gradient."""
     with eval_mode(model), adapters_off(model):
         return sequence_log_prob(model, idx, targets).detach()
 
 
 @contextmanager
-def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """The model without dropout, and afterwards as it was."""
     was_training = model.training
     model.eval()
@@ -59,9 +56,7 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     model.train(was_training)
 
 
-def dpo(
-    policy: torch.Tensor, reference: torch.Tensor, beta: float, form: str = "sigmoid"
-) -> torch.Tensor:
+def dpo(policy: Tensor, reference: Tensor, beta: float, form: str = "sigmoid") -> Tensor:
     """The loss of each pair, (P,), from log-probabilities of its chosen and its rejected answer,
     (P, 2) each. With d = (policy - reference) of the chosen one less that of the rejected one:
 
@@ -76,9 +71,7 @@ def dpo(
 # --- the head, some hundred rows at a time -----------------------------------------------------
 
 
-def trained_positions(
-    hidden: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def trained_positions(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(B, T, n_embd) and (B, T) -> those of the N trained targets, (N, n_embd) and (N,)."""
     trained = targets != IGNORE
     if trained.all():
@@ -86,13 +79,13 @@ def trained_positions(
     return hidden[trained], targets[trained]
 
 
-def head_weights(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+def head_weights(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.lm_head.parameters() if p.requires_grad]
 
 
 def chunk_losses(
-    head: Callable, hidden: torch.Tensor, targets: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    head: Callable, hidden: Tensor, targets: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows of hidden (n, n_embd), as leaves, with their losses (n,): some hundred rows at a time,
     so that the memory of logits does not grow with the batch and a CPU keeps them in its cache."""
     rows = 512 if hidden.device.type == "cpu" else 4096
@@ -104,11 +97,11 @@ def chunk_losses(
 
 def chunk_gradients(
     head: Callable,
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-    weights: tuple[torch.Tensor, ...],
-    scale: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    hidden: Tensor,
+    targets: Tensor,
+    weights: tuple[Tensor, ...],
+    scale: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:
     """The sum of the losses, each times its scale (N,), and its gradients: of hidden (N, n_embd)
     and of the weights."""
     grads = [torch.empty_like(hidden), *(torch.zeros_like(w) for w in weights)]
@@ -169,11 +162,10 @@ class EachLoss(torch.autograd.Function):
 
 
 def split_sums(
-    model: torch.nn.Module,
+    model: nn.Module,
     data: Dataset,
     split: str,
     batch_size: int,
-    device: str,
     world: World = ALONE,
 ) -> tuple[float, int, int]:
     """Over a whole split, in eval mode: the sum of -log p in nats, the targets, their UTF-8 bytes.
@@ -186,7 +178,7 @@ def split_sums(
     batches = data.eval_batches(split, model.config.block_size, batch_size)
     with eval_mode(model):
         for batch, is_own in world.deal(batches):
-            losses = target_losses(model, *to_device(batch, device))
+            losses = target_losses(model, *to_device(batch, str(model.wte.weight.device)))
             if is_own:
                 trained = batch[1][batch[1] != IGNORE]
                 count += len(trained)

@@ -161,7 +161,7 @@ class NextToken(Objective):
 
     def split_sums(self, model: torch.nn.Module, data: Dataset | Mixture) -> tuple[float, int, int]:
         with self.autocast():
-            return split_sums(model, data, "val", self.config.batch_size, self.device, self.world)
+            return split_sums(model, data, "val", self.config.batch_size, self.world)
 
     def describe(self, record: dict) -> str:
         line = (

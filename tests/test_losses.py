@@ -175,7 +175,7 @@ def test_split_sums_of_a_text_equal_a_slow_loop_over_its_windows(tmp_path, train
     wanted = pytest.approx(nats, rel=1e-5), len(ids) - 1, len("".join(lines).encode()) - first
     model.train(training)
     for batch_size in (1, 3, 1000):
-        assert split_sums(model, data, "val", batch_size, "cpu") == wanted
+        assert split_sums(model, data, "val", batch_size) == wanted
     assert model.training is model.drop.training is training
 
 
@@ -194,5 +194,5 @@ def test_split_sums_of_questions_equal_a_slow_loop_over_their_answers(tmp_path):
                 count += len(answer)
                 n_bytes += len(messages[turn]["content"].encode())
         for batch_size in (1, 2, 1000):
-            got = split_sums(model, data, split, batch_size, "cpu")
+            got = split_sums(model, data, split, batch_size)
             assert got == (pytest.approx(nats, rel=1e-5), count, n_bytes)

@@ -153,7 +153,7 @@ def test_the_log_says_how_texts_and_questions_are_kept(toys, tmp_path):
     last = log(out)[-1]
     for name, key in (("text", "val_bits_per_byte_text"), ("questions", "val_bits_per_byte")):
         data = Dataset(str(toys / name))
-        nats, count, n_bytes = split_sums(checkpoint.model, data, "val", 7, "cpu")
+        nats, count, n_bytes = split_sums(checkpoint.model, data, "val", 7)
         assert last[key] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
     assert last["val_loss"] == pytest.approx(nats / count, rel=1e-5)
     assert checkpoint.answers
