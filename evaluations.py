@@ -20,7 +20,7 @@ from configurator import UserError, at_least, command, configure, repo_path, sho
 import numpy as np
 
 from data_utils import Dataset, Mixture, open_dataset
-from miniglm import answer_file, jsonl, scoring
+from miniglm import jsonl, scoring
 from miniglm.checkpoint import Checkpoint, check_writable
 from miniglm.comparison import compare, report_name
 from miniglm.generation import Sampling
@@ -64,22 +64,22 @@ def dataset_of(checkpoint: Checkpoint, name: str | None) -> Dataset | Mixture:
 def evaluate(checkpoint: Checkpoint, data: Dataset, split: str, config: Settings) -> None:
     """Scores the whole split and writes the report."""
     check_writable(checkpoint.out_dir, "--out_dir=")
-    batch_size = config.batch_size
     report, asked, seen = {"dataset": data.name, "split": split}, [], None
     conversations = data.conversations(split) if data.kind == "sft" else []
     if conversations and data.languages:
         ask = scoring.in_chat if checkpoint.answers else scoring.in_text
-        asked, sizes = scoring.answer_all(checkpoint, conversations, config, batch_size, ask)
+        asked, sizes = scoring.answer_all(checkpoint, conversations, config, ask)
         report |= sizes | scoring.score_translations(asked)
     else:
-        report |= scoring.per_token(*split_sums(checkpoint.model, data, split, batch_size))
+        sums = split_sums(checkpoint.model, data, split, config.batch_size)
+        report |= scoring.per_token(*sums)
     if conversations and not data.languages:
         trained = data.conversations("train")
         count = min(len(conversations), len(trained))
         chosen = sorted(np.random.default_rng(0).choice(len(trained), count, replace=False))
         some = [trained[row] for row in chosen]
-        asked, _ = scoring.answer_all(checkpoint, conversations, config, batch_size)
-        seen, _ = scoring.answer_all(checkpoint, some, config, batch_size)
+        asked, _ = scoring.answer_all(checkpoint, conversations, config)
+        seen, _ = scoring.answer_all(checkpoint, some, config)
         report |= scoring.score_answers(asked, seen, pairs_of(data, "train"))
     write(checkpoint, report, asked, seen)
 
@@ -93,21 +93,16 @@ def pairs_of(data: Dataset, split: str) -> list[tuple[str, str]]:
 # --- a file of questions -----------------------------------------------------------------------
 
 
-def evaluate_file(
-    checkpoint: Checkpoint,
-    records: list[dict],
-    name: str,
-    dataset: str | None,
-    config: answer_file.Settings,
-) -> None:
-    """Scores the answers to a file's questions: `sample.py --eval_mode`. References come from the
-    file, else from the dataset; questions that have neither are counted and left out."""
+def evaluate_file(checkpoint: Checkpoint, records: list[dict], name: str, config) -> None:
+    """Scores the answers to a file's questions: `sample.py --eval_mode`, whose Settings config is.
+    References come from the file, else from the dataset; questions that have neither are counted
+    and left out."""
     check_answers(checkpoint)
     check_writable(checkpoint.out_dir, "--out_dir=")
     try:
-        data = dataset_of(checkpoint, dataset)
+        data = dataset_of(checkpoint, config.dataset)
     except UserError:
-        if dataset or not all(record.get("Answer") for record in records):
+        if config.dataset or not all(record.get("Answer") for record in records):
             raise
         data = None
     splits = sorted(data.tokens, key=lambda split: split == "train") if data else []
@@ -116,7 +111,7 @@ def evaluate_file(
     conversations = with_references(checkpoint, records, reference_of)
     if not conversations:
         raise UserError(f"no question of {name} has a reference; pass --dataset= of questions")
-    asked, sizes = scoring.answer_all(checkpoint, conversations, config, config.batch_size)
+    asked, sizes = scoring.answer_all(checkpoint, conversations, config)
     report, seen = {"dataset": name, "split": "file"} | sizes, None
     if data and data.languages:
         report |= scoring.score_translations(asked)

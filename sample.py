@@ -179,7 +179,7 @@ def main(argv: list[str]) -> None:
         from evaluations import evaluate_file  # it brings matplotlib, which takes half a second
 
         name = Path(config.start.removeprefix("FILE:")).stem
-        return evaluate_file(checkpoint, records, name, config.dataset, config)
+        return evaluate_file(checkpoint, records, name, config)
     texts = [record["Question"] for record in records]
     if checkpoint.answers and not config.start.strip():
         raise UserError("what is the question? pass --start=TEXT or --start=FILE:questions.txt")

@@ -12,7 +12,6 @@ from tqdm import tqdm
 from data_utils import IGNORE, collate
 from miniglm.checkpoint import Checkpoint
 from miniglm.devices import to_device
-from miniglm.generation import Sampling
 from miniglm.losses import target_losses
 from miniglm.metrics import METRICS, distinct, look_up, mean, repeated, rouge_l, score, signature
 from miniglm.prep.parallel import TO_SIMPLIFIED, traditional
@@ -59,18 +58,14 @@ def reference_losses(
 
 
 def answer_all(
-    checkpoint: Checkpoint,
-    conversations: list[list[dict]],
-    sampling: Sampling,
-    batch_size: int,
-    ask: Ask = in_chat,
+    checkpoint: Checkpoint, conversations: list[list[dict]], config, ask: Ask = in_chat
 ) -> tuple[list[dict], dict]:
     """A record for each conversation: question, reference, the model's answer, the reference's
-    perplexity; and per_token of all the references."""
+    perplexity; and per_token of all the references. config: Sampling with a batch_size."""
     prompts = [ask(checkpoint.tokenizer, messages)[0] for messages in conversations]
-    outputs = complete(checkpoint, prompts, sampling, 1, batch_size)
+    outputs = complete(checkpoint, prompts, config, 1, config.batch_size)
     answers = [output for [output] in tqdm(outputs, total=len(prompts), unit="answer")]
-    losses = reference_losses(checkpoint, conversations, batch_size, ask)
+    losses = reference_losses(checkpoint, conversations, config.batch_size, ask)
     records = [
         {
             "question": messages[-2]["content"],
