@@ -320,10 +320,8 @@ def no_memory(error: Exception) -> str:
 def defaults_of(Defaults: type) -> dict:
     """The fields' own defaults; a setting that follows another has None."""
     return {
-        field.name: field.default
-        if field.default is not dataclasses.MISSING
-        else field.default_factory()
-        for field in dataclasses.fields(Defaults)
+        f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default
+        for f in dataclasses.fields(Defaults)
     }
 
 

@@ -11,12 +11,13 @@ Keys, values and weights are float32 there, too.
 import json
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from configurator import ROOT, UserError
 
 
-class LlamaCpp:
+class LlamaCpp(AbstractContextManager):
     """A GGUF file in llama.cpp, in a process of its own. n_ctx: tokens of the longest text. Raises
     UserError if the process cannot start."""
 
@@ -29,9 +30,6 @@ class LlamaCpp:
             self.process = subprocess.Popen(words, cwd=ROOT, **pipes, encoding="utf-8")
         except OSError as error:
             raise UserError(f"llama_cpp={str(python)!r} does not start: {error.strerror}") from None
-
-    def __enter__(self) -> "LlamaCpp":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.process.communicate()

@@ -149,7 +149,8 @@ class Batch:
             self.cache.reserve(max(self.cache.lengths) + 1)
             newest = torch.tensor([r.text[-1] for r in self.running], device=self.device)
             logits.append(self.model.head(self.decode(newest, self.cache)))
-        if entering := [self.waiting.popleft() for _ in range(self._free())]:
+        free = min(len(self.waiting), self.size - len(self.running))
+        if entering := [self.waiting.popleft() for _ in range(free)]:
             logits.append(self._enter(entering))
         if not self.running:
             return []
@@ -165,9 +166,6 @@ class Batch:
             if request.finish:
                 self._drop(place)
         return chosen
-
-    def _free(self) -> int:
-        return min(len(self.waiting), self.size - len(self.running))
 
     def _enter(self, entering: list[Request]) -> torch.Tensor:
         """Reads prompts, equal ones once, into new rows -> logits (rows, n_vocab)."""

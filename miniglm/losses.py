@@ -96,14 +96,10 @@ def chunk_losses(
 
 
 def chunk_gradients(
-    head: Callable,
-    hidden: Tensor,
-    targets: Tensor,
-    weights: tuple[Tensor, ...],
-    scale: Tensor | None = None,
+    head: Callable, hidden: Tensor, targets: Tensor, weights: tuple, scale: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """The sum of the losses, each times its scale (N,), and its gradients: of hidden (N, n_embd)
-    and of the weights."""
+    and of the weights, which are tensors."""
     grads = [torch.empty_like(hidden), *(torch.zeros_like(w) for w in weights)]
     total, done = 0, 0
     with torch.enable_grad():
@@ -162,11 +158,7 @@ class EachLoss(torch.autograd.Function):
 
 
 def split_sums(
-    model: nn.Module,
-    data: Dataset,
-    split: str,
-    batch_size: int,
-    world: World = ALONE,
+    model: nn.Module, data: Dataset, split: str, batch_size: int, world: World = ALONE
 ) -> tuple[float, int, int]:
     """Over a whole split, in eval mode: the sum of -log p in nats, the targets, their UTF-8 bytes.
 
