@@ -61,6 +61,7 @@ class Source:
     start: int = 0  # of a part: the place of its first byte
     end: int | None = None  # of a part: the place behind its last byte
     line: int = 1  # of a part: the number of its first line
+    has_header: bool | None = None  # whether a table's first row names the columns; None: it tells
 
     @property
     def name(self) -> str:
@@ -374,14 +375,8 @@ def _passage(lines: list[tuple[int, str]], tally: Tally) -> Iterator[str]:
 # --- values: what a record is in the file --------------------------------------------------------
 
 
-def values(
-    source: Source, tally: Tally, has_header: bool | None = None
-) -> Iterator[tuple[int, object]]:
-    """(line, value) of each record: a line of a text, a row of a table as a dict of its columns.
-
-    has_header: whether a table's first row names the columns, else they are "1", "2", ...; None:
-    that of a csv does, and that of a tsv if all of its cells are known names.
-    """
+def values(source: Source, tally: Tally) -> Iterator[tuple[int, object]]:
+    """(line, value) of each record: a line of a text, a row of a table as a dict of its columns."""
     if source.target:
         return aligned(source)
     if source.form == "txt":
@@ -389,7 +384,7 @@ def values(
     if source.form == "parquet":
         return _parquet_rows(source)
     if source.form in ("csv", "tsv"):
-        return _table_rows(source, tally, has_header)
+        return _table_rows(source, tally)
     if source.form == "tmx":
         return _tmx_units(source)
     if source.form == "jsonl" or _first_line_is_json(source):
@@ -507,9 +502,7 @@ def _json_values(source: Source) -> Iterator[tuple[int, object]]:
         raise text.broken("text after the end")
 
 
-def _table_rows(
-    source: Source, tally: Tally, has_header: bool | None
-) -> Iterator[tuple[int, dict]]:
+def _table_rows(source: Source, tally: Tally) -> Iterator[tuple[int, dict]]:
     # in a tsv, quotation marks are characters like others
     tab_rows = ((number, line.split("\t")) for number, line in read_lines(source))
     rows = _csv_rows(source, tally) if source.form == "csv" else tab_rows
@@ -518,7 +511,7 @@ def _table_rows(
         if not any(cell.strip() for cell in row):
             continue
         if names is None:
-            names = _column_names(source, row, has_header)
+            names = _column_names(source, row)
             if names is row:
                 continue
         if len(row) != len(names):
@@ -527,8 +520,10 @@ def _table_rows(
             yield number, dict(zip(names, row, strict=True))
 
 
-def _column_names(source: Source, row: list[str], has_header: bool | None) -> list[str]:
-    """The names of a table's columns by its first row: the row itself if it is a header."""
+def _column_names(source: Source, row: list[str]) -> list[str]:
+    """The names of a table's columns by its first row: the row itself if it is a header, as that of
+    a csv is, and that of a tsv if all of its cells are known names; else "1", "2", ..."""
+    has_header = source.has_header
     if has_header is None:
         known = {name.strip().lower() for name in row} <= KNOWN_FIELDS - {"1", "2"}
         has_header = source.form == "csv" or known
@@ -634,21 +629,17 @@ def records(
         tally.end()
         return
     fields = fields or {}
-    has_header = not all(name.isdigit() for name in fields.values()) if fields else None
+    if fields:
+        source = replace(source, has_header=not all(map(str.isdigit, fields.values())))
     record_of = functools.partial(interpret, fields=fields, want=want, aside=tally.aside)
-    yield from converted(source, tally, record_of, has_header)
+    yield from converted(source, tally, record_of)
 
 
-def converted(
-    source: Source,
-    tally: Tally,
-    record_of: Callable[[object], T],
-    has_header: bool | None = None,
-) -> Iterator[T]:
+def converted(source: Source, tally: Tally, record_of: Callable[[object], T]) -> Iterator[T]:
     """What record_of makes of each value of a source (see `values`), unless it raises BadRecord:
     for datasets in a form of their own."""
     tally.begin(source)
-    for line, value in values(source, tally, has_header):
+    for line, value in values(source, tally):
         try:
             record = record_of(tally.tidy(line, value))
         except BadRecord as error:
