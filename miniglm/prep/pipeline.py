@@ -102,7 +102,8 @@ def prepare(
     validation. more_meta: what else goes into meta.json, which is returned."""
     sources = sources or find_sources(config.input, config.encoding)
     out, units = repo_path(config.out), plan(sources)
-    form = Form(kind, config.max_tokens, config.mask, splits or splits_of(config.val), not splits)
+    is_share, splits = not splits, splits or splits_of(config.val)
+    form = Form(kind, config.max_tokens, config.mask, splits, is_share, config.dedup_val)
     tally, skipped = Tally(config.strict), Counter()
     with working_folder(out) as folder, workers(config, len(units)) as run:
         paths = [folder / f"{number:06}" for number in range(len(units))]
@@ -115,7 +116,7 @@ def prepare(
             skipped += left_out
         files = [file.name for source in sources for file in (source, source.target) if file]
         more_meta = {"sources": files} | tally.meta() | (more_meta or {})
-        meta = merge(out, paths, skipped, tokenizer, form, more_meta, config.dedup_val)
+        meta = merge(paths, skipped, tokenizer, form, more_meta)
     print(f"{tally.good:,} good records{tally.summary()}")
     print_meta(out, meta)
     return meta

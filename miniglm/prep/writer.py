@@ -61,6 +61,7 @@ class Form:
     mask: Mask = "answer"
     splits: tuple[str, ...] = ("train", "val")
     is_share: bool = False  # val is a share by hashes: neither split stays empty, see `_fill`
+    dedup_val: bool = False  # a validation row whose question is also trained goes to training
 
     def meta(self) -> dict:
         limits = {} if self.kind == "pretrain" else {"max_tokens": self.max_tokens}
@@ -109,7 +110,7 @@ def write(
     with working_folder(out) as folder:
         unit = folder / "unit"
         skipped = write_unit(unit, records, tokenizer, form)
-        return merge(out, [unit], skipped, tokenizer, form, more_meta())
+        return merge([unit], skipped, tokenizer, form, more_meta())
 
 
 @contextmanager
@@ -288,19 +289,14 @@ def fit_pair(
 
 
 def merge(
-    out: Path,
-    units: list[Path],
-    skipped: Counter,
-    tokenizer: Tokenizer,
-    form: Form,
-    more_meta: dict,
-    dedup_val: bool = False,
+    units: list[Path], skipped: Counter, tokenizer: Tokenizer, form: Form, more_meta: dict
 ) -> dict:
-    """Units of a working folder, as write_unit made them -> the dataset; returns its meta.json.
+    """Units of a working folder, as write_unit made them -> the dataset that the folder is in;
+    returns its meta.json.
 
-    skipped: (split, reason) -> n. more_meta: what else goes into meta.json. dedup_val: a validation
-    row whose question is also trained goes to training."""
+    skipped: (split, reason) -> n. more_meta: what else goes into meta.json."""
     folder = units[0].parent
+    out = folder.parent
     dtype = ids_dtype(tokenizer)
     rows, counts = _all_rows(units, folder / "all.rows")
     repeated = _leave_out_repeated(rows)
@@ -308,8 +304,10 @@ def merge(
         _fill(rows, form)
     meta = {"kind": form.kind, "tokenizer_sha256": tokenizer.sha256, "dtype": dtype.name}
     meta |= more_meta | form.meta()
-    if common := _common_questions(rows, form, dedup_val):
-        meta["val_questions_moved_to_train" if dedup_val else "val_questions_in_train"] = common
+    if common := _common_questions(rows, form):
+        meta["val_questions_moved_to_train" if form.dedup_val else "val_questions_in_train"] = (
+            common
+        )
     writers = [_SplitWriter(folder, split, form, dtype, rows) for split in form.splits]
     for writer in writers:
         if writer.total == 0:
@@ -378,14 +376,15 @@ def _fill(rows: np.ndarray, form: Form) -> None:
             rows["split"][moved] = number
 
 
-def _common_questions(rows: np.ndarray, form: Form, move: bool) -> int:
-    """How many validation rows have a first question that is trained too; move: to training."""
+def _common_questions(rows: np.ndarray, form: Form) -> int:
+    """How many validation rows have a first question that is trained too; they go to training
+    if the form says so."""
     if form.kind == "pretrain" or not {"train", "val"} <= {*form.splits}:
         return 0
     train, val = form.splits.index("train"), form.splits.index("val")
     trained = rows["question"][rows["split"] == train]
     common = (rows["split"] == val) & np.isin(rows["question"], trained)
-    if move:
+    if form.dedup_val:
         rows["split"][common] = train
     return int(common.sum())
 
