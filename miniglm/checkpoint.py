@@ -198,17 +198,7 @@ def _load_model(path: Path, run: dict, device: str, changes: dict) -> GPT | LSTM
 
     config = typed(path, ModelConfig, options)
     model = MODELS[config.model](config).to(device)
-
-    def load() -> None:
-        weights = load_file(path / "model.safetensors", device=device)
-        if "wpe.weight" in weights:
-            weights["wpe.weight"] = weights["wpe.weight"][: config.block_size]
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        tied = {"lm_head.weight"} if model.config.tie_weights else set()
-        if unexpected or set(missing) != tied:
-            raise RuntimeError(f"its weights are not the architecture's: {missing} {unexpected}")
-
-    _read(path / "model.safetensors", load)
+    _load_weights(path / "model.safetensors", model, device)
     return model
 
 
@@ -233,15 +223,22 @@ def _load_adapter(path: Path, run: dict, device: str, changes: dict) -> GPT | LS
     model = _load_model(base, _read_run(base), device, {"block_size": block_size} | changes)
     merge(model)  # the base may itself be an adapter
     _read(path / "run.json", lambda: add_adapters(model, rank, alpha, targets))
+    _load_weights(path / "adapter.safetensors", model, device)
+    return model
+
+
+def _load_weights(file: Path, model: GPT | LSTM, device: str) -> None:
+    """Loads what `_weights` gave into a model."""
 
     def load() -> None:
-        weights = load_file(path / "adapter.safetensors", device=device)
-        if weights.keys() != adapter_weights(model).keys():
-            raise RuntimeError("its adapters are not those of run.json")
+        weights = load_file(file, device=device)
+        if "wpe.weight" in weights:
+            weights["wpe.weight"] = weights["wpe.weight"][: model.config.block_size]
+        if odd := weights.keys() ^ _weights(model, file.stem == "adapter").keys():
+            raise RuntimeError(f"its weights are not those of run.json: {', '.join(sorted(odd))}")
         model.load_state_dict(weights, strict=False)
 
-    _read(path / "adapter.safetensors", load)
-    return model
+    _read(file, load)
 
 
 def whole_model(model: GPT | LSTM, adapter: dict | None, world: World) -> GPT | LSTM:
