@@ -51,6 +51,7 @@ class Sampling:
             raise UserError("stop has an empty text; leave it out")
 
 
+@dataclass(eq=False)
 class Request:
     """A sample to generate. Its random stream depends on (seed, prompt_index, sample_index) alone.
 
@@ -59,18 +60,17 @@ class Request:
     (max_new_tokens) or "cancelled".
     """
 
-    def __init__(
-        self,
-        prompt: list[int],
-        sampling: Sampling,
-        prompt_index: int = 0,
-        sample_index: int = 0,
-        alternatives: int | None = None,
-    ):
-        self.prompt, self.sampling, self.alternatives = prompt, sampling, alternatives
-        self.text = list(prompt)  # and the new ids, a stop id included
-        self.finish: str | None = None
-        self.random = np.random.default_rng([sampling.seed, prompt_index, sample_index])
+    prompt: list[int]
+    sampling: Sampling
+    prompt_index: int = 0
+    sample_index: int = 0
+    alternatives: int | None = None
+    finish: str | None = None
+
+    def __post_init__(self):
+        self.text = list(self.prompt)  # and the new ids, a stop id included
+        seed = [self.sampling.seed, self.prompt_index, self.sample_index]
+        self.random = np.random.default_rng(seed)
 
     @property
     def n_new(self) -> int:
