@@ -37,6 +37,7 @@ SHORT = 20  # if its English has at least so many
 MOST = 1200  # characters of a sentence
 ALIKE, NGRAM = 0.8, 5  # with this share of n-grams of letters in common, two are near duplicates
 
+Known = tuple[dict[int, float], set[int]]  # what find_repeated returns
 HAN, LETTERS = re.compile("[\u3400-\u9fff]+"), re.compile(r"[^\W\d_]+")
 TO_SIMPLIFIED, TO_HONGKONG = opencc.OpenCC("t2s"), opencc.OpenCC("s2hk")
 
@@ -103,7 +104,7 @@ def role_of(letters: str, share: float) -> str:
 
 def find_repeated(
     own: list[Source], others: list[Source], fields: dict[str, str], share: float
-) -> tuple[dict[int, float], set[int]]:
+) -> Known:
     """The pairs of all sources whose English repeats an earlier one, or nearly, as near_duplicates
     returns them; and answer_key of each Chinese test sentence. Of the other sources, only tests and
     validation count."""
@@ -129,14 +130,10 @@ def answer_key(chinese: str) -> int:
 
 
 def read(
-    kind: Kind,
-    repeated: dict[int, float],
-    tested: set[int],
-    config: Settings,
-    source: Source,
-    tally: Tally,
+    kind: Kind, known: Known, config: Settings, source: Source, tally: Tally
 ) -> pipeline.Reads:
     """The pairs that repeat no other, with their roles; `find_repeated` says which do."""
+    repeated, tested = known
     pairs_of = functools.partial(pair_of, fields=parse_fields(config.fields))
     for pair in converted(source, tally, pairs_of):
         if likeness := repeated.get(key_of(pair)):
@@ -172,7 +169,7 @@ def prepare(config: Settings, kind: Kind) -> dict:
     others = [name for name in GENERAL + FINANCE if name not in config.input]
     others = [name for name in others if (ROOT / name).is_file()]
     unseen = find_sources(others) if others else []
-    repeated, tested = find_repeated(own, unseen, parse_fields(config.fields), config.val)
-    chosen = functools.partial(read, kind, repeated, tested)
+    known = find_repeated(own, unseen, parse_fields(config.fields), config.val)
+    chosen = functools.partial(read, kind, known)
     splits = SPLITS if config.val else ("train",)
     return pipeline.prepare(config, chosen, kind, own, splits, {"languages": LANGUAGES})
