@@ -94,7 +94,7 @@ class Tokenizer:
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"not a byte-level BPE with a split pattern ({error!r})") from None
         self.n_vocab = len(ids)
-        self._special = {id: name for name, id in special.items()}
+        self.special = {id: name for name, id in special.items()}
         self.bytes_of = [b""] * self.n_vocab
         for token, id in ranks.items():
             self.bytes_of[id] = token
@@ -131,15 +131,10 @@ class Tokenizer:
         """Text of ids; special tokens have none, invalid bytes become U+FFFD."""
         return b"".join(self.bytes_of[id] for id in ids).decode("utf-8", errors="replace")
 
-    @property
-    def special_names(self) -> list[str]:
-        """The names of all special tokens, in the order of their ids."""
-        return [name for _, name in sorted(self._special.items())]
-
     def entry(self, id: int) -> str:
         """An entry for display: quoted text, bytes in hexadecimal, or a special name."""
-        if id in self._special:
-            return self._special[id]
+        if id in self.special:
+            return self.special[id]
         try:
             return repr(self.bytes_of[id].decode())
         except UnicodeDecodeError:

@@ -134,7 +134,7 @@ def test_the_report_of_a_novel_by_hand(tmp_path):
             logits = checkpoint.model.head(checkpoint.model(torch.tensor([window[:-1]])))[0]
         log_probs = logits.double().log_softmax(dim=-1)
         nats -= sum(log_probs[i, id].item() for i, id in enumerate(window[1:]))
-    n_bytes = sum(len(checkpoint.tokenizer._bytes[id]) for id in ids[1:])
+    n_bytes = sum(len(checkpoint.tokenizer.bytes_of[id]) for id in ids[1:])
     assert n_bytes > len(ids)
     check_per_token(report, nats, len(ids) - 1, n_bytes)
 

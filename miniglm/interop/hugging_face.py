@@ -154,7 +154,7 @@ def write_directory(model: GPT, tokenizer: Tokenizer, answers: bool, path: Path)
         "split_special_tokens": not answers,
     }
     if answers:
-        tokenizer_config["chat_template"] = hiding_template(tokenizer.special_names)
+        tokenizer_config["chat_template"] = hiding_template(tokenizer.special.values())
     files = {
         "config.json": config | ends,
         "generation_config.json": ends,
