@@ -8,7 +8,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -123,9 +123,7 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
 def autocast(dtype: str, device: str) -> AbstractContextManager:
     """Matmuls in the dtype of that name, as pick_dtype finds it; float32 changes nothing."""
     picked = pick_dtype(dtype, device)
-    if picked == torch.float32:
-        return nullcontext()
-    return torch.autocast(torch.device(device).type, picked)
+    return torch.autocast(torch.device(device).type, picked, enabled=picked != torch.float32)
 
 
 def should_compile(wanted: bool | None, device: str) -> bool:
