@@ -23,8 +23,6 @@ from miniglm.prep import preferences
 class Settings(preferences.Settings):
     ranked: list[str] = field(default_factory=list)  # or files of several ranked answers: a,b
     margin: Annotated[float, at_least(0)] = 0.0  # with ranked: least difference of two scores
-    name: str = "mine_dpo"  # the dataset's name under data/
-    tokenizer: str = "data/sanguo_sft"  # a path: that of the model to train
 
     def __post_init__(self):
         if self.input and self.ranked:

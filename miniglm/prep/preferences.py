@@ -39,9 +39,9 @@ SHOWN = 3  # pairs
 class Settings:
     input: list[str] = field(default_factory=list)  # files, folders, globs: a,b
     val: Annotated[float, at_least(0), below(1)] = 0.1  # share of the prompts for validation
-    name: str = ""  # the dataset's name under data/
+    name: str = "mine_dpo"  # the dataset's name under data/
     out: str = ""  # directory to write; empty: data/NAME
-    tokenizer: str = ""  # a path: that of the model to train
+    tokenizer: str = "data/sanguo_sft"  # a path: that of the model to train
     max_tokens: Annotated[int, at_least(1)] = 256  # of a conversation; at most block_size
     encoding: str = "auto"  # of all files: utf-8, gb18030, big5, utf-16
     strict: bool = False  # stop at the first bad record
