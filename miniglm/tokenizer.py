@@ -44,6 +44,12 @@ LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|", 1)
 DIGITS_PATTERN = (
     r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 )
+PRE_TOKENIZERS = {  # llama.cpp's names for them
+    QWEN2_PATTERN: "qwen2",
+    GPT2_PATTERN: "gpt-2",
+    LLAMA3_PATTERN: "llama-bpe",
+    DIGITS_PATTERN: "smollm",
+}
 NFC = {"type": "NFC"}  # Qwen's normalizer, the only one supported
 HIDDEN = "\ue000"  # a private character that no text has
 # normalizer of an exported tokenizer: the chat template puts HIDDEN into names inside a message

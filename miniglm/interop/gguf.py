@@ -13,25 +13,8 @@ import torch
 
 from configurator import UserError
 from miniglm.interop.hugging_face import chat_template, family_of, to_their_names
-from miniglm.tokenizer import (
-    DIGITS_PATTERN,
-    END,
-    GPT2_PATTERN,
-    HIDDEN,
-    LLAMA3_PATTERN,
-    QWEN2_PATTERN,
-    ROLES,
-    Tokenizer,
-)
+from miniglm.tokenizer import END, HIDDEN, PRE_TOKENIZERS, ROLES, Tokenizer
 from model import GPT, ModelConfig
-
-# llama.cpp's names for split patterns
-PRE_TOKENIZERS = {
-    QWEN2_PATTERN: "qwen2",
-    GPT2_PATTERN: "gpt-2",
-    LLAMA3_PATTERN: "llama-bpe",
-    DIGITS_PATTERN: "smollm",
-}
 
 
 def write_gguf(model: GPT, tokenizer: Tokenizer, answers: bool, path: Path) -> None:
