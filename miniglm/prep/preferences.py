@@ -28,7 +28,7 @@ from configurator import at_least, below, repo_path
 from miniglm.prep.forms import BadRecord, Preference, fields_of, is_whole, preference, split_of
 from miniglm.prep.pipeline import print_meta, splits_of
 from miniglm.prep.readers import Source, Tally, converted, find_sources
-from miniglm.prep.writer import Form, Pair
+from miniglm.prep.writer import Form, Pair, Records
 from miniglm.prep.writer import write as write_dataset
 from miniglm.tokenizer import Tokenizer, load_tokenizer
 
@@ -47,7 +47,6 @@ class Settings:
     strict: bool = False  # stop at the first bad record
 
 
-Records = Iterable[tuple[str, Pair]]  # (split, pair)
 Read = Callable[[Settings, list[Source], Tokenizer, Tally], Records]
 
 
@@ -64,23 +63,19 @@ def prepare(config: Settings, words: list[str], read: Read) -> None:
 
     form = Form("dpo", config.max_tokens, splits=splits_of(config.val), is_share=True)
     out = repo_path(config.out or f"data/{config.name}")
-    write(out, form, records, tokenizer, more_meta)
+    write(out, tokenizer, records, form, more_meta)
     print(f"{tally.good:,} good records{tally.summary()}")
 
 
 def write(
-    out: Path,
-    form: Form,
-    records: Records,
-    tokenizer: Tokenizer,
-    more_meta: Callable[[], dict],
+    out: Path, tokenizer: Tokenizer, pairs: Records, form: Form, more_meta: Callable[[], dict]
 ) -> None:
-    """Writes (split, pair), and prints the first ones and what the dataset holds. more_meta: called
+    """Writes the pairs, and prints the first ones and what the dataset holds. more_meta: called
     when all are read, for what else goes into meta.json."""
     shown = []
 
     def noted() -> Records:
-        for split, pair in records:
+        for split, pair in pairs:
             if split == "train" and len(shown) < SHOWN:
                 shown.append(pair)
             yield split, pair

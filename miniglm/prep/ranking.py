@@ -29,7 +29,7 @@ from miniglm.generation import Sampling
 from miniglm.metrics import METRICS
 from miniglm.prep import preferences
 from miniglm.prep.preferences import best_and_worst, usable
-from miniglm.prep.writer import Form, Pair
+from miniglm.prep.writer import Form, Records
 from miniglm.text import check_answers, complete, fingerprint, load_for_sampling
 from miniglm.tokenizer import Tokenizer
 
@@ -90,7 +90,8 @@ def prepare(config: Settings) -> None:
         "margin": config.margin,
         "pairs_from": counts,
     }
-    preferences.write(config.folder, Form("dpo", max_tokens), pairs, tokenizer, lambda: more_meta)
+    form = Form("dpo", max_tokens)
+    preferences.write(config.folder, tokenizer, pairs, form, lambda: more_meta)
 
 
 def prompt_of(line: dict) -> list[dict]:
@@ -217,7 +218,7 @@ def chrf_scores(lines: list[dict]) -> list[list[float]]:
 
 def rank(
     config: Settings, tokenizer: Tokenizer, lines: list[dict], scores: list[list], max_tokens: int
-) -> tuple[list[tuple[str, Pair]], dict[str, dict]]:
+) -> tuple[Records, dict[str, dict]]:
     """(split, pair) of the sources that give one; and for meta.json, by split, how many do and why
     the others do not. Raises UserError if a split has no pair."""
     pairs, counts = [], {"train": Counter(), "val": Counter()}

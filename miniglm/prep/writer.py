@@ -32,6 +32,7 @@ Kind = Literal["pretrain", "sft", "dpo"]
 Mask = Literal["answer", "no_end", "padding"]  # what of a conversation is trained, see `remask`
 Pair = tuple[list[dict], str, str]  # a prompt's messages, the chosen answer, the rejected one
 Record = str | list[dict] | Pair  # a text, the messages of a conversation, or a preference
+Records = Iterable[tuple[str, Record]]  # each with its split
 SENTENCE_END = re.compile(r"(?:[。！？…；!?;]|\.(?!\d))+[”’」』）)]*")
 
 BLOCK = 2**20  # tokens copied at a time
@@ -99,13 +100,9 @@ write_dpo = partial(write_splits, "dpo")
 
 
 def write(
-    out: Path,
-    tokenizer: Tokenizer,
-    records: Iterable[tuple[str, Record]],
-    form: Form,
-    more_meta: Callable[[], dict],
+    out: Path, tokenizer: Tokenizer, records: Records, form: Form, more_meta: Callable[[], dict]
 ) -> dict:
-    """Writes (split, record), and returns the meta.json. more_meta: called when all are read, for
+    """Writes the records, and returns the meta.json. more_meta: called when all are read, for
     what else goes into it."""
     with working_folder(out) as folder:
         unit = folder / "unit"
@@ -132,10 +129,8 @@ def working_folder(out: Path) -> Iterator[Path]:
 # --- one unit ------------------------------------------------------------------------------------
 
 
-def write_unit(
-    path: Path, records: Iterable[tuple[str, Record]], tokenizer: Tokenizer, form: Form
-) -> Counter:
-    """Writes path.ids, path.mask and path.rows of records (split, record), as they come.
+def write_unit(path: Path, records: Records, tokenizer: Tokenizer, form: Form) -> Counter:
+    """Writes path.ids, path.mask and path.rows of records, as they come.
 
     Returns how many were skipped: (split, reason) -> n."""
     skipped = Counter()
