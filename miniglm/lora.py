@@ -26,10 +26,10 @@ class LoRALinear(nn.Module):
     Not a subclass of nn.Linear, so that nothing packs or quantizes it without its adapter.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float):
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self.scale, self.drop = alpha / rank, nn.Dropout(dropout)
+        self.scale, self.drop = alpha / rank, nn.Dropout(0.0)
         out_features, in_features = linear.weight.shape
         self.lora_A = nn.Parameter(linear.weight.new_empty(rank, in_features))
         self.lora_B = nn.Parameter(linear.weight.new_zeros(out_features, rank))
@@ -72,14 +72,12 @@ def find_targets(model: nn.Module, targets: list[str]) -> list[str]:
     return list(names)
 
 
-def add_adapters(
-    model: nn.Module, rank: int, alpha: float, targets: list[str], dropout: float = 0.0
-) -> None:
+def add_adapters(model: nn.Module, rank: int, alpha: float, targets: list[str]) -> None:
     """Freezes the model and wraps its targets; only the adapters are trained."""
     names = find_targets(model, targets)
     model.requires_grad_(False)
     for name in names:
-        model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha, dropout))
+        model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha))
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:

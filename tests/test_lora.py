@@ -113,7 +113,9 @@ def test_outputs_and_gradients_equal_pefts_on_the_same_weights():
 
 def test_dropout_is_of_what_the_adapter_reads():
     model = tiny_model()
-    add_adapters(model, 3, 6.0, ["c_fc"], dropout=0.5)
+    add_adapters(model, 3, 6.0, ["c_fc"])
+    for adapter in adapters(model).values():
+        adapter.drop.p = 0.5
     randomize_adapters(model)
     idx = random_ids(2, 12)
     plain = logits(model, idx)
