@@ -10,7 +10,7 @@ far as the state does; block_size is the length of training rows, and the limit 
 import dataclasses
 
 import torch
-import torch.nn as nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from configurator import UserError
@@ -50,11 +50,8 @@ class LSTM(LanguageModel):
         self.init_weights()
 
     def forward(
-        self,
-        idx: torch.Tensor,
-        cache: StateCache | None = None,
-        new_tokens: list[int] | None = None,
-    ) -> torch.Tensor:
+        self, idx: Tensor, cache: StateCache | None = None, new_tokens: list[int] | None = None
+    ) -> Tensor:
         """(B, T) ids -> (B, T, n_embd) hidden states after the last norm.
 
         With a cache the ids continue its rows and are added to it: the first new_tokens[row] ids of

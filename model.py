@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError, above, at_least, below, check_bounds
@@ -137,7 +137,7 @@ class KVCache:
     lengths: list of B ints.
     """
 
-    def __init__(self, shape: tuple[int, ...], like: torch.Tensor):
+    def __init__(self, shape: tuple[int, ...], like: Tensor):
         """shape: that of all_k; like: a tensor of the wanted dtype and device."""
         # zeros, since positions that a row does not see get weight 0, and 0 x NaN is NaN
         self.all_k, self.all_v = like.new_zeros(shape), like.new_zeros(shape)
@@ -205,7 +205,7 @@ class Span:
             self.mask = seen.view(-1, 1, T, self.end)
         self.rows = torch.arange(B, device=device)[:, None]
 
-    def store(self, cached: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def store(self, cached: Tensor, new: Tensor) -> Tensor:
         """Writes new (B, n_kv_head, T, head_dim) into a layer's cache; returns all up to `end`."""
         if self.start is not None:
             cached[:, :, self.start : self.end] = new
@@ -217,11 +217,11 @@ class Span:
 class LanguageModel(nn.Module):
     """The part that the GPT and its baseline share: `config`, `wte` and `lm_head` are theirs."""
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: Tensor) -> Tensor:
         """(..., n_embd) -> logits (..., n_vocab); the padding of the vocabulary has none."""
         return self.lm_head(hidden)[..., : self.config.n_vocab]
 
-    def decode(self, idx: torch.Tensor, cache: "KVCache") -> torch.Tensor:
+    def decode(self, idx: Tensor, cache: "KVCache") -> Tensor:
         """One id a row (B,), added to the cache -> hidden states (B, n_embd)."""
         return self(idx[:, None], cache)[:, -1]
 
@@ -251,11 +251,8 @@ class GPT(LanguageModel):
         self.init_weights()
 
     def forward(
-        self,
-        idx: torch.Tensor,
-        cache: KVCache | None = None,
-        new_tokens: list[int] | None = None,
-    ) -> torch.Tensor:
+        self, idx: Tensor, cache: KVCache | None = None, new_tokens: list[int] | None = None
+    ) -> Tensor:
         """(B, T) ids -> (B, T, n_embd) hidden states after the last norm.
 
         With a cache the ids continue its rows and are added to it: the first new_tokens[row] ids of
@@ -386,7 +383,7 @@ def pick_device(name: str) -> str:
     return name
 
 
-def rotary_table(length: int, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_table(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin of position x frequency, (length, head_dim) each (arXiv 2104.09864)."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
@@ -394,7 +391,7 @@ def rotary_table(length: int, head_dim: int, theta: float) -> tuple[torch.Tensor
     return angles.cos().float(), angles.sin().float()
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the pairs (i, i + head_dim / 2) of x (B, heads, T, head_dim) by their angles."""
     half = x.shape[-1] // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)

@@ -17,6 +17,7 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from configurator import Bound, UserError, at_least, at_most, check_bounds
 from lstm_model import LSTM
@@ -167,7 +168,7 @@ class Batch:
                 self._drop(place)
         return chosen
 
-    def _enter(self, entering: list[Request]) -> torch.Tensor:
+    def _enter(self, entering: list[Request]) -> Tensor:
         """Reads prompts, equal ones once, into new rows -> logits (rows, n_vocab)."""
         place = {}
         rows = [place.setdefault(tuple(r.prompt), len(place)) for r in entering]
@@ -176,7 +177,7 @@ class Batch:
         self.running += entering
         return logits[rows]
 
-    def _prefill(self, prompts: list[list[int]]) -> tuple[torch.Tensor, KVCache]:
+    def _prefill(self, prompts: list[list[int]]) -> tuple[Tensor, KVCache]:
         """Reads prompts of any lengths in one batch -> logits of the next token, cache."""
         lengths = [len(prompt) for prompt in prompts]
         idx = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
@@ -200,7 +201,7 @@ class Batch:
         self.running[row] = self.running[-1]
         self.running.pop()
 
-    def _choose(self, logits: torch.Tensor) -> list[Token]:
+    def _choose(self, logits: Tensor) -> list[Token]:
         ids = choose(penalize(logits, self.running, self.stop_ids), self.running)
         counts = [request.alternatives for request in self.running]
         if all(count is None for count in counts):
@@ -216,9 +217,7 @@ class Batch:
         return tokens
 
 
-def penalize(
-    logits: torch.Tensor, requests: list[Request], stop_ids: tuple[int, ...] = ()
-) -> torch.Tensor:
+def penalize(logits: Tensor, requests: list[Request], stop_ids: tuple[int, ...] = ()) -> Tensor:
     """(B, n_vocab) logits after each row's penalties and no_repeat_ngram. frequency_penalty and
     presence_penalty are OpenAI's: subtracted from an id's logit for each time that the new ids have
     it, and once ("Frequency and presence penalties" in the guide to its API). Stop ids are exempt:
@@ -250,7 +249,7 @@ def completions(text: list[int], n: int) -> list[int]:
     return [text[i + n - 1] for i in range(len(text) - n + 1) if text[i : i + n - 1] == start]
 
 
-def choose(logits: torch.Tensor, requests: list[Request]) -> list[int]:
+def choose(logits: Tensor, requests: list[Request]) -> list[int]:
     """(B, n_vocab) logits -> an id a row: the likeliest, or a sample by one uniform number of the
     row's own stream, from the probabilities that top_k, top_p and min_p leave."""
     sampled = [row for row, request in enumerate(requests) if request.sampling.temperature]
@@ -262,7 +261,7 @@ def choose(logits: torch.Tensor, requests: list[Request]) -> list[int]:
         logits = logits[sampled]
     n_vocab, device = logits.shape[-1], logits.device
 
-    def column(*values: float) -> torch.Tensor:
+    def column(*values: float) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
 
     most = [min(s.top_k or n_vocab, n_vocab) for s in samplings]

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from data_utils import Dataset
@@ -59,13 +60,11 @@ class Window:
 
     def __init__(self):
         self.began = time.perf_counter()
-        self.losses: list[dict[str, torch.Tensor]] = []  # of each step, by term: (micro-batches,)
-        self.norms: list[torch.Tensor] = []  # of the gradients, scalars
+        self.losses: list[dict[str, Tensor]] = []  # of each step, by term: (micro-batches,)
+        self.norms: list[Tensor] = []  # of the gradients, scalars
         self.rows = self.tokens = 0
 
-    def add(
-        self, losses: dict[str, torch.Tensor], norm: torch.Tensor, rows: int, tokens: int
-    ) -> None:
+    def add(self, losses: dict[str, Tensor], norm: Tensor, rows: int, tokens: int) -> None:
         self.losses.append(losses)
         self.norms.append(norm)
         self.rows, self.tokens = self.rows + rows, self.tokens + tokens
