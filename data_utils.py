@@ -14,6 +14,7 @@ What writes all this is miniglm/prep/writer.py.
 
 import functools
 import hashlib
+import itertools
 import mmap
 import re
 from collections.abc import Iterator
@@ -107,10 +108,8 @@ class Dataset:
 
     def conversations(self, split: str) -> list[list[dict]]:
         """The messages of each row of a question and answer set."""
-        tokenizer = self.tokenizer
-        bounds, tokens = self.bounds[split], self.tokens[split]
-        rows = zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
-        return [tokenizer.parse(tokens[start:end]) for start, end in rows]
+        tokens, bounds = self.tokens[split], itertools.pairwise(self.bounds[split].tolist())
+        return [self.tokenizer.parse(tokens[start:end]) for start, end in bounds]
 
     def n_rows(self, split: str, block_size: int) -> int:
         """Rows of an epoch: windows of block_size tokens, conversations, or pairs of them."""
