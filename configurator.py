@@ -209,8 +209,7 @@ def configure(Defaults: type[T], argv: list[str], base: dict | None = None) -> T
         print(help_text(Defaults))
         raise SystemExit(0)
     hints = typing.get_type_hints(Defaults)
-    values = defaults_of(Defaults)
-    values |= {name: value for name, value in (base or {}).items() if name in values}
+    values = defaults_of(Defaults) | {k: v for k, v in (base or {}).items() if k in hints}
     flags = {}
     for before, word in zip(["", *argv], argv, strict=False):
         if word.startswith("-"):

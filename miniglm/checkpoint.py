@@ -375,11 +375,6 @@ def has_checkpoint(out_dir: Path) -> bool:
     return _pointer(out_dir, "latest") is not None
 
 
-def has_model(path: Path) -> bool:
-    """Whether path is an out_dir with a checkpoint, or a model of another project."""
-    return has_checkpoint(path) or find_foreign(path) is not None
-
-
 def rewind(out_dir: Path) -> None:
     """Resets an out_dir to its state at `latest`: the pointer `best`, and log.jsonl."""
     step, keep_last = 0, 1

@@ -11,9 +11,10 @@ import torch
 
 from configurator import UserError, nearest, repo_path, show_path
 from data_utils import Dataset, Mixture
-from miniglm.checkpoint import has_checkpoint, has_model, read_run
+from miniglm.checkpoint import has_checkpoint, read_run
 from miniglm.devices import environment, pick_dtype
 from miniglm.distributed import World
+from miniglm.interop.foreign import find_foreign
 from miniglm.objectives import OBJECTIVES
 from model import Architecture
 
@@ -60,7 +61,7 @@ def find_start(config, argv: list[str]) -> Start:
     if config.init_from == "scratch":
         return Start()
     source = repo_path(config.init_from)
-    if not has_model(source):
+    if not (has_checkpoint(source) or find_foreign(source)):
         raise UserError(
             f"no checkpoint in {show_path(source)}; train it first, or pass --init_from="
         )

@@ -98,14 +98,13 @@ def score_answers(asked: list[dict], seen: list[dict], known: list[tuple[str, st
     for record in asked + seen:
         record["rouge_l"] = rouge_l(record["answer"], record["reference"])
     nearest = look_up([r["question"] for r in asked], known) if known else []
+    looked_up = zip(nearest, asked, strict=bool(known))
     return {
         "n": len(asked),
         "rouge_l": mean([record["rouge_l"] for record in asked]),
         "n_seen": len(seen),
         "rouge_l_seen": mean([record["rouge_l"] for record in seen]),
-        "rouge_l_lookup": mean(
-            [rouge_l(text, r["reference"]) for text, r in zip(nearest, asked, strict=bool(known))]
-        ),
+        "rouge_l_lookup": mean([rouge_l(text, r["reference"]) for text, r in looked_up]),
         "ended": mean([record["ended"] for record in asked]),
     } | lengths_and_repetition(asked)
 

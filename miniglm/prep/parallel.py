@@ -37,7 +37,6 @@ SHORT = 20  # if its English has at least so many
 MOST = 1200  # characters of a sentence
 ALIKE, NGRAM = 0.8, 5  # with this share of n-grams of letters in common, two are near duplicates
 
-Known = tuple[dict[int, float], set[int]]  # what find_repeated returns
 HAN, LETTERS = re.compile("[\u3400-\u9fff]+"), re.compile(r"[^\W\d_]+")
 TO_SIMPLIFIED, TO_HONGKONG = opencc.OpenCC("t2s"), opencc.OpenCC("s2hk")
 
@@ -104,7 +103,7 @@ def role_of(letters: str, share: float) -> str:
 
 def find_repeated(
     own: list[Source], others: list[Source], fields: dict[str, str], share: float
-) -> Known:
+) -> tuple[dict[int, float], set[int]]:
     """The pairs of all sources whose English repeats an earlier one, or nearly, as near_duplicates
     returns them; and answer_key of each Chinese test sentence. Of the other sources, only tests and
     validation count."""
@@ -130,9 +129,9 @@ def answer_key(chinese: str) -> int:
 
 
 def read(
-    kind: Kind, known: Known, config: Settings, source: Source, tally: Tally
+    kind: Kind, known: tuple[dict, set], config: Settings, source: Source, tally: Tally
 ) -> pipeline.Reads:
-    """The pairs that repeat no other, with their roles; `find_repeated` says which do."""
+    """The pairs that repeat no other, with their roles; `known` is what find_repeated returns."""
     repeated, tested = known
     pairs_of = functools.partial(pair_of, fields=parse_fields(config.fields))
     for pair in converted(source, tally, pairs_of):
