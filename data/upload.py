@@ -267,8 +267,7 @@ def refusal(error: BaseException, repo: str) -> str:
     if response is not None:
         code = response.status_code
         said = getattr(error, "server_message", None) or response.reason_phrase
-        advice = ADVICE.get(code, "")
-        return f"{hub} refused {repo}: {code}, {said.rstrip('.')}{advice}"
+        return f"{hub} refused {repo}: {code}, {said.rstrip('.')}{ADVICE.get(code, '')}"
     return f"cannot upload to {repo} at {hub}: {type(error).__name__}: {error}"
 
 

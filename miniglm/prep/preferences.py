@@ -57,13 +57,9 @@ def prepare(config: Settings, words: list[str], read: Read) -> None:
     tokenizer, tally = load_tokenizer(config.tokenizer), Tally(config.strict)
     records = read(config, sources, tokenizer, tally)
     names = [source.name for source in sources]
-
-    def more_meta() -> dict:
-        return {"sources": names} | tally.meta()
-
     form = Form("dpo", config.max_tokens, splits=splits_of(config.val), is_share=True)
     out = repo_path(config.out or f"data/{config.name}")
-    write(out, tokenizer, records, form, more_meta)
+    write(out, tokenizer, records, form, lambda: {"sources": names} | tally.meta())
     print(f"{tally.good:,} good records{tally.summary()}")
 
 
