@@ -17,13 +17,7 @@ from configurator import UserError, command, configure, repo_path, show_path, wr
 # isort: split
 from safetensors import SafetensorError
 
-from miniglm.checkpoint import (
-    Checkpoint,
-    check_writable,
-    claimed,
-    load_checkpoint,
-    save_checkpoint,
-)
+from miniglm.checkpoint import Checkpoint, check_writable, claimed, load_checkpoint, save_checkpoint
 from miniglm.interop.gguf import write_gguf
 from miniglm.interop.hugging_face import write_directory
 

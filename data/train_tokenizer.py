@@ -13,14 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import (
-    UserError,
-    command,
-    configure,
-    repo_path,
-    show_path,
-    written_aside,
-)
+from configurator import UserError, command, configure, repo_path, show_path, written_aside
 from miniglm.prep.forms import parse_fields, text_of
 from miniglm.prep.readers import Tally, find_sources, records
 from miniglm.tokenizer import load_tokenizer, sample, train_tokenizer

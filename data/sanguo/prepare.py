@@ -15,15 +15,7 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from configurator import (
-    UserError,
-    at_least,
-    command,
-    configure,
-    repo_path,
-    show_path,
-    user_path,
-)
+from configurator import UserError, at_least, command, configure, repo_path, show_path, user_path
 from miniglm.prep.readers import Tally, records, source_of
 from miniglm.prep.writer import write_pretrain
 from miniglm.tokenizer import load_tokenizer, train_tokenizer
