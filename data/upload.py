@@ -211,7 +211,7 @@ def public(value: object, key: str = "") -> object:
 def read_json(file: Path) -> dict:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{show_path(file)} is damaged ({error}); make or delete it") from None
 
 
