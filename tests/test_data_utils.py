@@ -469,6 +469,15 @@ def test_a_missing_or_damaged_file_is_named(file, tokenizer, tmp_path):
         Dataset(str(tmp_path))
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 10**5])
+def test_a_damaged_meta_is_replaced_by_preparing_again(content, tokenizer, tmp_path):
+    write_text(tmp_path, tokenizer)
+    whole = (tmp_path / "meta.json").read_text()
+    (tmp_path / "meta.json").write_text(content)
+    write_text(tmp_path, tokenizer)
+    assert (tmp_path / "meta.json").read_text() == whole
+
+
 def test_bounds_that_fall_or_end_elsewhere_are_named(tokenizer, tmp_path):
     bounds = write_chats(tmp_path, tokenizer, 5).bounds["val"].copy()
     for place, value in ((0, 1), (1, 2**56), (2, bounds[1]), (-1, bounds[-1] + 1)):
