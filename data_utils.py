@@ -57,7 +57,10 @@ class Dataset:
                 if self.kind != "pretrain":
                     rows = sizes["conversations"] if self.kind == "sft" else 2 * sizes["pairs"]
                     self.mask[split] = self._map(f"{split}_mask", "uint8", sizes["tokens"])
-                    self.bounds[split] = self._map(f"{split}_idx", "uint64", rows + 1)
+                    bounds = self.bounds[split] = self._map(f"{split}_idx", "uint64", rows + 1)
+                    rises = (bounds[1:] > bounds[:-1]).all()
+                    if not rises or [bounds[0], bounds[-1]] != [0, sizes["tokens"]]:
+                        raise self._damaged(f"{split}_idx")
         except (KeyError, TypeError, AttributeError):
             file = f"{show_path(self.path)}/meta.json"
             raise UserError(f"{file} is damaged; prepare it again") from None
@@ -109,7 +112,13 @@ class Dataset:
     def conversations(self, split: str) -> list[list[dict]]:
         """The messages of each row of a question and answer set."""
         tokens, bounds = self.tokens[split], itertools.pairwise(self.bounds[split].tolist())
-        return [self.tokenizer.parse(tokens[start:end]) for start, end in bounds]
+        try:
+            conversations = [self.tokenizer.parse(tokens[start:end]) for start, end in bounds]
+            if any(len(messages) < 2 for messages in conversations):
+                raise IndexError
+        except IndexError:
+            raise self._damaged(split) from None
+        return conversations
 
     def n_rows(self, split: str, block_size: int) -> int:
         """Rows of an epoch: windows of block_size tokens, conversations, or pairs of them."""
@@ -155,7 +164,7 @@ class Dataset:
             return self._padded("train", self._rows_of(rows), multiple, block_size)
         tokens = self.tokens["train"]
         window = tokens[(rows[:, None] + np.arange(block_size + 1)) % len(tokens)].astype(np.int64)
-        return window[:, :-1], window[:, 1:]
+        return self._checked("train", (window[:, :-1], window[:, 1:]))
 
     def show_rows(self, rows: np.ndarray) -> str:
         """The place of training rows, for messages; numbers count from 0."""
@@ -175,7 +184,7 @@ class Dataset:
         for first in range(0, len(starts), batch_size):
             bounds = starts[first : first + batch_size]
             ends = np.minimum(bounds + block_size + 1, len(tokens))
-            yield _gather(tokens, None, bounds, ends)
+            yield self._checked(split, _gather(tokens, None, bounds, ends))
 
     def pair_batches(self, split: str, batch_size: int) -> Iterator[tuple[np.ndarray, Arrays]]:
         """A whole split of preferences once, always the same: numbers of pairs, (B,), and their
@@ -201,7 +210,17 @@ class Dataset:
     ) -> Arrays:
         starts = self.bounds[split][rows].astype(np.int64)
         ends = self.bounds[split][rows + 1].astype(np.int64)
-        return _gather(self.tokens[split], self.mask[split], starts, ends, multiple, longest)
+        tokens, mask = self.tokens[split], self.mask[split]
+        return self._checked(split, _gather(tokens, mask, starts, ends, multiple, longest))
+
+    def _checked(self, split: str, batch: Arrays) -> Arrays:
+        """The batch. Raises UserError if the tokenizer has not all of its ids."""
+        if max(ids.max() for ids in batch) >= self.tokenizer.n_vocab:
+            raise self._damaged(split)
+        return batch
+
+    def _damaged(self, stem: str) -> UserError:
+        return UserError(f"{show_path(self.path)}/{stem}.bin is damaged; prepare it again")
 
     def _read_meta(self) -> dict:
         path = self.path / "meta.json"

@@ -384,7 +384,8 @@ def rewind(out_dir: Path) -> None:
             _point(out_dir, "best", run["best"])
         step, keep_last = run["progress"]["iter"], run["settings"]["keep_last"]
     _delete_old(out_dir, keep_last)
-    kept = [r for r in read_log(out_dir) if r["iter"] <= step]
+    log = read_log(out_dir)
+    kept = _read(out_dir / "log.jsonl", lambda: [r for r in log if r["iter"] <= step])
     jsonl.write(out_dir / "log.jsonl", kept)
 
 
@@ -414,10 +415,10 @@ def _write_fault(out_dir: Path, what: str, error: Exception) -> UserError:
 def read_log(out_dir: Path) -> list[dict]:
     """The records of log.jsonl, without a last line that a kill has cut short."""
     path = out_dir / "log.jsonl"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = _read(path, partial(path.read_text, encoding="utf-8")) if path.is_file() else ""
     *lines, last = text.splitlines() or [""]
     records = _read(path, lambda: [json.loads(line) for line in lines])
-    with suppress(json.JSONDecodeError):
+    with suppress(ValueError, RecursionError):
         records.append(json.loads(last))
     return records
 
@@ -515,7 +516,8 @@ def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _pointer(out_dir: Path, which: str) -> str | None:
     file = out_dir / which
-    return file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else None
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
+    return text and text.strip()[:99]  # a damaged one may be longer than any file's name
 
 
 def _point(out_dir: Path, which: str, name: str) -> None:

@@ -13,6 +13,10 @@ from miniglm import jsonl, metrics
 from miniglm.comet import TEXTS
 
 SHARES = ("empty", "unfinished", "simplified")
+SCORES = [f"{key}{part}" for key in metrics.METRICS for part in ("", "_low", "_high")]
+TYPES = dict.fromkeys(("perplexity", *SCORES, *SHARES), int | float)  # of what a report holds
+TYPES |= {f"{key}_signature": str for key in metrics.METRICS}
+COMET = {"comet": int | float, "comet_model": str}
 
 
 def compare(runs: list[str], datasets: list[str], split: str, examples: int, folder: Path) -> None:
@@ -41,7 +45,11 @@ def read_phase(run: str, dataset: str, split: str) -> Phase:
     remedy = f"run python evaluations.py --out_dir={run} --dataset={dataset} --split={split}"
     folder, name = repo_path(run), report_name(Path(dataset).name, split)
     records = jsonl.read_records(folder / f"answers-{name}.jsonl", TEXTS, remedy)
-    report = jsonl.read_report(folder / f"evaluation-{name}.json", ("perplexity", "bleu"), remedy)
+    file = folder / f"evaluation-{name}.json"
+    report = jsonl.read_report(file, ("perplexity", "bleu"), remedy)
+    for key, kind in (TYPES | (COMET if "comet" in report else {})).items():
+        if not isinstance(report.get(key), kind):
+            raise UserError(f"{show_path(file)} has a damaged {key}, or none; {remedy}")
     return {"run": show_path(folder)} | report, records
 
 

@@ -57,7 +57,7 @@ def read_report(path: Path, keys: Sequence[str], remedy: str) -> dict:
     try:
         report = json.loads(read_text(path, remedy))
         missing = {*keys} - report.keys()
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise UserError(f"{show_path(path)} is damaged; {remedy}") from None
     if missing:
         raise UserError(f"{show_path(path)} has no {min(missing)}; {remedy}")
@@ -102,17 +102,17 @@ def recover(path: Path, key: str = "") -> list[dict]:
     short is removed from the file. Raises UserError if another line is damaged or lacks the key."""
     content = path.read_bytes() if path.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
     records = []
     for number, line in enumerate(whole.decode("utf-8", "replace").split("\n")[:-1], 1):
         try:
             records.append(json.loads(line))
             if not isinstance(records[-1], dict) or (key and key not in records[-1]):
                 raise ValueError
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"{show_path(path)}, line {number} is damaged; delete it") from None
+    if len(whole) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
     return records
 
 

@@ -232,7 +232,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         raise UserError(f"no tokenizer {show_path(path)}; name gpt2, or a directory that holds one")
     try:
         return Tokenizer(adopt(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())  # several lines for a bad pattern
         raise UserError(f"{show_path(path)} cannot be used as a tokenizer: {reason}") from None
 

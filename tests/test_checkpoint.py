@@ -281,6 +281,19 @@ def test_a_log_cut_at_any_byte_keeps_its_whole_lines(tmp_path):
         assert read_log(tmp_path) == records[: sum(end < cut for end in ends)]
 
 
+@pytest.mark.parametrize(
+    "line", [b"\xe5", b"[" * 10**5, b"9" * 5000, b"[]", b"{}", b'{"iter": "1"}']
+)
+def test_a_damaged_line_of_the_log_is_named_and_stays(line, tmp_path):
+    content = line + b'\n{"iter": 1}\n'
+    (tmp_path / "log.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=r"^.*log\.jsonl is damaged.*\Z"):
+        rewind(tmp_path)
+    assert (tmp_path / "log.jsonl").read_bytes() == content
+    (tmp_path / "log.jsonl").write_bytes(b'{"iter": 1}\n' + b"[" * 10**5)
+    assert read_log(tmp_path) == [{"iter": 1}]
+
+
 # --- full disks and damage ---------------------------------------------------------------------
 
 
@@ -337,7 +350,8 @@ def test_a_value_of_a_wrong_type_in_run_json_is_one_line(toys, tmp_path, part, n
 
 def test_a_damaged_pointer_is_an_error_of_one_line(tmp_path, tokenizer):
     save_step(tmp_path, 1, True, tokenizer)
-    for content in (b"step-000009\n", b"", bytes(12), b"\xff\xfe\x00", b"../elsewhere\n"):
+    garbage = (b"", bytes(12), b"\xff\xfe\x00", b"[" * 10**5)  # no name of a file is so long
+    for content in (b"step-000009\n", b"../elsewhere\n", *garbage):
         (tmp_path / "best").write_bytes(content)
         with pytest.raises(UserError, match=r"^.*\Z"):
             load_checkpoint(tmp_path, "best")

@@ -103,6 +103,10 @@ def test_what_cannot_be_compared_is_one_line_that_says_what_to_do(three, tmp_pat
         fails(f"translated other sentences than {good}; ")
     report.write_text('{"perplexity": 2.0}', encoding="utf-8")
     fails("has no bleu; ")
+    whole = json.loads((good / report.name).read_text(encoding="utf-8")) | {"comet": 0.5}
+    for key in ("perplexity", "chrf_low", "bleu_signature", "empty", "comet_model"):
+        jsonl.write_report(report, whole | {"comet_model": "x", key: None})
+        fails(f"has a damaged {key}, or none; ")
     report.write_text("[]", encoding="utf-8")
     fails("is damaged; ")
     answers.write_text('{"question": "x"}\n', encoding="utf-8")

@@ -469,6 +469,44 @@ def test_a_missing_or_damaged_file_is_named(file, tokenizer, tmp_path):
         Dataset(str(tmp_path))
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 10**5])
+def test_a_damaged_meta_is_replaced_by_preparing_again(content, tokenizer, tmp_path):
+    write_text(tmp_path, tokenizer)
+    whole = (tmp_path / "meta.json").read_text()
+    (tmp_path / "meta.json").write_text(content)
+    write_text(tmp_path, tokenizer)
+    assert (tmp_path / "meta.json").read_text() == whole
+
+
+def test_bounds_that_fall_or_end_elsewhere_are_named(tokenizer, tmp_path):
+    bounds = write_chats(tmp_path, tokenizer, 5).bounds["val"].copy()
+    for place, value in ((0, 1), (1, 2**56), (2, bounds[1]), (-1, bounds[-1] + 1)):
+        damaged = bounds.copy()
+        damaged[place] = value
+        damaged.tofile(tmp_path / "val_idx.bin")
+        with pytest.raises(UserError, match=r"val_idx\.bin is damaged; prepare it again"):
+            Dataset(str(tmp_path))
+
+
+def test_ids_that_the_tokenizer_lacks_are_named_before_a_model_reads_them(tokenizer, tmp_path):
+    write_text(tmp_path / "text", tokenizer, 100, val="!" * 99)
+    write_chats(tmp_path / "chats", tokenizer, 5)
+    for name, split, read in (
+        ("text", "train", lambda data: data.batch(data.step_rows(0, 0, 5, 20), 20)),
+        ("text", "val", lambda data: [*data.eval_batches("val", 20, 5)]),
+        ("chats", "train", lambda data: data.batch(np.arange(5), 128)),
+        ("chats", "val", lambda data: [*data.eval_batches("val", 128, 5)]),
+        ("chats", "val", lambda data: data.conversations("val")),
+    ):
+        data, file = Dataset(str(tmp_path / name)), tmp_path / name / f"{split}.bin"
+        content = file.read_bytes()
+        read(data)
+        file.write_bytes(b"\xff" * len(content))
+        with pytest.raises(UserError, match=rf"{split}\.bin is damaged; prepare it again"):
+            read(Dataset(str(tmp_path / name)))
+        file.write_bytes(content)
+
+
 def test_a_split_must_serve_the_block_size(tokenizer, tmp_path):
     text = write_text(tmp_path / "text", tokenizer, 100, val="!" * 9)  # and its end token
     text.check(9, "val")

@@ -343,7 +343,10 @@ def test_a_tokenizer_whose_ids_would_differ_is_refused_in_one_line(damage, tmp_p
     assert_refused(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"null", b"{}", b'{"model": {"voc'])
+DAMAGED = [b"", b"\xff\xfe", b"[]", b"null", b"{}", b'{"model": {"voc', b"[" * 10**5]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_tokenizer_is_refused_in_one_line(content, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(content)
     assert_refused(tmp_path)

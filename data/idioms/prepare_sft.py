@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import ROOT, UserError, at_least, command, configure
 from miniglm.prep import pipeline
-from miniglm.prep.forms import BadRecord, split_of
+from miniglm.prep.forms import BadRecord, is_whole, split_of
 from miniglm.prep.readers import Source, Tally, converted, find_sources
 from miniglm.prep.similar import QuestionSettings, key_of, prepare_questions
 
@@ -53,6 +53,8 @@ def idiom_of(row: object) -> Idiom:
     """The idiom of a row. Raises BadRecord if it has none, or no explanation."""
     if not isinstance(row, dict) or not {*COLUMNS} <= {*row}:
         raise BadRecord("missing field", f"it has no {' or '.join(COLUMNS)}")
+    if not all(isinstance(row[name], str) and is_whole(row[name]) for name in COLUMNS):
+        raise BadRecord("wrong type", f"not all of {', '.join(COLUMNS)} are intact texts")
     word, meaning, origin = (row[name].strip().removeprefix("无") for name in COLUMNS)
     if not word or not meaning:
         raise BadRecord("no idiom" if not word else "no explanation", word)

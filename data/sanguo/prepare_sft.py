@@ -128,7 +128,7 @@ def read_people(path: Path) -> dict[str, list[str]]:
         content = json.loads(path.read_text(encoding="utf-8"))
         mentions, types = content["mention"].items(), content["type"]
         return {who: [who, *others] for who, others in mentions if types.get(who) == "人名"}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{show_path(path)} is damaged ({error!r}); fetch it again") from None
 
 

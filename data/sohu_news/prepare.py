@@ -24,8 +24,10 @@ class Settings(pipeline.Settings):
     out: str = "data/sohu_news"  # directory to write
 
 
-def article(line: str) -> str:
+def article(line: object) -> str:
     """The text behind the last mark. Raises BadRecord if there is none."""
+    if not isinstance(line, str):
+        raise BadRecord("wrong type", "a record is no line of text")
     *marks, text = MARK.split(line)
     if not marks:
         raise BadRecord("no separator mark", line)

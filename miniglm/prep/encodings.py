@@ -31,6 +31,7 @@ from configurator import UserError, show_path
 PIECE = 2**14  # bytes looked at in each of
 PIECES = 16  # places, evenly over the file
 READABLE = 0.7  # the smallest share of good characters among those beyond ASCII
+IN_STEP = 0.95  # the same of UTF-16
 VALID = 0.98  # the same where rare characters are good ones
 WIDE = ("utf-16", "utf-32")  # where nearly any bytes are valid, and NUL is part of a character
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # the first bytes of such a file
@@ -107,7 +108,8 @@ def find_encoding(path: Path, encoding: str = "auto") -> str:
     name = told or _guess(pieces, is_valid)
     is_sure = is_valid and name == (told or "utf-8")
     is_sure &= name == marked or not name.startswith(WIDE)
-    if not is_sure and not (name and _is_readable(pieces, name)):
+    in_step = encoding != "auto" or _is_in_step(pieces, name)
+    if not is_sure and not (name and in_step and _is_readable(pieces, name)):
         wrong = f"as {name} it is garbage" if name else "no encoding makes it readable text"
         raise UserError(f"{show_path(path)}: {wrong}; pass --encoding=, or leave the file out")
     return name
@@ -172,6 +174,11 @@ def _is_readable(pieces: list, encoding: str, share_of_all: float = 0.01) -> boo
     if share >= READABLE or bad <= share_of_all * total:
         return True
     return _quality(pieces, encoding, rare=True)[0] >= VALID  # half of a text on chemistry is rare
+
+
+def _is_in_step(pieces: list, encoding: str) -> bool:
+    """Whether no byte is lost from UTF-16: all behind it would be read as other characters."""
+    return not encoding.startswith("utf-16") or _quality(pieces, encoding)[0] >= IN_STEP
 
 
 def _quality(

@@ -655,4 +655,5 @@ def is_text(sources: list[Source], fields: dict[str, str]) -> bool:
     for source in sources:
         for record in records(source, Tally(quiet=True), fields):
             return isinstance(record, str)
-    raise UserError("there is no record in the input")
+    more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
+    raise UserError(f"there is no record in {sources[0].name}{more}")

@@ -480,7 +480,7 @@ def _install(folder: Path, out: Path, meta: dict) -> None:
     final = out / "meta.json"
     try:
         before = files_of(json.loads(final.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         before = []
     final.unlink(missing_ok=True)
     names = files_of(meta)

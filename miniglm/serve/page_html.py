@@ -7,7 +7,6 @@ Markdown, no LaTeX, no HTML. The templates are in page.html; the page itself is 
 
 import base64
 import html
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import jinja2
 
 from miniglm.checkpoint import read_log
+from miniglm.jsonl import read_report
 from miniglm.serve.server import Piece, Server
 
 MOST_SHOWN = 1000  # characters of a prompt
@@ -159,7 +159,7 @@ def report(server: Server) -> str:
 
 
 def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_report(path, (), "evaluate again, or delete it") if path.is_file() else {}
 
 
 def figure(value: object) -> str:

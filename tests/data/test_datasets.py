@@ -112,6 +112,9 @@ def test_of_news_the_text_behind_the_last_mark_is_kept(mine, capsys):
     assert data.meta["skipped"] == {"empty text": 1, "no separator mark": 1}
     assert f"line 41: no separator mark ({bad[0]})" in capsys.readouterr().out
     assert all(is_validation(text, 0.3) for text in documents(data, "val"))
+    write_lines(mine / "a.jsonl", [{"text": line} for line in lines])
+    with pytest.raises(UserError, match=r"40 of 40 .* wrong type .a record is no line of text"):
+        prepared(sohu_news, mine, f"--input={mine / 'a.jsonl'}")
 
 
 def test_entries_may_lack_title_summary_or_sections(mine):

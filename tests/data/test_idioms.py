@@ -9,6 +9,7 @@ from configurator import ROOT, UserError
 from data.idioms import prepare, prepare_sft
 from data.idioms.prepare_sft import Idiom, clean, groups_of, idiom_of, questions, quotation
 from data_utils import Dataset
+from miniglm.prep.forms import BadRecord
 from miniglm.prep.readers import Tally, converted, find_sources
 from tests.helpers import tiny_tokenizer
 
@@ -135,6 +136,15 @@ def test_another_table_or_none_is_one_line(folder, monkeypatch):
     monkeypatch.setattr(prepare_sft, "RAW", "data/raw/idioms/gone.csv")
     with pytest.raises(UserError, match=r"gone\.csv is missing; run python data/fetch_data"):
         prepared(folder)
+
+
+@pytest.mark.parametrize("odd", ["甲\udc80", None, 3, ["甲"]])
+def test_an_idiom_is_of_three_intact_texts(odd):
+    good = {"word": "甲乙丙丁", "explanation": "甲。", "derivation": ""}
+    assert idiom_of(good) == Idiom("甲乙丙丁", "甲。")
+    for name in good:
+        with pytest.raises(BadRecord, match=r"wrong type .not all of word"):
+            idiom_of(good | {name: odd})
 
 
 # --- the real table ------------------------------------------------------------------------------

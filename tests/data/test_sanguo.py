@@ -305,9 +305,10 @@ def test_quotes_are_as_many_as_wanted_or_as_there_are_and_all_different(chapters
 
 
 def test_a_damaged_file_of_people_is_named(tmp_path):
-    (path := tmp_path / "people.json").write_text('{"mention": []}', encoding="utf-8")
-    with pytest.raises(UserError, match=r"people\.json is damaged"):
-        prepare_sft.read_people(path)
+    for content in ('{"mention": []}', "[" * 10**5):
+        (path := tmp_path / "people.json").write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=r"people\.json is damaged"):
+            prepare_sft.read_people(path)
 
 
 def test_a_name_of_two_people_is_neither_a_speaker_nor_told():

@@ -357,6 +357,19 @@ def test_a_damaged_line_of_rare_characters_costs_that_line(tmp_path):
     assert (tally.good, tally.bad) == (600, {"damaged characters": 1})
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_refused_if_all_behind_a_lost_byte_is_garbage(encoding, tmp_path):
+    data = ("The king of Wei rode on to the river. 天下大勢。\n" * 50).encode(encoding)
+    (tmp_path / "a.txt").write_bytes(data)
+    assert len(read(tmp_path / "a.txt")[0]) > 2000
+    (tmp_path / "b.txt").write_bytes(("㐂㐄㐅㐆㐇\n" * 50).encode(encoding))
+    assert read(tmp_path / "b.txt", encoding)[0].startswith("㐂㐄㐅㐆㐇\n")
+    for lost in (101, len(data) // 2):
+        (tmp_path / "a.txt").write_bytes(data[:lost] + data[lost + 1 :])
+        with pytest.raises(UserError, match=r"a\.txt: .*; pass --encoding=, or leave"):
+            read(tmp_path / "a.txt")
+
+
 def test_what_is_no_text_is_refused(tmp_path):
     path = tmp_path / "a.txt"
     latin = ("Déjà vu à la façade brûlée, où l'été était gênant. " * 20).encode("latin-1")

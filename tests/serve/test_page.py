@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from configurator import UserError
 from miniglm.generation import Sampling
+from miniglm.serve import page_html
 from tests.helpers import dialogue
 from tests.served import expected, serving, wait_until
 
@@ -364,3 +366,10 @@ def test_a_phone_scrolls_in_one_direction(browser, served):
     boxes = [part.bounding_box() for part in (*cards, page.locator("#chat-text .submit-button"))]
     assert all(box["x"] >= 0 and box["x"] + box["width"] <= 390 for box in boxes)
     page.context.close()
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "[" * 10**5])
+def test_a_damaged_report_is_named(content, tmp_path):
+    (tmp_path / "evaluation.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"evaluation\.json is damaged; evaluate again"):
+        page_html.read_json(tmp_path / "evaluation.json")
