@@ -37,7 +37,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
-from configurator import UserError, nearest, printable
+from configurator import UserError, is_text, nearest, printable
 
 Record = str | list[dict]
 Preference = tuple[list[dict], str | None, str | None]  # prompt, chosen and rejected answer
@@ -432,8 +432,4 @@ def tidied(value: object, kinds: set[str]) -> object:
 
 def is_whole(text: str) -> bool:
     """Whether a text is intact: no damaged byte, no half of a surrogate pair, no NUL."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return "\0" not in text
+    return is_text(text) and "\0" not in text
