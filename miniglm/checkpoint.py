@@ -139,24 +139,22 @@ def save_checkpoint(
     name = f"step-{run['progress']['iter']:06d}"
     best = name if is_best else _pointer(out_dir, "best") or name
     run = run | {"architecture": dataclasses.asdict(model.config), "best": best}
-    aside = out_dir / f".{name}.tmp"
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        kind = "adapter" if "adapter" in run else "model"
-        save_file(_contiguous(weights), aside / f"{kind}.safetensors")
-        if optimizers:  # a merged adapter has none
-            save_file(_contiguous(moments), aside / "optimizer.safetensors")
-        tokenizer.save(aside / "tokenizer.json")
-        run["sha256"] = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
-        text = json.dumps(run, ensure_ascii=False, indent=1)
-        (aside / "run.json").write_text(text, encoding="utf-8")
-        for file in aside.iterdir():
-            with file.open("rb+") as handle:
-                os.fsync(handle.fileno())
-        # a directory of that name is left from a killed save: no pointer names it
-        shutil.rmtree(out_dir / name, ignore_errors=True)
-        aside.rename(out_dir / name)
+        with written_aside(out_dir / name) as aside:
+            aside.mkdir()
+            kind = "adapter" if "adapter" in run else "model"
+            save_file(_contiguous(weights), aside / f"{kind}.safetensors")
+            if optimizers:  # a merged adapter has none
+                save_file(_contiguous(moments), aside / "optimizer.safetensors")
+            tokenizer.save(aside / "tokenizer.json")
+            run["sha256"] = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
+            text = json.dumps(run, ensure_ascii=False, indent=1)
+            (aside / "run.json").write_text(text, encoding="utf-8")
+            for file in aside.iterdir():
+                with file.open("rb+") as handle:
+                    os.fsync(handle.fileno())
+            # a directory of that name is left from a killed save: no pointer names it
+            shutil.rmtree(out_dir / name, ignore_errors=True)
         _point(out_dir, "latest", name)
         _point(out_dir, "best", best)
     except (OSError, SafetensorError) as error:
