@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -102,7 +103,10 @@ def start(script: str, *argv: str, **options) -> subprocess.Popen:
 
 def run(script: str, *argv: str, **options) -> subprocess.CompletedProcess:
     """The same until it ends; stdout and stderr as text."""
-    process = start(script, *argv, encoding="utf-8", **options)
+    return finish(start(script, *argv, encoding="utf-8", **options))
+
+
+def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
     try:
         out, err = process.communicate(timeout=300)
     finally:
@@ -157,6 +161,12 @@ def ready_python(folder: Path) -> Iterator[Callable[..., subprocess.CompletedPro
 
     with ready:
         yield run_ready
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def wait_for(happens: Callable[[], bool], process: subprocess.Popen) -> None:

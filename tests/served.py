@@ -1,9 +1,7 @@
 """Tiny models behind the real page and endpoint, in a thread of the tests' own process."""
 
 import contextlib
-import json
 import re
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +22,7 @@ from miniglm.text import (
 from miniglm.tokenizer import Tokenizer
 from model import GPT
 from tests.helpers import save_run, tiny_model, tiny_tokenizer
-from tests.runs import checkpoint_file, read_json
+from tests.runs import edit_run, free_port, pointer
 
 BLOCK = 96  # tokens
 
@@ -48,17 +46,9 @@ def write_models(folder: Path) -> dict[str, Path]:
     for seed, (name, kind) in enumerate({"answers": "sft", "novel": "pretrain"}.items()):
         model = endless_model(seed, tokenizer)
         out_dirs[name] = save_run(folder / name, model, tokenizer, folder / "data", kind)
-        file = checkpoint_file(out_dirs[name], "run.json")
-        run = read_json(file)
-        run["dataset"] |= {"name": "data", "question_end": "？" if kind == "sft" else ""}
-        file.write_text(json.dumps(run), encoding="utf-8")
+        about = {"kind": kind, "name": "data", "question_end": "？" if kind == "sft" else ""}
+        edit_run(out_dirs[name] / pointer(out_dirs[name], "best"), dataset=about)
     return out_dirs
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 @contextlib.contextmanager

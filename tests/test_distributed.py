@@ -3,9 +3,7 @@
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -26,11 +24,14 @@ from tests.runs import (
     contents,
     course,
     error_line,
+    finish,
+    free_port,
     ids_of_row,
     log,
     plant_nan,
     ready_python,
     saved,
+    start,
     train_here,
     wait_for,
     weights,
@@ -42,12 +43,6 @@ from train import Settings, seed_dropout
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes that are forked or signalled")
 slow = pytest.mark.slow
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -90,18 +85,8 @@ def torchrun(
     *argv: object, script: object = "train.py", nodes: tuple[str, ...] = ("--standalone",)
 ) -> subprocess.Popen:
     """What a person types: torchrun --nproc_per_node=2 train.py ARGV."""
-    command = [sys.executable, "-m", "torch.distributed.run", *nodes, "--nproc_per_node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, str(script), *argv], cwd=ROOT, env=environment, **pipes)
-
-
-def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    try:
-        out, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    command = ["-m", "torch.distributed.run", *nodes, "--nproc_per_node=2", str(script)]
+    return start(*command, *argv, encoding="utf-8")
 
 
 def errors(done: subprocess.CompletedProcess) -> list[str]:

@@ -113,13 +113,6 @@ def test_who_waits_at_a_lock_that_goes_does_not_hold_it(tmp_path):
         assert not lock.exists()
 
 
-def make_anew(out: Path) -> None:
-    """Another person takes the directory for an old one."""
-    out.rename(out.with_name("away"))
-    out.mkdir()
-    (out / "lock").touch()
-
-
 # --- numbers that are none ---------------------------------------------------------------------
 
 

@@ -26,8 +26,7 @@ from miniglm.interop.hub import CardSettings
 from miniglm.prep.writer import write_pretrain
 from tests.helpers import TEXT, save_run, tiny_model, tiny_tokenizer, write_novel
 from tests.hub import TOKEN, USER, Hub, Repository, serve_hub
-from tests.runs import contents, error_line, pointer, read_json, run, train_here, words
-from tests.served import free_port
+from tests.runs import contents, error_line, free_port, pointer, read_json, run, train_here, words
 
 REPO = f"{USER}/a-model"
 CARD = CardSettings(repo=REPO)
