@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -51,15 +52,9 @@ def prepared(script, folder: Path, *words: str) -> Dataset:
 
 def documents(data: Dataset, split: str) -> list[str]:
     """The texts of a split, in their order."""
-    end = data.tokenizer.end_of_text
-    texts, ids = [], []
-    for id in data.tokens[split].tolist():
-        if id == end:
-            texts.append(data.tokenizer.decode(ids))
-            ids = []
-        else:
-            ids.append(id)
-    return texts
+    ids = data.tokens[split]
+    ends = np.flatnonzero(ids == data.tokenizer.end_of_text)
+    return [data.tokenizer.decode(part) for part in np.split(ids, ends + 1)[:-1]]
 
 
 def all_documents(data: Dataset) -> list[str]:

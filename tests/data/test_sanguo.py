@@ -6,12 +6,12 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from configurator import ROOT, UserError
 from data.sanguo import prepare, prepare_sft
 from data_utils import Dataset
+from tests.data.test_datasets import documents
 from tests.runs import contents, error_line, run
 
 RAW = ROOT / "data" / "raw" / "sanguo"
@@ -145,14 +145,11 @@ def test_each_tenth_chapter_is_held_out_and_its_text_is_in_no_other_split(split,
 
 def test_the_written_ids_are_the_chapters(novel, chapters):
     data, output = novel
-    tokenizer = data.tokenizer
-    assert tokenizer.n_vocab == 4096
+    assert data.tokenizer.n_vocab == 4096
     for split, texts in prepare.split_chapters(chapters).items():
-        tokens = np.memmap(data.path / f"{split}.bin", dtype=np.uint16, mode="r")
-        ends = np.flatnonzero(tokens == tokenizer.end_of_text)
-        assert [tokenizer.decode(part) for part in np.split(tokens, ends + 1)] == [*texts, ""]
-        characters = sum(map(len, texts))
-        assert f"{len(texts)} chapters, {characters:,} characters, {len(tokens):,} tok" in output
+        assert documents(data, split) == texts
+        characters, n = sum(map(len, texts)), len(data.tokens[split])
+        assert f"{len(texts)} chapters, {characters:,} characters, {n:,} tok" in output
 
 
 def test_the_tokenizer_has_seen_no_chapter_that_is_held_out(novel, chapters, tmp_path):
