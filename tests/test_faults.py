@@ -162,10 +162,11 @@ def test_a_run_that_diverges_leaves_the_checkpoint_before_as_it_was(toys, tmp_pa
 # --- memory ------------------------------------------------------------------------------------
 
 
-def test_an_absurd_batch_size_is_out_of_memory_and_says_what_to_lower(toys, tmp_path, run_ready):
-    given = TINY | {"dataset": toys / "text", "out_dir": tmp_path / "out", "batch_size": 10**13}
+@pytest.mark.parametrize("absurd", [{"batch_size": 10**13}, {"n_embd": 2**44}])
+def test_an_absurd_size_is_out_of_memory_and_says_what_to_lower(toys, tmp_path, run_ready, absurd):
+    given = TINY | {"dataset": toys / "text", "out_dir": tmp_path / "out"} | absurd
     said = error_line(run_ready("train.py", *words(**given)))
-    assert said.startswith("out of memory (")
+    assert said.startswith("out of memory (") and len(said) < 600
     assert "lower --batch_size=, for train.py raise --gradient_accumulation_steps= as much" in said
 
 
