@@ -132,32 +132,6 @@ def test_bad_ranked_records_have_a_reason(value, reason):
     assert error.value.reason == reason
 
 
-@pytest.mark.parametrize("form", ["minimind", "plain", "marks", "turns", "ordered", "labels"])
-def test_pairs_of_each_form_are_the_same_pairs(tokenizer, tmp_path, form):
-    pairs = [(f"刘备到{n}？", f"荆州{n}。", f"徐州{n}。") for n in range(40)]
-    lines = []
-    for ask, chosen, rejected in pairs:
-        if form == "minimind":
-            lines.append({"chosen": dialogue(ask, chosen), "rejected": dialogue(ask, rejected)})
-        elif form == "plain":
-            lines.append({"prompt": ask, "chosen": chosen, "rejected": rejected})
-        elif form == "turns":
-            sides = {"chosen": chosen, "rejected": rejected}
-            sides = {name: {"from": "gpt", "value": text} for name, text in sides.items()}
-            lines.append({"conversations": [{"from": "human", "value": ask}], **sides})
-        elif form == "ordered":
-            lines.append({"instruction": ask, "input": "", "output": [chosen, "甲", rejected]})
-        elif form == "labels":
-            lines.append({"prompt": ask, "completion": rejected, "label": False})
-            lines.append({"messages": dialogue(ask, chosen), "label": True})
-        else:
-            lines.append({"prompt": dialogue(ask), "chosen": chosen})
-            lines.append({"prompt": dialogue(ask), "rejected": rejected})
-    file = write_lines(tmp_path / "pairs.jsonl", lines)
-    data = prepared(tokenizer, tmp_path / "out", f"--input={file}")
-    assert pairs_of(data, "train") | pairs_of(data, "val") == {ask: (a, b) for ask, a, b in pairs}
-
-
 def test_files_need_no_torch():
     names = ("torch", "sacrebleu", "openai")
     code = f"import sys; sys.modules |= dict.fromkeys({names}); import data.custom.prepare_dpo"
