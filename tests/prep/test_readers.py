@@ -350,13 +350,6 @@ def test_rare_characters_are_no_fault_where_the_encoding_is_sure(text, tmp_path)
             assert "\n".join(read(path, encoding)) + "\n" == text * 600, (name, encoding)
 
 
-def test_a_damaged_line_of_rare_characters_costs_that_line(tmp_path):
-    path, line = tmp_path / "a.txt", next(iter(RARE)).encode()
-    path.write_bytes(line * 300 + line[:7] + b"\xff" + line[8:] + line * 300)
-    _, tally = counted(path)
-    assert (tally.good, tally.bad) == (600, {"damaged characters": 1})
-
-
 def test_what_is_no_text_is_refused(tmp_path):
     path = tmp_path / "a.txt"
     latin = ("Déjà vu à la façade brûlée, où l'été était gênant. " * 20).encode("latin-1")
@@ -371,16 +364,20 @@ def test_what_is_no_text_is_refused(tmp_path):
     assert read(path, encoding="latin-1") == [latin.decode("latin-1").rstrip()]
 
 
-def test_a_line_with_damaged_bytes_is_left_out_and_counted(tmp_path, capsys):
-    path = tmp_path / "a.txt"
-    for encoding in ("utf-8", "gb18030"):
-        lines = [line.encode(encoding) for line in TEXT.splitlines()]
-        lines[1] = lines[1][:9] + b"\xff" + lines[1][10:]
-        path.write_bytes(b"\n".join(lines))
-        found, tally = counted(path)
-        assert found == ["\n".join([*TEXT.splitlines()[:1], *TEXT.splitlines()[2:]])]
-        assert (tally.good, tally.bad) == (4, {"damaged characters": 1})
-        assert f"skipped: {path}, line 2: damaged characters" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [(TEXT, "utf-8"), (TEXT, "gb18030"), (next(iter(RARE)) * 601, "utf-8")],
+)
+def test_a_line_with_damaged_bytes_is_left_out_and_counted(text, encoding, tmp_path, capsys):
+    path, lines = tmp_path / "a.txt", text.splitlines()
+    middle = len(lines) // 2
+    data = [line.encode(encoding) for line in lines]
+    data[middle] = data[middle][:9] + b"\xff" + data[middle][10:]
+    path.write_bytes(b"\n".join(data))
+    found, tally = counted(path)
+    assert "\n".join(found).split("\n") == lines[:middle] + lines[middle + 1 :]
+    assert (tally.good, tally.bad) == (len(lines) - 1, {"damaged characters": 1})
+    assert f"skipped: {path}, line {middle + 1}: damaged" in capsys.readouterr().out
 
 
 # --- texts ---------------------------------------------------------------------------------------
