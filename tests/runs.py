@@ -217,10 +217,13 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def edit_run(checkpoint: Path, **values: object) -> None:
-    """Replaces parts of a checkpoint's run.json."""
-    file = checkpoint / "run.json"
+def edit_json(file: Path, **values: object) -> None:
+    """Replaces parts of an object in a file."""
     file.write_text(json.dumps(read_json(file) | values), encoding="utf-8")
+
+
+def edit_run(checkpoint: Path, **values: object) -> None:
+    edit_json(checkpoint / "run.json", **values)
 
 
 def flip_bit(file: Path, place: int = -1) -> None:

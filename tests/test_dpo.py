@@ -1,6 +1,5 @@
 """Preferences: the loss against trl's and a plain version, pairs of answers, and whole runs."""
 
-import json
 import math
 import random
 import shutil
@@ -23,7 +22,7 @@ from miniglm.prep import writer as data_writer
 from miniglm.prep.forms import BadRecord, preference
 from miniglm.prep.writer import Skipped, fit_pair, write_dpo
 from tests.data.test_finance_dpo import pairs_of
-from tests.helpers import dialogue, tiny_model, tiny_tokenizer
+from tests.helpers import dialogue, tiny_model, tiny_tokenizer, write_lines
 from tests.runs import (
     assert_accumulation_is_exact,
     assert_resumes_exactly,
@@ -259,8 +258,7 @@ def test_marks_from_the_page_become_pairs_and_those_left_over_are_counted(tmp_pa
     toy_tokenizer().save(tmp_path / "tokenizer.json")
     marks = [{"prompt": f"刘备到{n}？", "chosen": f"荆州{n}。"} for n in range(20)]
     marks += [{"prompt": f"刘备到{n}？", "rejected": f"徐州{n}。"} for n in (*range(20), 7)]
-    lines = [json.dumps(mark) for mark in marks] + ["{"]
-    (tmp_path / "marks.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    write_lines(tmp_path / "marks.jsonl", [*marks, "{"])
     argv = [f"--{name}={tmp_path}" for name in ("tokenizer", "out")]
     prepare_dpo.main([*argv, f"--input={tmp_path}/marks.jsonl", "--val=0.3"])
     data = Dataset(str(tmp_path))

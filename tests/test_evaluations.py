@@ -24,6 +24,7 @@ from tests.helpers import (
     QUESTIONS,
     TEXT,
     dialogue,
+    logits,
     save_run,
     tiny_model,
     tiny_tokenizer,
@@ -37,10 +38,8 @@ from tests.test_sample import make_run
 def slow_nats(checkpoint: Checkpoint, messages: list[dict], ask=in_chat) -> tuple[float, int]:
     """The sum of -log p of the last message's tokens and its end, and how many they are."""
     prompt, answer = ask(checkpoint.tokenizer, messages)
-    with torch.no_grad():
-        idx = torch.tensor([prompt + answer])
-        logits = checkpoint.model.head(checkpoint.model(idx))[0].double()
-    log_probs = logits.log_softmax(dim=-1)[len(prompt) - 1 : -1]
+    every = logits(checkpoint.model, torch.tensor([prompt + answer]))[0].double()
+    log_probs = every.log_softmax(dim=-1)[len(prompt) - 1 : -1]
     return -sum(log_probs[i, id].item() for i, id in enumerate(answer)), len(answer)
 
 

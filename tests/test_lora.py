@@ -15,7 +15,7 @@ from miniglm.checkpoint import has_checkpoint, load_checkpoint, read_run
 from miniglm.decoding import pack
 from miniglm.lora import adapter_weights, adapters, adapters_off, add_adapters, find_targets, merge
 from miniglm.losses import next_token
-from tests.helpers import ARCHITECTURES, random_ids, tiny_model
+from tests.helpers import ARCHITECTURES, logits, random_ids, tiny_model
 from tests.runs import (
     assert_resumes_exactly,
     checkpoint_file,
@@ -32,11 +32,6 @@ from tests.runs import (
 
 ADAPTER = {"lora_rank": 3, "lora_alpha": 6, "learning_rate": 3e-3}
 UNTIED_LSTM = {"model": "lstm", "tie_weights": False}
-
-
-def logits(model: torch.nn.Module, idx: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model.head(model(idx))
 
 
 def randomize_adapters(model: torch.nn.Module, seed: int = 1) -> None:

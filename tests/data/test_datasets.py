@@ -1,6 +1,5 @@
 """The prepare scripts of the datasets that users bring, on small files of their own forms."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from data.zhihu import prepare_sft as zhihu_sft
 from data_utils import Dataset
 from miniglm.prep import pipeline
 from miniglm.prep.forms import is_validation
-from tests.helpers import TEXT, dialogue, tiny_tokenizer
+from tests.helpers import TEXT, dialogue, tiny_tokenizer, write_lines
 from tests.runs import contents
 
 LINES = TEXT.splitlines()
@@ -35,14 +34,6 @@ def mine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_tokenizer().save(tmp_path / "tokenizer.json")
     return tmp_path
-
-
-def write_lines(path: Path, lines: list, encoding: str = "utf-8") -> Path:
-    """Texts as they are, other values as JSON."""
-    texts = [x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in lines]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(texts), encoding=encoding)
-    return path
 
 
 def prepared(script, folder: Path, *words: str) -> Dataset:

@@ -12,6 +12,7 @@ from configurator import ROOT, UserError
 from data.sanguo import prepare, prepare_sft
 from data_utils import Dataset
 from tests.data.test_datasets import documents
+from tests.helpers import write_lines
 from tests.runs import contents, error_line, run
 
 RAW = ROOT / "data" / "raw" / "sanguo"
@@ -336,12 +337,6 @@ def test_what_is_missing_is_one_line_and_nothing_is_written(script, flag, messag
     assert list(tmp_path.iterdir()) == []
 
 
-def qa_file(folder: Path, *lines: str) -> Path:
-    path = folder / "qa.jsonl"
-    path.write_bytes("".join(line + "\n" for line in lines).encode("utf-8", "surrogatepass"))
-    return path
-
-
 GOOD = '{"Question": "谁？", "Answer": "孔明。"}'
 
 
@@ -361,7 +356,7 @@ def test_chapters_without_titles_are_told(novel, tmp_path):
     ],
 )
 def test_a_line_that_is_no_pair_is_told_by_its_number(line, novel, tmp_path):
-    path = qa_file(tmp_path, GOOD, line)
+    path = write_lines(tmp_path / "qa.jsonl", [GOOD, line])
     argv = [f"--input={path}", f"--tokenizer={novel[0].path}", f"--out={tmp_path / 'out'}"]
     argv.append(f"--novel={json_file(tmp_path, twelve_chapters())}")
     with pytest.raises(UserError, match=r"qa\.jsonl, line 2: [^\n]+$"):
@@ -371,7 +366,8 @@ def test_a_line_that_is_no_pair_is_told_by_its_number(line, novel, tmp_path):
 
 def test_pairs_are_lines_and_their_text_may_hold_any_character(tmp_path):
     odd = '{"Question": "甲\u2028乙\x85？", "Answer": "丙。", "Fact": "丁"}'
-    assert prepare_sft.read_pairs(qa_file(tmp_path, GOOD, odd)) == [
+    path = write_lines(tmp_path / "qa.jsonl", [GOOD, odd])
+    assert prepare_sft.read_pairs(path) == [
         {"Question": "谁？", "Answer": "孔明。", "Fact": "谁？"},
         {"Question": "甲\u2028乙\x85？", "Answer": "丙。", "Fact": "丁"},
     ]

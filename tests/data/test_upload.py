@@ -24,7 +24,7 @@ from data_utils import Dataset
 from miniglm.checkpoint import load_checkpoint, read_log, read_run
 from miniglm.interop.hub import CardSettings
 from miniglm.prep.writer import write_pretrain
-from tests.helpers import TEXT, save_run, tiny_model, tiny_tokenizer, write_novel
+from tests.helpers import TEXT, save_run, tiny_model, tiny_tokenizer
 from tests.hub import TOKEN, USER, Hub, Repository, serve_hub
 from tests.runs import contents, error_line, free_port, pointer, read_json, run, train_here, words
 
@@ -97,8 +97,10 @@ def come_down(repository: Repository, to: Path) -> Path:
     return to
 
 
-def novel(path: Path) -> Path:
-    return write_novel(path, tiny_tokenizer())
+def novel(path: Path, source: str = "test") -> Path:
+    lines = TEXT.splitlines()
+    write_pretrain(path, tiny_tokenizer(), {"train": lines[:3], "val": lines[3:]}, [source])
+    return path
 
 
 def metadata(card: str) -> dict:
@@ -258,12 +260,6 @@ def test_the_counts_of_a_card_are_the_datasets(toys):
     assert "- `a test`" in card and meta["tokenizer_sha256"] in card
 
 
-def with_sources(path: Path, *sources: str) -> Path:
-    lines = TEXT.splitlines()
-    write_pretrain(path, tiny_tokenizer(), {"train": lines[:3], "val": lines[3:]}, [*sources])
-    return path
-
-
 def test_a_readme_of_ones_own_goes_up_in_the_cards_place(tmp_path):
     path = novel(tmp_path / "data")
     (path / "README.md").write_text("一部小说", encoding="utf-8")
@@ -350,7 +346,7 @@ def test_a_name_or_a_licence_that_the_hub_does_not_take_is_one_line(hub, tmp_pat
 
 
 def test_what_is_to_be_private_is_never_public(hub, tmp_path):
-    path = with_sources(tmp_path / "data", "data/raw/hongkong/courts.tsv")
+    path = novel(tmp_path / "data", "data/raw/hongkong/courts.tsv")
     assert "the terms of hongkong" in refused(path)
     assert not hub.repositories
     hub.repositories[f"datasets/{USER}/free"] = Repository(False, {}, [])

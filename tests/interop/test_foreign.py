@@ -25,6 +25,7 @@ from miniglm.tokenizer import load_tokenizer
 from tests.helpers import (
     ARCHITECTURES,
     TEXT,
+    logits,
     random_ids,
     randomize,
     save_run,
@@ -33,7 +34,7 @@ from tests.helpers import (
     write_novel,
     write_questions,
 )
-from tests.runs import contents, error_line, run, saved
+from tests.runs import contents, edit_json, error_line, run, saved
 from tests.runs import words as flags
 
 N_VOCAB = 300  # entries of the tokenizers here
@@ -85,11 +86,6 @@ def qwen3(tmp_path_factory):
     return path
 
 
-def logits(model: torch.nn.Module, idx: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model.head(model(idx))
-
-
 def assert_same_logits(path: Path, peer: torch.nn.Module, n_vocab: int = N_VOCAB) -> None:
     idx = random_ids(2, 40, n_vocab=N_VOCAB)
     ours = logits(load_checkpoint(path).model, idx)[..., :n_vocab]
@@ -125,8 +121,8 @@ def test_parts_and_half_precision_are_read(tmp_path):
 def test_an_index_that_was_left_beside_the_whole_file_is_not_read(qwen3, tmp_path):
     """As transformers does it: the parts that it names are gone."""
     there = shutil.copytree(qwen3, tmp_path / "there")
-    weight_map = {"model.norm.weight": "model-00001-of-00002.safetensors"}
-    changed_json(there / "model.safetensors.index.json", weight_map=weight_map)
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (there / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     assert_same_logits(there, AutoModelForCausalLM.from_pretrained(there).eval())
 
 
@@ -168,15 +164,10 @@ CHANGES = [
 @pytest.mark.parametrize(("change", "words"), CHANGES, ids=[words for _, words in CHANGES])
 def test_what_is_not_built_here_is_named_in_one_line(qwen3, tmp_path, change, words):
     there = shutil.copytree(qwen3, tmp_path / "there")
-    changed_json(there / "config.json", **{"head_dim": None} | change)
+    edit_json(there / "config.json", **{"head_dim": None} | change)
     with pytest.raises(UserError, match=re.escape(words)) as caught:
         load_checkpoint(there)
     assert str(there) in str(caught.value) and len(str(caught.value).splitlines()) == 1
-
-
-def changed_json(file: Path, **changes: object) -> None:
-    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    file.write_text(json.dumps(content | changes), encoding="utf-8")
 
 
 def test_a_bias_that_the_model_has_not_is_named(qwen3, tmp_path):
@@ -184,7 +175,7 @@ def test_a_bias_that_the_model_has_not_is_named(qwen3, tmp_path):
     there = shutil.copytree(qwen3, tmp_path / "there")
     weights = load_file(there / "model.safetensors")
     weights = {n: weight for n, weight in weights.items() if not re.search("[qk]_norm", n)}
-    changed_json(there / "config.json", model_type="llama", attention_bias=True, mlp_bias=True)
+    edit_json(there / "config.json", model_type="llama", attention_bias=True, mlp_bias=True)
     projections = [name for name in weights if "_proj" in name]
     weights |= {n.replace("weight", "bias"): torch.zeros(len(weights[n])) for n in projections}
     save_file(weights | {"model.norm.bias": torch.ones(32)}, there / "model.safetensors")

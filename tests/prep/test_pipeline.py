@@ -24,7 +24,7 @@ from miniglm.prep.forms import is_validation
 from miniglm.prep.pipeline import Settings, prepare, read_records
 from miniglm.prep.readers import Tally, find_sources, parts, read_lines, records
 from miniglm.prep.writer import write_pretrain, write_sft
-from tests.helpers import TEXT, dialogue, tiny_tokenizer
+from tests.helpers import TEXT, dialogue, tiny_tokenizer, write_lines
 from tests.reads import in_named_files, kills_itself
 from tests.runs import contents, wait_for
 
@@ -54,12 +54,7 @@ def questions(count: int, kinds: int, seed: int = 0) -> list[list[dict]]:
 
 
 def write_jsonl(path: Path, values: list) -> Path:
-    lines = [
-        value if isinstance(value, str) else json.dumps({"messages": value}, ensure_ascii=False)
-        for value in values
-    ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return write_lines(path, [v if isinstance(v, str) else {"messages": v} for v in values])
 
 
 def prepared(out: Path, files: list[Path], kind: str, **settings) -> Dataset:
@@ -122,12 +117,11 @@ def write_texts(folder: Path) -> list[Path]:
     """Texts of two forms, with repeated ones and bad ones."""
     draw = random.Random(0)
     texts = ["".join(draw.choices(LINES, k=3)) + str(draw.randrange(60)) for _ in range(120)]
-    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    values = [{"text": text} for text in texts]
     for place in (3, 50, 90):
-        lines[place] = "{"
-    (folder / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    (folder / "b.txt").write_text("\n".join(texts), encoding="gb18030")
-    return [folder / "a.jsonl", folder / "b.txt", folder / "a.jsonl"]
+        values[place] = "{"
+    first = write_lines(folder / "a.jsonl", values)
+    return [first, write_lines(folder / "b.txt", texts, "gb18030"), first]
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])

@@ -11,11 +11,10 @@ import pytest
 from configurator import ROOT, UserError
 from data.custom import prepare_dpo
 from data_utils import Dataset
-from miniglm import jsonl
 from miniglm.prep.forms import BadRecord, is_validation
 from miniglm.prep.preferences import best_and_worst, ranked, usable
 from tests.data.test_finance_dpo import pairs_of
-from tests.helpers import dialogue, tiny_tokenizer
+from tests.helpers import dialogue, tiny_tokenizer, write_lines
 from tests.runs import toy_tokenizer
 
 
@@ -38,11 +37,6 @@ def test_pairs_are_shown_without_their_control_characters(tokenizer, tmp_path, c
     printed = capsys.readouterr().out
     assert "    better: 甲\n乙\n    worse:  丙\n" in printed
     assert not [char for char in printed if char != "\n" and not char.isprintable()]
-
-
-def write_lines(path: Path, lines: list) -> Path:
-    jsonl.write(path, lines)
-    return path
 
 
 def test_the_best_and_the_worst_are_those_by_hand():

@@ -8,7 +8,7 @@ import torch
 from miniglm.generation import Request, Sampling
 from miniglm.serve.server import Piece, Server, Stream
 from miniglm.text import load_for_sampling, prompt_ids
-from tests.helpers import dialogue
+from tests.helpers import dialogue, logits
 from tests.served import BLOCK, expected
 
 
@@ -64,9 +64,7 @@ def test_probabilities_are_those_of_the_model(out_dirs):
     checkpoint = load_for_sampling(out_dirs["novel"], "cpu")
     ids = list(prompt)
     for token in asyncio.run(tokens()):
-        with torch.inference_mode():
-            hidden = checkpoint.model(torch.tensor([ids]))
-            probs = torch.softmax(checkpoint.model.head(hidden[0, -1]), dim=-1)
+        probs = torch.softmax(logits(checkpoint.model, torch.tensor([ids]))[0, -1], dim=-1)
         assert token.prob == pytest.approx(float(probs[token.id]), rel=1e-3)
         assert [id for id, _ in token.alternatives] == probs.topk(3).indices.tolist()
         ids.append(token.id)
