@@ -43,6 +43,8 @@ def world(toys):
 # case: settings of train.py, and its message; {} is the world's folder
 CASES = {
     "no such device": ({"device": "gpu"}, "device='gpu' cannot be used"),
+    "a second start": ({"out_dir": "{}/base"}, "already holds a run; pass --resume"),
+    "odd short rows": ({"short_block": 24}, "short_block=24 must divide block_size=32"),
     "another tokenizer.json": (
         {"dataset": "{}/swapped_tokens"},
         "{}/swapped_tokens/tokenizer.json is not what the dataset was prepared with",
@@ -67,6 +69,10 @@ CASES = {
     "resume with a shorter block_size": (
         {"out_dir": "{}/base", "resume": True, "block_size": 16},
         "block_size=16, but the model in {}/base has block_size=32; leave it out",
+    ),
+    "resume with another optimizer": (
+        {"out_dir": "{}/base", "resume": True, "optimizer": "adamw"},
+        "optimizer=adamw, but the model in {}/base has optimizer=muon",
     ),
     "resume from a lost checkpoint": (
         {"out_dir": "{}/lost", "resume": True},
