@@ -13,7 +13,7 @@ from data.sanguo import prepare, prepare_sft
 from data_utils import Dataset
 from tests.data.test_datasets import documents
 from tests.helpers import write_lines
-from tests.runs import contents, error_line, run
+from tests.runs import contents, run
 
 RAW = ROOT / "data" / "raw" / "sanguo"
 QA = ROOT / "data" / "sanguo" / "qa.jsonl"
@@ -322,19 +322,6 @@ def test_a_name_of_two_people_is_neither_a_speaker_nor_told():
 
 
 # --- wrong questions ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("script", "flag", "message"),
-    [
-        (PREPARE, "input", "nowhere is missing; run python data/fetch_data.py sanguo"),
-        (PREPARE_SFT, "tokenizer", "no tokenizer nowhere"),
-    ],
-)
-def test_what_is_missing_is_one_line_and_nothing_is_written(script, flag, message, tmp_path):
-    done = run(script, f"--{flag}=nowhere", f"--out={tmp_path / 'out'}", cwd=tmp_path)
-    assert message in error_line(done)
-    assert list(tmp_path.iterdir()) == []
 
 
 GOOD = '{"Question": "谁？", "Answer": "孔明。"}'
