@@ -21,12 +21,6 @@ def request(server, text, sample_index=0, alternatives=None, **sampling) -> Requ
     return Request(prompt, Sampling(**sampling), 0, sample_index, alternatives)
 
 
-async def read(server, text, **sampling) -> str:
-    with Stream() as stream:
-        server.submit(stream, request(server, text, **sampling))
-        return "".join([piece.text async for piece in stream])
-
-
 def test_pieces_of_two_servers_come_mixed_in_one_stream(out_dirs):
     servers = [new_server(path) for path in out_dirs.values()]
     given = {"max_new_tokens": 30, "temperature": 0.5}
@@ -84,7 +78,9 @@ def test_an_error_of_any_form_leaves_the_worker_alive(out_dirs, capfd, error):
             server.submit(stream, request(server, "谁弄权"))
             with pytest.raises(RuntimeError, match=r"failed: (MemoryError|no memory left)$"):
                 await anext(aiter(stream))
-        return await read(server, "谁弄权", max_new_tokens=8)
+        with Stream() as stream:
+            server.submit(stream, request(server, "谁弄权", max_new_tokens=8))
+            return "".join([piece.text async for piece in stream])
 
     alone = expected(out_dirs["answers"], dialogue("谁弄权"), Sampling(max_new_tokens=8))
     assert asyncio.run(fail_then_ask()) == alone
