@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from miniglm.prep.writer import write_pretrain, write_sft
 from tests.helpers import TEXT, dialogue, tiny_tokenizer, write_lines
 from tests.reads import in_named_files, kills_itself
 from tests.runs import contents, wait_for
+from tests.test_checkpoint import kills
 
 LINES = TEXT.splitlines()
 linux_only = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills itself as Unix does")
@@ -240,34 +240,24 @@ def is_group_alive(group: int) -> bool:
 
 
 @linux_only
-@pytest.mark.parametrize("when", range(10))
-def test_killed_while_files_are_put_in_place_no_mixture_is_accepted(
-    when, tmp_path, tokenizer_at, monkeypatch
-):
-    tokenizer, lines = tiny_tokenizer(), TEXT.splitlines()
+def test_killed_at_any_file_operation_no_mixture_is_accepted(tmp_path):
+    tokenizer = tiny_tokenizer()
 
-    def write(texts: list[str]) -> dict:
-        return write_pretrain(tmp_path, tokenizer, {"train": texts[:3], "val": texts[3:]}, [])
+    def write(out: Path, texts: list[str]) -> str:
+        splits = {"train": texts[:3], "val": texts[3:]}
+        return write_pretrain(out, tokenizer, splits, [])["splits"]["train"]["fingerprint"]
 
-    old = write(lines)["splits"]["train"]["fingerprint"]
-    pid = os.fork()
-    if pid == 0:
-        calls = itertools.count()
-        for name in ("replace", "unlink"):
-            monkeypatch.setattr(Path, name, killing(getattr(Path, name), calls, when))
-        write(lines[::-1])
-        os._exit(0)
-    os.waitpid(pid, 0)
-    try:
-        state = Dataset(str(tmp_path)).fingerprint
-    except UserError as error:
-        assert "meta.json is missing" in str(error)
-        state = None
-    assert (state == old) == (when == 0)
-    new = write(lines[::-1])["splits"]["train"]["fingerprint"]
-    assert state in (old, None, new)
-    assert Dataset(str(tmp_path)).fingerprint == new
-    assert not (tmp_path / "prepare.tmp").exists()
+    old, found = write(tmp_path / "out", LINES), []
+    for state in kills(lambda state: write(state, LINES[::-1]), tmp_path / "out"):
+        try:
+            found.append(Dataset(str(state)).fingerprint)
+        except UserError as error:
+            assert "meta.json is missing" in str(error)
+            found.append(None)
+        new = write(state, LINES[::-1])
+        assert Dataset(str(state)).fingerprint == new
+        assert not (state / "prepare.tmp").exists()
+    assert [*dict.fromkeys(found)] == [old, None, new]
 
 
 def test_two_runs_into_one_dataset_do_not_disturb_each_other(tmp_path):
@@ -284,17 +274,6 @@ def test_two_runs_into_one_dataset_do_not_disturb_each_other(tmp_path):
     assert tokenizer.decode(Dataset(str(out)).tokens["train"].tolist()) == "".join(LINES[:2])
     write_pretrain(out, tokenizer, second, [])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def killing(method, calls: Iterator[int], when: int):
-    """The method of a Path, but the call of this number kills the process."""
-
-    def called(path: Path, *words, **options):
-        if next(calls) == when:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return method(path, *words, **options)
-
-    return called
 
 
 # --- duplicates ----------------------------------------------------------------------------------
