@@ -2,13 +2,11 @@
 
 import contextlib
 import re
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import uvicorn
 
 import sample_gradio
 from miniglm.generation import Sampling
@@ -23,6 +21,7 @@ from miniglm.tokenizer import Tokenizer
 from model import GPT
 from tests.helpers import save_run, tiny_model, tiny_tokenizer
 from tests.runs import edit_run, free_port, pointer
+from tests.servers import serve
 
 BLOCK = 96  # tokens
 
@@ -59,17 +58,8 @@ def serving(out_dirs: list[Path], **settings: object) -> Iterator[tuple[str, dic
         out_dir=names, port=free_port(), device="cpu", **{"max_new_tokens": 20000} | settings
     )
     servers = sample_gradio.load_servers(config)
-    app = sample_gradio.make_app(servers, config)
-    options = {"log_level": "error", "timeout_graceful_shutdown": 1}
-    server = uvicorn.Server(uvicorn.Config(app, port=config.port, **options))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    wait_until(lambda: server.started)
-    try:
-        yield f"http://127.0.0.1:{config.port}", servers
-    finally:
-        server.should_exit = True
-        thread.join()
+    with serve(sample_gradio.make_app(servers, config), config.port) as address:
+        yield address, servers
 
 
 def wait_until(true, seconds: float = 20) -> None:
