@@ -25,8 +25,7 @@ from tqdm import tqdm
 import train
 from configurator import UserError, command, configure
 from miniglm.checkpoint import has_checkpoint, load_checkpoint
-from tests.runs import TINY, assert_same_run, free_port, log, pointer, words, write_pairs
-from tests.runs import write_toys as write_texts
+from tests.runs import TINY, assert_same_run, free_port, log, pointer, words, write_toys
 
 LORA = {"lora_rank": 4, "learning_rate": 3e-3}
 ALL = {"max_iters": 100, "eval_interval": 4, "dropout": 0.1, "prompts": "[]"}
@@ -88,8 +87,7 @@ def main(argv: list[str]) -> None:
 
 def write_world(folder: Path) -> None:
     """The datasets text, questions and pairs, and the models base and answers."""
-    write_texts(folder)
-    write_pairs(folder / "pairs")
+    write_toys(folder)
     for name, given in (
         ("base", {"dataset": folder / "text"}),
         ("answers", {"dataset": folder / "questions", "init_from": folder / "base"}),

@@ -69,18 +69,18 @@ def toy_tokenizer(vocab_size: int = 320) -> Tokenizer:
 
 
 def write_toys(folder: Path) -> None:
-    """folder/text, a novel, and folder/questions, of one vocabulary."""
+    """folder/text, a novel, folder/questions and folder/pairs, of one vocabulary."""
     texts = {"train": [novel(0, 400)], "val": [novel(1, 40)]}
     write_pretrain(folder / "text", toy_tokenizer(), texts, ["a test"])
     pairs = {"train": questions(1, 90), "val": questions(2, 12)}
     write_sft(folder / "questions", toy_tokenizer(), pairs, ["a test"], max_tokens=32)
+    write_pairs(folder / "pairs")
 
 
-def write_pairs(out: Path) -> Path:
+def write_pairs(out: Path) -> None:
     """Preferences of the same vocabulary."""
     pairs = {"train": preferences(3, 60), "val": preferences(4, 14)}
     write_dpo(out, toy_tokenizer(), pairs, ["a test"], max_tokens=32)
-    return out
 
 
 def words(**settings: object) -> list[str]:
@@ -129,6 +129,7 @@ for line in sys.stdin:
 else:
     sys.exit()
 cwd, out, err, given, *sys.argv = json.loads(line)
+os.environ.clear()
 os.environ.update(given)
 for number, path in enumerate([os.devnull, out, err]):
     os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
@@ -152,6 +153,7 @@ def ready_python(folder: Path) -> Iterator[Callable[..., subprocess.CompletedPro
     def run_ready(
         script: str, *argv: str, cwd: Path = ROOT, **environment: str
     ) -> subprocess.CompletedProcess:
+        environment = os.environ | ENVIRONMENT | environment
         words = [cwd, *outputs, environment, cwd / script, *argv]
         ready.stdin.write(json.dumps(words, default=str) + "\n")
         ready.stdin.flush()

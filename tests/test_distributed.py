@@ -37,7 +37,6 @@ from tests.runs import (
     weights,
     without_bars,
     words,
-    write_pairs,
 )
 from train import Settings, seed_dropout
 
@@ -138,8 +137,7 @@ CASES = [(name, shard) for name, shard in CASES if not (shard and name in WHOLE_
 
 @pytest.fixture(scope="module")
 def world(toys):
-    """toys, with pairs, and answers, a model of the questions."""
-    write_pairs(toys / "pairs")
+    """toys, and answers, a model of the questions."""
     train_here(dataset=toys / "questions", init_from=toys / "base", out_dir=toys / "answers")
     return toys
 

@@ -30,7 +30,6 @@ from tests.runs import (
     toy_tokenizer,
     train_here,
     words,
-    write_pairs,
 )
 from tests.runs import preferences as preferences_of
 from tests.test_losses import plain_losses, ragged_batch
@@ -279,8 +278,7 @@ each_way = pytest.mark.parametrize("lora", [{}, LORA], ids=["full", "lora"])
 
 @pytest.fixture(scope="module")
 def sft(toys):
-    """A folder with pairs, and sft, a model that answers."""
-    write_pairs(toys / "pairs")
+    """toys, and sft and sft_lora, models that answer."""
     common = {"dataset": toys / "questions", "init_from": toys / "base", "max_iters": 40}
     train_here(out_dir=toys / "sft", dropout=0.1, **common)
     train_here(out_dir=toys / "sft_lora", **common, **LORA, learning_rate=1e-2)
