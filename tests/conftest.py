@@ -14,15 +14,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")
-def toys(tmp_path_factory):
-    """A directory with the datasets text and questions, and base, a model of the text."""
+def toys(request, tmp_path_factory):
+    """A directory with the datasets text, questions and pairs, and base, a model of the text, with
+    the settings TOYS_BASE of the module that asks for it."""
     folder = tmp_path_factory.mktemp("toys")
     write_toys(folder)
-    train_here(dataset=folder / "text", out_dir=folder / "base")
+    base = getattr(request.module, "TOYS_BASE", {})
+    train_here(dataset=folder / "text", out_dir=folder / "base", **base)
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def run_ready(tmp_path_factory):
     """A `run` whose processes have imported torch already."""
     with ready_python(tmp_path_factory.mktemp("outputs")) as run_ready:

@@ -1,5 +1,7 @@
 """Small models, texts and datasets that several tests share."""
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -61,6 +63,11 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
             weight.uniform_(0.5, 1.5, generator=generator)
 
 
+@torch.no_grad()
+def logits(model: GPT | LSTM, idx: torch.Tensor) -> torch.Tensor:
+    return model.head(model(idx))
+
+
 def random_ids(*shape: int, n_vocab: int = 50, seed: int = 0) -> torch.Tensor:
     return torch.randint(n_vocab, shape, generator=torch.Generator().manual_seed(seed))
 
@@ -73,6 +80,14 @@ def dialogue(*texts: str) -> list[dict]:
     """Turns that alternate between user and assistant."""
     roles = ["user", "assistant"] * len(texts)
     return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+
+
+def write_lines(path: Path, lines: Iterable, encoding: str = "utf-8") -> Path:
+    """Texts as they are, other values as JSON."""
+    texts = [x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in lines]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(texts) + "\n", encoding=encoding, newline="")
+    return path
 
 
 def write_novel(out: Path, tokenizer: Tokenizer) -> Path:

@@ -9,16 +9,14 @@ import contextlib
 import hashlib
 import json
 import re
-import socket
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import uvicorn
 import yaml
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
+
+from tests.servers import serve
 
 USER, TOKEN = "someone", "hf_only_this_one_is_known"
 LARGE = (".safetensors", ".bin", ".png")  # what a new repository's .gitattributes gives to LFS
@@ -35,7 +33,8 @@ class Repository:
 
 @dataclass
 class Hub:
-    url: str
+    run: Callable  # of command lines that speak to it
+    url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)  # as models/someone/name
     large: dict[str, bytes] = field(default_factory=dict)  # by sha256
     asked: list[str] = field(default_factory=list)  # requests, as "POST /api/repos/create"
@@ -135,19 +134,7 @@ def hub_app(hub: Hub) -> FastAPI:
 
 
 @contextlib.contextmanager
-def serve_hub() -> Iterator[Hub]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        hub = Hub(f"http://127.0.0.1:{port}")
-        server = uvicorn.Server(
-            uvicorn.Config(hub_app(hub), log_level="error", timeout_graceful_shutdown=1)
-        )
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield hub
-        finally:
-            server.should_exit = True
-            thread.join()
+def serve_hub(run: Callable) -> Iterator[Hub]:
+    hub = Hub(run)
+    with serve(hub_app(hub)) as hub.url:
+        yield hub

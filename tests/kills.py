@@ -10,7 +10,6 @@ begun. Weights, the optimizer's state and the log of the two must be the same. N
 import os
 import random
 import signal
-import socket
 import sys
 import threading
 import time
@@ -26,8 +25,7 @@ from tqdm import tqdm
 import train
 from configurator import UserError, command, configure
 from miniglm.checkpoint import has_checkpoint, load_checkpoint
-from tests.runs import TINY, assert_same_run, log, pointer, words, write_pairs
-from tests.runs import write_toys as write_texts
+from tests.runs import TINY, assert_same_run, free_port, log, pointer, words, write_toys
 
 LORA = {"lora_rank": 4, "learning_rate": 3e-3}
 ALL = {"max_iters": 100, "eval_interval": 4, "dropout": 0.1, "prompts": "[]"}
@@ -89,8 +87,7 @@ def main(argv: list[str]) -> None:
 
 def write_world(folder: Path) -> None:
     """The datasets text, questions and pairs, and the models base and answers."""
-    write_texts(folder)
-    write_pairs(folder / "pairs")
+    write_toys(folder)
     for name, given in (
         ("base", {"dataset": folder / "text"}),
         ("answers", {"dataset": folder / "questions", "init_from": folder / "base"}),
@@ -148,9 +145,7 @@ def in_a_save(out_dir: Path) -> bool:
 def launch(argv: list[str], said: Path, size: int = 1) -> list[int]:
     """train.py's main in new processes, as torchrun places them -> their ids. They are forked, to
     be spared the seconds of imports; the first one's output goes to the file `said`."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
+    port = free_port()
     said.write_bytes(b"")
     processes = []
     for rank in range(size):

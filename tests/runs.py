@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -68,18 +69,18 @@ def toy_tokenizer(vocab_size: int = 320) -> Tokenizer:
 
 
 def write_toys(folder: Path) -> None:
-    """folder/text, a novel, and folder/questions, of one vocabulary."""
+    """folder/text, a novel, folder/questions and folder/pairs, of one vocabulary."""
     texts = {"train": [novel(0, 400)], "val": [novel(1, 40)]}
     write_pretrain(folder / "text", toy_tokenizer(), texts, ["a test"])
     pairs = {"train": questions(1, 90), "val": questions(2, 12)}
     write_sft(folder / "questions", toy_tokenizer(), pairs, ["a test"], max_tokens=32)
+    write_pairs(folder / "pairs")
 
 
-def write_pairs(out: Path) -> Path:
+def write_pairs(out: Path) -> None:
     """Preferences of the same vocabulary."""
     pairs = {"train": preferences(3, 60), "val": preferences(4, 14)}
     write_dpo(out, toy_tokenizer(), pairs, ["a test"], max_tokens=32)
-    return out
 
 
 def words(**settings: object) -> list[str]:
@@ -102,7 +103,10 @@ def start(script: str, *argv: str, **options) -> subprocess.Popen:
 
 def run(script: str, *argv: str, **options) -> subprocess.CompletedProcess:
     """The same until it ends; stdout and stderr as text."""
-    process = start(script, *argv, encoding="utf-8", **options)
+    return finish(start(script, *argv, encoding="utf-8", **options))
+
+
+def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
     try:
         out, err = process.communicate(timeout=300)
     finally:
@@ -125,6 +129,7 @@ for line in sys.stdin:
 else:
     sys.exit()
 cwd, out, err, given, *sys.argv = json.loads(line)
+os.environ.clear()
 os.environ.update(given)
 for number, path in enumerate([os.devnull, out, err]):
     os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
@@ -148,6 +153,7 @@ def ready_python(folder: Path) -> Iterator[Callable[..., subprocess.CompletedPro
     def run_ready(
         script: str, *argv: str, cwd: Path = ROOT, **environment: str
     ) -> subprocess.CompletedProcess:
+        environment = os.environ | ENVIRONMENT | environment
         words = [cwd, *outputs, environment, cwd / script, *argv]
         ready.stdin.write(json.dumps(words, default=str) + "\n")
         ready.stdin.flush()
@@ -157,6 +163,12 @@ def ready_python(folder: Path) -> Iterator[Callable[..., subprocess.CompletedPro
 
     with ready:
         yield run_ready
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def wait_for(happens: Callable[[], bool], process: subprocess.Popen) -> None:
@@ -207,10 +219,13 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def edit_run(checkpoint: Path, **values: object) -> None:
-    """Replaces parts of a checkpoint's run.json."""
-    file = checkpoint / "run.json"
+def edit_json(file: Path, **values: object) -> None:
+    """Replaces parts of an object in a file."""
     file.write_text(json.dumps(read_json(file) | values), encoding="utf-8")
+
+
+def edit_run(checkpoint: Path, **values: object) -> None:
+    edit_json(checkpoint / "run.json", **values)
 
 
 def flip_bit(file: Path, place: int = -1) -> None:

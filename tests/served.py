@@ -1,16 +1,12 @@
 """Tiny models behind the real page and endpoint, in a thread of the tests' own process."""
 
 import contextlib
-import json
 import re
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import uvicorn
 
 import sample_gradio
 from miniglm.generation import Sampling
@@ -24,7 +20,8 @@ from miniglm.text import (
 from miniglm.tokenizer import Tokenizer
 from model import GPT
 from tests.helpers import save_run, tiny_model, tiny_tokenizer
-from tests.runs import checkpoint_file, read_json
+from tests.runs import edit_run, free_port, pointer
+from tests.servers import serve
 
 BLOCK = 96  # tokens
 
@@ -48,17 +45,9 @@ def write_models(folder: Path) -> dict[str, Path]:
     for seed, (name, kind) in enumerate({"answers": "sft", "novel": "pretrain"}.items()):
         model = endless_model(seed, tokenizer)
         out_dirs[name] = save_run(folder / name, model, tokenizer, folder / "data", kind)
-        file = checkpoint_file(out_dirs[name], "run.json")
-        run = read_json(file)
-        run["dataset"] |= {"name": "data", "question_end": "？" if kind == "sft" else ""}
-        file.write_text(json.dumps(run), encoding="utf-8")
+        about = {"kind": kind, "name": "data", "question_end": "？" if kind == "sft" else ""}
+        edit_run(out_dirs[name] / pointer(out_dirs[name], "best"), dataset=about)
     return out_dirs
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -69,17 +58,8 @@ def serving(out_dirs: list[Path], **settings: object) -> Iterator[tuple[str, dic
         out_dir=names, port=free_port(), device="cpu", **{"max_new_tokens": 20000} | settings
     )
     servers = sample_gradio.load_servers(config)
-    app = sample_gradio.make_app(servers, config)
-    options = {"log_level": "error", "timeout_graceful_shutdown": 1}
-    server = uvicorn.Server(uvicorn.Config(app, port=config.port, **options))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    wait_until(lambda: server.started)
-    try:
-        yield f"http://127.0.0.1:{config.port}", servers
-    finally:
-        server.should_exit = True
-        thread.join()
+    with serve(sample_gradio.make_app(servers, config), config.port) as address:
+        yield address, servers
 
 
 def wait_until(true, seconds: float = 20) -> None:

@@ -1,6 +1,5 @@
 """The phases of a translator beside each other, and what COMET has said of them."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from miniglm import comet, jsonl
 from miniglm.comparison import plain, report_name
 from miniglm.metrics import EXCHANGES
 from miniglm.scoring import score_translations
+from tests.runs import edit_json, read_json
 from tests.test_metrics import REFERENCES, worse
 
 
@@ -35,7 +35,7 @@ def write_run(
 def compare(folder: Path, runs: list[Path], *flags: str) -> dict:
     words = [f"--compare={','.join(map(str, runs))}", f"--out={folder / 'out'}"]
     evaluations.main([*words, "--datasets=toy_sft", *flags])
-    return json.loads((folder / "out" / "comparison.json").read_text(encoding="utf-8"))
+    return read_json(folder / "out" / "comparison.json")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_the_table_has_the_figures_of_the_reports(three):
     runs, part, text = three
     lines = [line for line in text.splitlines() if "out-" in line]
     for folder, row, line in zip(runs, part["phases"], lines, strict=False):
-        report = json.loads((folder / "evaluation-toy_sft-test.json").read_text())
+        report = read_json(folder / "evaluation-toy_sft-test.json")
         assert row | report == row
         cells = line.strip("| ").split(" | ")
         assert cells[:2] == [plain(row["run"]), f"{row['perplexity']:.2f}"]
@@ -103,7 +103,7 @@ def test_what_cannot_be_compared_is_one_line_that_says_what_to_do(three, tmp_pat
         fails(f"translated other sentences than {good}; ")
     report.write_text('{"perplexity": 2.0}', encoding="utf-8")
     fails("has no bleu; ")
-    whole = json.loads((good / report.name).read_text(encoding="utf-8")) | {"comet": 0.5}
+    whole = read_json(good / report.name) | {"comet": 0.5}
     for key in ("perplexity", "chrf_low", "bleu_signature", "empty", "comet_model"):
         jsonl.write_report(report, whole | {"comet_model": "x", key: None})
         fails(f"has a damaged {key}, or none; ")
@@ -118,9 +118,8 @@ def test_what_cannot_be_compared_is_one_line_that_says_what_to_do(three, tmp_pat
 
 def test_what_comet_said_is_in_the_table_under_its_model(three, tmp_path):
     folder = write_run(tmp_path / "out-a", worse(REFERENCES, 0.3), 2.0)
-    path = folder / "evaluation-toy_sft-test.json"
-    report = json.loads(path.read_text(encoding="utf-8"))
-    jsonl.write_report(path, report | {"comet": 0.71234, "comet_model": "my/model"})
+    report = folder / "evaluation-toy_sft-test.json"
+    edit_json(report, comet=0.71234, comet_model="my/model")
     [part] = compare(tmp_path, [folder, three[0][1]], "--examples=0")["datasets"]
     assert [row.get("comet") for row in part["phases"]] == [0.71234, None]
     assert part["examples"] == []

@@ -28,7 +28,7 @@ from configurator import (
     user_path,
     written_aside,
 )
-from tests.runs import start
+from tests.runs import finish, start
 
 
 @dataclass
@@ -343,12 +343,13 @@ if __name__ == "__main__":
 '''
 
 
-def start_script(folder: Path, word: str, **options) -> subprocess.Popen:
+def start_script(folder: Path, word: str, *shell: str) -> subprocess.Popen:
     path = config_file(folder, SCRIPT, "script.py")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    options |= {"env": environment, "cwd": folder, "encoding": "utf-8"}
-    return subprocess.Popen([sys.executable, path, word], **options)
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": ""}
+    environment["PYTHONPATH"] = str(ROOT)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    command = [*shell, sys.executable, path, word]
+    return subprocess.Popen(command, env=environment, cwd=folder, **options)
 
 
 @pytest.mark.parametrize(
@@ -362,14 +363,12 @@ def start_script(folder: Path, word: str, **options) -> subprocess.Popen:
     ],
 )
 def test_a_script_ends_with_its_exit_code_and_at_most_one_line(word, code, line, tmp_path):
-    process = start_script(tmp_path, word)
-    out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, err) == (code, "", line)
+    done = finish(start_script(tmp_path, word))
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", line)
 
 
 def test_a_bug_keeps_its_traceback(tmp_path):
-    process = start_script(tmp_path, "--line=[][0]")
-    assert "Traceback" in process.communicate(timeout=30)[1]
+    assert "Traceback" in finish(start_script(tmp_path, "--line=[][0]")).stderr
 
 
 def test_a_closed_pipe_gives_no_traceback(tmp_path):
@@ -397,11 +396,8 @@ def test_a_closed_pipe_gives_no_traceback(tmp_path):
 def test_closed_full_or_undecodable_streams_are_no_traceback(
     redirection, line, code, out, err, tmp_path
 ):
-    path = config_file(tmp_path, SCRIPT, "script.py")
     shell = ["bash", "-c", f'exec "$@" {redirection}', "bash"]
-    words = [*shell, sys.executable, path, f"--line={line}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
-    done = subprocess.run(words, env=environment, capture_output=True, encoding="utf-8")
+    done = finish(start_script(tmp_path, f"--line={line}", *shell))
     assert (done.returncode, done.stdout) == (code, out)
     assert done.stderr.startswith(err) and len(done.stderr.splitlines()) == bool(err)
 

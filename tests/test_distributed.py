@@ -3,9 +3,7 @@
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -26,28 +24,24 @@ from tests.runs import (
     contents,
     course,
     error_line,
+    finish,
+    free_port,
     ids_of_row,
     log,
     plant_nan,
     ready_python,
     saved,
+    start,
     train_here,
     wait_for,
     weights,
     without_bars,
     words,
-    write_pairs,
 )
 from train import Settings, seed_dropout
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes that are forked or signalled")
 slow = pytest.mark.slow
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -90,18 +84,8 @@ def torchrun(
     *argv: object, script: object = "train.py", nodes: tuple[str, ...] = ("--standalone",)
 ) -> subprocess.Popen:
     """What a person types: torchrun --nproc_per_node=2 train.py ARGV."""
-    command = [sys.executable, "-m", "torch.distributed.run", *nodes, "--nproc_per_node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, str(script), *argv], cwd=ROOT, env=environment, **pipes)
-
-
-def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    try:
-        out, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    command = ["-m", "torch.distributed.run", *nodes, "--nproc_per_node=2", str(script)]
+    return start(*command, *argv, encoding="utf-8")
 
 
 def errors(done: subprocess.CompletedProcess) -> list[str]:
@@ -153,8 +137,7 @@ CASES = [(name, shard) for name, shard in CASES if not (shard and name in WHOLE_
 
 @pytest.fixture(scope="module")
 def world(toys):
-    """toys, with pairs, and answers, a model of the questions."""
-    write_pairs(toys / "pairs")
+    """toys, and answers, a model of the questions."""
     train_here(dataset=toys / "questions", init_from=toys / "base", out_dir=toys / "answers")
     return toys
 

@@ -1,6 +1,5 @@
 """Preferences: the loss against trl's and a plain version, pairs of answers, and whole runs."""
 
-import json
 import math
 import random
 import shutil
@@ -22,7 +21,8 @@ from miniglm.objectives import Batch, Preferences
 from miniglm.prep import writer as data_writer
 from miniglm.prep.forms import BadRecord, preference
 from miniglm.prep.writer import Skipped, fit_pair, write_dpo
-from tests.helpers import dialogue, tiny_model, tiny_tokenizer
+from tests.data.test_finance_dpo import pairs_of
+from tests.helpers import dialogue, tiny_model, tiny_tokenizer, write_lines
 from tests.runs import (
     assert_accumulation_is_exact,
     assert_resumes_exactly,
@@ -30,7 +30,6 @@ from tests.runs import (
     toy_tokenizer,
     train_here,
     words,
-    write_pairs,
 )
 from tests.runs import preferences as preferences_of
 from tests.test_losses import plain_losses, ragged_batch
@@ -219,6 +218,8 @@ def test_pairs_stay_whole_in_blocks_and_repeated_ones_are_counted(tmp_path, toke
 
 
 Q, A, B = dialogue("谁弄权？"), "曹节。", "张让。"
+TURNS = {"conversations": [{"from": "human", "value": "谁弄权？"}]}
+TURNS |= {"chosen": {"from": "gpt", "value": A}, "rejected": {"from": "gpt", "value": B}}
 
 
 @pytest.mark.parametrize(
@@ -227,7 +228,11 @@ Q, A, B = dialogue("谁弄权？"), "曹节。", "张让。"
         ({"question": "谁弄权？", "chosen": A, "rejected": B}, (Q, A, B)),
         ({"prompt": Q, "chosen": dialogue("", A)[1:], "rejected": dialogue("", B)[1:]}, (Q, A, B)),
         ({"chosen": [*Q, *dialogue("", A)[1:]], "rejected": [*Q, *dialogue("", B)[1:]]}, (Q, A, B)),
+        (TURNS, (Q, A, B)),
+        ({"instruction": "谁弄权？", "input": "", "output": [A, "甲", B]}, (Q, A, B)),
         ({"prompt": "谁弄权？", "rejected": B}, (Q, None, B)),
+        ({"prompt": "谁弄权？", "completion": B, "label": False}, (Q, None, B)),
+        ({"messages": [*Q, *dialogue("", A)[1:]], "label": True}, (Q, A, None)),
         (
             {"system": "s", "prompt": Q, "chosen": A},
             ([{"role": "system", "content": "s"}, *Q], A, None),
@@ -250,18 +255,17 @@ def test_preferences_of_each_form_or_what_is_wrong_with_them(value, wanted):
 
 def test_marks_from_the_page_become_pairs_and_those_left_over_are_counted(tmp_path, capsys):
     toy_tokenizer().save(tmp_path / "tokenizer.json")
-    marks = [{"prompt": f"刘备到{n}？", "chosen": "荆州。"} for n in range(20)]
-    marks += [{"prompt": f"刘备到{n}？", "rejected": "徐州。"} for n in (*range(20), 7)]
-    lines = [json.dumps(mark) for mark in marks] + ["{"]
-    (tmp_path / "marks.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    marks = [{"prompt": f"刘备到{n}？", "chosen": f"荆州{n}。"} for n in range(20)]
+    marks += [{"prompt": f"刘备到{n}？", "rejected": f"徐州{n}。"} for n in (*range(20), 7)]
+    write_lines(tmp_path / "marks.jsonl", [*marks, "{"])
     argv = [f"--{name}={tmp_path}" for name in ("tokenizer", "out")]
     prepare_dpo.main([*argv, f"--input={tmp_path}/marks.jsonl", "--val=0.3"])
     data = Dataset(str(tmp_path))
-    assert sum(data.meta["splits"][split]["pairs"] for split in ("train", "val")) == 20
+    pairs = pairs_of(data, "train") | pairs_of(data, "val")
+    assert pairs == {f"刘备到{n}？": (f"荆州{n}。", f"徐州{n}。") for n in range(20)}
     assert (data.meta["records"], data.meta["skipped"]) == (41, {"broken JSON": 1})
     assert data.meta["not_taken"] == {"without a counterpart": 1}
     assert "41 good records; of these not taken: 1 without a cou" in capsys.readouterr().out
-    assert {row[-1]["content"] for row in data.conversations("train")[::2]} == {"荆州。"}
     prepare_dpo.main([*argv, f"--input={tmp_path}/marks.jsonl", "--val=1e-9"])
     assert Dataset(str(tmp_path)).meta["splits"]["val"]["pairs"] == 1
 
@@ -274,8 +278,7 @@ each_way = pytest.mark.parametrize("lora", [{}, LORA], ids=["full", "lora"])
 
 @pytest.fixture(scope="module")
 def sft(toys):
-    """A folder with pairs, and sft, a model that answers."""
-    write_pairs(toys / "pairs")
+    """toys, and sft and sft_lora, models that answer."""
     common = {"dataset": toys / "questions", "init_from": toys / "base", "max_iters": 40}
     train_here(out_dir=toys / "sft", dropout=0.1, **common)
     train_here(out_dir=toys / "sft_lora", **common, **LORA, learning_rate=1e-2)

@@ -14,6 +14,7 @@ from data_utils import Dataset
 from miniglm import jsonl
 from miniglm.checkpoint import Checkpoint, load_checkpoint
 from miniglm.generation import Sampling
+from miniglm.losses import split_sums
 from miniglm.metrics import METRICS, look_up, mean, rouge_l, score
 from miniglm.prep import parallel
 from miniglm.scoring import in_chat, in_text, reference_losses, score_translations, simplified
@@ -23,6 +24,7 @@ from tests.helpers import (
     QUESTIONS,
     TEXT,
     dialogue,
+    logits,
     save_run,
     tiny_model,
     tiny_tokenizer,
@@ -36,10 +38,8 @@ from tests.test_sample import make_run
 def slow_nats(checkpoint: Checkpoint, messages: list[dict], ask=in_chat) -> tuple[float, int]:
     """The sum of -log p of the last message's tokens and its end, and how many they are."""
     prompt, answer = ask(checkpoint.tokenizer, messages)
-    with torch.no_grad():
-        idx = torch.tensor([prompt + answer])
-        logits = checkpoint.model.head(checkpoint.model(idx))[0].double()
-    log_probs = logits.log_softmax(dim=-1)[len(prompt) - 1 : -1]
+    every = logits(checkpoint.model, torch.tensor([prompt + answer]))[0].double()
+    log_probs = every.log_softmax(dim=-1)[len(prompt) - 1 : -1]
     return -sum(log_probs[i, id].item() for i, id in enumerate(answer)), len(answer)
 
 
@@ -106,37 +106,18 @@ def test_the_report_of_questions_holds_what_its_answers_say(tmp_path, split):
     assert has_pictures(out)
 
 
-def check_per_token(report: dict, nats: float, count: int, n_bytes: int) -> None:
+@pytest.mark.parametrize(("kind", "name"), [("sft", "toy_sft"), ("pretrain", "toy")])
+def test_perplexity_and_bits_per_byte_are_those_of_the_splits_sums(tmp_path, kind, name):
+    """Sums that tests/test_losses.py has from slow loops."""
+    out = make_run(tmp_path, kind)
+    report = evaluate(out, "--batch_size=3")
+    assert read_json(out / f"evaluation-{name}-val.json") == report
+    assert (out / "answers.jsonl").exists() == (kind == "sft")
+    data = Dataset(str(tmp_path / name))
+    nats, count, n_bytes = split_sums(load_checkpoint(out).model, data, "val", 2, "cpu")
     assert (report["tokens"], report["bytes"]) == (count, n_bytes)
     assert report["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-5)
     assert report["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
-
-
-def test_bits_per_byte_of_questions_by_hand(tmp_path):
-    out = make_run(tmp_path, "sft")
-    checkpoint = load_checkpoint(out)
-    losses = [slow_nats(checkpoint, messages) for messages in QUESTIONS["val"]]
-    n_bytes = sum(len(m[-1]["content"].encode()) for m in QUESTIONS["val"])
-    check_per_token(evaluate(out), *map(sum, zip(*losses, strict=True)), n_bytes)
-
-
-def test_the_report_of_a_novel_by_hand(tmp_path):
-    out = make_run(tmp_path, "pretrain", block_size=32)
-    report = evaluate(out, "--batch_size=3")
-    assert read_json(out / "evaluation-toy-val.json") == report
-    assert not (out / "answers.jsonl").exists()
-    checkpoint, data = load_checkpoint(out), Dataset(str(tmp_path / "toy"))
-    ids = data.tokens["val"].astype(int).tolist()
-    nats = 0.0
-    for start in range(0, len(ids) - 1, 32):
-        window = ids[start : start + 33]
-        with torch.no_grad():
-            logits = checkpoint.model.head(checkpoint.model(torch.tensor([window[:-1]])))[0]
-        log_probs = logits.double().log_softmax(dim=-1)
-        nats -= sum(log_probs[i, id].item() for i, id in enumerate(window[1:]))
-    n_bytes = sum(len(checkpoint.tokenizer.bytes_of[id]) for id in ids[1:])
-    assert n_bytes > len(ids)
-    check_per_token(report, nats, len(ids) - 1, n_bytes)
 
 
 def test_an_evaluation_that_cannot_be_is_refused(tmp_path):

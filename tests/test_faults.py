@@ -11,6 +11,7 @@ import bench.__main__
 import evaluations
 import export
 import sample
+import train
 from configurator import UserError, locked
 from data_utils import Dataset
 from tests.runs import (
@@ -62,26 +63,17 @@ def test_of_two_runs_into_one_out_dir_the_second_is_refused(toys, tmp_path, run_
     assert not (out / "lock").exists()
 
 
-def test_a_read_only_out_dir_is_said_before_anything_is_read(toys, tmp_path, run_ready):
-    with small_disk(tmp_path / "disk") as (disk, _):
-        train_here(dataset=toys / "text", out_dir=disk / "old", max_iters=2)
-        before = contents(disk)
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        for name, more in (("old", {"resume": True, "max_iters": 9}), ("new", {}), ("", {})):
-            given = {"out_dir": disk / name, "dataset": tmp_path / "nothing"} | more
-            said = error_line(run_ready("train.py", *words(**given)))
-            assert said.startswith(f"cannot write in {disk / name}: Read-only file system; ")
-            assert "--out_dir=" in said
-        assert contents(disk) == before
-
-
 def test_where_nothing_can_be_written_no_script_works_first(toys, tmp_path, capsys):
     with small_disk(tmp_path / "disk") as (disk, _):
         own = train_here(dataset=toys / "text", out_dir=disk / "run", max_iters=2)
+        before = contents(disk)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        base = toys / "base"
+        base, nothing = toys / "base", tmp_path / "nothing"
         capsys.readouterr()
         for main, *argv in (
+            (train.main, *words(out_dir=own, dataset=nothing, resume=True)),
+            (train.main, *words(out_dir=disk / "new", dataset=nothing)),
+            (train.main, *words(out_dir=disk, dataset=nothing)),
             (evaluations.main, *words(out_dir=own)),
             (evaluations.main, *words(compare=base, out=disk / "new/out")),
             (sample.main, *words(out_dir=base, start="刘备", save_path=disk / "said.txt")),
@@ -90,14 +82,14 @@ def test_where_nothing_can_be_written_no_script_works_first(toys, tmp_path, caps
         ):
             with pytest.raises(UserError, match=f"cannot write in {disk}.*: Read-only file system"):
                 main(argv)
-        assert capsys.readouterr().out == ""
+        assert capsys.readouterr().out == "" and contents(disk) == before
 
 
-def test_where_the_out_dir_should_be_lies_a_file(tmp_path, run_ready):
+def test_where_the_out_dir_should_be_lies_a_file(tmp_path):
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file" / "out"):
-        said = error_line(run_ready("train.py", *words(out_dir=out, dataset=tmp_path / "nothing")))
-        assert said.startswith(f"cannot write in {out}: ")
+        with pytest.raises(UserError, match=f"^cannot write in {out}: .*; make it writable"):
+            train_here(out_dir=out, dataset=tmp_path / "nothing")
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -111,13 +103,6 @@ def test_who_waits_at_a_lock_that_goes_does_not_hold_it(tmp_path):
             assert another()
             assert not is_held()
         assert not lock.exists()
-
-
-def make_anew(out: Path) -> None:
-    """Another person takes the directory for an old one."""
-    out.rename(out.with_name("away"))
-    out.mkdir()
-    (out / "lock").touch()
 
 
 # --- numbers that are none ---------------------------------------------------------------------
@@ -169,10 +154,11 @@ def test_a_run_that_diverges_leaves_the_checkpoint_before_as_it_was(toys, tmp_pa
 # --- memory ------------------------------------------------------------------------------------
 
 
-def test_an_absurd_batch_size_is_out_of_memory_and_says_what_to_lower(toys, tmp_path, run_ready):
-    given = TINY | {"dataset": toys / "text", "out_dir": tmp_path / "out", "batch_size": 10**13}
+@pytest.mark.parametrize("absurd", [{"batch_size": 10**13}, {"n_embd": 2**44}])
+def test_an_absurd_size_is_out_of_memory_and_says_what_to_lower(toys, tmp_path, run_ready, absurd):
+    given = TINY | {"dataset": toys / "text", "out_dir": tmp_path / "out"} | absurd
     said = error_line(run_ready("train.py", *words(**given)))
-    assert said.startswith("out of memory (")
+    assert said.startswith("out of memory (") and len(said) < 600
     assert "lower --batch_size=, for train.py raise --gradient_accumulation_steps= as much" in said
 
 

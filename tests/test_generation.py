@@ -13,7 +13,7 @@ from configurator import UserError
 from miniglm.decoding import Decoder, PackedLinear, pack, quantize
 from miniglm.generation import Batch, Request, Sampling, choose, penalize
 from model import ACTIVATIONS, MLP, MLPS, NORMS, Attention, Block, RMSNorm, SwiGLU
-from tests.helpers import ALL_MODELS, ARCHITECTURES, random_ids, tiny_model
+from tests.helpers import ALL_MODELS, ARCHITECTURES, logits, random_ids, tiny_model
 
 BLOCK = 24  # tokens, the tiny model's block_size
 GREEDY = Sampling(max_new_tokens=40, temperature=0.0)
@@ -60,9 +60,8 @@ def slow_probs(
     return {id: prob / sum(probs.values()) for id, prob in probs.items()}
 
 
-@torch.no_grad()
 def next_logits(model: torch.nn.Module, text: list[int]) -> np.ndarray:
-    return model.head(model(torch.tensor([text])))[0, -1].numpy()
+    return logits(model, torch.tensor([text]))[0, -1].numpy()
 
 
 def slow_generate(

@@ -15,13 +15,12 @@ from miniglm.checkpoint import has_checkpoint, load_checkpoint, read_run
 from miniglm.decoding import pack
 from miniglm.lora import adapter_weights, adapters, adapters_off, add_adapters, find_targets, merge
 from miniglm.losses import next_token
-from tests.helpers import ARCHITECTURES, random_ids, tiny_model
+from tests.helpers import ARCHITECTURES, logits, random_ids, tiny_model
 from tests.runs import (
     assert_resumes_exactly,
     checkpoint_file,
     contents,
     edit_run,
-    error_line,
     flip_bit,
     log,
     pointer,
@@ -32,11 +31,6 @@ from tests.runs import (
 
 ADAPTER = {"lora_rank": 3, "lora_alpha": 6, "learning_rate": 3e-3}
 UNTIED_LSTM = {"model": "lstm", "tie_weights": False}
-
-
-def logits(model: torch.nn.Module, idx: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model.head(model(idx))
 
 
 def randomize_adapters(model: torch.nn.Module, seed: int = 1) -> None:
@@ -246,19 +240,19 @@ def test_a_base_that_trains_on_keeps_what_an_adapter_stands_on(toys, tmp_path):
     train_here(out_dir=adapter, resume=True, max_iters=4)
 
 
-def test_a_base_that_moved_alone_or_changed_gives_one_clear_line(sft, tmp_path, run_ready):
+def test_a_base_that_moved_alone_or_changed_gives_one_clear_line(sft, tmp_path):
     base, adapter = (shutil.copytree(run, tmp_path / run.name) for run in sft)
     load_checkpoint(adapter)  # they moved together
     best = base / Path(saved(adapter)["adapter"]["base"]).name
     flip_bit(best / "model.safetensors")
-    line = error_line(run_ready("sample.py", f"--out_dir={adapter}"))
-    assert f"{best}/model.safetensors is damaged (its sha256 is not that in run.json)" in line
+    with pytest.raises(UserError, match=rf"{best}/model\.safetensors is damaged \(its sha"):
+        load_checkpoint(adapter)
     edit_run(best, sha256={})  # as a base that was trained anew
-    line = error_line(run_ready("sample.py", f"--out_dir={adapter}"))
-    assert f"is an adapter of {best}, which has changed since; restore it" in line
+    with pytest.raises(UserError, match=f"is an adapter of {best}, which has changed since; rest"):
+        load_checkpoint(adapter)
     base.rename(tmp_path / "elsewhere")
-    line = error_line(run_ready("train.py", f"--out_dir={adapter}", "--resume"))
-    assert f"is an adapter of {best}, which is not there; put it back" in line
+    with pytest.raises(UserError, match=f"is an adapter of {best}, which is not there; put it"):
+        train_here(out_dir=adapter, resume=True)
 
 
 WRONG = [{"rank": "x"}, {"alpha": None}, {"targets": 3}, {"base": 3}]

@@ -16,23 +16,14 @@ from miniglm.checkpoint import load_checkpoint
 from miniglm.preflight import architecture
 from model import GPT, Architecture, ModelConfig
 from tests.helpers import random_ids, tiny_model
-from tests.runs import assert_same_run, log, read_json, train_here, weights, words, write_toys
+from tests.runs import assert_same_run, log, read_json, train_here, weights, words
 from train import Settings
 
-HERE = {"model": "lstm", "n_head": 8}  # n_head: its default, in place of the toy runs' own
+TOYS_BASE = {"model": "lstm", "n_head": 8}  # n_head: its default, in place of the toy runs' own
 SHAPES = {
     "tied": {},
     "untied": {"n_layer": 1, "tie_weights": False, "norm": "layernorm", "bias": True},
 }
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory):
-    """A directory with the datasets text and questions, and base, an LSTM of the text."""
-    folder = tmp_path_factory.mktemp("toys")
-    write_toys(folder)
-    train_here(dataset=folder / "text", out_dir=folder / "base", **HERE)
-    return folder
 
 
 # --- against the equations ---------------------------------------------------------------------
@@ -142,7 +133,7 @@ def test_a_checkpoint_of_the_other_model_is_refused(toys, tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"tie_weights": False, "dtype": "bfloat16"}])
 def test_it_learns_and_a_run_in_two_parts_equals_one_in_one(toys, tmp_path, options):
-    common = options | {"dataset": toys / "text", "dropout": 0.1, "lr_decay_iters": 120} | HERE
+    common = options | {"dataset": toys / "text", "dropout": 0.1, "lr_decay_iters": 120} | TOYS_BASE
     common |= {"eval_interval": 40, "learning_rate": 1e-2}
     whole = train_here(out_dir=tmp_path / "whole", max_iters=120, **common)
     parts = train_here(out_dir=tmp_path / "parts", max_iters=40, **common)
@@ -157,7 +148,7 @@ def test_it_learns_and_a_run_in_two_parts_equals_one_in_one(toys, tmp_path, opti
 
 def test_it_continues_texts_is_fine_tuned_answers_and_is_evaluated(toys, tmp_path, capsys):
     out = tmp_path / "sft"
-    train_here(dataset=toys / "questions", init_from=toys / "base", out_dir=out, **HERE)
+    train_here(dataset=toys / "questions", init_from=toys / "base", out_dir=out, **TOYS_BASE)
     assert load_checkpoint(out).answers and isinstance(load_checkpoint(out).model, LSTM)
     flags = {"max_new_tokens": 40, "device": "cpu"}
     capsys.readouterr()

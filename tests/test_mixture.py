@@ -20,7 +20,6 @@ from tests.runs import (
     toy_tokenizer,
     train_here,
     words,
-    write_pairs,
 )
 
 BLOCK = 16
@@ -29,7 +28,6 @@ BLOCK = 16
 @pytest.fixture(scope="module")
 def sets(toys) -> Path:
     """text (400 sentences), small (60), other (100, another vocabulary), questions and pairs."""
-    write_pairs(toys / "pairs")
     for name, seed, size, vocab in (("small", 5, 60, 320), ("other", 6, 100, 300)):
         texts = {"train": [novel(seed, size)], "val": [novel(seed + 10, 20)]}
         write_pretrain(toys / name, toy_tokenizer(vocab), texts, ["a test"])

@@ -16,7 +16,6 @@ from miniglm.objectives import OBJECTIVES, NextToken
 from tests.runs import (
     TINY,
     assert_accumulation_is_exact,
-    assert_resumes_exactly,
     assert_same_run,
     checkpoint_file,
     log,
@@ -140,11 +139,6 @@ def test_each_question_comes_once_an_epoch_whatever_lies_beside_it(toys, tmp_pat
         found += [row for batch in batches if batch.term == "loss" for row in batch.rows.tolist()]
         step += 1
     assert sorted(found[:n]) == sorted(found[n : 2 * n]) == [*range(n)] != found[:n]
-
-
-def test_a_mixed_run_in_three_parts_equals_one_in_one(toys, tmp_path):
-    common = {"dataset": mixed(toys), "dropout": 0.1, "short_block": 8}
-    assert_resumes_exactly(tmp_path, gradient_accumulation_steps=2, **common)
 
 
 def test_the_log_says_how_texts_and_questions_are_kept(toys, tmp_path):

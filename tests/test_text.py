@@ -12,7 +12,7 @@ from miniglm import text
 from miniglm.checkpoint import Checkpoint
 from miniglm.generation import Batch, Request, Sampling
 from miniglm.text import TextStream, chat_prompt, complete, complete_question, prompt_ids, stream
-from tests.helpers import TEXT, dialogue, tiny_model, tiny_tokenizer
+from tests.helpers import TEXT, dialogue, logits, tiny_model, tiny_tokenizer
 
 
 def make_checkpoint(kind: str, seed: int = 0, **options) -> Checkpoint:
@@ -129,9 +129,8 @@ def test_an_outputs_perplexity_is_that_of_its_own_tokens():
     for [output] in complete(checkpoint, [prompt] * 3, sampling, nats=True):
         end = [checkpoint.tokenizer.end] if output.ended else []
         ids = torch.tensor([prompt + output.ids + end])
-        with torch.no_grad():
-            logits = checkpoint.model.head(checkpoint.model(ids[:, :64]))[0]
-        log_probs = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
+        every = logits(checkpoint.model, ids[:, :64])[0]
+        log_probs = torch.log_softmax(every, -1)[len(prompt) - 1 : -1]
         nats = -log_probs.gather(1, ids[0, len(prompt) : 64, None]).squeeze(1)
         assert output.nats[: len(nats)] == pytest.approx(nats.tolist(), rel=1e-4)
         assert output.perplexity == pytest.approx(np.exp(np.mean(output.nats)))

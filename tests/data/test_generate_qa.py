@@ -3,14 +3,12 @@ well and badly, and against the project's own endpoint."""
 
 import contextlib
 import json
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
@@ -20,6 +18,7 @@ from data.generate_qa import cut, is_grounded, parse_pairs
 from miniglm import jsonl
 from miniglm.prep.readers import Tally, find_sources, records
 from tests.helpers import TEXT
+from tests.servers import serve
 
 LINES = TEXT.splitlines()
 
@@ -60,15 +59,8 @@ def endpoint(answer: Callable[[int, str, int], str | int]) -> Iterator[tuple[str
         whole = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
         return JSONResponse(whole | {"choices": [choice]})
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1", requests
-        finally:
-            server.should_exit = True
-            thread.join()
+    with serve(app) as address:
+        yield f"{address}/v1", requests
 
 
 @pytest.fixture

@@ -6,13 +6,14 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from configurator import ROOT, UserError
 from data.sanguo import prepare, prepare_sft
 from data_utils import Dataset
-from tests.runs import contents, error_line, run
+from tests.data.test_datasets import documents
+from tests.helpers import write_lines
+from tests.runs import contents, run
 
 RAW = ROOT / "data" / "raw" / "sanguo"
 QA = ROOT / "data" / "sanguo" / "qa.jsonl"
@@ -145,14 +146,11 @@ def test_each_tenth_chapter_is_held_out_and_its_text_is_in_no_other_split(split,
 
 def test_the_written_ids_are_the_chapters(novel, chapters):
     data, output = novel
-    tokenizer = data.tokenizer
-    assert tokenizer.n_vocab == 4096
+    assert data.tokenizer.n_vocab == 4096
     for split, texts in prepare.split_chapters(chapters).items():
-        tokens = np.memmap(data.path / f"{split}.bin", dtype=np.uint16, mode="r")
-        ends = np.flatnonzero(tokens == tokenizer.end_of_text)
-        assert [tokenizer.decode(part) for part in np.split(tokens, ends + 1)] == [*texts, ""]
-        characters = sum(map(len, texts))
-        assert f"{len(texts)} chapters, {characters:,} characters, {len(tokens):,} tok" in output
+        assert documents(data, split) == texts
+        characters, n = sum(map(len, texts)), len(data.tokens[split])
+        assert f"{len(texts)} chapters, {characters:,} characters, {n:,} tok" in output
 
 
 def test_the_tokenizer_has_seen_no_chapter_that_is_held_out(novel, chapters, tmp_path):
@@ -327,25 +325,6 @@ def test_a_name_of_two_people_is_neither_a_speaker_nor_told():
 # --- wrong questions ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("script", "flag", "message"),
-    [
-        (PREPARE, "input", "nowhere is missing; run python data/fetch_data.py sanguo"),
-        (PREPARE_SFT, "tokenizer", "no tokenizer nowhere"),
-    ],
-)
-def test_what_is_missing_is_one_line_and_nothing_is_written(script, flag, message, tmp_path):
-    done = run(script, f"--{flag}=nowhere", f"--out={tmp_path / 'out'}", cwd=tmp_path)
-    assert message in error_line(done)
-    assert list(tmp_path.iterdir()) == []
-
-
-def qa_file(folder: Path, *lines: str) -> Path:
-    path = folder / "qa.jsonl"
-    path.write_bytes("".join(line + "\n" for line in lines).encode("utf-8", "surrogatepass"))
-    return path
-
-
 GOOD = '{"Question": "谁？", "Answer": "孔明。"}'
 
 
@@ -365,7 +344,7 @@ def test_chapters_without_titles_are_told(novel, tmp_path):
     ],
 )
 def test_a_line_that_is_no_pair_is_told_by_its_number(line, novel, tmp_path):
-    path = qa_file(tmp_path, GOOD, line)
+    path = write_lines(tmp_path / "qa.jsonl", [GOOD, line])
     argv = [f"--input={path}", f"--tokenizer={novel[0].path}", f"--out={tmp_path / 'out'}"]
     argv.append(f"--novel={json_file(tmp_path, twelve_chapters())}")
     with pytest.raises(UserError, match=r"qa\.jsonl, line 2: [^\n]+$"):
@@ -375,7 +354,8 @@ def test_a_line_that_is_no_pair_is_told_by_its_number(line, novel, tmp_path):
 
 def test_pairs_are_lines_and_their_text_may_hold_any_character(tmp_path):
     odd = '{"Question": "甲\u2028乙\x85？", "Answer": "丙。", "Fact": "丁"}'
-    assert prepare_sft.read_pairs(qa_file(tmp_path, GOOD, odd)) == [
+    path = write_lines(tmp_path / "qa.jsonl", [GOOD, odd])
+    assert prepare_sft.read_pairs(path) == [
         {"Question": "谁？", "Answer": "孔明。", "Fact": "谁？"},
         {"Question": "甲\u2028乙\x85？", "Answer": "丙。", "Fact": "丁"},
     ]

@@ -6,10 +6,10 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -24,19 +24,18 @@ from data_utils import Dataset
 from miniglm.checkpoint import load_checkpoint, read_log, read_run
 from miniglm.interop.hub import CardSettings
 from miniglm.prep.writer import write_pretrain
-from tests.helpers import TEXT, save_run, tiny_model, tiny_tokenizer, write_novel
+from tests.helpers import TEXT, save_run, tiny_model, tiny_tokenizer
 from tests.hub import TOKEN, USER, Hub, Repository, serve_hub
-from tests.runs import contents, error_line, pointer, read_json, run, train_here, words
-from tests.served import free_port
+from tests.runs import contents, error_line, free_port, pointer, read_json, train_here, words
 
 REPO = f"{USER}/a-model"
 CARD = CardSettings(repo=REPO)
 
 
 @contextlib.contextmanager
-def logged_in(home: Path) -> Iterator[Hub]:
+def logged_in(home: Path, run_ready: Callable) -> Iterator[Hub]:
     """A hub that the client of other processes takes for the only one, and is logged in to."""
-    with serve_hub() as hub, pytest.MonkeyPatch.context() as patch:
+    with serve_hub(run_ready) as hub, pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
             patch.delenv(name)
         patch.setenv("HF_ENDPOINT", hub.url)
@@ -49,8 +48,8 @@ def logged_in(home: Path) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def hub(tmp_path):
-    with logged_in(tmp_path / "hf_home") as hub:
+def hub(tmp_path, run_ready):
+    with logged_in(tmp_path / "hf_home", run_ready) as hub:
         yield hub
 
 
@@ -64,28 +63,28 @@ def answers(toys):
 
 
 @pytest.fixture(scope="module")
-def uploaded(answers, tmp_path_factory):
+def uploaded(answers, run_ready, tmp_path_factory):
     """What the hub has of this run, and the run as it comes down again."""
     (answers / "marks.jsonl").write_text('{"prompt": "private"}\n', encoding="utf-8")
     folder = tmp_path_factory.mktemp("uploaded")
-    with logged_in(folder / "hf_home") as hub:
-        assert went_up(answers) == f"{hub.url}/{REPO}"
+    with logged_in(folder / "hf_home", run_ready) as hub:
+        assert went_up(hub, answers) == f"{hub.url}/{REPO}"
         link = (answers / "hub_url.txt").read_text(encoding="utf-8")
         assert link == f"{hub.url}/{REPO}\n"
         repository = hub.repositories[f"models/{REPO}"]
     return repository, come_down(repository, folder / "there")
 
 
-def go_up(path: Path, repo: str = REPO, **settings: object) -> subprocess.CompletedProcess:
+def go_up(hub: Hub, path: Path, repo: str = REPO, **settings: object) -> CompletedProcess:
     """The command line in a process of its own, whose output never has the token."""
-    done = run("data/upload.py", *words(path=path, repo=repo, **settings))
+    done = hub.run("data/upload.py", *words(path=path, repo=repo, **settings))
     assert TOKEN not in done.stdout + done.stderr
     return done
 
 
-def went_up(path: Path, **settings: object) -> str:
+def went_up(hub: Hub, path: Path, **settings: object) -> str:
     """The address that it printed."""
-    done = go_up(path, **settings)
+    done = go_up(hub, path, **settings)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()[-1]
 
@@ -98,8 +97,10 @@ def come_down(repository: Repository, to: Path) -> Path:
     return to
 
 
-def novel(path: Path) -> Path:
-    return write_novel(path, tiny_tokenizer())
+def novel(path: Path, source: str = "test") -> Path:
+    lines = TEXT.splitlines()
+    write_pretrain(path, tiny_tokenizer(), {"train": lines[:3], "val": lines[3:]}, [source])
+    return path
 
 
 def metadata(card: str) -> dict:
@@ -143,7 +144,7 @@ def test_a_run_that_went_up_is_an_out_dir_when_it_comes_down(answers, uploaded):
 
 def test_a_dataset_that_went_up_is_one_when_it_comes_down(toys, hub, tmp_path):
     path = toys / "questions"
-    url = went_up(path, repo=f"{USER}/ids")
+    url = went_up(hub, path, repo=f"{USER}/ids")
     assert url == f"{hub.url}/datasets/{USER}/ids"
     there = come_down(hub.repositories[f"datasets/{USER}/ids"], tmp_path / "there")
     before, after = contents(path), contents(there)
@@ -158,7 +159,7 @@ def test_an_exported_model_goes_up_as_it_is(hub, tmp_path):
     out_dir = save_run(tmp_path / "out", model, tokenizer, tmp_path, "sft")
     export.main(words(out_dir=out_dir, to=tmp_path / "exported"))
     before = contents(tmp_path / "exported")
-    went_up(tmp_path / "exported")
+    went_up(hub, tmp_path / "exported")
     files = hub.repositories[f"models/{REPO}"].files
     assert {name: files[name] for name in before} == before
     card = files["README.md"].decode()
@@ -173,7 +174,7 @@ def test_a_second_upload_leaves_nothing_of_the_first(hub, tmp_path):
     for names in (["train", "val", "test"], ["train", "val"]):
         splits = {name: parts[name] for name in names}
         write_pretrain(tmp_path / "data", tiny_tokenizer(), splits, ["test"])
-        went_up(tmp_path / "data")
+        went_up(hub, tmp_path / "data")
         files = hub.repositories[f"datasets/{REPO}"].files
         assert ("test.bin" in files) == ("test" in names) and ".gitattributes" in files
 
@@ -259,12 +260,6 @@ def test_the_counts_of_a_card_are_the_datasets(toys):
     assert "- `a test`" in card and meta["tokenizer_sha256"] in card
 
 
-def with_sources(path: Path, *sources: str) -> Path:
-    lines = TEXT.splitlines()
-    write_pretrain(path, tiny_tokenizer(), {"train": lines[:3], "val": lines[3:]}, [*sources])
-    return path
-
-
 def test_a_readme_of_ones_own_goes_up_in_the_cards_place(tmp_path):
     path = novel(tmp_path / "data")
     (path / "README.md").write_text("一部小说", encoding="utf-8")
@@ -301,9 +296,9 @@ def test_places_on_this_machine_are_shortened(value, left):
 # --- refusals ----------------------------------------------------------------------------------
 
 
-def refused(path: Path, **settings: object) -> str:
+def refused(hub: Hub, path: Path, **settings: object) -> str:
     """The one line; nothing is written then."""
-    line = error_line(go_up(path, **settings))
+    line = error_line(go_up(hub, path, **settings))
     assert not (path / "hub_url.txt").exists()
     return line
 
@@ -311,23 +306,23 @@ def refused(path: Path, **settings: object) -> str:
 def test_a_token_is_needed_and_never_shown(hub, tmp_path, monkeypatch):
     path = novel(tmp_path / "data")
     monkeypatch.setenv("HF_TOKEN", "hf_mistaken")
-    assert refused(path) == (
+    assert refused(hub, path) == (
         f"{hub.url} refused {REPO}: 401, Invalid username or password; "
         "run hf auth login, or set another HF_TOKEN"
     )
     monkeypatch.delenv("HF_TOKEN")
     hub.asked.clear()
-    assert refused(path) == "no token for the hub; run hf auth login, or set HF_TOKEN"
+    assert refused(hub, path) == "no token for the hub; run hf auth login, or set HF_TOKEN"
     assert hub.asked == []
     # what `hf auth login` keeps will do
     (tmp_path / "hf_home").mkdir()
     (tmp_path / "hf_home" / "token").write_text(TOKEN, encoding="utf-8")
-    assert went_up(path) == f"{hub.url}/datasets/{REPO}"
+    assert went_up(hub, path) == f"{hub.url}/datasets/{REPO}"
 
 
 def test_a_hub_that_refuses_midway_is_one_line(hub, tmp_path):
     hub.refuses[r"PUT /put/\w+"] = 413, f"No room\nfor {TOKEN}"  # `go_up` looks for it
-    line = refused(novel(tmp_path / "data"))
+    line = refused(hub, novel(tmp_path / "data"))
     assert line == f"{hub.url} refused {REPO}: 413, No room for ..."
     assert len(hub.repositories[f"datasets/{REPO}"].messages) == 1
 
@@ -335,30 +330,30 @@ def test_a_hub_that_refuses_midway_is_one_line(hub, tmp_path):
 def test_a_hub_that_is_not_there_or_is_none_is_one_line(hub, tmp_path, monkeypatch):
     path = novel(tmp_path / "data")
     hub.refuses["POST /api/repos/create"] = 404, "no such page"
-    assert refused(path).endswith("404, no such page; see --repo=, and HF_ENDPOINT if it is set")
+    assert refused(hub, path).endswith("page; see --repo=, and HF_ENDPOINT if it is set")
     place = f"http://127.0.0.1:{free_port()}"
     monkeypatch.setenv("HF_ENDPOINT", place)
-    assert refused(path).startswith(f"cannot upload to {REPO} at {place}: ")
+    assert refused(hub, path).startswith(f"cannot upload to {REPO} at {place}: ")
 
 
 def test_a_name_or_a_licence_that_the_hub_does_not_take_is_one_line(hub, tmp_path):
     path = novel(tmp_path / "data")
-    line = refused(path, repo="another/model")
+    line = refused(hub, path, repo="another/model")
     assert line.startswith(f"{hub.url} refused another/model: 403, You don't have the rights")
     assert line.endswith("take a token that may write there, or another --repo=")
-    line = refused(path, license="mine")
+    line = refused(hub, path, license="mine")
     assert 'Invalid metadata in README.md. - "license" must be one of' in line
 
 
 def test_what_is_to_be_private_is_never_public(hub, tmp_path):
-    path = with_sources(tmp_path / "data", "data/raw/hongkong/courts.tsv")
-    assert "the terms of hongkong" in refused(path)
+    path = novel(tmp_path / "data", "data/raw/hongkong/courts.tsv")
+    assert "the terms of hongkong" in refused(hub, path)
     assert not hub.repositories
     hub.repositories[f"datasets/{USER}/free"] = Repository(False, {}, [])
-    line = refused(path, repo=f"{USER}/free", private=True)
+    line = refused(hub, path, repo=f"{USER}/free", private=True)
     assert line == f"{USER}/free is there and is public; take another --repo="
     assert not hub.repositories[f"datasets/{USER}/free"].messages
-    went_up(path, private=True)
+    went_up(hub, path, private=True)
     assert hub.repositories[f"datasets/{REPO}"].is_private
 
 

@@ -18,7 +18,7 @@ from miniglm.prep.parallel import pair_of, role_of, tidy, traditional
 from miniglm.prep.similar import letters_of
 from miniglm.tokenizer import train_tokenizer
 from tests.data.test_datasets import documents
-from tests.helpers import TEXT
+from tests.helpers import TEXT, write_lines
 
 SUBJECTS = {"fund": "基金", "bank": "银行", "court": "法院", "tenant": "租客", "judge": "法官"}
 SUBJECTS |= {"Secretary": "司长", "company": "公司", "investor": "投资者", "owner": "业主"}
@@ -41,9 +41,8 @@ def many(count: int, seed: int = 0) -> list[tuple[str, str]]:
     return [*pairs.items()]
 
 
-def write_pairs(path: Path, pairs: list, encoding: str = "utf-8") -> Path:
-    path.write_text("\n".join("\t".join(pair) for pair in pairs), encoding=encoding)
-    return path
+def write_pairs(path: Path, pairs: list) -> Path:
+    return write_lines(path, map("\t".join, pairs))
 
 
 @pytest.fixture

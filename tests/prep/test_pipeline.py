@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -24,9 +23,10 @@ from miniglm.prep.forms import is_validation
 from miniglm.prep.pipeline import Settings, prepare, read_records
 from miniglm.prep.readers import Tally, find_sources, parts, read_lines, records
 from miniglm.prep.writer import write_pretrain, write_sft
-from tests.helpers import TEXT, dialogue, tiny_tokenizer
+from tests.helpers import TEXT, dialogue, tiny_tokenizer, write_lines
 from tests.reads import in_named_files, kills_itself
 from tests.runs import contents, wait_for
+from tests.test_checkpoint import kills
 
 LINES = TEXT.splitlines()
 linux_only = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills itself as Unix does")
@@ -54,12 +54,7 @@ def questions(count: int, kinds: int, seed: int = 0) -> list[list[dict]]:
 
 
 def write_jsonl(path: Path, values: list) -> Path:
-    lines = [
-        value if isinstance(value, str) else json.dumps({"messages": value}, ensure_ascii=False)
-        for value in values
-    ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return write_lines(path, [v if isinstance(v, str) else {"messages": v} for v in values])
 
 
 def prepared(out: Path, files: list[Path], kind: str, **settings) -> Dataset:
@@ -122,12 +117,11 @@ def write_texts(folder: Path) -> list[Path]:
     """Texts of two forms, with repeated ones and bad ones."""
     draw = random.Random(0)
     texts = ["".join(draw.choices(LINES, k=3)) + str(draw.randrange(60)) for _ in range(120)]
-    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    values = [{"text": text} for text in texts]
     for place in (3, 50, 90):
-        lines[place] = "{"
-    (folder / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    (folder / "b.txt").write_text("\n".join(texts), encoding="gb18030")
-    return [folder / "a.jsonl", folder / "b.txt", folder / "a.jsonl"]
+        values[place] = "{"
+    first = write_lines(folder / "a.jsonl", values)
+    return [first, write_lines(folder / "b.txt", texts, "gb18030"), first]
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
@@ -246,34 +240,24 @@ def is_group_alive(group: int) -> bool:
 
 
 @linux_only
-@pytest.mark.parametrize("when", range(10))
-def test_killed_while_files_are_put_in_place_no_mixture_is_accepted(
-    when, tmp_path, tokenizer_at, monkeypatch
-):
-    tokenizer, lines = tiny_tokenizer(), TEXT.splitlines()
+def test_killed_at_any_file_operation_no_mixture_is_accepted(tmp_path):
+    tokenizer = tiny_tokenizer()
 
-    def write(texts: list[str]) -> dict:
-        return write_pretrain(tmp_path, tokenizer, {"train": texts[:3], "val": texts[3:]}, [])
+    def write(out: Path, texts: list[str]) -> str:
+        splits = {"train": texts[:3], "val": texts[3:]}
+        return write_pretrain(out, tokenizer, splits, [])["splits"]["train"]["fingerprint"]
 
-    old = write(lines)["splits"]["train"]["fingerprint"]
-    pid = os.fork()
-    if pid == 0:
-        calls = itertools.count()
-        for name in ("replace", "unlink"):
-            monkeypatch.setattr(Path, name, killing(getattr(Path, name), calls, when))
-        write(lines[::-1])
-        os._exit(0)
-    os.waitpid(pid, 0)
-    try:
-        state = Dataset(str(tmp_path)).fingerprint
-    except UserError as error:
-        assert "meta.json is missing" in str(error)
-        state = None
-    assert (state == old) == (when == 0)
-    new = write(lines[::-1])["splits"]["train"]["fingerprint"]
-    assert state in (old, None, new)
-    assert Dataset(str(tmp_path)).fingerprint == new
-    assert not (tmp_path / "prepare.tmp").exists()
+    old, found = write(tmp_path / "out", LINES), []
+    for state in kills(lambda state: write(state, LINES[::-1]), tmp_path / "out"):
+        try:
+            found.append(Dataset(str(state)).fingerprint)
+        except UserError as error:
+            assert "meta.json is missing" in str(error)
+            found.append(None)
+        new = write(state, LINES[::-1])
+        assert Dataset(str(state)).fingerprint == new
+        assert not (state / "prepare.tmp").exists()
+    assert [*dict.fromkeys(found)] == [old, None, new]
 
 
 def test_two_runs_into_one_dataset_do_not_disturb_each_other(tmp_path):
@@ -290,17 +274,6 @@ def test_two_runs_into_one_dataset_do_not_disturb_each_other(tmp_path):
     assert tokenizer.decode(Dataset(str(out)).tokens["train"].tolist()) == "".join(LINES[:2])
     write_pretrain(out, tokenizer, second, [])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def killing(method, calls: Iterator[int], when: int):
-    """The method of a Path, but the call of this number kills the process."""
-
-    def called(path: Path, *words, **options):
-        if next(calls) == when:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return method(path, *words, **options)
-
-    return called
 
 
 # --- duplicates ----------------------------------------------------------------------------------

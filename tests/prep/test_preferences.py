@@ -11,11 +11,10 @@ import pytest
 from configurator import ROOT, UserError
 from data.custom import prepare_dpo
 from data_utils import Dataset
-from miniglm import jsonl
 from miniglm.prep.forms import BadRecord, is_validation
 from miniglm.prep.preferences import best_and_worst, ranked, usable
 from tests.data.test_finance_dpo import pairs_of
-from tests.helpers import dialogue, tiny_tokenizer
+from tests.helpers import dialogue, tiny_tokenizer, write_lines
 from tests.runs import toy_tokenizer
 
 
@@ -38,11 +37,6 @@ def test_pairs_are_shown_without_their_control_characters(tokenizer, tmp_path, c
     printed = capsys.readouterr().out
     assert "    better: 甲\n乙\n    worse:  丙\n" in printed
     assert not [char for char in printed if char != "\n" and not char.isprintable()]
-
-
-def write_lines(path: Path, lines: list) -> Path:
-    jsonl.write(path, lines)
-    return path
 
 
 def test_the_best_and_the_worst_are_those_by_hand():
@@ -130,32 +124,6 @@ def test_bad_ranked_records_have_a_reason(value, reason):
     with pytest.raises(BadRecord) as error:
         ranked(value)
     assert error.value.reason == reason
-
-
-@pytest.mark.parametrize("form", ["minimind", "plain", "marks", "turns", "ordered", "labels"])
-def test_pairs_of_each_form_are_the_same_pairs(tokenizer, tmp_path, form):
-    pairs = [(f"刘备到{n}？", f"荆州{n}。", f"徐州{n}。") for n in range(40)]
-    lines = []
-    for ask, chosen, rejected in pairs:
-        if form == "minimind":
-            lines.append({"chosen": dialogue(ask, chosen), "rejected": dialogue(ask, rejected)})
-        elif form == "plain":
-            lines.append({"prompt": ask, "chosen": chosen, "rejected": rejected})
-        elif form == "turns":
-            sides = {"chosen": chosen, "rejected": rejected}
-            sides = {name: {"from": "gpt", "value": text} for name, text in sides.items()}
-            lines.append({"conversations": [{"from": "human", "value": ask}], **sides})
-        elif form == "ordered":
-            lines.append({"instruction": ask, "input": "", "output": [chosen, "甲", rejected]})
-        elif form == "labels":
-            lines.append({"prompt": ask, "completion": rejected, "label": False})
-            lines.append({"messages": dialogue(ask, chosen), "label": True})
-        else:
-            lines.append({"prompt": dialogue(ask), "chosen": chosen})
-            lines.append({"prompt": dialogue(ask), "rejected": rejected})
-    file = write_lines(tmp_path / "pairs.jsonl", lines)
-    data = prepared(tokenizer, tmp_path / "out", f"--input={file}")
-    assert pairs_of(data, "train") | pairs_of(data, "val") == {ask: (a, b) for ask, a, b in pairs}
 
 
 def test_files_need_no_torch():

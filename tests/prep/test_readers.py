@@ -20,7 +20,7 @@ from miniglm.prep.encodings import PIECE, find_encoding
 from miniglm.prep.forms import BadRecord, clean, interpret, is_validation, parse_fields
 from miniglm.prep.readers import Tally, find_sources, is_text, records
 from miniglm.prep.writer import write_pretrain
-from tests.helpers import TEXT, dialogue, tiny_tokenizer
+from tests.helpers import TEXT, dialogue, tiny_tokenizer, write_lines
 
 TRADITIONAL = """\
 話說天下大勢，分久必合，合久必分。周末七國分爭，併入於秦。及秦滅之後，楚、漢分爭，又併入於漢。
@@ -46,10 +46,6 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
-def write_json_lines(path: Path, values: list) -> Path:
-    return write_text(path, "".join(json.dumps(v, ensure_ascii=False) + "\n" for v in values))
-
-
 def write_csv(path: Path, rows: list[dict]) -> Path:
     lines = [[*rows[0]], *(row.values() for row in rows)]
     quoted = (['"' + cell.replace('"', '""') + '"' for cell in line] for line in lines)
@@ -64,7 +60,7 @@ def write_parquet(path: Path, rows: list[dict]) -> Path:
 # --- forms of files ------------------------------------------------------------------------------
 
 WRITERS = {
-    "jsonl": write_json_lines,
+    "jsonl": write_lines,
     "json": lambda path, rows: write_text(path, json.dumps(rows)),
     "csv": write_csv,
     "parquet": write_parquet,
@@ -350,13 +346,6 @@ def test_rare_characters_are_no_fault_where_the_encoding_is_sure(text, tmp_path)
             assert "\n".join(read(path, encoding)) + "\n" == text * 600, (name, encoding)
 
 
-def test_a_damaged_line_of_rare_characters_costs_that_line(tmp_path):
-    path, line = tmp_path / "a.txt", next(iter(RARE)).encode()
-    path.write_bytes(line * 300 + line[:7] + b"\xff" + line[8:] + line * 300)
-    _, tally = counted(path)
-    assert (tally.good, tally.bad) == (600, {"damaged characters": 1})
-
-
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
 def test_utf_16_is_refused_if_all_behind_a_lost_byte_is_garbage(encoding, tmp_path):
     data = ("The king of Wei rode on to the river. 天下大勢。\n" * 50).encode(encoding)
@@ -384,16 +373,20 @@ def test_what_is_no_text_is_refused(tmp_path):
     assert read(path, encoding="latin-1") == [latin.decode("latin-1").rstrip()]
 
 
-def test_a_line_with_damaged_bytes_is_left_out_and_counted(tmp_path, capsys):
-    path = tmp_path / "a.txt"
-    for encoding in ("utf-8", "gb18030"):
-        lines = [line.encode(encoding) for line in TEXT.splitlines()]
-        lines[1] = lines[1][:9] + b"\xff" + lines[1][10:]
-        path.write_bytes(b"\n".join(lines))
-        found, tally = counted(path)
-        assert found == ["\n".join([*TEXT.splitlines()[:1], *TEXT.splitlines()[2:]])]
-        assert (tally.good, tally.bad) == (4, {"damaged characters": 1})
-        assert f"skipped: {path}, line 2: damaged characters" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [(TEXT, "utf-8"), (TEXT, "gb18030"), (next(iter(RARE)) * 601, "utf-8")],
+)
+def test_a_line_with_damaged_bytes_is_left_out_and_counted(text, encoding, tmp_path, capsys):
+    path, lines = tmp_path / "a.txt", text.splitlines()
+    middle = len(lines) // 2
+    data = [line.encode(encoding) for line in lines]
+    data[middle] = data[middle][:9] + b"\xff" + data[middle][10:]
+    path.write_bytes(b"\n".join(data))
+    found, tally = counted(path)
+    assert "\n".join(found).split("\n") == lines[:middle] + lines[middle + 1 :]
+    assert (tally.good, tally.bad) == (len(lines) - 1, {"damaged characters": 1})
+    assert f"skipped: {path}, line {middle + 1}: damaged" in capsys.readouterr().out
 
 
 # --- texts ---------------------------------------------------------------------------------------
@@ -423,7 +416,7 @@ def test_what_parts_paragraphs_inside_a_line_is_a_line_end_in_texts_of_each_form
     assert clean(text) == apart.replace("\n　　", "\n").replace("b\t\t", "b")
     for encoding in ("utf-8", "utf-16"):
         (tmp_path / "a.txt").write_bytes(text.encode(encoding))
-        path = write_json_lines(tmp_path / "a.jsonl", [{"text": text}])
+        path = write_lines(tmp_path / "a.jsonl", [{"text": text}])
         assert read(tmp_path / "a.txt") == [clean(text)] == read(path)
 
 
@@ -473,9 +466,9 @@ def test_odd_characters_are_removed_or_kept_and_counted_in_texts_and_turns_of_ea
     pairs = [{"question": "谁？", "answer": "我。"}, {"question": text, "answer": text}]
     (tmp_path / "a.txt").write_bytes((TEXT + text).encode())
     files = {tmp_path / "a.txt": (f"{TEXT}{expected}", 6)}
-    files[write_json_lines(tmp_path / "a.jsonl", rows)] = (expected, 2)
+    files[write_lines(tmp_path / "a.jsonl", rows)] = (expected, 2)
     files[write_parquet(tmp_path / "a.parquet", rows)] = (expected, 2)
-    files[write_json_lines(tmp_path / "b.jsonl", pairs)] = (dialogue(expected, expected), 2)
+    files[write_lines(tmp_path / "b.jsonl", pairs)] = (dialogue(expected, expected), 2)
     for path, (record, line) in files.items():
         found, tally = counted(path)
         assert (found[-1], tally.bad) == (record, {})
@@ -508,7 +501,7 @@ def test_long_lines_come_in_bounded_pieces_and_long_records_stop(tmp_path, monke
     assert max(map(len, found)) < 2 * readers.LONG_LINE + readers.CHUNK
     monkeypatch.setattr(readers, "MAX_RECORD", 1000)
     monkeypatch.setattr(readers, "CHUNK", 100)
-    path = write_json_lines(tmp_path / "a.jsonl", [{"text": "甲"}, {"text": "乙" * 5000}])
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "甲"}, {"text": "乙" * 5000}])
     with pytest.raises(UserError, match=r"a\.jsonl, line 2: over 1,000 characters"):
         read(path)
     path = write_text(tmp_path / "a.json", json.dumps(["甲", "乙" * 5000], ensure_ascii=False))
@@ -590,17 +583,17 @@ def test_bad_records_are_counted_by_reason_and_the_first_five_shown(tmp_path, ca
 
 @pytest.mark.parametrize("bad", [5, 3000])
 def test_over_half_bad_stops_anyway(bad, tmp_path):
-    path = write_json_lines(tmp_path / "a.jsonl", [{"text": "甲"}] * 4 + [{"txt": "甲"}] * bad)
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "甲"}] * 4 + [{"txt": "甲"}] * bad)
     seen = min(bad, readers.CHECKED)
     message = rf"{seen:,} of {seen + 4:,} records are bad.* line 5: missing"
     with pytest.raises(UserError, match=message):
         counted(path)
-    write_json_lines(path, [{"text": "甲"}] * 4 + [{"txt": "甲"}] * 4)
+    write_lines(path, [{"text": "甲"}] * 4 + [{"txt": "甲"}] * 4)
     assert len(counted(path)[0]) == 4
 
 
 def test_records_of_the_other_kind_are_bad(tmp_path):
-    path = write_json_lines(tmp_path / "a.jsonl", [{"text": "甲"}, {"q": "乙", "a": "丙"}])
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "甲"}, {"q": "乙", "a": "丙"}])
     assert counted(path, want=str)[1].bad == {"no text": 1}
     assert counted(path, want=list)[1].bad == {"no conversation": 1}
     assert is_text(find_sources([str(path)]), {})
@@ -632,7 +625,7 @@ def test_broken_json_of_an_array_stops_at_its_line(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_compressed_files_that_end_early_or_are_damaged_stop(suffix, tmp_path):
-    path = write_json_lines(tmp_path / "a.jsonl", [{"text": str(n)} for n in range(2000)])
+    path = write_lines(tmp_path / "a.jsonl", [{"text": str(n)} for n in range(2000)])
     data = packed(path, suffix).read_bytes()
     (tmp_path / "b.jsonl").write_bytes(data)  # told by the content, not by the name
     assert len(read(tmp_path / "b.jsonl")) == 2000

@@ -16,6 +16,7 @@ from tests.runs import error_line, run
 from tests.served import expected, serving, wait_until
 
 QUESTION = "谁弄权？"
+TOOLS = [{"type": "function"}]
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +107,7 @@ def test_what_asks_for_nothing_changes_nothing(client):
     nothing = [dict.fromkeys(names.split()) | {"max_completion_tokens": None}]
     nothing += [{"stop": ""}, {"stop": [""]}, {"logit_bias": {}}, {"modalities": ["text"]}]
     nothing += [{"parallel_tool_calls": True, "reasoning_effort": "low", "verbosity": "low"}]
-    nothing += [
-        {"tools": [{"type": "function"}]} | choice for choice in ({}, {"tool_choice": "auto"})
-    ]
-    nothing += [{"top_k": -1}]
+    nothing += [{"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "auto"}, {"top_k": -1}]
     for options in nothing:
         answer = ask(client, extra_body={"max_tokens": 9} | options)
         assert answer.choices[0].message.content == plain
@@ -138,7 +136,7 @@ REFUSED = {
     "seed: Input should be a valid integer": {"extra_body": {"seed": 1.5}},
     "n: Input should be less than or equal to 5": {"n": 6},
     "logprobs is not supported": {"logprobs": True},
-    "tool_choice is not supported": {"tools": [{"type": "function"}], "tool_choice": "required"},
+    "tool_choice is not supported": {"tools": TOOLS, "tool_choice": "required"},
     "messages.0.role: Input should be 'system'": {"text": [{"role": "tool", "content": "x"}]},
     "1.type: Input should be 'text'": {"text": [{"role": "user", "content": [TEXT, IMAGE]}]},
     "user must have content": {"text": [{"role": "user", "content": None}]},

@@ -8,7 +8,7 @@ import torch
 from miniglm.generation import Request, Sampling
 from miniglm.serve.server import Piece, Server, Stream
 from miniglm.text import load_for_sampling, prompt_ids
-from tests.helpers import dialogue
+from tests.helpers import dialogue, logits
 from tests.served import BLOCK, expected
 
 
@@ -19,12 +19,6 @@ def new_server(out_dir, **limits) -> Server:
 def request(server, text, sample_index=0, alternatives=None, **sampling) -> Request:
     prompt = server.prompt(dialogue(text))
     return Request(prompt, Sampling(**sampling), 0, sample_index, alternatives)
-
-
-async def read(server, text, **sampling) -> str:
-    with Stream() as stream:
-        server.submit(stream, request(server, text, **sampling))
-        return "".join([piece.text async for piece in stream])
 
 
 def test_pieces_of_two_servers_come_mixed_in_one_stream(out_dirs):
@@ -64,9 +58,7 @@ def test_probabilities_are_those_of_the_model(out_dirs):
     checkpoint = load_for_sampling(out_dirs["novel"], "cpu")
     ids = list(prompt)
     for token in asyncio.run(tokens()):
-        with torch.inference_mode():
-            hidden = checkpoint.model(torch.tensor([ids]))
-            probs = torch.softmax(checkpoint.model.head(hidden[0, -1]), dim=-1)
+        probs = torch.softmax(logits(checkpoint.model, torch.tensor([ids]))[0, -1], dim=-1)
         assert token.prob == pytest.approx(float(probs[token.id]), rel=1e-3)
         assert [id for id, _ in token.alternatives] == probs.topk(3).indices.tolist()
         ids.append(token.id)
@@ -86,7 +78,9 @@ def test_an_error_of_any_form_leaves_the_worker_alive(out_dirs, capfd, error):
             server.submit(stream, request(server, "谁弄权"))
             with pytest.raises(RuntimeError, match=r"failed: (MemoryError|no memory left)$"):
                 await anext(aiter(stream))
-        return await read(server, "谁弄权", max_new_tokens=8)
+        with Stream() as stream:
+            server.submit(stream, request(server, "谁弄权", max_new_tokens=8))
+            return "".join([piece.text async for piece in stream])
 
     alone = expected(out_dirs["answers"], dialogue("谁弄权"), Sampling(max_new_tokens=8))
     assert asyncio.run(fail_then_ask()) == alone
