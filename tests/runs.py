@@ -179,6 +179,19 @@ def wait_for(happens: Callable[[], bool], process: subprocess.Popen) -> None:
         time.sleep(0.001)
 
 
+def wait_for_lines(out_dir: Path, count: int, process: subprocess.Popen) -> None:
+    """Until its log has so many."""
+    file = out_dir / "log.jsonl"
+    wait_for(lambda: file.is_file() and file.read_bytes().count(b"\n") >= count, process)
+
+
+def assert_imports_without(module: str, *packages: str) -> None:
+    """As where they are not installed."""
+    code = f"import sys; sys.modules |= dict.fromkeys({packages}); import {module}"
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
 def error_line(done: subprocess.CompletedProcess) -> str:
     """The one line on stderr of a run that failed as it should, without progress bars."""
     lines = without_bars(done.stderr)

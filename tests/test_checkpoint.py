@@ -42,7 +42,7 @@ from tests.runs import (
     start,
     toy_tokenizer,
     train_here,
-    wait_for,
+    wait_for_lines,
     words,
 )
 
@@ -383,11 +383,6 @@ def flags(toys: Path, **settings: object) -> list[str]:
     return words(**TINY | given | settings)
 
 
-def lines_of_log(out_dir: Path) -> int:
-    file = out_dir / "log.jsonl"
-    return file.read_bytes().count(b"\n") if file.is_file() else 0
-
-
 @posix
 def test_a_run_stopped_by_ctrl_c_and_by_sigterm_ends_in_the_bits_of_one_never_stopped(
     toys, tmp_path
@@ -397,7 +392,7 @@ def test_a_run_stopped_by_ctrl_c_and_by_sigterm_ends_in_the_bits_of_one_never_st
     common = {"max_iters": 60, "eval_interval": 20}
     process = start("train.py", *flags(toys, out_dir=out, **common))
     for stop, signum in ((5, signal.SIGINT), (25, signal.SIGTERM)):
-        wait_for(lambda stop=stop: lines_of_log(out) >= stop, process)
+        wait_for_lines(out, stop, process)
         process.send_signal(signum)
         stdout, stderr = (part.decode() for part in process.communicate(timeout=120))
         assert process.returncode == 128 + signum

@@ -33,7 +33,7 @@ from tests.runs import (
     saved,
     start,
     train_here,
-    wait_for,
+    wait_for_lines,
     weights,
     without_bars,
     words,
@@ -286,11 +286,6 @@ def test_what_is_wrong_with_the_command_is_said_once(world, tmp_path):
         assert done.returncode == 1
         assert len(errors(done)) == 1, done.stderr
         assert message in errors(done)[0]
-
-
-def wait_for_lines(out_dir: Path, count: int, process: subprocess.Popen) -> None:
-    file = out_dir / "log.jsonl"
-    wait_for(lambda: file.is_file() and file.read_bytes().count(b"\n") >= count, process)
 
 
 @slow

