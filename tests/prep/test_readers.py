@@ -6,7 +6,6 @@ import json
 import lzma
 import os
 import random
-from collections import Counter
 from pathlib import Path
 
 import pyarrow
@@ -643,76 +642,3 @@ def test_a_parquet_file_that_is_none_stops(tmp_path):
         path.write_bytes(wrong)
         with pytest.raises(UserError, match=r"a\.parquet is no parquet file, or damaged"):
             read(path)
-
-
-# --- hundreds of damaged files -------------------------------------------------------------------
-
-
-def samples(draw: random.Random) -> tuple[str, bytes, int]:
-    """A file of some form and encoding: its name, its bytes, how many records it has."""
-    n = draw.randint(1, 12)
-    lines = [draw.choice(TEXT.splitlines())[: draw.randint(5, 60)] for _ in range(n)]
-    texts = [json.dumps({"text": line}, ensure_ascii=False) for line in lines]
-    pairs = [json.dumps({"q": line, "a": line}, ensure_ascii=False) for line in lines]
-    unit = "<tu><tuv lang='en'><seg>{0}</seg></tuv><tuv lang='zh'><seg>{0}</seg></tuv></tu>\n"
-    form, text = draw.choice(
-        [
-            ("txt", "\n".join(lines)),
-            ("jsonl", "\n".join(texts)),
-            ("jsonl", "\n".join(pairs)),
-            ("json", "[" + ",\n".join(texts) + "]"),
-            ("csv", "text,x\n" + "".join(f'"{line}",1\n' for line in lines)),
-            ("tsv", "".join(f"{line}\t{line}\n" for line in lines)),
-            ("tmx", "<tmx><body>\n" + "".join(map(unit.format, lines)) + "</body></tmx>"),
-        ]
-    )
-    encoding = draw.choice(["utf-8", "utf-8-sig", "gb18030", "utf-16"])
-    end = draw.choice(["\n", "\r\n", "\r"])
-    return f"a.{form}", text.replace("\n", end).encode(encoding), n
-
-
-def damage(data: bytes, draw: random.Random) -> bytes:
-    """The bytes with a part cut off, lost, overwritten, or put in between."""
-    at, lost = draw.randrange(len(data) + 1), draw.choice([0, draw.randint(1, 9), len(data)])
-    noise = draw.choice([b"", bytes(draw.randint(1, 40)), draw.randbytes(draw.randint(1, 9))])
-    return data[:at] + noise + data[at + lost :]
-
-
-def outcome(path: Path) -> tuple[str, int, int, int]:
-    """What became of a file: refused, or how many records are good, bad, and given."""
-    tally = Tally()
-    try:
-        [source] = find_sources([str(path)])
-        found = list(records(source, tally))
-    except UserError as error:
-        assert len(str(error).splitlines()) == 1
-        assert path.name in str(error)
-        return "refused", tally.good, tally.bad.total(), 0
-    for record in found:
-        text = record if isinstance(record, str) else "".join(turn["content"] for turn in record)
-        text.encode()
-        assert text.strip()
-        assert not {readers.DAMAGED, "\0"} & {*text}
-    return "read", tally.good, tally.bad.total(), len(found)
-
-
-def test_hundreds_of_damaged_files_are_read_counted_or_refused_in_a_line(tmp_path, capsys):
-    seen = Counter()
-    for seed in range(400):
-        draw = random.Random(seed)
-        name, whole, n = samples(draw)
-        path = tmp_path / name
-        path.write_bytes(whole)
-        what, good, bad, _ = outcome(path)
-        if what == "read":
-            assert (good, bad) == (n, 0), (seed, name, whole)
-        path.write_bytes(damage(whole, draw))
-        capsys.readouterr()
-        what, good, bad, given = outcome(path)
-        seen[what] += 1
-        assert capsys.readouterr().out.count("skipped: ") == min(5, bad), seed
-        if what == "read":
-            assert bad <= good or (good, bad) == (0, 1), seed
-            assert path.suffix == ".txt" or given == good, seed
-            assert good or bad, seed
-    assert min(seen["read"], seen["refused"]) > 80
