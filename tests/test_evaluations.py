@@ -114,7 +114,7 @@ def test_perplexity_and_bits_per_byte_are_those_of_the_splits_sums(tmp_path, kin
     assert read_json(out / f"evaluation-{name}-val.json") == report
     assert (out / "answers.jsonl").exists() == (kind == "sft")
     data = Dataset(str(tmp_path / name))
-    nats, count, n_bytes = split_sums(load_checkpoint(out).model, data, "val", 2, "cpu")
+    nats, count, n_bytes = split_sums(load_checkpoint(out).model, data, "val", 2)
     assert (report["tokens"], report["bytes"]) == (count, n_bytes)
     assert report["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-5)
     assert report["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
