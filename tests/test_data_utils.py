@@ -448,11 +448,18 @@ def test_a_missing_dataset_names_its_prepare_script(tmp_path):
         Dataset(str(tmp_path / "nowhere"))
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"kind": 1, "splits": [], "tokenizer_sha256": ""}'])
-def test_a_damaged_meta_is_named(content, tmp_path):
+NO_META = ["", "[]", "{}", "[" * 10**5, '{"kind": 1, "splits": [], "tokenizer_sha256": ""}']
+
+
+@pytest.mark.parametrize("content", NO_META)
+def test_a_damaged_meta_is_named_and_replaced_by_preparing_again(content, tokenizer, tmp_path):
+    write_text(tmp_path, tokenizer)
+    whole = (tmp_path / "meta.json").read_text()
     (tmp_path / "meta.json").write_text(content)
     with pytest.raises(UserError, match=r"meta\.json (is|has no) .*; prepare it again"):
         Dataset(str(tmp_path))
+    write_text(tmp_path, tokenizer)
+    assert (tmp_path / "meta.json").read_text() == whole
 
 
 @pytest.mark.parametrize("file", ["train.bin", "train_mask.bin", "val_idx.bin"])
@@ -467,15 +474,6 @@ def test_a_missing_or_damaged_file_is_named(file, tokenizer, tmp_path):
     path.unlink()
     with pytest.raises(UserError, match=f"{file} is missing.*prepare"):
         Dataset(str(tmp_path))
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 10**5])
-def test_a_damaged_meta_is_replaced_by_preparing_again(content, tokenizer, tmp_path):
-    write_text(tmp_path, tokenizer)
-    whole = (tmp_path / "meta.json").read_text()
-    (tmp_path / "meta.json").write_text(content)
-    write_text(tmp_path, tokenizer)
-    assert (tmp_path / "meta.json").read_text() == whole
 
 
 def test_bounds_that_fall_or_end_elsewhere_are_named(tokenizer, tmp_path):
