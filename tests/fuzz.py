@@ -18,7 +18,6 @@ import faulthandler
 import gzip
 import importlib
 import io
-import json
 import pickle
 import random
 import re
@@ -45,6 +44,8 @@ from miniglm.interop.hub import CardSettings
 from miniglm.jsonl import dumps, write_report, write_text
 from miniglm.prep.forms import text_of
 from miniglm.prep.readers import Tally, find_sources, is_text, records
+from tests.prep import test_ways as ways
+from tests.prep.test_readers import PACKERS
 from tests.runs import contents, train_here, without_bars, words, write_pairs, write_toys
 from tests.test_comparison import REFERENCES, write_run
 
@@ -104,25 +105,9 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
 
 # --- files of records --------------------------------------------------------------------------
 
-
-def as_json(row: tuple[str, str]) -> str:
-    return json.dumps(dict(zip(("Question", "Answer"), row, strict=True)), ensure_ascii=False)
-
-
-TU = '<tu><tuv xml:lang="en"><seg>{}</seg></tuv><tuv xml:lang="zh"><seg>{}</seg></tuv></tu>'
-FORMS = {  # what a file begins with, has between two rows, and ends with; a row
-    "a.txt": ("", "\n", "\n", "".join),
-    "a.jsonl": ("", "\n", "\n", as_json),
-    "a.tsv": ("", "\n", "\n", "\t".join),
-    "a.en": ("", "\n", "\n", lambda row: row[0]),  # answered by a.zh, line by line
-    "array.json": ("[\n", ",\n", "\n]\n", as_json),
-    "values.json": ("", "\n", "\n", lambda row: as_json(row).replace(", ", ",\n")),
-    "a.csv": ("Question,Answer\n", "\n", "\n", lambda row: f'"{row[0]}",{row[1]}'),
-    "a.tmx": ("<tmx>\n<body>\n", "\n", "\n</body>\n</tmx>\n", lambda row: TU.format(*row)),
-}
+FORMS = ways.FORMS | {"a.en": ("", "\n", "\n", lambda row: row[0])}  # a.zh answers it
 LINES = ("a.txt", "a.jsonl", "a.tsv")  # a good or a bad record for each line
 ENCODINGS = ("utf-8", "utf-8-sig", "gb18030", "cp950", "utf-16", "utf-16-be")
-PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstd.compress}
 UNPACK = {b"\x1f\x8b": gzip.decompress, b"\x28\xb5": zstd.decompress}
 
 
@@ -130,7 +115,7 @@ def form_subject(form: str, encoding: str, suffix: str) -> Subject:
     start, between, end, write = FORMS[form]
     text = start + between.join(map(write, ROWS)) + end
     units = {write(row) + between.strip(): row for row in ROWS}
-    files = {form + suffix: PACK[suffix](text.encode(encoding))}
+    files = {form + suffix: PACKERS[suffix](text.encode(encoding))}
     if form == "a.en":
         files["a.zh"] = "\n".join(row[1] for row in ROWS).encode()
 
@@ -311,7 +296,7 @@ def outcome(subject: Subject, harm: dict[str, bytes], victim: str) -> tuple[str,
 
 def all_subjects(world: Path, only: str) -> dict[str, list[Subject]]:
     """The rows of the table."""
-    packs = ("", "", "", *PACK)
+    packs = ("", "", "", *PACKERS)
     rows = {f: [form_subject(f, e, p) for e in ENCODINGS for p in packs] for f in FORMS}
     rows["a.parquet"] = [parquet_subject(True), parquet_subject(False)]
     if not any(only in name for name in rows if only):
