@@ -343,11 +343,19 @@ RARE = {
 @pytest.mark.parametrize("text", RARE)
 def test_rare_characters_are_no_fault_where_the_encoding_is_sure(text, tmp_path):
     path = tmp_path / "a.txt"
-    for name in ("utf-8", "utf-8-sig", RARE[text], "utf-16"):
+    for name in ("utf-8", "utf-8-sig", RARE[text], "utf-16", "utf-32"):
         path.write_bytes((text * 600).encode(name))
         is_told = name.startswith("utf-") and name != "utf-32"
         for encoding in ("auto", name) if is_told else (name,):
             assert "\n".join(read(path, encoding)) + "\n" == text * 600, (name, encoding)
+
+
+def test_a_nul_costs_its_line_where_the_encoding_was_asked_for(tmp_path):
+    path = write_text(tmp_path / "a.txt", "one\ntwo\0\nthree\n")
+    with pytest.raises(UserError, match="no encoding makes it readable"):
+        read(path)
+    list(records(readers.source_of(path, "utf-8"), tally := Tally()))
+    assert (tally.good, tally.bad) == (2, {"damaged characters": 1})
 
 
 def test_a_damaged_line_of_rare_characters_costs_that_line(tmp_path):
@@ -396,7 +404,7 @@ def test_texts_and_text_files_are_cleaned_as_the_head_of_forms_says(tmp_path):
 NOVEL = """第一回　桃园结义
 　　话说天下大势。{gap}周末七国分争，併入于秦。\tx
     def f():
-        return 1
+        return 1                                        # columns
 a\t\tb\t\t
 白日依山尽，
   黄河入海流。"""
