@@ -22,10 +22,11 @@ first question is read but not trained, and so is one with "loss": false or "wei
 question without an answer is dropped.
 
 Texts are cleaned: CRLF, CR and the other characters that end a line (form feed, U+2028, ...) become
-LF, and so do two U+3000 or 32 blanks inside a line, where paragraphs were joined. Indents made with
-U+3000 and blanks at line ends go, and of several empty lines one stays. Indents of ordinary blanks
-stay, as does one U+3000 inside a line. Messages lose only the blanks around them. `tidied` removes
-from both what no one can see, and tells what may be a fault of the file.
+LF, and so do two U+3000 inside a line, or 32 blanks behind a character that is not ASCII, where
+paragraphs were joined. Indents made with U+3000 and blanks at line ends go, and of several empty
+lines one stays. Indents of ordinary blanks stay, as does one U+3000 inside a line. Messages lose
+only the blanks around them. `tidied` removes from both what no one can see, and tells what may be a
+fault of the file.
 """
 
 import ast
@@ -71,8 +72,8 @@ BESIDE |= {"image", "images", "video", "videos", "audio", "audios"}
 WEIGHTS = {"loss", "weight", "train", "training"}  # of an answer; 0 or false: it is not trained
 KNOWN_FIELDS = {*itertools.chain(*PAIRS), *TURNS, *FIELDS, *MARKS, "rejected", "context", *OPTIONS}
 
-GAP = " " * 32  # too wide for a table of blanks
-PARAGRAPH_END = re.compile(rf"(?:\u3000\u3000|{GAP})[ \t\u3000]*")
+GAP = " " * 32  # behind ASCII these part the columns of a table, or code and its comment
+PARAGRAPH_END = re.compile(rf"(?:\u3000\u3000|(?<![\0-\x7f]){GAP})[ \t\u3000]*")
 CONTROLS = r"\1-\x08\x0e-\x1f\x7f-\x84\x86-\x9f"
 PRIVATE = r"\ue000-\uf8ff\U000f0000-\U0010ffff"
 UNUSUAL = re.compile(rf"[{CONTROLS}{PRIVATE}\u200b\u2060\ufeff\ufffd锟烫&<]")  # begins any of ODD
