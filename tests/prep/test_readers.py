@@ -482,6 +482,17 @@ def test_odd_characters_are_removed_or_kept_and_counted_in_texts_and_turns_of_ea
         assert both.meta().get("odd_characters") == ({kind: 2} if kind else None)
 
 
+def test_two_fields_of_one_name_cost_their_record(tmp_path):
+    good, twice = '{"question": "谁？", "answer": "孔明。"}', '"content": "甲", "content": "乙"'
+    turns = (
+        f'{{"messages": [{{"role": "user", {twice}}}, {{"role": "assistant", "content": "丙"}}]}}'
+    )
+    lines = [good, good.replace("{", '{"question": "甲？", '), turns, good, good]
+    for name, text in (("a.jsonl", "\n".join(lines)), ("a.json", f"[{','.join(lines)}]")):
+        found, tally = counted(write_text(tmp_path / name, text))
+        assert (len(found), tally.bad) == (3, {"two fields of one name": 2})
+
+
 def test_json_lines_put_one_behind_another_lose_the_mark_between_them(tmp_path):
     path = write_text(tmp_path / "a.jsonl", '\ufeff{"text": "甲"}\n\ufeff{"text": "乙"}\n')
     assert read(path) == ["甲", "乙"]
