@@ -33,7 +33,6 @@ PIECES = 16  # places, evenly over the file
 READABLE = 0.7  # the smallest share of good characters among those beyond ASCII
 IN_STEP = 0.95  # the same of UTF-16
 VALID = 0.98  # the same where rare characters are good ones
-WIDE = ("utf-16", "utf-32")  # where nearly any bytes are valid, and NUL is part of a character
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # the first bytes of such a file
 MARKS = {
     b"\xef\xbb\xbf": "utf-8",
@@ -104,10 +103,10 @@ def find_encoding(path: Path, encoding: str = "auto") -> str:
         file.seek(0)
         marked = next((name for mark, name in MARKS.items() if head.startswith(mark)), "")
         told = marked if encoding == "auto" else _known(encoding, head)
-        pieces, is_valid = _sample(file, told or "utf-8")
+        pieces, is_valid = _sample(file, told)
     name = told or _guess(pieces, is_valid)
     is_sure = is_valid and name == (told or "utf-8")
-    is_sure &= name == marked or not name.startswith(WIDE)
+    is_sure &= name == marked or not name.startswith("utf-16")  # nearly any bytes are valid in it
     in_step = encoding != "auto" or _is_in_step(pieces, name)
     if not is_sure and not (name and in_step and _is_readable(pieces, name)):
         wrong = f"as {name} it is garbage" if name else "no encoding makes it readable text"
@@ -129,9 +128,9 @@ def _known(name: str, head: bytes) -> str:
 
 def _sample(file: io.BufferedIOBase, encoding: str) -> tuple[list[tuple[int, bytes]], bool]:
     """Up to PIECES pieces with more than ASCII in them, (position, bytes); and whether the whole
-    file is valid in this encoding, and holds no NUL unless that is UTF-16 or UTF-32."""
+    file is valid in this encoding; if it is "", in UTF-8 without a NUL."""
     pieces, every, seen, position, is_valid = [], 1, 0, 0, True
-    decoder, has_nul = codecs.getincrementaldecoder(encoding)(), encoding.startswith(WIDE)
+    decoder = codecs.getincrementaldecoder(encoding or "utf-8")()
     for piece in itertools.chain(iter(functools.partial(file.read, PIECE), b""), [b""]):
         if not piece.isascii() or b"\0" in piece:
             if seen % every == 0:
@@ -143,7 +142,7 @@ def _sample(file: io.BufferedIOBase, encoding: str) -> tuple[list[tuple[int, byt
         if is_valid:
             try:
                 decoder.decode(piece, final=not piece)
-                is_valid = has_nul or b"\0" not in piece
+                is_valid = bool(encoding) or b"\0" not in piece
             except UnicodeError:
                 is_valid = False
     return pieces, is_valid

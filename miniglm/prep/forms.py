@@ -22,10 +22,11 @@ first question is read but not trained, and so is one with "loss": false or "wei
 question without an answer is dropped.
 
 Texts are cleaned: CRLF, CR and the other characters that end a line (form feed, U+2028, ...) become
-LF, and so do two U+3000 or 32 blanks inside a line, where paragraphs were joined. Indents made with
-U+3000 and blanks at line ends go, and of several empty lines one stays. Indents of ordinary blanks
-stay, as does one U+3000 inside a line. Messages lose only the blanks around them. `tidied` removes
-from both what no one can see, and tells what may be a fault of the file.
+LF, and so do two U+3000 inside a line, or 32 blanks behind a character that is not ASCII, where
+paragraphs were joined. Indents made with U+3000 and blanks at line ends go, and of several empty
+lines one stays. Indents of ordinary blanks stay, as does one U+3000 inside a line. Messages lose
+only the blanks around them. `tidied` removes from both what no one can see, and tells what may be a
+fault of the file.
 """
 
 import ast
@@ -68,11 +69,13 @@ MARKS = {"label", "kto_tag", "is_correct", "is_bad"}  # of an answer: whether it
 TRUTH = {"true": True, "1": True, "false": False, "0": False}
 BESIDE = {"choices", "options", "tools", "functions", "tool_calls", "function_call"}
 BESIDE |= {"image", "images", "video", "videos", "audio", "audios"}
+OTHER_OPTIONS = re.compile(r"(?:opt?|option|choice|选项)[ _-]?[a-h0-9]")
+EMPTY = (None, False, "", [], {}, "[]", "{}")  # a table has lists as text
 WEIGHTS = {"loss", "weight", "train", "training"}  # of an answer; 0 or false: it is not trained
 KNOWN_FIELDS = {*itertools.chain(*PAIRS), *TURNS, *FIELDS, *MARKS, "rejected", "context", *OPTIONS}
 
-GAP = " " * 32  # too wide for a table of blanks
-PARAGRAPH_END = re.compile(rf"(?:\u3000\u3000|{GAP})[ \t\u3000]*")
+GAP = " " * 32  # behind ASCII these part the columns of a table, or code and its comment
+PARAGRAPH_END = re.compile(rf"(?:\u3000\u3000|(?<![\0-\x7f]){GAP})[ \t\u3000]*")
 CONTROLS = r"\1-\x08\x0e-\x1f\x7f-\x84\x86-\x9f"
 PRIVATE = r"\ue000-\uf8ff\U000f0000-\U0010ffff"
 UNUSUAL = re.compile(rf"[{CONTROLS}{PRIVATE}\u200b\u2060\ufeff\ufffd锟烫&<]")  # begins any of ODD
@@ -139,7 +142,8 @@ def fields_of(value: object) -> dict:
 
 
 def _record(whole: dict, fields: dict[str, str]) -> Record:
-    """The text, or the messages as they are. Raises BadRecord if the answer is marked as bad."""
+    """The text, or the messages as they are. Raises BadRecord if the answer is marked as bad, or is
+    not to be trained."""
     record = _ranked(whole)
     if isinstance(record.get("translation"), dict):
         record = fields_of(record["translation"])
@@ -150,8 +154,11 @@ def _record(whole: dict, fields: dict[str, str]) -> Record:
         if "text" in record:
             return _text(record["text"])
         raise BadRecord("missing field", f"it has {', '.join(record) or 'none'}")
-    if mark_of(whole) is False:
+    is_class = str(whole.get("label")) in ("0", "1") and "completion" not in whole
+    if mark_of(whole) is False and not is_class:
         raise BadRecord("one-sided", "the answer is marked as bad", is_good=True)
+    if 0 in [whole[name] for name in WEIGHTS.intersection(whole)]:
+        raise BadRecord("untrained", is_good=True)
     _refuse_beside(record)
     return messages
 
@@ -176,8 +183,8 @@ def _turns(record: dict) -> object:
 
 def _refuse_beside(fields: dict) -> None:
     """Raises BadRecord if a record or a turn has what a text alone does not say."""
-    for name in BESIDE.intersection(fields):
-        if fields[name] and fields[name] not in ("[]", "{}"):  # a table has lists as text
+    for name, value in fields.items():
+        if (name in BESIDE or OTHER_OPTIONS.fullmatch(name)) and value not in EMPTY:
             raise BadRecord("more than text", name)
 
 
@@ -315,10 +322,10 @@ def _side(record: dict, name: str) -> list[dict] | None:
 def _messages(value: object) -> list[dict]:
     """Turns {"role", "content"} or {"from", "value"} as messages; without roles they alternate."""
     value = _parsed(value, json.loads, "turns")
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+    if not isinstance(value, list):
         raise BadRecord("wrong type", "turns are no list of objects")
     messages = []
-    for number, turn in enumerate(value):
+    for number, turn in enumerate(map(fields_of, value)):
         name = turn.get("role", turn.get("from", ("user", "assistant")[number % 2]))
         if not isinstance(name, str) or name.lower() not in ROLES:
             raise BadRecord("unknown role", name)

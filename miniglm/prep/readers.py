@@ -407,12 +407,23 @@ def aligned(source: Source) -> Iterator[tuple[int, dict]]:
         ) from None
 
 
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object. Of fields of one name all are kept, for `fields_of` to refuse."""
+    fields = dict(pairs)
+    return (
+        fields if len(fields) == len(pairs) else {n + " " * i: v for i, (n, v) in enumerate(pairs)}
+    )
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def _json_lines(source: Source, tally: Tally) -> Iterator[tuple[int, object]]:
     for number, line in read_lines(source):
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line.removeprefix("\ufeff"))  # of a file put behind another
+            yield number, JSON.decode(line.removeprefix("\ufeff"))  # of a file put behind another
         except (ValueError, RecursionError) as error:
             tally.skip(number, BadRecord("broken JSON", error))
 
@@ -426,7 +437,6 @@ def _first_line_is_json(source: Source) -> bool:
         return False
 
 
-JSON = json.JSONDecoder()
 JSON_BLANKS = re.compile(r"[ \t\r\n]*")
 
 
@@ -652,8 +662,9 @@ def converted(source: Source, tally: Tally, record_of: Callable[[object], T]) ->
 
 def is_text(sources: list[Source], fields: dict[str, str]) -> bool:
     """Whether the first good record is a text, not a conversation."""
+    tally = Tally(quiet=True)
     for source in sources:
-        for record in records(source, Tally(quiet=True), fields):
+        for record in records(source, tally, fields):
             return isinstance(record, str)
     more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
-    raise UserError(f"there is no record in {sources[0].name}{more}")
+    raise UserError(f"there is no record in {sources[0].name}{more}{tally.summary()}")

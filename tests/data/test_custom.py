@@ -139,7 +139,8 @@ def test_without_validation_all_is_trained_and_no_file_of_it_stays(mine):
         (["--input=a.txt", "--tokenizer=nowhere"], "no tokenizer nowhere"),
         (["--input=c.jsonl", "--max_tokens=3"], "(8 skipped: too long); see --max_tokens="),
         (["--input=t.csv"], "t.csv has two columns called 'question'; rename or remove one"),
-        (["--input=e.txt"], "there is no record in "),
+        (["--input=e.txt"], "; records left out: 1 empty file"),
+        (["--input=k.jsonl"], "; of these not taken: 1 one-sided"),
     ],
 )
 def test_what_cannot_be_prepared_is_said_in_a_line_and_writes_nothing(words, message, mine):
@@ -147,6 +148,7 @@ def test_what_cannot_be_prepared_is_said_in_a_line_and_writes_nothing(words, mes
     write_questions(mine / "c.jsonl", QUESTIONS[:10])
     write_questions(mine / "o.jsonl", [*QUESTIONS[:1] * 3, dialogue("第0回说的是什么？", "不知。")])
     (mine / "e.txt").write_bytes(b"")
+    (mine / "k.jsonl").write_text('{"prompt": "q", "completion": "bad", "label": false}')
     (mine / "t.csv").write_text("question,question,answer\na,b,c\n")
     with pytest.raises(UserError) as caught:
         prepare.main([*words, f"--out={mine / 'out'}"])

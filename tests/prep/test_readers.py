@@ -338,7 +338,7 @@ RARE = {
 @pytest.mark.parametrize("text", RARE)
 def test_rare_characters_are_no_fault_where_the_encoding_is_sure(text, tmp_path):
     path = tmp_path / "a.txt"
-    for name in ("utf-8", "utf-8-sig", RARE[text], "utf-16"):
+    for name in ("utf-8", "utf-8-sig", RARE[text], "utf-16", "utf-32"):
         path.write_bytes((text * 600).encode(name))
         is_told = name.startswith("utf-") and name != "utf-32"
         for encoding in ("auto", name) if is_told else (name,):
@@ -356,6 +356,14 @@ def test_utf_16_is_refused_if_all_behind_a_lost_byte_is_garbage(encoding, tmp_pa
         (tmp_path / "a.txt").write_bytes(data[:lost] + data[lost + 1 :])
         with pytest.raises(UserError, match=r"a\.txt: .*; pass --encoding=, or leave"):
             read(tmp_path / "a.txt")
+
+
+def test_a_nul_costs_its_line_where_the_encoding_was_asked_for(tmp_path):
+    path = write_text(tmp_path / "a.txt", "one\ntwo\0\nthree\n")
+    with pytest.raises(UserError, match="no encoding makes it readable"):
+        read(path)
+    list(records(readers.source_of(path, "utf-8"), tally := Tally()))
+    assert (tally.good, tally.bad) == (2, {"damaged characters": 1})
 
 
 def test_what_is_no_text_is_refused(tmp_path):
@@ -401,7 +409,7 @@ def test_texts_and_text_files_are_cleaned_as_the_head_of_forms_says(tmp_path):
 NOVEL = """第一回　桃园结义
 　　话说天下大势。{gap}周末七国分争，併入于秦。\tx
     def f():
-        return 1
+        return 1                                        # columns
 a\t\tb\t\t
 白日依山尽，
   黄河入海流。"""
@@ -477,6 +485,17 @@ def test_odd_characters_are_removed_or_kept_and_counted_in_texts_and_turns_of_ea
         shown = f"\n2 records with {kind}; the first in {path}, line {line}" if kind else ""
         assert both.summary() == shown
         assert both.meta().get("odd_characters") == ({kind: 2} if kind else None)
+
+
+def test_two_fields_of_one_name_cost_their_record(tmp_path):
+    good, twice = '{"question": "谁？", "answer": "孔明。"}', '"content": "甲", "content": "乙"'
+    turns = (
+        f'{{"messages": [{{"role": "user", {twice}}}, {{"role": "assistant", "content": "丙"}}]}}'
+    )
+    lines = [good, good.replace("{", '{"question": "甲？", '), turns, good, good]
+    for name, text in (("a.jsonl", "\n".join(lines)), ("a.json", f"[{','.join(lines)}]")):
+        found, tally = counted(write_text(tmp_path / name, text))
+        assert (len(found), tally.bad) == (3, {"two fields of one name": 2})
 
 
 def test_json_lines_put_one_behind_another_lose_the_mark_between_them(tmp_path):
