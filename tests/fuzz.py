@@ -46,7 +46,7 @@ from miniglm.prep.forms import text_of
 from miniglm.prep.readers import Tally, find_sources, is_text, records
 from tests.prep import test_ways as ways
 from tests.prep.test_readers import PACKERS
-from tests.runs import contents, train_here, without_bars, words, write_pairs, write_toys
+from tests.runs import contents, train_here, without_bars, words, write_toys
 from tests.test_comparison import REFERENCES, write_run
 
 KINDS = ("as before", "counted", "other content", "one line", "FAULT")
@@ -172,7 +172,6 @@ def write_world(folder: Path) -> None:
     from tests.interop.test_foreign import nanogpt_content  # it imports transformers
 
     write_toys(folder)
-    write_pairs(folder / "pairs")
     short = {"max_iters": 4, "eval_interval": 2, "prompts": "[]", "block_size": 128}
     train_here(dataset=folder / "text", out_dir=folder / "base", **short)
     for name, data, first, rank in (

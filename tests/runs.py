@@ -74,13 +74,8 @@ def write_toys(folder: Path) -> None:
     write_pretrain(folder / "text", toy_tokenizer(), texts, ["a test"])
     pairs = {"train": questions(1, 90), "val": questions(2, 12)}
     write_sft(folder / "questions", toy_tokenizer(), pairs, ["a test"], max_tokens=32)
-    write_pairs(folder / "pairs")
-
-
-def write_pairs(out: Path) -> None:
-    """Preferences of the same vocabulary."""
     pairs = {"train": preferences(3, 60), "val": preferences(4, 14)}
-    write_dpo(out, toy_tokenizer(), pairs, ["a test"], max_tokens=32)
+    write_dpo(folder / "pairs", toy_tokenizer(), pairs, ["a test"], max_tokens=32)
 
 
 def words(**settings: object) -> list[str]:

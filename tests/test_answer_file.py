@@ -132,14 +132,3 @@ def test_a_file_without_a_question_is_one_line(outs, tmp_path):
     with pytest.raises(UserError, match=r"asked\.jsonl is empty; --input_data= takes"):
         ask(outs["sft"], tmp_path, lines=[" "])
     assert [path.name for path in tmp_path.iterdir()] == ["asked.jsonl"]
-
-
-@pytest.mark.parametrize("line", ["{", "[" * 10**5, "[]", '{"b": 1}'])
-def test_a_file_with_a_damaged_line_stays_as_it_was(line, tmp_path):
-    file, content = tmp_path / "a.jsonl", f'{{"a": 1}}\n{line}\n{{"a": 2}}\n{{"a": '
-    file.write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match=r"a\.jsonl, line 2 is damaged"):
-        jsonl.recover(file, "a")
-    assert file.read_text(encoding="utf-8") == content
-    with pytest.raises(UserError, match=r"a\.jsonl is damaged"):
-        jsonl.read_report(file, [], "make it again")

@@ -1,11 +1,9 @@
 """Files of JSON lines: what is read, what is refused in one line, and what a kill leaves."""
 
-import json
-
 import pytest
 
 from configurator import UserError
-from miniglm.jsonl import append, dumps, read_records, recover, resume
+from miniglm.jsonl import append, dumps, read_records, read_report, recover, resume
 
 RECORDS = [{"a": "谁？", "b": 1}, {"a": "x\u2028y\x85\v\r\nz"}, {"a": "", "c": "何时"}]
 
@@ -49,7 +47,18 @@ def test_a_file_that_is_cut_at_any_byte_keeps_its_whole_lines(tmp_path):
         assert path.read_bytes() == content
 
 
-def test_what_another_run_began_or_a_hand_damaged_is_left_as_it_is(tmp_path):
+@pytest.mark.parametrize("line", ["{", "[" * 10**5, "[]", '{"b": 1}'])
+def test_a_file_with_a_damaged_line_stays_as_it_was(line, tmp_path):
+    path, content = tmp_path / "a.jsonl", f'{{"a": 1}}\n{line}\n{{"a": 2}}\n{{"a": '
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2 is damaged"):
+        recover(path, "a")
+    assert path.read_text(encoding="utf-8") == content
+    with pytest.raises(UserError, match=r"a\.jsonl is damaged"):
+        read_report(path, [], "make it again")
+
+
+def test_what_another_run_began_is_left_as_it_is(tmp_path):
     path = tmp_path / "a.jsonl"
     append(path, [{"seed": 1, "size": 2}, *RECORDS])
     before = path.read_bytes()
@@ -60,6 +69,3 @@ def test_what_another_run_began_or_a_hand_damaged_is_left_as_it_is(tmp_path):
     with pytest.raises(UserError, match="line 1 is damaged; delete it"):
         recover(path, "a")
     assert path.read_bytes() == before
-    path.write_bytes(before + json.dumps([1]).encode() + b"\n")
-    with pytest.raises(UserError, match="line 5 is damaged"):
-        resume(path, {"seed": 1, "size": 2})
