@@ -170,7 +170,7 @@ def main(argv: list[str]) -> None:
     if config.input_data:
         return answer_file.answer_file(config)
     if config.save_path:
-        check_writable(Path(config.save_path).expanduser().parent, "--save_path=")
+        check_writable(expanded(config.save_path).parent, "--save_path=")
     checkpoint = load_for_sampling(config.out_dir, config.device, config.quantize == "int8")
     if config.interactive:
         return converse(checkpoint, config)
