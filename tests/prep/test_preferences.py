@@ -158,6 +158,15 @@ def test_pairs_of_each_form_are_the_same_pairs(tokenizer, tmp_path, form):
     assert pairs_of(data, "train") | pairs_of(data, "val") == {ask: (a, b) for ask, a, b in pairs}
 
 
+def test_marks_without_any_counterpart_are_said_to_have_none(tokenizer, tmp_path):
+    lines = [
+        {"prompt": ask, "completion": "甲", "label": ask == "谁？"} for ask in ("谁？", "何时？")
+    ]
+    file = write_lines(tmp_path / "marks.jsonl", lines)
+    with pytest.raises(UserError, match="no pair: no prompt of the 2 marked answers has a good"):
+        prepared(tokenizer, tmp_path / "out", f"--input={file}")
+
+
 def test_files_need_no_torch():
     names = ("torch", "sacrebleu", "openai")
     code = f"import sys; sys.modules |= dict.fromkeys({names}); import data.custom.prepare_dpo"
