@@ -58,10 +58,11 @@ def run(out: Path, *flags: str) -> None:
     sample.main([f"--out_dir={out}", "--max_new_tokens=20", "--device=cpu", *flags])
 
 
-def test_one_prompt_is_printed_with_its_continuation(tmp_path, capsys):
+def test_one_prompt_is_printed_with_its_continuation(tmp_path, capsys, monkeypatch):
     out = make_run(tmp_path, "pretrain")
-    run(out, "--start=却说", f"--save_path={tmp_path / 'said.jsonl'}")
-    [saved] = read_records(tmp_path / "said.jsonl", ("prompt", "continuation"), "")
+    monkeypatch.chdir(tmp_path)
+    run(out, "--start=却说", "--save_path=~said.jsonl")  # no one's home folder
+    [saved] = read_records(tmp_path / "~said.jsonl", ("prompt", "continuation"), "")
     assert saved["prompt"] == "却说" and saved["continuation"]
     assert capsys.readouterr().out == "却说" + saved["continuation"] + "\n"
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from configurator import at_least, below, repo_path
+from configurator import UserError, at_least, below, repo_path
 from miniglm.prep.forms import BadRecord, Preference, fields_of, is_whole, preference, split_of
 from miniglm.prep.pipeline import print_meta, splits_of
 from miniglm.prep.readers import Source, Tally, converted, find_sources
@@ -93,7 +93,7 @@ def read_pairs(config: Settings, sources: list[Source], _: Tokenizer, tally: Tal
 
 def matched(preferences: Iterable[Preference], tally: Tally) -> Iterator[Pair]:
     """Preferences -> pairs: an answer that is marked alone waits for one of the other kind."""
-    waiting = {}  # prompt -> chosen answers, rejected answers
+    waiting, paired = {}, False  # prompt -> chosen answers, rejected answers
     for prompt, *answers in preferences:
         if None in answers:
             side = answers.index(None)  # the one that is missing
@@ -103,7 +103,12 @@ def matched(preferences: Iterable[Preference], tally: Tally) -> Iterator[Pair]:
                 continue
             answers[side] = sides[side].pop(0)
         yield prompt, *answers
+        paired = True
     alone = sum(len(answers) for sides in waiting.values() for answers in sides)
+    if alone and not paired:
+        raise UserError(
+            f"no pair: no prompt of the {alone} marked answers has a good and a bad one"
+        )
     if alone:
         tally.aside["without a counterpart"] += alone
 

@@ -124,6 +124,15 @@ def test_bad_ranked_records_have_a_reason(value, reason):
     assert error.value.reason == reason
 
 
+def test_marks_without_any_counterpart_are_said_to_have_none(tokenizer, tmp_path):
+    lines = [
+        {"prompt": ask, "completion": "甲", "label": ask == "谁？"} for ask in ("谁？", "何时？")
+    ]
+    file = write_lines(tmp_path / "marks.jsonl", lines)
+    with pytest.raises(UserError, match="no pair: no prompt of the 2 marked answers has a good"):
+        prepared(tokenizer, tmp_path / "out", f"--input={file}")
+
+
 def test_files_need_no_torch():
     assert_imports_without("data.custom.prepare_dpo", "torch", "sacrebleu", "openai")
 
