@@ -89,7 +89,7 @@ def print_outputs(
     checkpoint: Checkpoint, config: Settings, texts: list[str]
 ) -> list[tuple[str, str]]:
     """Prints the outputs of each prompt, a single one as it comes; returns (prompt, output)."""
-    prompts = [prompt_ids(checkpoint, text) for text in texts]
+    texts, prompts = zip(*readable(checkpoint, texts), strict=True)
     if len(prompts) == config.num_samples == 1 and not config.perplexity:
         print("" if checkpoint.answers else texts[0], end="", flush=True)
         return [(texts[0], print_stream(stream(checkpoint, prompts[0], config)))]
@@ -104,6 +104,20 @@ def print_outputs(
             shown.write(show(checkpoint, text, output.text), file=sys.stdout)
             if config.perplexity:
                 shown.write(f"[perplexity {output.perplexity:.2f}]", file=sys.stdout)
+    return pairs
+
+
+def readable(checkpoint: Checkpoint, texts: list[str]) -> list[tuple[str, list[int]]]:
+    """The texts with the ids of their prompts; of several, those that are too long are named and
+    left out. Raises UserError if none is left."""
+    pairs = []
+    for number, text in enumerate(texts, 1):
+        try:
+            pairs.append((text, prompt_ids(checkpoint, text)))
+        except UserError as error:
+            if number - len(pairs) == len(texts):
+                raise
+            print(f"left out: number {number}: {error}", file=sys.stderr)
     return pairs
 
 

@@ -103,6 +103,14 @@ def test_a_question_that_is_missing_or_too_long_is_refused(tmp_path):
         run(out, f"--start={TEXT}")
 
 
+def test_a_question_of_a_file_that_is_too_long_does_not_end_the_others(tmp_path, capsys):
+    out, long = make_run(tmp_path, "sft"), TEXT.replace("\n", "")
+    run(out, f"--start={write(tmp_path / 'q.txt', f'谁？{chr(10)}{long}{chr(10)}何时？')}")
+    said = capsys.readouterr()
+    assert said.out.count("问：") == 2 and "问：何时？" in said.out
+    assert "left out: number 2: " in said.err
+
+
 def test_a_conversation_remembers_until_an_empty_line(tmp_path, monkeypatch, capsys):
     checkpoint = load_for_sampling(str(make_run(tmp_path, "sft")), "cpu")
     checkpoint.run["dataset"]["question_end"] = "？"
