@@ -58,12 +58,6 @@ def write_parquet(path: Path, rows: list[dict]) -> Path:
 
 # --- forms of files ------------------------------------------------------------------------------
 
-WRITERS = {
-    "jsonl": write_lines,
-    "json": lambda path, rows: write_text(path, json.dumps(rows)),
-    "csv": write_csv,
-    "parquet": write_parquet,
-}
 PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": zstd.compress}
 
 
@@ -72,16 +66,6 @@ def packed(path: Path, suffix: str) -> Path:
     other = path.with_name(path.name + suffix)
     other.write_bytes(PACKERS[suffix](path.read_bytes()))
     return other
-
-
-@pytest.mark.parametrize("form", WRITERS)
-def test_each_form_gives_the_same_texts_and_conversations(form, tmp_path):
-    texts, pairs = tmp_path / f"a.{form}", tmp_path / f"b.{form}"
-    WRITERS[form](texts, [{"text": text, "meta": "x"} for text in TEXTS])
-    WRITERS[form](pairs, [{"Question": text, "Answer": "是。"} for text in TEXTS])
-    for suffix in PACKERS if form != "parquet" else [""]:
-        assert read(packed(texts, suffix)) == TEXTS
-        assert read(packed(pairs, suffix)) == [dialogue(text, "是。") for text in TEXTS]
 
 
 @pytest.mark.parametrize("suffix", PACKERS)
