@@ -163,9 +163,9 @@ class State:
 
 def main(argv: list[str]) -> None:
     startup = Stopwatch()
-    if configure(Settings, argv).dry_run:  # whole rows: short ones take less memory and time
-        argv = [*argv, "--short_block=None"]
     with distributed.together() as world, alone_in_out_dir(argv, world) as check_out_dir:
+        if configure(Settings, argv).dry_run:  # whole rows: short ones take less memory and time
+            argv = [*argv, "--short_block=None"]
         run, state = start(argv, world, startup)
         peak = devices.find_peak(run.device, devices.pick_dtype(run.config.dtype, run.device))
         peak = dataclasses.replace(peak, rate=peak.rate * world.size)
