@@ -317,10 +317,10 @@ train.command(train.main)
 AT_STEP_6 = """
 step = train.train_step
 
-def step_with_a_fault(run, *batch):
-    if (run.world.rank, run.progress.iter) == (1, 6):
+def step_with_a_fault(run, state, *batch):
+    if (run.world.rank, state.progress.iter) == (1, 6):
         {action}
-    return step(run, *batch)
+    return step(run, state, *batch)
 
 train.train_step = step_with_a_fault
 """
