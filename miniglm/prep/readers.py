@@ -410,9 +410,9 @@ def aligned(source: Source) -> Iterator[tuple[int, dict]]:
 def _object(pairs: list[tuple[str, object]]) -> dict:
     """A JSON object. Of fields of one name all are kept, for `fields_of` to refuse."""
     fields = dict(pairs)
-    return (
-        fields if len(fields) == len(pairs) else {n + " " * i: v for i, (n, v) in enumerate(pairs)}
-    )
+    if len(fields) < len(pairs):  # blanks around a name do not count there
+        fields = {name + " " * n: value for n, (name, value) in enumerate(pairs)}
+    return fields
 
 
 JSON = json.JSONDecoder(object_pairs_hook=_object)
