@@ -328,7 +328,7 @@ def _read_flag(word: str, hints: dict[str, type]) -> dict:
     """--key=value, or a bare --key for a yes-or-no setting."""
     name, equals, text = word.lstrip("-").partition("=")
     _check_name(name, hints, "")
-    if not equals and hints[name] is not bool:
+    if not equals and bool not in (hints[name], *typing.get_args(hints[name])):
         raise UserError(f"--{name} has no value; write --{name}=VALUE")
     return {name: _parse(name, text, hints[name]) if equals else True}
 

@@ -39,7 +39,7 @@ import torch
 
 from data_utils import Dataset, Mixture, open_dataset
 from miniglm import checkpoint as checkpoints
-from miniglm import devices, distributed, monitor, preflight
+from miniglm import compiling, devices, distributed, monitor, preflight
 from miniglm.checkpoint import Checkpoint
 from miniglm.devices import Peak
 from miniglm.distributed import ALONE, LossModule, World
@@ -92,7 +92,7 @@ class Settings(Architecture):
     prompts: list[str] | None = None  # of samples at evaluations; None: of the data; empty: none
     device: str = "auto"  # cuda, mps, cpu; auto is the first of them that is there
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # bfloat16 where it is native
-    compile: bool | None = None  # torch.compile; None: on CUDA, if triton is installed
+    compile: bool | None = None  # torch.compile; None: where it can be had and pays
     checkpoint_activations: bool = False  # compute blocks again in the backward pass: less memory
     shard: bool = False  # shard weights, gradients and moments over processes: less memory
 
@@ -107,7 +107,7 @@ class Settings(Architecture):
             raise UserError(
                 f"short_block={self.short_block} must divide block_size={self.block_size}"
             )
-        for name in ("checkpoint_activations", "shard"):
+        for name in ("checkpoint_activations", "shard", "compile"):
             if getattr(self, name) and self.model == "lstm":
                 raise UserError(f"{name}=True is for model='gpt'; leave it out")
         check_trackers(self.track)
@@ -203,8 +203,15 @@ def start(
     startup.lap("processes")
     torch.manual_seed(config.seed)
     out_dir = repo_path(config.out_dir)
-    objective = OBJECTIVES[data.kind](config, data, device, world)
     model, checkpoint = load_model(config, begins, data, world, device)
+    compiles, why = False, "an LSTM has no blocks"
+    if config.model == "gpt":
+        compiles, why = compiling.decide(config.compile, device, work_left(config, data, model))
+    print(f"steps are {'' if compiles else 'not '}compiled: {why}")
+    config = dataclasses.replace(config, compile=compiles)  # a run that is resumed keeps to it
+    if begins.resumes:
+        preflight.note_changes(begins.run, config, device, world)
+    objective = OBJECTIVES[data.kind](config, data, device, world)
     adapter = prepare_model(config, begins, model, checkpoint, objective, world)
     if config.shard and world.size > 1:
         distributed.shard(model, device, world)
@@ -265,6 +272,14 @@ def load_model(
     return checkpoint.model.train(), checkpoint
 
 
+def work_left(config: Settings, data: Dataset | Mixture, model: torch.nn.Module) -> float:
+    """Operations of all steps, from the mean length of some rows."""
+    some = data.step_rows(config.seed, 0, 64 * config.rows_per_step, config.block_size)
+    length = data.input_tokens(some, config.block_size) / len(some)
+    rows = config.max_iters * config.rows_per_step
+    return rows * length * model.flops_per_token(length)
+
+
 def prepare_model(
     config: Settings,
     begins: Start,
@@ -303,8 +318,8 @@ def train(
     check_out_dir: raises UserError if out_dir is no longer this run's.
     """
     config, progress, world = run.config, state.progress, run.world
-    if devices.should_compile(config.compile, run.device):
-        state.model.compile()
+    if config.compile:
+        compiling.compile_blocks(state.model)
     # run.json's part that sampling asks for
     view = Checkpoint(run.out_dir, state.model, run.data.tokenizer, {"dataset": identity(run.data)})
     prompts = monitor.sample_prompts(view, run.data, config.prompts)
@@ -447,10 +462,9 @@ def sample(run: Run, state: State, view: Checkpoint, prompts: list) -> list[str]
     if not prompts:
         return []
     view.model = checkpoints.whole_model(state.model, run.adapter, run.world)
-    compiled = devices.should_compile(run.config.compile, run.device)
     texts = []
     if run.world.is_first:
-        texts = monitor.write_samples(view, prompts, run.config.seed, compiled)
+        texts = monitor.write_samples(view, prompts, run.config.seed, run.config.compile)
     view.model = state.model  # one that was gathered is freed
     return texts
 
@@ -575,6 +589,8 @@ def dry_run(run: Run, state: State, peak: Peak, timed: int = 3) -> None:
     batches, counts, _ = next(steps(run, state))
     of_each_term = {batch.term: batch for batch in batches}.values()  # not held together
     activations = max(activation_bytes(run, state, batch) for batch in of_each_term)
+    if run.config.compile:
+        compiling.compile_blocks(state.model)
     train_step(run, state, batches, counts)  # warms up
     window, made = Window(), steps(run, state)
     for _ in range(timed):

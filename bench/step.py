@@ -4,11 +4,14 @@
     python -m bench step --n_layer=6 --n_embd=512 --n_head=8 --dataset=sanguo_gpt2
 
 First the same step with AdamW for all, on random ids: our GPT in three architectures, Hugging
-Face's GPT-2 and Llama, in float32 and in what train.py takes on this device. The roofline of a step
-is the time of its matmuls alone. Then train.py's own step on a prepared dataset, batch included,
-with Muon and with AdamW.
+Face's GPT-2 and Llama, in float32 and in what train.py takes on this device; where there is a
+compiler, also compiled. The roofline of a step is the time of its matmuls alone. Then train.py's
+own step on a prepared dataset, batch included, with Muon and with AdamW.
 """
 
+import ctypes
+import gc
+import itertools
 import multiprocessing
 import re
 from collections.abc import Callable
@@ -23,9 +26,10 @@ from torch.profiler import record_function
 import train as training
 from bench import timing
 from bench.generate import hugging_face_model
-from bench.timing import measure, print_profile, profile_kinds, report, speed_ratio
+from bench.timing import FUSED, measure, print_profile, profile_kinds, report, speed_ratio
 from configurator import at_least
 from data_utils import open_dataset
+from miniglm import compiling
 from miniglm.devices import pick_dtype
 from miniglm.losses import next_token
 from miniglm.optim import make_optimizers
@@ -37,12 +41,16 @@ ARCHITECTURES = {  # as our settings
     "Llama": LLAMA,
     "GPT-2": LLAMA | {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True},
 }
-PEERS = {  # with the same matmuls
-    "ours, Qwen3": "Hugging Face, Llama",
-    "ours, Llama": "Hugging Face, Llama",
-    "ours, GPT-2": "Hugging Face, GPT-2",
-}
-CONTENDERS = list(dict.fromkeys([*PEERS, *PEERS.values()]))
+PEERS = [  # with the same matmuls
+    ("ours, Qwen3", "Hugging Face, Llama"),
+    ("ours, Llama", "Hugging Face, Llama"),
+    ("ours, GPT-2", "Hugging Face, GPT-2"),
+]
+COMPILED = [
+    ("ours, Qwen3, compiled", "Hugging Face, Llama"),
+    ("ours, Llama, compiled", "Hugging Face, Llama"),
+    ("ours, Llama, compiled", "Hugging Face, Llama, compiled"),
+]
 KINDS = {  # kind -> its events, forward and backward
     "head and loss": r"SummedLoss",
     "attention": r"CausalAttention|scaled_dot_product|ScaledDotProduct",
@@ -50,6 +58,7 @@ KINDS = {  # kind -> its events, forward and backward
     "AdamW": r"^Optimizer\..*#AdamW\.",
     "data": r"^data$",
     "matmuls of the blocks": r"^aten::(mm|addmm|bmm|baddbmm)$",
+    FUSED: r"CompiledFxGraph",
     "copies and casts": r"^aten::(to|_to_copy|copy_|clone|contiguous)$",
     "gradient norm": r"^aten::(_foreach_norm|linalg_vector_norm|_foreach_mul_)$",
 }
@@ -70,8 +79,9 @@ def bench(config: Settings) -> dict:
         f"{config.batch_size} x {config.block_size} tokens, {config.rounds} turns each"
     )
     dtypes = dtypes_of("auto", config.device)
-    results = {dtype: race(config, n_vocab, dtype) for dtype in dtypes}
-    for dtype, memory in peak_memory(config, n_vocab, dtypes).items():
+    peers = PEERS if compiling.what_lacks(torch.device(config.device).type) else PEERS + COMPILED
+    results = {dtype: race(config, n_vocab, dtype, peers) for dtype in dtypes}
+    for dtype, memory in peak_memory(config, n_vocab, dtypes, contenders(peers)).items():
         results[dtype]["memory"] = memory
     # from here on the process keeps freed memory, as train.py does
     return results | {"train.py": {dtype: race_own(config, dtype) for dtype in dtypes}}
@@ -86,35 +96,44 @@ def dtypes_of(setting: str, device: str) -> list[str]:
 # --- the same step -------------------------------------------------------------------------------
 
 
-def race(config: Settings, n_vocab: int, dtype: str) -> dict:
+def race(config: Settings, n_vocab: int, dtype: str, peers: list[tuple[str, str]]) -> dict:
     """The contenders in one dtype, and the matmuls of their steps."""
-    calls, ratios = {}, {}
-    for name in CONTENDERS:
+    calls, names = {}, contenders(peers)
+    for name in names:
         model = build(config, n_vocab, name)
         calls[name] = training_step(config, model, dtype)
-        if name in PEERS:
+        if isinstance(model, GPT) and matmuls_of(name) not in calls:
             calls[matmuls_of(name)] = run_matmuls(step_matmuls(model, config.batch_size), dtype)
     seconds = measure(calls, config)
-    for ours, peer in PEERS.items():
-        ratios[f"{ours} / {peer}"] = speed_ratio(seconds, ours, peer)
-    for name in CONTENDERS:
+    ratios = {f"{ours} / {peer}": speed_ratio(seconds, ours, peer) for ours, peer in peers}
+    for name in names:
         ratios[f"{name}: of its matmul roofline"] = speed_ratio(seconds, name, matmuls_of(name))
     print(f" {dtype}, AdamW for all")
-    return report(seconds, CONTENDERS, config.batch_size * config.block_size, ratios)
+    return report(seconds, names, config.batch_size * config.block_size, ratios)
+
+
+def contenders(peers: list[tuple[str, str]]) -> list[str]:
+    """Each name once: ours first, so that their matmuls are known."""
+    return list(dict.fromkeys([*(ours for ours, _ in peers), *(peer for _, peer in peers)]))
 
 
 def matmuls_of(name: str) -> str:
-    return f"matmuls, {name.partition(', ')[2]}"
+    return f"matmuls, {name.split(', ')[1]}"
 
 
 def build(config: Settings, n_vocab: int, name: str) -> torch.nn.Module:
-    """One of CONTENDERS, with random weights."""
+    """A contender, with random weights; compiled as train.py does it, or Hugging Face's whole."""
     torch.manual_seed(config.seed)
-    who, _, architecture = name.partition(", ")
+    who, architecture, *compiled = name.split(", ")
     shape = {name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
     ours = ModelConfig(**shape, **ARCHITECTURES[architecture], n_vocab=n_vocab, vocab_size=n_vocab)
     model = GPT(ours) if who == "ours" else hugging_face_model(ours)
-    return model.to(config.device).train()
+    model = model.to(config.device).train()
+    if compiled and who == "ours":
+        compiling.compile_blocks(model)
+    elif compiled:
+        model.compile()
+    return model
 
 
 def training_step(config: Settings, model: torch.nn.Module, dtype: str) -> Callable[[], None]:
@@ -175,7 +194,9 @@ def run_matmuls(matmuls: list, dtype: str) -> Callable[[], None]:
 # --- memory --------------------------------------------------------------------------------------
 
 
-def peak_memory(config: Settings, n_vocab: int, dtypes: list[str]) -> dict[str, dict]:
+def peak_memory(
+    config: Settings, n_vocab: int, dtypes: list[str], names: list[str]
+) -> dict[str, dict]:
     """dtype -> contender -> step_memory, each in a new process; on a Linux CPU only."""
     if config.device != "cpu" or not Path("/proc/self/status").is_file():
         return {}
@@ -183,7 +204,7 @@ def peak_memory(config: Settings, n_vocab: int, dtypes: list[str]) -> dict[str, 
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
         for dtype in dtypes:
-            for name in CONTENDERS:
+            for name in names:
                 size = pool.submit(step_memory, config, n_vocab, name, dtype).result()
                 sizes[dtype][name] = size
                 print(f"  {f'{name}, {dtype}':<50} {size / 1e6:,.0f} MB a step")
@@ -191,12 +212,17 @@ def peak_memory(config: Settings, n_vocab: int, dtypes: list[str]) -> dict[str, 
 
 
 def step_memory(config: Settings, n_vocab: int, name: str, dtype: str) -> int:
-    """What two steps add to this process's peak, in bytes."""
+    """What the third step adds to this process's memory at its peak, in bytes: the first ones bring
+    AdamW's moments, and the compiler's own memory."""
     step = training_step(config, build(config, n_vocab, name), dtype)
-    built = peak_bytes()
-    for _ in range(2):  # AdamW's moments come with the first
+    for _ in range(2):
         step()
-    return peak_bytes() - built
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
+    before = peak_bytes()
+    step()
+    return peak_bytes() - before
 
 
 def peak_bytes() -> int:
@@ -212,26 +238,34 @@ def race_own(config: Settings, dtype: str) -> dict:
     """Speeds with Muon and with AdamW alone; on a CPU also where the time with Muon goes."""
     names = ("n_layer", "n_head", "n_embd", "batch_size", "block_size", "dataset", "device", "seed")
     argv = [f"--{name}={getattr(config, name)}" for name in names]
-    argv += [f"--dtype={dtype}", "--compile=False", "--dry_run"]
+    argv += [f"--dtype={dtype}", "--dry_run"]
     calls = {}
-    for optimizer in ("muon", "adamw"):
-        calls[optimizer], model = own_step([*argv, f"--optimizer={optimizer}"])
+    for optimizer, compiles in itertools.product(("muon", "adamw"), (False, True)):
+        words = [*argv, f"--optimizer={optimizer}", f"--compile={compiles}"]
+        calls[optimizer + compiles * ", compiled"], model = own_step(words)
     calls["matmuls"] = run_matmuls(step_matmuls(model, config.batch_size), dtype)
     seconds = measure(calls, config)
-    ratios = {"muon / adamw": speed_ratio(seconds, "muon", "adamw")}
-    ratios["muon: of its matmul roofline"] = speed_ratio(seconds, "muon", "matmuls")
+    names = [name for name in calls if name != "matmuls"]
+    ratios = {
+        f"{name}: of its matmul roofline": speed_ratio(seconds, name, "matmuls") for name in names
+    }
+    ratios |= {"muon / adamw": speed_ratio(seconds, "muon", "adamw")}
+    ratios |= {"compiled / not, muon": speed_ratio(seconds, "muon, compiled", "muon")}
     print(f" train.py's own step, {dtype}: Qwen3, batch included; Muon's matmuls do not count")
     tokens = config.batch_size * config.block_size
-    results = report(seconds, ["muon", "adamw"], tokens, ratios)
+    results = report(seconds, names, tokens, ratios)
     if config.device == "cpu":
-        results["milliseconds"] = profile_kinds(calls["muon"], KINDS, 3)
-        print_profile("muon", results["milliseconds"])
+        for name in ("muon", "muon, compiled"):
+            results[f"milliseconds, {name}"] = profile_kinds(calls[name], KINDS, 3)
+            print_profile(name, results[f"milliseconds, {name}"])
     return results
 
 
 def own_step(argv: list[str]) -> tuple[Callable[[], None], torch.nn.Module]:
     """train.py's step on a new run's next batch, which it makes too; and the run's model."""
     run, state = training.start(argv)
+    if run.config.compile:
+        compiling.compile_blocks(state.model)
     batches = training.steps(run, state)
 
     def step() -> None:

@@ -17,6 +17,7 @@ from model import pick_device
 Seconds = dict[str, list[float]]  # of each contender, turn by turn
 Ratio = dict[str, float]
 OTHER, OUTSIDE = "other operations", "Python, autograd, idle"
+FUSED = "fused by the compiler"  # what calls other operations is only in part of this kind
 CALL = "call of profile_kinds"
 
 
@@ -29,7 +30,7 @@ class Settings:
     n_embd: Annotated[int, at_least(1)] = 256  # width
     rounds: Annotated[int, at_least(1)] = 7  # turns of each contender, after one to warm up
     seed: Annotated[int, at_least(0)] = 1337  # of weights, ids and training
-    device: str = "cpu"  # or cuda, mps, auto; nothing is compiled
+    device: str = "cpu"  # or cuda, mps, auto
     clock: Literal["wall", "cpu"] = "wall"  # cpu: of this process, on all threads
     out: str = "bench-results"  # where the figures are written
 
@@ -103,7 +104,7 @@ def own_times(
     is_operation = event.name.startswith("aten::")
     yield kind or (OTHER if is_operation else OUTSIDE), event.self_cpu_time_total
     for child in event.cpu_children:
-        yield from own_times(child, kinds, kind)
+        yield from own_times(child, kinds, None if kind == FUSED else kind)
 
 
 def print_profile(name: str, times: dict[str, float]) -> None:

@@ -5,10 +5,10 @@ out_dir = "out-sanguo-sft"
 dataset = "sanguo_sft"
 init_from = "out-sanguo"
 
-batch_size = 16
-max_iters = 700
+batch_size = 32  # fuller steps: as many rows as 700 steps of 16, in two thirds of the time
+max_iters = 350
 learning_rate = 1e-3
 embedding_lr = 5e-3
-warmup_iters = 50
+warmup_iters = 25
 eval_interval = 175
 best_by = "last"  # the loss on unseen answers rises while the trained ones are learnt by heart

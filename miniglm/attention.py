@@ -23,8 +23,6 @@ def attend(q, k, v, mask=None, is_causal: bool = False) -> torch.Tensor:
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
     )
     if trains_in_bfloat16 and is_causal and q.shape[2] <= LONGEST:
-        if groups > 1:
-            k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
         return CausalAttention.apply(q, k, v)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=groups > 1
@@ -32,14 +30,18 @@ def attend(q, k, v, mask=None, is_causal: bool = False) -> torch.Tensor:
 
 
 class CausalAttention(torch.autograd.Function):
-    """softmax(q k' / sqrt(D), causal) v with its weights kept; q, k, v: (B, heads, T, D)."""
+    """softmax(q k' / sqrt(D), causal) v with its weights kept; q: (B, n_head, T, D), k and v:
+    (B, n_kv_head, T, D). The queries of all heads that share a key's head are rows of one matrix.
+    """
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
     def forward(ctx, q, k, v):
-        ctx.shape = B, heads, T, D = q.shape
-        q, k, v = (x.reshape(B * heads, T, D) for x in (q, k, v))
-        future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
+        T, D = q.shape[2:]
+        ctx.shape, groups = q.shape, q.shape[1] // k.shape[1]
+        q = q.reshape(-1, groups * T, D)
+        k, v = (x.reshape(-1, T, D) for x in (k, v))
+        future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1).repeat(groups, 1)
         weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=D**-0.5).softmax(dim=-1)
         ctx.save_for_backward(q, k, v, weights)
         return (weights @ v).view(ctx.shape)
@@ -48,12 +50,12 @@ class CausalAttention(torch.autograd.Function):
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad):
         q, k, v, weights = ctx.saved_tensors
+        B, _, T, D = ctx.shape
         grad = grad.reshape(q.shape).to(q.dtype)
         v_grad = weights.transpose(1, 2) @ grad
         scores_grad = torch._softmax_backward_data(
             grad @ v.transpose(1, 2), weights, -1, weights.dtype
         )
-        scale = q.shape[-1] ** -0.5
-        q_grad = (scores_grad @ k).mul_(scale)
-        k_grad = (scores_grad.transpose(1, 2) @ q).mul_(scale)
-        return tuple(g.view(ctx.shape) for g in (q_grad, k_grad, v_grad))
+        q_grad = (scores_grad @ k).mul_(D**-0.5)
+        k_grad = (scores_grad.transpose(1, 2) @ q).mul_(D**-0.5)
+        return q_grad.view(ctx.shape), *(g.view(B, -1, T, D) for g in (k_grad, v_grad))

@@ -1,4 +1,4 @@
-"""What a device can do: its precision, whether to compile for it, its peak rate of matmuls."""
+"""What a device can do: its precision, its peak rate of matmuls."""
 
 import ctypes
 import functools
@@ -10,7 +10,6 @@ import tomllib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +93,7 @@ def synchronize(device: str) -> None:
         torch.accelerator.synchronize(device)
 
 
-# --- precision, compiling, memory --------------------------------------------------------------
+# --- precision and memory --------------------------------------------------------------
 
 
 def to_device(arrays: Iterable[np.ndarray], device: str) -> tuple[torch.Tensor, ...]:
@@ -124,13 +123,6 @@ def autocast(dtype: str, device: str) -> AbstractContextManager:
     """Matmuls in the dtype of that name, as pick_dtype finds it; float32 changes nothing."""
     picked = pick_dtype(dtype, device)
     return torch.autocast(torch.device(device).type, picked, enabled=picked != torch.float32)
-
-
-def should_compile(wanted: bool | None, device: str) -> bool:
-    """As asked; None is yes on CUDA if triton is installed and supports the GPU."""
-    if wanted is not None or not device.startswith("cuda"):
-        return bool(wanted)
-    return bool(find_spec("triton")) and torch.cuda.get_device_capability() >= (7, 0)
 
 
 def keep_freed_memory() -> None:

@@ -36,7 +36,7 @@ def sequence_log_prob(model: nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
 def target_losses(model: nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
     """-log p in nats of each target, (B, T); 0 where it is IGNORE."""
     hidden, wanted = trained_positions(model(idx), targets)
-    losses = torch.cat([loss for _, loss in chunk_losses(model.head, hidden, wanted)])
+    losses = each_loss(model.head, hidden, wanted)
     out = torch.zeros(targets.shape, dtype=losses.dtype, device=targets.device)
     return out.masked_scatter_(targets != IGNORE, losses)
 
@@ -83,35 +83,56 @@ def head_weights(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.lm_head.parameters() if p.requires_grad]
 
 
-def chunk_losses(
-    head: Callable, hidden: Tensor, targets: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of hidden (n, n_embd), as leaves, with their losses (n,): some hundred rows at a time,
-    so that the memory of logits does not grow with the batch and a CPU keeps them in its cache."""
+def chunks(head: Callable, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of hidden (n, n_embd), as leaves, with their logits and targets: some hundred rows at a
+    time, so that the memory of logits does not grow with the batch and a CPU's cache keeps them."""
     rows = 512 if hidden.device.type == "cpu" else 4096
     for h, t in zip(hidden.detach().split(rows), targets.split(rows), strict=True):
-        logits = head(h.requires_grad_(torch.is_grad_enabled()))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        yield h, F.cross_entropy(logits, t, reduction="none")
+        h = h.requires_grad_(torch.is_grad_enabled())
+        yield h, head(h), t
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """In float32 at least."""
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def each_loss(head: Callable, hidden: Tensor, targets: Tensor) -> Tensor:
+    """-log p of each target, (N,)."""
+    parts = chunks(head, hidden, targets)
+    return torch.cat([F.nll_loss(log_softmax(z), t, reduction="none") for _, z, t in parts])
 
 
 def chunk_gradients(
     head: Callable, hidden: Tensor, targets: Tensor, weights: tuple, scale: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """The sum of the losses, each times its scale (N,), and its gradients: of hidden (N, n_embd)
-    and of the weights, which are tensors."""
+    and of the weights, which are tensors. That of logits is p, less 1 at the target."""
     grads = [torch.empty_like(hidden), *(torch.zeros_like(w) for w in weights)]
     total, done = 0, 0
     with torch.enable_grad():
-        for h, losses in chunk_losses(head, hidden, targets):
-            end = done + len(h)
-            loss = losses.sum() if scale is None else (losses * scale[done:end]).sum()
-            h_grad, *w_grads = torch.autograd.grad(loss, (h, *weights))
-            grads[0][done:end] = h_grad
+        for h, logits, t in chunks(head, hidden, targets):
+            here, done = slice(done, done + len(h)), done + len(h)
+            with torch.no_grad():
+                loss, z_grad = loss_and_gradient(logits, t, scale if scale is None else scale[here])
+            grads[0][here], *w_grads = torch.autograd.grad(logits, (h, *weights), z_grad)
             for grad, w_grad in zip(grads[1:], w_grads, strict=True):
                 grad.add_(w_grad)
-            total, done = total + loss.detach(), end
+            total = total + loss
     return total, grads
+
+
+def loss_and_gradient(
+    logits: Tensor, targets: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The sum of the losses, each times its scale (n,), and its gradient: p, less 1 at the target,
+    in as few passes over (n, n_vocab) logits as there can be."""
+    log_p, at = log_softmax(logits), targets[:, None]
+    losses = -log_p.gather(1, at)
+    grad = log_p.exp_().scatter_add_(1, at, torch.full_like(losses, -1))
+    if scale is not None:
+        losses, grad = losses * scale[:, None], grad.mul_(scale[:, None])
+    return losses.sum(), grad.to(logits.dtype)
 
 
 class SummedLoss(torch.autograd.Function):
@@ -143,7 +164,7 @@ class EachLoss(torch.autograd.Function):
         ctx.save_for_backward(hidden, targets)
         device = hidden.device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        return torch.cat([losses for _, losses in chunk_losses(head, hidden, targets)])
+        return each_loss(head, hidden, targets)
 
     @staticmethod
     @once_differentiable

@@ -69,8 +69,7 @@ def find_start(config, argv: list[str]) -> Start:
 
 
 def check(config, start: Start, data: Dataset | Mixture, device: str, world: World) -> None:
-    """Raises UserError if the run cannot be what its settings say; prints a note if a resumed run
-    will not end in the bits of one without a stop."""
+    """Raises UserError if the run cannot be what its settings say."""
     # the shape stays, but for dropout and a lower block_size; a run also keeps its optimizer's kind
     fixed = architecture(start.run["architecture"]) if start.run else {}
     fixed.pop("dropout", None)
@@ -116,8 +115,6 @@ def check(config, start: Start, data: Dataset | Mixture, device: str, world: Wor
                 f"with shard=True {world.size} processes take equally many rows, but batch_size x "
                 f"gradient_accumulation_steps is {rows}; change --batch_size="
             )
-    if start.resumes:
-        note_changes(start.run, config, device, world)
 
 
 def check_validation(config, data: Dataset | Mixture) -> None:
@@ -131,7 +128,7 @@ def check_validation(config, data: Dataset | Mixture) -> None:
 
 
 def note_changes(run: dict, config, device: str, world: World) -> None:
-    """Says what differs from the run that is resumed."""
+    """Prints a note if a resumed run will not end in the bits of one without a stop."""
     before = run["settings"] | run["environment"]
     now = dataclasses.asdict(config) | run_environment(config, device, world)
     changed = [

@@ -89,11 +89,12 @@ def train_here(**settings: object) -> Path:
     return Path(settings["out_dir"])
 
 
-def start(script: str, *argv: str, **options) -> subprocess.Popen:
+def start(script: str, *argv: str, environment: dict | None = None, **options) -> subprocess.Popen:
     """A script of the repository in a process of its own."""
+    environment = os.environ | ENVIRONMENT | (environment or {})
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     path = ["-m", script[:-3].replace("/", ".")] if script.startswith("miniglm") else [script]
-    return subprocess.Popen([sys.executable, *path, *argv], env=os.environ | ENVIRONMENT, **options)
+    return subprocess.Popen([sys.executable, *path, *argv], env=environment, **options)
 
 
 def run(script: str, *argv: str, **options) -> subprocess.CompletedProcess:
