@@ -8,8 +8,6 @@
 # Run again, it does only what is missing or was interrupted.
 set -euo pipefail
 cd "$(dirname "$0")"
-# threads that wait sleep: beside other programs, spinning ones make training several times slower
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY-passive}
 
 fail() { echo "error: $*" >&2; exit 1; }
 

@@ -53,11 +53,11 @@ COMPILED = [
 ]
 KINDS = {  # kind -> its events, forward and backward
     "head and loss": r"SummedLoss",
-    "attention": r"CausalAttention|scaled_dot_product|ScaledDotProduct",
+    "attention": r"^aten::(bmm|baddbmm|_softmax.*)$|scaled_dot_product|ScaledDotProduct",
     "Muon": r"^Optimizer\..*#Muon\.",
     "AdamW": r"^Optimizer\..*#AdamW\.",
     "data": r"^data$",
-    "matmuls of the blocks": r"^aten::(mm|addmm|bmm|baddbmm)$",
+    "matmuls of the blocks": r"^aten::(mm|addmm)$",
     FUSED: r"CompiledFxGraph",
     "copies and casts": r"^aten::(to|_to_copy|copy_|clone|contiguous)$",
     "gradient norm": r"^aten::(_foreach_norm|linalg_vector_norm|_foreach_mul_)$",

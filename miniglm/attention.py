@@ -23,39 +23,19 @@ def attend(q, k, v, mask=None, is_causal: bool = False) -> torch.Tensor:
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
     )
     if trains_in_bfloat16 and is_causal and q.shape[2] <= LONGEST:
-        return CausalAttention.apply(q, k, v)
+        return attend_keeping_weights(q, k, v)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=groups > 1
     )
 
 
-class CausalAttention(torch.autograd.Function):
-    """softmax(q k' / sqrt(D), causal) v with its weights kept; q: (B, n_head, T, D), k and v:
-    (B, n_kv_head, T, D). The queries of all heads that share a key's head are rows of one matrix.
-    """
-
-    @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
-    def forward(ctx, q, k, v):
-        T, D = q.shape[2:]
-        ctx.shape, groups = q.shape, q.shape[1] // k.shape[1]
-        q = q.reshape(-1, groups * T, D)
-        k, v = (x.reshape(-1, T, D) for x in (k, v))
-        future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1).repeat(groups, 1)
-        weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=D**-0.5).softmax(dim=-1)
-        ctx.save_for_backward(q, k, v, weights)
-        return (weights @ v).view(ctx.shape)
-
-    @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx, grad):
-        q, k, v, weights = ctx.saved_tensors
-        B, _, T, D = ctx.shape
-        grad = grad.reshape(q.shape).to(q.dtype)
-        v_grad = weights.transpose(1, 2) @ grad
-        scores_grad = torch._softmax_backward_data(
-            grad @ v.transpose(1, 2), weights, -1, weights.dtype
-        )
-        q_grad = (scores_grad @ k).mul_(D**-0.5)
-        k_grad = (scores_grad.transpose(1, 2) @ q).mul_(D**-0.5)
-        return q_grad.view(ctx.shape), *(g.view(B, -1, T, D) for g in (k_grad, v_grad))
+def attend_keeping_weights(q, k, v) -> torch.Tensor:
+    """softmax(q k' / sqrt(D), causal) v, its weights kept for the backward pass; autocast takes all
+    to bfloat16. The queries of all heads that share a key's head are rows of one matrix."""
+    T, D = q.shape[2:]
+    groups = q.shape[1] // k.shape[1]
+    rows = q.reshape(-1, groups * T, D)
+    k, v = (x.reshape(-1, T, D) for x in (k, v))
+    future = rows.new_full((T, T), -math.inf).triu(1).repeat(groups, 1)
+    weights = torch.baddbmm(future, rows, k.mT, alpha=D**-0.5).softmax(dim=-1)
+    return (weights @ v).view(q.shape)

@@ -1,5 +1,6 @@
 """Settings from defaults, files and flags; errors of one line; atomic writes."""
 
+import ast
 import importlib
 import os
 import re
@@ -469,3 +470,19 @@ def test_a_message_has_one_line_that_any_terminal_can_show():
     assert printable(text) == "“孔明”　a'b\\c 😀 d" + r"\x1b[31m\x00\x9b\u202e\ud800"
     assert printable(os.fsdecode("孔.txt".encode("gbk"))) == r"\xbf\xd7.txt"
     assert show_path("\x1b\n.txt") == r"\x1b .txt"
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "4000"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+    ],
+)
+def test_threads_wait_for_a_while_unless_the_user_says_otherwise(given, wanted):
+    script = "import configurator, os; print({k: os.environ[k] for k in os.environ if 'OMP_' in k})"
+    environment = {k: v for k, v in os.environ.items() if "OMP_" not in k} | given
+    options = {"env": environment, "cwd": ROOT, "capture_output": True, "encoding": "utf-8"}
+    done = subprocess.run([sys.executable, "-c", script], check=True, **options)
+    assert ast.literal_eval(done.stdout) == wanted
