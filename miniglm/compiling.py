@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 # on a CPU compiling takes half a minute; what takes as long without it
 LEAST = {"training": 1e13, "generation": 2e4}
@@ -84,4 +85,4 @@ def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
 
 @functools.cache
 def _say_once(why: str) -> None:
-    print(f"note: compiling failed ({why}), so each step takes longer")
+    tqdm.write(f"note: compiling failed ({why}), so each step takes longer", file=sys.stderr)
