@@ -432,6 +432,8 @@ def main(argv: list[str]) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
     print(f"page http://{host}:{config.port}   endpoint http://{host}:{config.port}/v1", flush=True)
     print("\n".join(f"model {show_path(name)}" for name in servers), flush=True)
+    for server in servers.values():
+        server.speed_up()
     settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
     uvicorn.Server(settings).run(sockets=[sock])
 
