@@ -1,17 +1,23 @@
 """Many requests on one model: each gets its own text, and only its own errors."""
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from configurator import ROOT
 from miniglm import compiling, decoding
 from miniglm.generation import Request, Sampling
 from miniglm.serve.server import Piece, Server, Stream
 from miniglm.text import load_for_sampling, prompt_ids
 from tests.helpers import dialogue, logits
+from tests.runs import free_port
 from tests.served import BLOCK, expected, wait_until
 
 
@@ -143,3 +149,16 @@ def test_a_server_changes_over_to_compiled_code_within_an_answer(out_dirs, monke
     assert text == expected(out_dirs["novel"], dialogue("却说"), Sampling(400, temperature=0.5))
     server._fail(RuntimeError("no memory left"))
     assert server.batch.decode is decode  # still compiled
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows sends no SIGINT to one process")
+def test_ctrl_c_ends_a_server_that_compiles_at_once(out_dirs):
+    words = ["sample_gradio.py", f"--out_dir={out_dirs['novel']}", f"--port={free_port()}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    with subprocess.Popen([sys.executable, *words, "--device=cpu"], cwd=ROOT, **pipes) as process:
+        assert process.stdout.readline().startswith("page")
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(3)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        assert process.stderr.read() == "interrupted\n"
