@@ -254,7 +254,10 @@ def compile_one_row(decode: Callable, size: int) -> None:
     """On a CPU: a Decoder's steps of a single row are compiled code from then on, half a minute
     later. Meanwhile it may be in use in another thread, with a cache of `size` rows. Weights are
     stored a second time."""
-    if not is_compilable(decode) or not may_compile("cpu"):
+    if type(decode) is not Decoder or decode.wte.device.type != "cpu":
+        return
+    is_int8 = any(isinstance(module, Int8Linear) for module in decode.model.modules())
+    if is_int8 or not may_compile("cpu"):
         return
     run = Decoder(fused(decode.model), one_row=True)._run
     run = torch.compile(run, fullgraph=True, backend=compiling.backend)
@@ -268,14 +271,6 @@ def compile_one_row(decode: Callable, size: int) -> None:
         print(f"note: not compiled ({type(error).__name__})", file=sys.stderr, flush=True)
     else:
         decode.run_one_row = run
-
-
-def is_compilable(decode: Callable) -> bool:
-    return (
-        type(decode) is Decoder
-        and decode.wte.device.type == "cpu"
-        and not any(isinstance(module, Int8Linear) for module in decode.model.modules())
-    )
 
 
 def fused(model: GPT) -> GPT:
