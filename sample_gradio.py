@@ -12,6 +12,7 @@ import html
 import json
 import os
 import socket
+import sys
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
@@ -432,8 +433,14 @@ def main(argv: list[str]) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
     print(f"page http://{host}:{config.port}   endpoint http://{host}:{config.port}/v1", flush=True)
     print("\n".join(f"model {show_path(name)}" for name in servers), flush=True)
+    for server in servers.values():
+        server.speed_up()
     settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
-    uvicorn.Server(settings).run(sockets=[sock])
+    try:
+        uvicorn.Server(settings).run(sockets=[sock])
+    except KeyboardInterrupt:  # a thread that compiles would make Python's own end an abort
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
 
 
 if __name__ == "__main__":

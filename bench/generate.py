@@ -4,7 +4,8 @@
     python -m bench generate --out_dir=out-sanguo-sft --rounds=3   a trained model
     python -m bench generate --out_dir=out-sanguo-sft --llama_cpp=llama-venv/bin/python
 
-Ids are compared first, up to the first near tie. One prompt: ours in float32 and with 8-bit
+Ids are compared first, up to the first near tie. One prompt: ours in float32, compiled as a server
+does (TORCHINDUCTOR_CACHE_DIR= on an empty folder shows what compiling costs), and with 8-bit
 weights, Hugging Face's, and the rate at which memory is read (a token reads all weights, and the
 cache at its mean length); then many prompts at once. Of a trained model also the time from the
 command to the first character. bench/llama.py says how to build llama.cpp's environment.
@@ -30,7 +31,7 @@ from bench.llama import LlamaCpp
 from bench.timing import measure, report, speed_ratio
 from configurator import ROOT, UserError, at_least, repo_path
 from miniglm.checkpoint import Checkpoint, load_checkpoint
-from miniglm.decoding import pack, quantize
+from miniglm.decoding import compile_one_row, decoder, pack, quantize
 from miniglm.generation import Batch, Request, Sampling
 from miniglm.interop.gguf import write_gguf
 from miniglm.interop.hugging_face import shape_of, to_hugging_face
@@ -38,8 +39,9 @@ from miniglm.text import load_for_sampling, stream
 from model import GPT, ModelConfig
 
 MEMORY = 2**29  # bytes whose reading is timed
-RATIOS = [("ours", "Hugging Face"), ("ours, int8", "ours"), ("sample.py", "llama.cpp")]
-EXACT = ("ours", "Hugging Face", "llama.cpp")  # their ids are compared
+RATIOS = [("ours", "Hugging Face"), ("ours, compiled", "Hugging Face"), ("ours, int8", "ours")]
+RATIOS += [("sample.py", "llama.cpp"), ("ours, compiled", "llama.cpp")]
+EXACT = ("ours", "ours, compiled", "Hugging Face", "llama.cpp")  # their ids are compared
 TIE = 1e-4  # two best logits nearer than this may change places between implementations
 START = "却说"
 
@@ -88,7 +90,7 @@ def bench(config: Settings) -> dict:
 
     prompt, *many = torch.randint(c.n_vocab, (1 + config.prompts, config.prompt_tokens)).tolist()
     with beside_llama_cpp(config, checkpoint, prompt, n) as more:
-        ways = contenders([prompt], n) | more
+        ways = contenders([prompt], n) | compiled(models["ours"], [prompt], n) | more
         results["one"] = race(config, model, [prompt], n, ways)
     n = max(1, n // 4)
     results["many"] = race(config, model, many, n, contenders(many, n))
@@ -159,14 +161,27 @@ def with_our_weights(model: GPT) -> torch.nn.Module:
     return peer.to(model.wte.weight.device).eval()
 
 
-def ours(model: GPT, prompts: list[list[int]], n: int) -> list[list[int]]:
+def ours(
+    model: GPT, prompts: list[list[int]], n: int, decode: Callable | None = None
+) -> list[list[int]]:
     batch = Batch(model, size=len(prompts))
+    batch.decode = decode or batch.decode
     requests = [Request(prompt, Sampling(n, temperature=0.0)) for prompt in prompts]
     for request in requests:
         batch.add(request)
     while batch:
         batch.step()
     return [request.ids for request in requests]
+
+
+def compiled(model: GPT, prompts: list[list[int]], n: int) -> dict[str, Way]:
+    """The decoder of a server, when its code is ready; {} where nothing is compiled."""
+    decode, began = decoder(model), time.perf_counter()
+    compile_one_row(decode, len(prompts))
+    if not getattr(decode, "run_one_row", None):
+        return {}
+    print(f"compiled in {time.perf_counter() - began:.1f} s")
+    return {"ours, compiled": partial(ours, model, prompts, n, decode)}
 
 
 def hugging_face(peer: torch.nn.Module, prompts: list[list[int]], n: int) -> Way:

@@ -6,6 +6,10 @@ and pack() stores matrices in oneDNN's layout, which is read up to three times a
 own matmul of few rows.
 """
 
+import copy
+import functools
+import math
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -14,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError
+from miniglm import compiling
 from model import GPT, MLP, Attention, Block, KVCache, RMSNorm, SwiGLU
 
 
@@ -53,6 +58,20 @@ class Int8Linear(nn.Module):
         return torch.ops.quantized.linear_dynamic(x, self.weight, True)
 
 
+class FusedLinear(nn.Module):
+    """A Linear of one row as an elementwise product and a sum: torch.compile fuses these with what
+    is around them, and then reads weights faster than separate matmuls do."""
+
+    def __init__(self, linear: nn.Linear | PackedLinear):
+        super().__init__()
+        weight = linear.weight.detach()
+        self.weight, self.bias = weight.to_dense() if weight.is_mkldnn else weight, linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = (self.weight * x).sum(dim=-1).unsqueeze(0)
+        return y if self.bias is None else y + self.bias
+
+
 class FlatRMSNorm:
     """x (..., C) -> x / rms(x), times the weight if there is one, in five or six operations."""
 
@@ -70,14 +89,16 @@ class Decoder:
     """model(idx[:, None], cache)[:, -1] for one id a row: (B,) -> (B, n_embd), without gradients.
 
     static: each step computes all rows and the full length of the cache, so that CUDA records one
-    graph and replays it; compiling takes a while.
+    graph and replays it; compiling takes a while. one_row: attention in operations that fuse, for
+    a single row on a CPU; run_one_row: its compiled code, if it is there.
     """
 
-    def __init__(self, model: GPT, static: bool = False):
+    def __init__(self, model: GPT, static: bool = False, one_row: bool = False):
         c = self.config = model.config
         self.wte, self.norm = model.wte.weight, flat_norm(model.norm)
         self.layers = [Layer(block) for block in model.blocks]
         self.static, self.run = static, self._run
+        self.model, self.one_row, self.run_one_row = model, one_row, None
         if static and self.wte.device.type == "cuda":
             self.run = torch.compile(self._run, mode="reduce-overhead", fullgraph=True)
         self.wpe = model.wpe.weight if c.position == "learned" else None
@@ -102,24 +123,27 @@ class Decoder:
                 torch._dynamo.mark_static_address(part)
             unused = k.shape[1] - B  # rows
             at = torch.tensor([*lengths, *[0] * unused], device=idx.device)
-            x = self.run(F.pad(idx, (0, unused)), at, k.shape[3], k, v)[:B]
+            x = self.run(F.pad(idx, (0, unused)), at, k, v)[:B]
+        elif self.run_one_row and B == 1:
+            x = self.run_one_row(idx, torch.tensor(lengths), cache.k, cache.v)
         else:
             same = min(lengths) == max(lengths)
             at = lengths[0] if same else torch.tensor(lengths, device=idx.device)
-            x = self.run(idx, at, max(lengths) + 1, cache.k, cache.v)
+            x = self.run(idx, at, cache.k, cache.v, max(lengths) + 1)
         cache.lengths = [length + 1 for length in lengths]
         return x
 
-    def _run(self, idx, at, end, k, v):
-        """at: the position of each row's id, (B,), or an int if all agree; end: positions that are
-        attended to; k, v: the cache's, of as many rows."""
-        c, B = self.config, len(idx)
+    def _run(self, idx, at, k, v, end=None):
+        """at: the position of each row's id, (B,), or an int if all agree; k, v: the cache's, of as
+        many rows; end: positions that are attended to, None is all that there is room for."""
+        c, B, end = self.config, len(idx), end or k.shape[3]
         x = F.embedding(idx, self.wte)
         seen_k, seen_v = k.narrow(3, 0, end).unbind(), v.narrow(3, 0, end).unbind()
-        rows = mask = None
+        rows, mask, new = None, None, []
         if isinstance(at, torch.Tensor):
             rows = torch.arange(B, device=idx.device)
-            mask = torch.arange(end, device=idx.device) <= at[:, None, None, None]
+            seen = torch.lt if self.one_row else torch.le
+            mask = seen(torch.arange(end, device=idx.device), at[:, None, None, None])
         else:
             new_k, new_v = k.narrow(3, at, 1).unbind(), v.narrow(3, at, 1).unbind()
         if self.wpe is not None:
@@ -138,20 +162,27 @@ class Decoder:
                 cos, sin = rotations[i]
                 qk = torch.addcmul(qk * cos, qk.index_select(-1, self.swap), sin)
             q, keys = qk.split([c.n_head, c.n_kv_head], dim=1)
-            if rows is None:
+            if self.one_row:
+                y = attend_one_row(q, keys, values, seen_k[i], seen_v[i], mask)
+                new.append((keys, values))
+            elif rows is None:
                 new_k[i].copy_(keys.unsqueeze(2))
                 new_v[i].copy_(values.unsqueeze(2))
             else:
                 k[i][rows, :, at], v[i][rows, :, at] = keys, values
-            y = F.scaled_dot_product_attention(
-                q.unsqueeze(2),
-                seen_k[i],
-                seen_v[i],
-                attn_mask=mask,
-                enable_gqa=c.n_head != c.n_kv_head,
-            )
+            if not self.one_row:
+                y = F.scaled_dot_product_attention(
+                    q.unsqueeze(2),
+                    seen_k[i],
+                    seen_v[i],
+                    attn_mask=mask,
+                    enable_gqa=c.n_head != c.n_kv_head,
+                )
             x = x + layer.c_proj(y.view(B, -1))
             x = x + layer.mlp(layer.norm_2(x))
+        if self.one_row:  # at the end: the compiler would copy a cache that is read again
+            keys, values = map(torch.cat, zip(*new, strict=True))
+            k[:, rows, :, at], v[:, rows, :, at] = keys[None], values[None]
         return self.norm(x)
 
 
@@ -166,6 +197,20 @@ class Layer:
         if c.qk_norm:  # rotary positions carry the weights
             weight = None if c.position == "rope" else qk_weights(attn)
             self.qk_norm = FlatRMSNorm(c.head_dim, c.norm_eps, weight)
+
+
+def attend_one_row(q, keys, values, seen_k, seen_v, mask):
+    """Attention in operations that fuse: q (1, n_head, D); keys and values, (1, n_kv_head, D), of
+    the newest position, which the cache, (1, n_kv_head, T, D), does not hold yet."""
+    G, D = keys.shape[1], q.shape[2]
+    q, keys = q.view(G, -1, 1, D) * D**-0.5, keys.view(G, 1, 1, D)
+    old = (q * seen_k.squeeze(0)[:, None]).sum(dim=-1)  # (n_kv_head, n_head / n_kv_head, T)
+    old = old.masked_fill(~mask.view(-1), -torch.inf)
+    own = (q * keys).sum(dim=-1)
+    most = torch.maximum(old.amax(dim=-1, keepdim=True), own)
+    old, own = (old - most).exp(), (own - most).exp()
+    y = (old[..., None] * seen_v.squeeze(0)[:, None]).sum(dim=-2) + own * values.view(G, 1, D)
+    return y / (old.sum(dim=-1, keepdim=True) + own)
 
 
 def qk_weights(attn: Attention) -> torch.Tensor:
@@ -193,6 +238,48 @@ def decoder(model: nn.Module, static: bool = False) -> Callable:
         for block in model.blocks
     )
     return Decoder(model, static) if is_known else model.decode
+
+
+@functools.cache  # says it once
+def may_compile(device: str) -> bool:
+    """Whether a step that is worth any compiling can be compiled; what is missing is said."""
+    wanted, why = compiling.decide(None, device, math.inf, kind="generation")
+    if not wanted:
+        print(f"note: {why}", file=sys.stderr, flush=True)
+    return wanted
+
+
+@torch.inference_mode()
+def compile_one_row(decode: Callable, size: int) -> None:
+    """On a CPU: a Decoder's steps of a single row are compiled code from then on, half a minute
+    later. Meanwhile it may be in use in another thread, with a cache of `size` rows. Weights are
+    stored a second time."""
+    if type(decode) is not Decoder or decode.wte.device.type != "cpu":
+        return
+    is_int8 = any(isinstance(module, Int8Linear) for module in decode.model.modules())
+    if is_int8 or not may_compile("cpu"):
+        return
+    run = Decoder(fused(decode.model), one_row=True)._run
+    run = torch.compile(run, fullgraph=True, backend=compiling.backend)
+    cache, idx = decode.model.new_cache(size, 64), torch.zeros(1, dtype=torch.int64)
+    cache.keep_rows(1)
+    for part in (cache.k, cache.v):  # one graph for all lengths
+        torch._dynamo.mark_dynamic(part, 3)
+    try:
+        run(idx, idx.clone(), cache.k, cache.v)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        print(f"note: not compiled ({type(error).__name__})", file=sys.stderr, flush=True)
+    else:
+        decode.run_one_row = run
+
+
+def fused(model: GPT) -> GPT:
+    """A copy whose blocks have FusedLinears; all else is shared."""
+    tensors = [t for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor)]
+    tensors += [*model.parameters(), *model.buffers()]
+    clone = copy.deepcopy(model, {id(t): t for t in tensors})
+    _replace(clone.blocks, FusedLinear, (nn.Linear, PackedLinear))
+    return clone
 
 
 def flat_norm(norm: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -235,8 +322,8 @@ def quantize(model: nn.Module) -> nn.Module:
     return model
 
 
-def _replace(model: nn.Module, cls: type[nn.Module]) -> None:
+def _replace(model: nn.Module, cls: type[nn.Module], kinds: tuple = (nn.Linear,)) -> None:
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child) is nn.Linear and child.weight.dtype == torch.float32:
+            if type(child) in kinds and child.weight.dtype == torch.float32:
                 setattr(module, name, cls(child))

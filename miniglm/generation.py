@@ -21,7 +21,7 @@ from torch import Tensor
 
 from configurator import Bound, UserError, at_least, at_most, check_bounds
 from lstm_model import LSTM
-from miniglm.decoding import decoder
+from miniglm.decoding import decoder, may_compile
 from model import GPT, KVCache
 
 LEAST, MOST = 1e-6, 1e4  # factors that leave logits within float32
@@ -104,6 +104,7 @@ class Batch:
     many: enough requests will follow to compile the step on a GPU first. Not thread-safe.
     """
 
+    @torch.inference_mode()  # compiled code is for tensors of one kind
     def __init__(
         self,
         model: GPT | LSTM,
@@ -113,7 +114,7 @@ class Batch:
     ):
         self.model, self.stop_ids, self.size = model, stop_ids, size
         self.block_size, self.device = model.config.block_size, model.wte.weight.device
-        static = many and self.device.type == "cuda"
+        static = many and self.device.type == "cuda" and may_compile("cuda")
         first = self.block_size if static else min(64, self.block_size)  # tokens; it grows
         self.cache: KVCache = model.new_cache(size, first)
         self.cache.keep_rows(0)

@@ -10,7 +10,8 @@ import torch
 import torch.nn as nn
 
 from configurator import UserError
-from miniglm.decoding import Decoder, PackedLinear, pack, quantize
+from miniglm import compiling, decoding
+from miniglm.decoding import Decoder, PackedLinear, compile_one_row, may_compile, pack, quantize
 from miniglm.generation import Batch, Request, Sampling, choose, penalize
 from model import ACTIVATIONS, MLP, MLPS, NORMS, Attention, Block, RMSNorm, SwiGLU
 from tests.helpers import ALL_MODELS, ARCHITECTURES, logits, random_ids, tiny_model
@@ -477,3 +478,71 @@ def test_eight_bits_keep_products_to_a_few_percent():
     exact, ours = (model.blocks[0].mlp.c_fc(x) for model in (wanted, rounded))
     assert 1e-4 < (ours - exact).norm() / exact.norm() < 0.04
     assert len(generate(rounded, PROMPTS, GREEDY)[0]) == 40
+
+
+# --- a compiled step of a single row ------------------------------------------------------------
+
+needs_compiler = pytest.mark.skipif(
+    compiling.what_lacks("cpu") is not None, reason=f"{compiling.what_lacks('cpu')}"
+)
+
+
+def lone_and_together(model: torch.nn.Module, decode) -> list[list[int]]:
+    """Ids while rows come and go: one alone past block_size, several, and again one."""
+    batch, requests = Batch(model, size=3), []
+    batch.decode = decode or batch.decode
+    for prompt, n in ((PROMPTS[0], 60), (PROMPTS[1], 3), (PROMPTS[2], 50)):
+        requests.append(Request(prompt, Sampling(n, temperature=0.0)))
+    batch.add(requests[0])
+    while batch:
+        if requests[0].n_new == 9:
+            batch.add(requests[1])
+            batch.add(requests[2])
+        batch.step()
+    return [request.ids for request in requests]
+
+
+@pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_a_compiled_row_has_the_ids_of_an_eager_one_in_one_graph(monkeypatch, options):
+    graphs = []
+    monkeypatch.setattr(decoding, "may_compile", lambda device: True)
+    monkeypatch.setattr(compiling, "backend", lambda graph, _: graphs.append(graph) or graph)
+    torch.compiler.reset()
+    model = pack(tiny_model(**options | {"block_size": 200}))
+    decode = Decoder(model)
+    compile_one_row(decode, size=3)
+    assert len(graphs) == 1
+    with torch.compiler.set_stance("fail_on_recompile"):  # the cache grows from 64 to 128
+        assert lone_and_together(model, decode) == lone_and_together(model, None)
+
+
+@needs_compiler
+def test_a_row_of_real_compiled_code_has_the_ids_of_an_eager_one(capfd):
+    torch.compiler.reset()
+    model = pack(tiny_model(**ARCHITECTURES["qwen3"]))
+    decode = Decoder(model)
+    compile_one_row(decode, size=3)
+    assert decode.run_one_row and not capfd.readouterr().err
+    assert lone_and_together(model, decode) == lone_and_together(model, None)
+
+
+def test_without_a_compiler_a_row_stays_eager_and_it_is_said_once(monkeypatch, capfd):
+    for cached in (compiling.what_lacks, may_compile):
+        cached.cache_clear()
+    monkeypatch.setenv("PATH", "")
+    model, decodes = tiny_model(), []
+    for _ in range(2):
+        decodes.append(Decoder(model))
+        compile_one_row(decodes[-1], size=3)
+    for cached in (compiling.what_lacks, may_compile):
+        cached.cache_clear()
+    err = capfd.readouterr().err
+    assert err.startswith("note: no C++ compiler is found") and err.count("\n") == 1
+    assert not decodes[1].run_one_row
+    assert lone_and_together(model, decodes[1]) == lone_and_together(model, None)
+
+
+def test_weights_of_eight_bits_stay_eager(capfd):
+    quantized = Decoder(quantize(tiny_model()))
+    compile_one_row(quantized, size=1)
+    assert not quantized.run_one_row and not capfd.readouterr().err

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 from configurator import UserError
 from miniglm.checkpoint import Checkpoint
+from miniglm.decoding import compile_one_row
 from miniglm.generation import Batch, Request, Token
 from miniglm.text import TextStream, chat_prompt, complete_question, default_temperature, prompt_ids
 
@@ -119,6 +120,11 @@ class Server:
         self.batch = self._new_batch()
         threading.Thread(target=self._work, name=f"serving {self.name}", daemon=True).start()
 
+    def speed_up(self) -> None:
+        """Compiles the step of a lone request in the background; all are served meanwhile."""
+        arguments = self.batch.decode, self.batch_size
+        threading.Thread(target=compile_one_row, args=arguments, daemon=True).start()
+
     def prompt(self, messages: list[dict]) -> list[int]:
         """The ids that sample.py would give to the model: the conversation with its last question
         completed, or for a pretrained model the last message to be continued. Raises UserError
@@ -203,8 +209,9 @@ class Server:
             for job in failed:
                 del self.jobs[job.request]
                 job.stream.send(RuntimeError(f"the model failed: {reason}"))
-        self.batch = None  # its memory, before more is taken
+        decode, self.batch = self.batch.decode, None  # its memory, before more is taken
         self.batch = self._new_batch()
+        self.batch.decode = decode  # may be compiled
         for request in waiting:
             self.batch.add(request)
 

@@ -1,15 +1,24 @@
 """Many requests on one model: each gets its own text, and only its own errors."""
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
 
 import pytest
 import torch
 
+from configurator import ROOT
+from miniglm import compiling, decoding
 from miniglm.generation import Request, Sampling
 from miniglm.serve.server import Piece, Server, Stream
 from miniglm.text import load_for_sampling, prompt_ids
 from tests.helpers import dialogue, logits
-from tests.served import BLOCK, expected
+from tests.runs import free_port
+from tests.served import BLOCK, expected, wait_until
 
 
 def new_server(out_dir, **limits) -> Server:
@@ -107,3 +116,49 @@ def test_one_user_stops_a_long_text_and_the_other_goes_on(out_dirs):
     whole = expected(out_dirs["novel"], dialogue("却说"), Sampling(max_new_tokens=2000))
     assert whole.startswith(kept.removesuffix("\ufffd"))  # it may end within a character
     assert stays == expected(out_dirs["novel"], dialogue("却说"), Sampling(300), 1)
+
+
+def test_a_server_changes_over_to_compiled_code_within_an_answer(out_dirs, monkeypatch):
+    ready = threading.Event()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        assert ready.wait(20)  # as slow as real compiling
+        return graph
+
+    monkeypatch.setattr(decoding, "may_compile", lambda device: True)
+    monkeypatch.setattr(compiling, "backend", backend)
+    torch.compiler.reset()
+    server = new_server(out_dirs["novel"])
+    decode = server.batch.decode
+    server.speed_up()
+
+    async def read() -> str:
+        with Stream() as stream:
+            server.submit(stream, request(server, "却说", max_new_tokens=400, temperature=0.5))
+            text = ""
+            async for piece in stream:
+                text += piece.text
+                if len(text) > 20 and not ready.is_set():  # answers come without it
+                    assert decode.run_one_row is None
+                    ready.set()
+            return text
+
+    text = asyncio.run(read())
+    wait_until(lambda: decode.run_one_row)
+    assert text == asyncio.run(read())
+    assert text == expected(out_dirs["novel"], dialogue("却说"), Sampling(400, temperature=0.5))
+    server._fail(RuntimeError("no memory left"))
+    assert server.batch.decode is decode  # still compiled
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows sends no SIGINT to one process")
+def test_ctrl_c_ends_a_server_that_compiles_at_once(out_dirs):
+    words = ["sample_gradio.py", f"--out_dir={out_dirs['novel']}", f"--port={free_port()}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    with subprocess.Popen([sys.executable, *words, "--device=cpu"], cwd=ROOT, **pipes) as process:
+        assert process.stdout.readline().startswith("page")
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(3)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        assert process.stderr.read() == "interrupted\n"
