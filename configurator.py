@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent
 # turns in which a thread of torch that waits for work looks for it, before it sleeps (libgomp, on
 # Linux): it wakes late where none are, and keeps others from a busy processor where there are many
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "4000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 T = typing.TypeVar("T")
 
 

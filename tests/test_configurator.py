@@ -475,7 +475,7 @@ def test_a_message_has_one_line_that_any_terminal_can_show():
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
-        ({}, {"GOMP_SPINCOUNT": "4000"}),
+        ({}, {"GOMP_SPINCOUNT": "10000"}),
         ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
         ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
     ],
