@@ -16,16 +16,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-# on a CPU compiling takes half a minute; what takes as long without it
-LEAST = {"training": 1e13, "generation": 2e4}
-UNITS = {"training": "operations", "generation": "tokens"}
+# operations of training that take a CPU half a minute longer as they are, which compiling takes
+LEAST = 1e13
 
 
-def decide(
-    wanted: bool | None, device: str, work: float, kind: str = "training"
-) -> tuple[bool, str]:
-    """Whether to compile, and why. wanted: as the user asked, None if not; work: what is left to
-    compute, in UNITS of its kind."""
+def decide(wanted: bool | None, device: str, work: float) -> tuple[bool, str]:
+    """Whether to compile, and why. wanted: as the user asked, None if not; work: operations that are
+    left to compute."""
     if wanted is False:
         return False, "as asked"
     if lack := what_lacks(torch.device(device).type):
@@ -34,9 +31,9 @@ def decide(
         return True, "as asked"
     if torch.device(device).type == "cuda":
         return True, "a GPU"
-    enough = work >= LEAST[kind]
-    amount = f"{work:.1e} {UNITS[kind]} are left, {'more' if enough else 'less'}"
-    return enough, f"{amount} than the {LEAST[kind]:.0e} from which it pays"
+    enough = work >= LEAST
+    amount = f"{work:.1e} operations are left, {'more' if enough else 'less'}"
+    return enough, f"{amount} than the {LEAST:.0e} from which it pays"
 
 
 @functools.cache

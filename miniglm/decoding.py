@@ -243,7 +243,7 @@ def decoder(model: nn.Module, static: bool = False) -> Callable:
 @functools.cache  # says it once
 def may_compile(device: str) -> bool:
     """Whether a step that is worth any compiling can be compiled; what is missing is said."""
-    wanted, why = compiling.decide(None, device, math.inf, kind="generation")
+    wanted, why = compiling.decide(None, device, math.inf)
     if not wanted:
         print(f"note: {why}", file=sys.stderr, flush=True)
     return wanted
