@@ -198,8 +198,8 @@ class Span:
         else:
             self.positions = torch.tensor(lengths, device=device)[:, None] + steps
         # sdpa's is_causal aligns top-left, so it is right only where nothing was before
-        # a bool, also while a compiler takes T for a symbol
-        self.is_causal = bool(self.start == 0 and T > 1)
+        # by a branch, since T > 1 is no bool while a compiler takes T for a symbol
+        self.is_causal = True if self.start == 0 and T > 1 else False  # noqa: SIM210
         self.mask = None
         if not self.is_causal and not (self.start is not None and T == 1):
             seen = torch.arange(self.end, device=device) <= self.positions[..., None]

@@ -21,8 +21,8 @@ LEAST = 1e13
 
 
 def decide(wanted: bool | None, device: str, work: float) -> tuple[bool, str]:
-    """Whether to compile, and why. wanted: as the user asked, None if not; work: operations that are
-    left to compute."""
+    """Whether to compile, and why. wanted: as the user asked, None if not; work: operations that
+    are left to compute."""
     if wanted is False:
         return False, "as asked"
     if lack := what_lacks(torch.device(device).type):
