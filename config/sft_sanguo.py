@@ -1,6 +1,6 @@
 # The demonstration, second step: the novel's model learns to answer.
 #   python train.py config/sft_sanguo.py
-# Two CPU cores, 3 minutes: ROUGE-L 0.994 on trained questions, 0.267 on unseen ones.
+# Two CPU cores, a minute and a half: ROUGE-L 0.995 on trained questions, 0.275 on unseen ones.
 out_dir = "out-sanguo-sft"
 dataset = "sanguo_sft"
 init_from = "out-sanguo"
