@@ -432,7 +432,7 @@ def one_step(several, world: Path, folder: Path, **settings: object) -> dict:
     common = {"dataset": world / "text", "out_dir": folder / "out", "script": str(script)}
     first, _ = several(2, **common, **settings)
     assert first.returncode == 0, first.stderr
-    return json.loads(first.stdout)
+    return json.loads(first.stdout.splitlines()[-1])
 
 
 # --- a sharded model ---------------------------------------------------------------------------
