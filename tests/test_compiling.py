@@ -94,9 +94,9 @@ def test_counted_work_decides_what_is_compiled():
     lots, little = (factor * compiling.LEAST for factor in (1.01, 0.99))
     if compiling.what_lacks("cpu") is None:
         assert compiling.decide(None, "cpu", lots)[0]
-        assert compiling.decide(True, "cpu", 0) == (True, "as asked")
+        assert compiling.decide(True, "cpu", 0) == (True, "compile=True")
     assert not compiling.decide(None, "cpu", little)[0]
-    assert compiling.decide(False, "cpu", lots) == (False, "as asked")
+    assert compiling.decide(False, "cpu", lots) == (False, "compile=False")
     assert not compiling.decide(True, "mps", lots)[0]
 
 
@@ -117,7 +117,7 @@ def test_a_run_keeps_its_choice(toys, tmp_path, capsys, graphs, monkeypatch):
     assert "steps are compiled: " in capsys.readouterr().out
     monkeypatch.setattr(compiling, "LEAST", 1e30)
     train_here(out_dir=out, resume=True, max_iters=7)
-    assert "steps are compiled: as asked" in capsys.readouterr().out
+    assert "steps are compiled: compile=True" in capsys.readouterr().out
     train_here(out_dir=out, resume=True, max_iters=8, compile=False)
     printed = capsys.readouterr().out
     assert "not bit for bit" in printed and "compile was True, now False" in printed
