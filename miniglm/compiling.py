@@ -22,7 +22,7 @@ LEAST = 1e13
 
 def decide(wanted: bool | None, device: str, work: float) -> tuple[bool, str]:
     """Whether to compile, and why. wanted: as set, None if not; work: operations that
-    are to be computed."""
+    are left to compute."""
     if wanted is False:
         return False, "compile=False"
     if lack := what_lacks(torch.device(device).type):

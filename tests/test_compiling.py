@@ -104,10 +104,11 @@ def test_work_is_counted_from_its_steps(toys):
     config = train.configure(train.Settings, words(dataset=toys / "text", max_iters=10))
     data = train.open_dataset(str(toys / "text"))
     model = SimpleNamespace(flops_per_token=lambda length: 100 * length)
-    assert train.work_left(config, data, model) == 10 * 16 * 256 * 100 * 256
+    assert train.work_left(config, data, model, 0) == 10 * 16 * 256 * 100 * 256
+    assert train.work_left(config, data, model, 9) == 16 * 256 * 100 * 256
     answers = train.open_dataset(str(toys / "questions"))
     mean = answers.input_tokens(np.arange(90), 256) / 90
-    assert train.work_left(config, answers, model) == pytest.approx(160 * 100 * mean**2, rel=0.1)
+    assert train.work_left(config, answers, model, 0) == pytest.approx(160 * 100 * mean**2, rel=0.1)
 
 
 def test_a_run_keeps_its_choice(toys, tmp_path, capsys, graphs, monkeypatch):
