@@ -206,7 +206,9 @@ def start(
     model, checkpoint = load_model(config, begins, data, world, device)
     compiles, why = False, "an LSTM has no blocks"
     if config.model == "gpt":
-        compiles, why = compiling.decide(config.compile, device, work_left(config, data, model))
+        step = begins.run["progress"]["iter"] if begins.resumes else 0
+        work = work_left(config, data, model, step)
+        compiles, why = compiling.decide(config.compile, device, work)
     print(f"steps are {'' if compiles else 'not '}compiled: {why}")
     config = dataclasses.replace(config, compile=compiles)  # a run that is resumed keeps to it
     if begins.resumes:
@@ -272,11 +274,13 @@ def load_model(
     return checkpoint.model.train(), checkpoint
 
 
-def work_left(config: Settings, data: Dataset | Mixture, model: torch.nn.Module) -> float:
-    """Operations of all steps, from the mean length of some rows."""
+def work_left(
+    config: Settings, data: Dataset | Mixture, model: torch.nn.Module, step: int
+) -> float:
+    """Operations of the steps from this one on, from the mean length of some rows."""
     some = data.step_rows(config.seed, 0, 64 * config.rows_per_step, config.block_size)
     length = data.input_tokens(some, config.block_size) / len(some)
-    rows = config.max_iters * config.rows_per_step
+    rows = (config.max_iters - step) * config.rows_per_step
     return rows * length * model.flops_per_token(length)
 
 

@@ -15,7 +15,6 @@ LONGEST = 512  # tokens; beyond, the weights of a batch no longer stay in a CPU'
 
 def attend(q, k, v, mask=None, is_causal: bool = False) -> torch.Tensor:
     """q (B, n_head, T, D), k and v (B, n_kv_head, S, D) -> (B, n_head, T, D)."""
-    groups = q.shape[1] // k.shape[1]
     trains_in_bfloat16 = (
         q.device.type == "cpu"
         and torch.is_grad_enabled()
@@ -24,8 +23,10 @@ def attend(q, k, v, mask=None, is_causal: bool = False) -> torch.Tensor:
     )
     if trains_in_bfloat16 and is_causal and q.shape[2] <= LONGEST:
         return attend_keeping_weights(q, k, v)
+    # a bool, also while a compiler takes heads for symbols, as it does in a sharded model
+    shares = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=groups > 1
+        q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=shares
     )
 
 

@@ -21,14 +21,14 @@ LEAST = 1e13
 
 
 def decide(wanted: bool | None, device: str, work: float) -> tuple[bool, str]:
-    """Whether to compile, and why. wanted: as the user asked, None if not; work: operations that
+    """Whether to compile, and why. wanted: as set, None if not; work: operations that
     are left to compute."""
     if wanted is False:
-        return False, "as asked"
+        return False, "compile=False"
     if lack := what_lacks(torch.device(device).type):
         return False, f"{lack}, so each step takes longer"
     if wanted:
-        return True, "as asked"
+        return True, "compile=True"
     if torch.device(device).type == "cuda":
         return True, "a GPU"
     enough = work >= LEAST
@@ -76,8 +76,12 @@ def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
     try:
         return compile_fx(graph, inputs)
     except ShortenTraceback as error:
-        _say_once(str(error).strip().splitlines()[0])
+        say_failure(error)
         return graph
+
+
+def say_failure(error: Exception) -> None:
+    _say_once(str(error).strip().partition("\n")[0])
 
 
 @functools.cache

@@ -260,15 +260,15 @@ def compile_one_row(decode: Callable, size: int) -> None:
     if is_int8 or not may_compile("cpu"):
         return
     run = Decoder(fused(decode.model), one_row=True)._run
-    run = torch.compile(run, fullgraph=True, backend=compiling.backend)
     cache, idx = decode.model.new_cache(size, 64), torch.zeros(1, dtype=torch.int64)
     cache.keep_rows(1)
-    for part in (cache.k, cache.v):  # one graph for all lengths
-        torch._dynamo.mark_dynamic(part, 3)
     try:
+        run = torch.compile(run, fullgraph=True, backend=compiling.backend)
+        for part in (cache.k, cache.v):  # one graph for all lengths
+            torch._dynamo.mark_dynamic(part, 3)
         run(idx, idx.clone(), cache.k, cache.v)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        print(f"note: not compiled ({type(error).__name__})", file=sys.stderr, flush=True)
+    except Exception as error:  # an OSError if the compiler's cache cannot be made
+        compiling.say_failure(error)
     else:
         decode.run_one_row = run
 

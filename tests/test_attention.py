@@ -44,3 +44,12 @@ def test_in_bfloat16_the_error_is_that_of_rounding(heads):
         ours = run(lambda q, k, v: attend(q, k, v, is_causal=True), parts, torch.float32)
     for mine, wanted in zip(ours, exact, strict=True):
         assert 0 < (mine - wanted).norm() / wanted.norm() < 2e-2
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_it_is_one_graph_where_heads_are_symbols(heads):
+    """As a compiler takes them in a sharded model."""
+    torch._dynamo.reset()
+    q, k = torch.randn(2, 4, 8, 16), torch.randn(2, heads, 8, 16)
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True, dynamic=True)
+    assert torch.equal(compiled(q, k, k, is_causal=True), attend(q, k, k, is_causal=True))

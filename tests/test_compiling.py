@@ -94,9 +94,9 @@ def test_counted_work_decides_what_is_compiled():
     lots, little = (factor * compiling.LEAST for factor in (1.01, 0.99))
     if compiling.what_lacks("cpu") is None:
         assert compiling.decide(None, "cpu", lots)[0]
-        assert compiling.decide(True, "cpu", 0) == (True, "as asked")
+        assert compiling.decide(True, "cpu", 0) == (True, "compile=True")
     assert not compiling.decide(None, "cpu", little)[0]
-    assert compiling.decide(False, "cpu", lots) == (False, "as asked")
+    assert compiling.decide(False, "cpu", lots) == (False, "compile=False")
     assert not compiling.decide(True, "mps", lots)[0]
 
 
@@ -104,10 +104,11 @@ def test_work_is_counted_from_its_steps(toys):
     config = train.configure(train.Settings, words(dataset=toys / "text", max_iters=10))
     data = train.open_dataset(str(toys / "text"))
     model = SimpleNamespace(flops_per_token=lambda length: 100 * length)
-    assert train.work_left(config, data, model) == 10 * 16 * 256 * 100 * 256
+    assert train.work_left(config, data, model, 0) == 10 * 16 * 256 * 100 * 256
+    assert train.work_left(config, data, model, 9) == 16 * 256 * 100 * 256
     answers = train.open_dataset(str(toys / "questions"))
     mean = answers.input_tokens(np.arange(90), 256) / 90
-    assert train.work_left(config, answers, model) == pytest.approx(160 * 100 * mean**2, rel=0.1)
+    assert train.work_left(config, answers, model, 0) == pytest.approx(160 * 100 * mean**2, rel=0.1)
 
 
 def test_a_run_keeps_its_choice(toys, tmp_path, capsys, graphs, monkeypatch):
@@ -117,7 +118,7 @@ def test_a_run_keeps_its_choice(toys, tmp_path, capsys, graphs, monkeypatch):
     assert "steps are compiled: " in capsys.readouterr().out
     monkeypatch.setattr(compiling, "LEAST", 1e30)
     train_here(out_dir=out, resume=True, max_iters=7)
-    assert "steps are compiled: as asked" in capsys.readouterr().out
+    assert "steps are compiled: compile=True" in capsys.readouterr().out
     train_here(out_dir=out, resume=True, max_iters=8, compile=False)
     printed = capsys.readouterr().out
     assert "not bit for bit" in printed and "compile was True, now False" in printed

@@ -15,6 +15,7 @@ from miniglm.decoding import Decoder, PackedLinear, compile_one_row, may_compile
 from miniglm.generation import Batch, Request, Sampling, choose, penalize
 from model import ACTIVATIONS, MLP, MLPS, NORMS, Attention, Block, RMSNorm, SwiGLU
 from tests.helpers import ALL_MODELS, ARCHITECTURES, logits, random_ids, tiny_model
+from tests.runs import run
 
 BLOCK = 24  # tokens, the tiny model's block_size
 GREEDY = Sampling(max_new_tokens=40, temperature=0.0)
@@ -540,6 +541,16 @@ def test_without_a_compiler_a_row_stays_eager_and_it_is_said_once(monkeypatch, c
     assert err.startswith("note: no C++ compiler is found") and err.count("\n") == 1
     assert not decodes[1].run_one_row
     assert lone_and_together(model, decodes[1]) == lone_and_together(model, None)
+
+
+@needs_compiler
+def test_without_a_place_for_compiled_code_a_row_stays_eager_and_it_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    code = "from tests.test_generation import *; d = Decoder(tiny_model()); compile_one_row(d, 1)"
+    place = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "cache")}
+    done = run("-c", code + "; print(d.run_one_row)", environment=place)
+    assert done.stdout == "None\n", done.stderr
+    assert done.stderr.startswith("note: compiling failed (") and done.stderr.count("\n") == 1
 
 
 def test_weights_of_eight_bits_stay_eager(capfd):

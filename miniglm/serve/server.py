@@ -14,6 +14,7 @@ HTTP is miniglm/serve/api.py's.
 import asyncio
 import contextlib
 import queue
+import sys
 import threading
 import traceback
 from collections.abc import AsyncIterator
@@ -122,6 +123,8 @@ class Server:
 
     def speed_up(self) -> None:
         """Compiles the step of a lone request in the background; all are served meanwhile."""
+        # the compiler's thread gives way at once: torch asks for Python's lock at each operation
+        sys.setswitchinterval(1e-5)
         arguments = self.batch.decode, self.batch_size
         threading.Thread(target=compile_one_row, args=arguments, daemon=True).start()
 

@@ -130,7 +130,10 @@ def test_a_server_changes_over_to_compiled_code_within_an_answer(out_dirs, monke
     torch.compiler.reset()
     server = new_server(out_dirs["novel"])
     decode = server.batch.decode
+    switches = sys.getswitchinterval()
     server.speed_up()
+    assert sys.getswitchinterval() < 1e-4  # or answers wait for the compiler at each operation
+    sys.setswitchinterval(switches)
 
     async def read() -> str:
         with Stream() as stream:
