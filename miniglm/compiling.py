@@ -1,7 +1,8 @@
 """Whether torch.compile can be used here and pays, and what is compiled instead if it fails.
 
-Training, generation and serving all ask `decide`. It counts work and looks at the processor, never
-at a clock, so that the same run on the same machine has the same bits.
+Training, generation and serving all ask `decide`. It counts work and looks for a compiler, never at
+a clock, so that the same run on the same machine has the same bits. What compiling saves is what is
+around the matmuls, about as long on one processor as on another, so one limit serves all.
 """
 
 import functools
@@ -21,8 +22,7 @@ LEAST = 1e13
 
 
 def decide(wanted: bool | None, device: str, work: float) -> tuple[bool, str]:
-    """Whether to compile, and why. wanted: as set, None if not; work: operations that
-    are left to compute."""
+    """Whether to compile, and why. wanted: as set, None if not; work: operations that are left."""
     if wanted is False:
         return False, "compile=False"
     if lack := what_lacks(torch.device(device).type):
