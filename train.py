@@ -204,10 +204,15 @@ def start(
     torch.manual_seed(config.seed)
     out_dir = repo_path(config.out_dir)
     model, checkpoint = load_model(config, begins, data, world, device)
+    progress = Progress()
+    if begins.resumes:
+        saved = begins.run["progress"]
+        progress = checkpoints.typed(
+            checkpoint.path, Progress, lambda: {name: saved[name] for name in vars(progress)}
+        )
     compiles, why = False, "an LSTM has no blocks"
     if config.model == "gpt":
-        step = begins.run["progress"]["iter"] if begins.resumes else 0
-        work = work_left(config, data, model, step)
+        work = work_left(config, data, model, progress.iter)
         compiles, why = compiling.decide(config.compile, device, work)
     print(f"steps are {'' if compiles else 'not '}compiled: {why}")
     config = dataclasses.replace(config, compile=compiles)  # a run that is resumed keeps to it
@@ -223,16 +228,12 @@ def start(
         LossModule(model, objective.sums),
         make_optimizers(model, config, device),
         torch.amp.GradScaler(torch.device(device).type, enabled=scaled),
-        Progress(),
+        progress,
     )
     if begins.resumes:
         checkpoints.load_optimizers(checkpoint.path, model, state.optimizers)
         if begins.run["scaler"]:
             state.scaler.load_state_dict(begins.run["scaler"])
-        saved = begins.run["progress"]
-        state.progress = checkpoints.typed(
-            checkpoint.path, Progress, lambda: {name: saved[name] for name in vars(Progress())}
-        )
         if world.is_first and not config.dry_run:
             checkpoints.rewind(out_dir)
     preflight.check_same_steps(config, data, state.progress.iter, device, world)

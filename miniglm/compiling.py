@@ -70,18 +70,21 @@ def compile_blocks(model: torch.nn.Module) -> None:
 
 def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
     """torch's own compiler; the graph as it is where that fails, with one line the first time."""
-    from torch._dynamo.exc import ShortenTraceback  # what fails; others steer the compiler
+    from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
     from torch._inductor.compile_fx import compile_fx
 
     try:
         return compile_fx(graph, inputs)
-    except ShortenTraceback as error:
+    except Exception as error:
+        if isinstance(error, TorchDynamoException) and not isinstance(error, ShortenTraceback):
+            raise  # it steers the compiler
         say_failure(error)
         return graph
 
 
 def say_failure(error: Exception) -> None:
-    _say_once(str(error).strip().partition("\n")[0])
+    first = str(error).strip().partition("\n")[0]
+    _say_once(f"{type(error).__name__}: {first}")
 
 
 @functools.cache
