@@ -4,9 +4,11 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 import torch
 
 from lstm_model import LSTM
+from miniglm import compiling
 from miniglm.checkpoint import MODELS, save_checkpoint
 from miniglm.prep.writer import write_pretrain, write_sft
 from miniglm.tokenizer import Tokenizer, train_tokenizer
@@ -19,6 +21,9 @@ TEXT = """\
 机事不密，反为所害，中涓自此愈横。建宁二年四月望日，帝御温德殿。方升座，殿角狂风骤起。
 只见一条大青蛇，从梁上飞将下来，蟠于椅上。帝惊倒，左右急救入宫，百官俱奔避。须臾，蛇不见了。
 """
+
+LACK = compiling.what_lacks("cpu")
+NEEDS_COMPILER = pytest.mark.skipif(LACK is not None, reason=str(LACK))
 
 # every option away from its default at least once
 ARCHITECTURES = {

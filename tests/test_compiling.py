@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 import train
 from miniglm import compiling
-from tests.helpers import random_ids, tiny_model
+from tests.helpers import NEEDS_COMPILER, random_ids, tiny_model
 from tests.runs import (
     TINY,
     assert_same_run,
@@ -20,10 +20,6 @@ from tests.runs import (
     saved,
     train_here,
     words,
-)
-
-A_COMPILER = pytest.mark.skipif(
-    compiling.what_lacks("cpu") is not None, reason=f"{compiling.what_lacks('cpu')}"
 )
 
 
@@ -138,7 +134,7 @@ def test_a_bare_flag_compiles(toys, tmp_path, graphs):
 # --- compilers ---------------------------------------------------------------------------------
 
 
-@A_COMPILER
+@NEEDS_COMPILER
 def test_a_compiled_run_resumes_to_the_same_bits(toys, tmp_path):
     """In processes of their own, as users have them."""
     settings = TINY | {"dataset": toys / "text", "n_layer": 1, "dtype": "bfloat16", "compile": True}

@@ -14,7 +14,7 @@ from miniglm import compiling, decoding
 from miniglm.decoding import Decoder, PackedLinear, compile_one_row, may_compile, pack, quantize
 from miniglm.generation import Batch, Request, Sampling, choose, penalize
 from model import ACTIVATIONS, MLP, MLPS, NORMS, Attention, Block, RMSNorm, SwiGLU
-from tests.helpers import ALL_MODELS, ARCHITECTURES, logits, random_ids, tiny_model
+from tests.helpers import ALL_MODELS, ARCHITECTURES, NEEDS_COMPILER, logits, random_ids, tiny_model
 from tests.runs import run
 
 BLOCK = 24  # tokens, the tiny model's block_size
@@ -483,10 +483,6 @@ def test_eight_bits_keep_products_to_a_few_percent():
 
 # --- a compiled step of a single row ------------------------------------------------------------
 
-needs_compiler = pytest.mark.skipif(
-    compiling.what_lacks("cpu") is not None, reason=f"{compiling.what_lacks('cpu')}"
-)
-
 
 def lone_and_together(model: torch.nn.Module, decode) -> list[list[int]]:
     """Ids while rows come and go: one alone past block_size, several, and again one."""
@@ -517,7 +513,7 @@ def test_a_compiled_row_has_the_ids_of_an_eager_one_in_one_graph(monkeypatch, op
         assert lone_and_together(model, decode) == lone_and_together(model, None)
 
 
-@needs_compiler
+@NEEDS_COMPILER
 def test_a_row_of_real_compiled_code_has_the_ids_of_an_eager_one(capfd):
     torch.compiler.reset()
     model = pack(tiny_model(**ARCHITECTURES["qwen3"]))
@@ -543,7 +539,7 @@ def test_without_a_compiler_a_row_stays_eager_and_it_is_said_once(monkeypatch, c
     assert lone_and_together(model, decodes[1]) == lone_and_together(model, None)
 
 
-@needs_compiler
+@NEEDS_COMPILER
 def test_without_a_place_for_compiled_code_a_row_stays_eager_and_it_is_said(tmp_path):
     (tmp_path / "file").touch()
     code = "from tests.test_generation import *; d = Decoder(tiny_model()); compile_one_row(d, 1)"
