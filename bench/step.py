@@ -79,7 +79,7 @@ def bench(config: Settings) -> dict:
         f"{config.batch_size} x {config.block_size} tokens, {config.rounds} turns each"
     )
     dtypes = dtypes_of("auto", config.device)
-    peers = PEERS if compiling.what_lacks(torch.device(config.device).type) else PEERS + COMPILED
+    peers = PEERS if compiling.what_lacks(config.device) else PEERS + COMPILED
     results = {dtype: race(config, n_vocab, dtype, peers) for dtype in dtypes}
     for dtype, memory in peak_memory(config, n_vocab, dtypes, contenders(peers)).items():
         results[dtype]["memory"] = memory
@@ -143,10 +143,11 @@ def training_step(config: Settings, model: torch.nn.Module, dtype: str) -> Calla
     n_vocab = model.config.vocab_size
     ids = torch.randint(n_vocab, (config.batch_size, config.block_size + 1), device=config.device)
     idx, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    places = torch.arange(targets.numel(), device=config.device)
 
     def loss() -> torch.Tensor:
         if isinstance(model, GPT):
-            return next_token(model, idx, targets) / targets.numel()
+            return next_token(model, idx, targets, places) / targets.numel()
         return model(input_ids=idx, labels=idx, use_cache=False).loss
 
     def step() -> None:

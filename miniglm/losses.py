@@ -7,6 +7,7 @@ gradient accumulation equals the full batch under any mask.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,33 +19,41 @@ from miniglm.distributed import ALONE, World
 from miniglm.lora import adapters_off
 
 
-def next_token(model: nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
-    """The sum of -log p in nats over the trained targets, both (B, T); 0 where none is trained."""
-    hidden, targets = trained_positions(model(idx), targets)
+def send(arrays: tuple[np.ndarray, ...], device: str) -> tuple[Tensor, ...]:
+    """idx and targets, (B, T) each, and what follows them -> on the device, with the places of the
+    trained targets among all, (N,), in the middle. To find them on a GPU is to wait for it."""
+    idx, targets, *more = arrays
+    return to_device((idx, targets, np.flatnonzero(targets != IGNORE), *more), device)
+
+
+def next_token(model: nn.Module, idx: Tensor, targets: Tensor, places: Tensor) -> Tensor:
+    """The sum of -log p in nats over the trained targets, both (B, T); 0 where none is trained.
+    places: theirs, as `send` gives them."""
+    hidden, targets = trained_positions(model(idx), targets, places)
     return SummedLoss.apply(model.head, hidden, targets, *head_weights(model))
 
 
-def sequence_log_prob(model: nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
+def sequence_log_prob(model: nn.Module, idx: Tensor, targets: Tensor, places: Tensor) -> Tensor:
     """Log probability in nats of each row's targets, (B, T) -> (B,); IGNORE does not count."""
-    hidden, wanted = trained_positions(model(idx), targets)
+    hidden, wanted = trained_positions(model(idx), targets, places)
     losses = EachLoss.apply(model.head, hidden, wanted, *head_weights(model))
     # scattered back to their places, so that a sum takes them in one order on any device
-    return -losses.new_zeros(targets.shape).masked_scatter(targets != IGNORE, losses).sum(dim=1)
+    losses = losses.new_zeros(targets.numel()).index_copy(0, places, losses)
+    return -losses.view(targets.shape).sum(dim=1)
 
 
 @torch.no_grad()
-def target_losses(model: nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
+def target_losses(model: nn.Module, idx: Tensor, targets: Tensor, places: Tensor) -> Tensor:
     """-log p in nats of each target, (B, T); 0 where it is IGNORE."""
-    hidden, wanted = trained_positions(model(idx), targets)
+    hidden, wanted = trained_positions(model(idx), targets, places)
     losses = each_loss(model.head, hidden, wanted)
-    out = torch.zeros(targets.shape, dtype=losses.dtype, device=targets.device)
-    return out.masked_scatter_(targets != IGNORE, losses)
+    return losses.new_zeros(targets.numel()).index_copy_(0, places, losses).view(targets.shape)
 
 
-def reference_log_prob(model: nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
+def reference_log_prob(model: nn.Module, *batch: Tensor) -> Tensor:
     """sequence_log_prob with the model's adapters off, in eval mode; it has no gradient."""
     with eval_mode(model), adapters_off(model):
-        return sequence_log_prob(model, idx, targets).detach()
+        return sequence_log_prob(model, *batch).detach()
 
 
 @contextmanager
@@ -71,12 +80,12 @@ def dpo(policy: Tensor, reference: Tensor, beta: float, form: str = "sigmoid") -
 # --- the head, some hundred rows at a time -----------------------------------------------------
 
 
-def trained_positions(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def trained_positions(hidden: Tensor, targets: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     """(B, T, n_embd) and (B, T) -> those of the N trained targets, (N, n_embd) and (N,)."""
-    trained = targets != IGNORE
-    if trained.all():
-        return hidden.flatten(0, 1), targets.flatten()
-    return hidden[trained], targets[trained]
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    if len(places) < len(targets):
+        hidden, targets = (x.index_select(0, places) for x in (hidden, targets))
+    return hidden, targets
 
 
 def head_weights(model: nn.Module) -> list[nn.Parameter]:
@@ -191,7 +200,7 @@ def split_sums(
     batches = data.eval_batches(split, model.config.block_size, batch_size)
     with eval_mode(model):
         for batch, is_own in world.deal(batches):
-            losses = target_losses(model, *to_device(batch, str(model.wte.weight.device)))
+            losses = target_losses(model, *send(batch, str(model.wte.weight.device)))
             if is_own:
                 trained = batch[1][batch[1] != IGNORE]
                 count += len(trained)

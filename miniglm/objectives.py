@@ -28,13 +28,14 @@ import torch
 from configurator import UserError, show_path
 from data_utils import IGNORE, Dataset, Mixture
 from miniglm.checkpoint import load_reference, save_reference, weights_sha256
-from miniglm.devices import autocast, pick_dtype, to_device
+from miniglm.devices import autocast, pick_dtype
 from miniglm.distributed import ALONE, World
 from miniglm.losses import (
     dpo,
     eval_mode,
     next_token,
     reference_log_prob,
+    send,
     sequence_log_prob,
     split_sums,
 )
@@ -45,7 +46,7 @@ class Batch(NamedTuple):
 
     term: str
     rows: np.ndarray  # as the dataset names them
-    arrays: tuple  # what `sums` takes: idx and targets, (B, T) each, with IGNORE
+    arrays: tuple  # idx and targets, (B, T) each, with IGNORE; on the device what `send` gives
 
 
 class Objective:
@@ -97,7 +98,7 @@ class Objective:
         return self.data.show_rows(other.batches(start, step)[0][micro].rows)
 
     def to_device(self, batch: Batch) -> Batch:
-        return batch._replace(arrays=to_device(batch.arrays, self.device))
+        return batch._replace(arrays=send(batch.arrays, self.device))
 
     def autocast(self):
         return autocast(self.config.dtype, self.device)
@@ -253,7 +254,7 @@ class Preferences(Objective):
         for (pairs, arrays), is_own in self.world.deal(batches):
             # as its policy is computed: attention may round otherwise where gradients are wanted
             with self.autocast(), torch.set_grad_enabled(split == "train"):
-                log_p = reference_log_prob(model, *to_device(arrays, self.device))
+                log_p = reference_log_prob(model, *send(arrays, self.device))
             if is_own:
                 out[pairs] = log_p.view(-1, 2).float().cpu()
         return self.world.add(out)
@@ -281,10 +282,11 @@ class Preferences(Objective):
     def sums(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """Chosen and rejected rows are read in one forward pass. ipo takes the mean of an answer's
         log-probabilities for their sum, as its authors recommend."""
-        idx, targets, *given = batch.arrays
+        idx, targets, places, *given = batch.arrays
+        rows = idx, targets, places
         with self.autocast():
-            reference = given[0] if given else reference_log_prob(model, idx, targets).view(-1, 2)
-            log_p = sequence_log_prob(model, idx, targets).view(-1, 2)  # of chosen, of rejected
+            reference = given[0] if given else reference_log_prob(model, *rows).view(-1, 2)
+            log_p = sequence_log_prob(model, *rows).view(-1, 2)  # of chosen, of rejected
         policy, beta = log_p, self.config.dpo_beta
         if self.config.dpo_loss == "ipo":
             lengths = (targets != IGNORE).sum(dim=1).clamp_min(1).view(-1, 2)

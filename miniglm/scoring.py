@@ -11,8 +11,7 @@ from tqdm import tqdm
 
 from data_utils import IGNORE, collate
 from miniglm.checkpoint import Checkpoint
-from miniglm.devices import to_device
-from miniglm.losses import target_losses
+from miniglm.losses import send, target_losses
 from miniglm.metrics import METRICS, distinct, look_up, mean, repeated, rouge_l, score, signature
 from miniglm.prep.parallel import TO_SIMPLIFIED, traditional
 from miniglm.text import complete
@@ -50,7 +49,7 @@ def reference_losses(
             prompt, answer = ask(tokenizer, messages)
             rendered.append((prompt + answer, [0] * len(prompt) + [1] * len(answer)))
         batch = collate(rendered)
-        nats = target_losses(checkpoint.model, *to_device(batch, device)).cpu().double()
+        nats = target_losses(checkpoint.model, *send(batch, device)).cpu().double()
         for row, targets in zip(nats.sum(dim=1).tolist(), batch[1], strict=True):
             trained = targets[targets != IGNORE]
             losses.append((row, len(trained), int(tokenizer.bytes_per_id[trained].sum())))

@@ -38,15 +38,15 @@ from train import Settings, start
 # --- the loss ----------------------------------------------------------------------------------
 
 
-def plain_log_prob(model: torch.nn.Module, idx, targets) -> torch.Tensor:
-    return -torch.stack([losses.sum() for losses in plain_losses(model, idx, targets)])
+def plain_log_prob(model: torch.nn.Module, *batch) -> torch.Tensor:
+    return -torch.stack([losses.sum() for losses in plain_losses(model, *batch)])
 
 
 @pytest.mark.parametrize(("form", "beta"), [("sigmoid", 0.1), ("sigmoid", 2.0), ("ipo", 0.5)])
 @pytest.mark.parametrize("lora_rank", [0, 3])
 def test_loss_and_gradients_equal_a_plain_version_in_float64(form, beta, lora_rank):
     rows = [7, 12, 3, 5, 12, 1]
-    idx, targets = ragged_batch(rows)
+    idx, targets, _ = ragged_batch(rows)
     model, base = tiny_model(n_kv_head=2).double(), tiny_model(n_kv_head=2).double()
     if lora_rank:
         add_adapters(model, lora_rank, 4.0, ["blocks"])
@@ -58,9 +58,10 @@ def test_loss_and_gradients_equal_a_plain_version_in_float64(form, beta, lora_ra
     with torch.no_grad():
         reference = plain_log_prob(base, idx, targets)
     given = [] if lora_rank else [reference.view(-1, 2)]
-    config = Settings(dtype="float32", dpo_beta=beta, dpo_loss=form)
-    batch = Batch("loss", np.arange(len(rows) // 2), (idx, targets, *given))
-    sums = Preferences(config, None, "cpu").sums(model, batch)
+    objective = Preferences(Settings(dtype="float32", dpo_beta=beta, dpo_loss=form), None, "cpu")
+    arrays = tuple(tensor.numpy() for tensor in (idx, targets, *given))
+    batch = objective.to_device(Batch("loss", np.arange(len(rows) // 2), arrays))
+    sums = objective.sums(model, batch)
     (sums["loss"] + 0.3 * sums["loss_sft"]).backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     ours = {name: p.grad.clone() for name, p in trained.items()}

@@ -97,7 +97,7 @@ def test_outputs_and_gradients_equal_pefts_on_the_same_weights():
     idx = random_ids(3, 12)
     assert (logits(ours, idx) - logits(theirs, idx)).abs().max() < 1e-5
     for model in (ours, theirs):
-        next_token(model, idx[:, :-1], idx[:, 1:]).backward()
+        next_token(model, idx[:, :-1], idx[:, 1:], torch.arange(33)).backward()
     with_gradient = {name for name, p in ours.named_parameters() if p.grad is not None}
     assert with_gradient == trained
     for name, weight in adapter_weights(ours).items():

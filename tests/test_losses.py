@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_utils import IGNORE, Dataset
 from miniglm.lora import add_adapters
-from miniglm.losses import next_token, sequence_log_prob, split_sums, target_losses
+from miniglm.losses import next_token, send, sequence_log_prob, split_sums, target_losses
 from tests.helpers import (
     ALL_MODELS,
     QUESTIONS,
@@ -19,18 +19,18 @@ from tests.helpers import (
 )
 
 
-def ragged_batch(rows: list[int], T: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
-    """idx and targets in which row i has rows[i] trained targets, at random places."""
+def ragged_batch(rows: list[int], T: int = 12) -> tuple[torch.Tensor, ...]:
+    """What losses take, of which row i has rows[i] trained targets, at random places."""
     ids = random_ids(len(rows), T + 1)
     targets = torch.full((len(rows), T), IGNORE)
     generator = torch.Generator().manual_seed(0)
     for row, trained in enumerate(rows):
         places = torch.randperm(T, generator=generator)[:trained]
         targets[row, places] = ids[row, 1:][places]
-    return ids[:, :-1], targets
+    return send((ids[:, :-1].numpy(), targets.numpy()), "cpu")
 
 
-def plain_losses(model: torch.nn.Module, idx, targets) -> list[torch.Tensor]:
+def plain_losses(model: torch.nn.Module, idx, targets, _=None) -> list[torch.Tensor]:
     """-log p of each trained target, a row at a time, with all of its logits."""
     rows = []
     for ids, wanted in zip(torch.as_tensor(idx), torch.as_tensor(targets), strict=True):
@@ -40,8 +40,8 @@ def plain_losses(model: torch.nn.Module, idx, targets) -> list[torch.Tensor]:
     return rows
 
 
-def plain_sum(model: torch.nn.Module, idx, targets) -> torch.Tensor:
-    return torch.cat(plain_losses(model, idx, targets)).sum()
+def plain_sum(model: torch.nn.Module, *batch) -> torch.Tensor:
+    return torch.cat(plain_losses(model, *batch)).sum()
 
 
 @pytest.mark.parametrize("options", ALL_MODELS.values(), ids=ALL_MODELS)
@@ -73,12 +73,12 @@ def weighted(log_probs: torch.Tensor) -> torch.Tensor:
     return (log_probs * torch.linspace(-2, 1, len(log_probs), dtype=log_probs.dtype)).sum()
 
 
-def rows_sum(model: torch.nn.Module, idx, targets) -> torch.Tensor:
-    return weighted(sequence_log_prob(model, idx, targets))
+def rows_sum(model: torch.nn.Module, *batch) -> torch.Tensor:
+    return weighted(sequence_log_prob(model, *batch))
 
 
-def plain_rows_sum(model: torch.nn.Module, idx, targets) -> torch.Tensor:
-    losses = [row.sum() for row in plain_losses(model, idx, targets)]
+def plain_rows_sum(model: torch.nn.Module, *batch) -> torch.Tensor:
+    losses = [row.sum() for row in plain_losses(model, *batch)]
     return weighted(-torch.stack(losses))
 
 

@@ -296,7 +296,7 @@ def test_short_rows_hold_the_same_tokens_and_later_rows_are_whole(toys, tmp_path
     for step in range(4):
         [long_batch], counts, tokens = next(whole)
         [batch], short_counts, short_tokens = next(short)
-        (idx, targets), (want, want_targets) = batch.arrays, long_batch.arrays
+        (idx, targets, _), (want, want_targets, _) = batch.arrays, long_batch.arrays
         assert idx.shape == ((16, 8) if step < 2 else (4, 32))
         assert torch.equal(idx.flatten(), want.flatten())
         assert torch.equal(targets.flatten(), want_targets.flatten())

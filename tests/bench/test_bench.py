@@ -208,7 +208,8 @@ def test_the_times_of_all_kinds_add_up_to_what_a_clock_measures():
 def test_the_heads_matmuls_are_none_of_the_blocks():
     model, ids = tiny_model(), random_ids(2, 10)
     model.blocks = torch.nn.ModuleList()
-    times = profile_kinds(lambda: next_token(model, ids, ids).backward(), bench_step.KINDS, 3)
+    batch = ids, ids, torch.arange(20)
+    times = profile_kinds(lambda: next_token(model, *batch).backward(), bench_step.KINDS, 3)
     assert times["head and loss"] > 0
     assert times["matmuls of the blocks"] == 0
 
