@@ -44,19 +44,19 @@ class Muon(torch.optim.Optimizer):
 
     def _step_together(self, parameters: list[torch.Tensor], group: dict) -> None:
         """Matrices of one shape in one batch: fewer and larger matmuls."""
-        updates = []
+        gradients, buffers = [parameter.grad for parameter in parameters], []
         for parameter in parameters:
             state = self.state[parameter]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-            look_ahead = parameter.grad.lerp(buffer, group["momentum"])  # Nesterov's
-            updates.append(whole(look_ahead))
-        directions = orthogonalize(torch.stack(updates), self.dtype)
+            buffers.append(state["momentum_buffer"])
+        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+        look_ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov's
+        directions = orthogonalize(torch.stack([*map(whole, look_ahead)]), self.dtype)
         size = 0.2 * max(parameters[0].shape) ** 0.5
-        for parameter, direction in zip(parameters, directions, strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(part_of(direction, parameter), alpha=-group["lr"] * size)
+        directions = [*map(part_of, directions, parameters)]
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, directions, alpha=-group["lr"] * size)
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -85,7 +85,8 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) ->
             if step < STEPS - 1:
                 A = P @ (P @ A)
         X = Q @ X
-    return (X.mT if tall else X).to(matrices.dtype)
+    # lists of tensors are stepped in one kernel only if they lie in memory as the weights do
+    return (X.mT if tall else X).to(matrices.dtype).contiguous()
 
 
 def make_optimizers(model: nn.Module, config, device: str) -> list[torch.optim.Optimizer]:

@@ -28,6 +28,7 @@ def test_orthogonalized_equals_the_plain_iteration_with_singular_values_near_one
     matrices = random(3, *shape)
     for ours, matrix in zip(orthogonalize(matrices), matrices, strict=True):
         assert (ours - plain(matrix)).abs().max() < 1e-5
+        assert ours.is_contiguous()  # as a weight, or lists are not stepped in one kernel
         values = torch.linalg.svdvals(ours)
         assert values.min() > 0.5 and values.max() < 1.3
         assert torch.linalg.svdvals(matrix).max() > 4
@@ -37,11 +38,12 @@ def test_a_gradient_of_zero_moves_nothing():
     assert orthogonalize(torch.zeros(1, 8, 8)).abs().max() == 0
 
 
-def test_in_bfloat16_the_direction_is_the_same_within_its_precision():
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
+def test_in_half_precision_the_direction_is_the_same_within_it(dtype, error):
     matrices = random(2, 24, 96)
-    exact, rough = orthogonalize(matrices), orthogonalize(matrices, torch.bfloat16)
+    exact, rough = orthogonalize(matrices), orthogonalize(matrices, dtype)
     assert rough.dtype == torch.float32
-    assert 0 < (exact - rough).norm() < 0.03 * exact.norm()
+    assert 0 < (exact - rough).norm() < error * exact.norm()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
