@@ -370,20 +370,6 @@ def matrix_flops(matrices: list[nn.Parameter]) -> int:
     return sum(p.numel() * (6 if p.requires_grad else 4) for p in matrices)
 
 
-def pick_device(name: str) -> str:
-    """`auto` is CUDA, else MPS, else CPU. Raises UserError if a named device cannot be used."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device={name!r} cannot be used ({reason}); --device=auto picks") from None
-    return name
-
-
 def rotary_table(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin of position x frequency, (length, head_dim) each (arXiv 2104.09864)."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)

@@ -49,7 +49,7 @@ from miniglm.objectives import OBJECTIVES, Batch, Objective
 from miniglm.optim import learning_rate, make_optimizers
 from miniglm.preflight import Start, architecture
 from miniglm.trackers import check_trackers, open_trackers
-from model import Architecture, ModelConfig, pick_device
+from model import Architecture, ModelConfig
 
 
 @dataclass
@@ -196,7 +196,7 @@ def start(
     startup = startup or Stopwatch()
     devices.keep_freed_memory()
     config, begins, data = read_settings(argv)
-    device = pick_device(config.device)
+    device = devices.pick_device(config.device)
     preflight.check(config, begins, data, device, world)
     startup.lap("data")
     device = distributed.join(world, device)
@@ -597,6 +597,7 @@ def dry_run(run: Run, state: State, peak: Peak, timed: int = 3) -> None:
     if run.config.compile:
         compiling.compile_blocks(state.model)
     train_step(run, state, batches, counts)  # warms up
+    devices.synchronize(run.device)
     window, made = Window(), steps(run, state)
     for _ in range(timed):
         batches, counts, tokens = next(made)

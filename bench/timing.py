@@ -12,7 +12,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from configurator import at_least
-from model import pick_device
+from miniglm.devices import pick_device
 
 Seconds = dict[str, list[float]]  # of each contender, turn by turn
 Ratio = dict[str, float]

@@ -89,18 +89,19 @@ class Decoder:
     """model(idx[:, None], cache)[:, -1] for one id a row: (B,) -> (B, n_embd), without gradients.
 
     static: each step computes all rows and the full length of the cache, so that CUDA records one
-    graph and replays it; compiling takes a while. one_row: attention in operations that fuse, for
-    a single row on a CPU; run_one_row: its compiled code, if it is there.
+    graph and replays it. The first `eager` steps run uncompiled; compiling costs about as much as
+    some thousands of them. one_row: attention in operations that fuse, for a single row on a CPU;
+    run_one_row: its compiled code, if it is there.
     """
 
-    def __init__(self, model: GPT, static: bool = False, one_row: bool = False):
+    def __init__(self, model: GPT, static: bool = False, eager: int = 0, one_row: bool = False):
         c = self.config = model.config
         self.wte, self.norm = model.wte.weight, flat_norm(model.norm)
         self.layers = [Layer(block) for block in model.blocks]
-        self.static, self.run = static, self._run
+        self.static, self.eager, self.run = static, eager, self._run
         self.model, self.one_row, self.run_one_row = model, one_row, None
         if static and self.wte.device.type == "cuda":
-            self.run = torch.compile(self._run, mode="reduce-overhead", fullgraph=True)
+            self.run = recorded(self._run)
         self.wpe = model.wpe.weight if c.position == "learned" else None
         if c.position == "rope":
             half = c.head_dim // 2
@@ -118,12 +119,14 @@ class Decoder:
         if max(lengths) >= self.config.block_size:
             raise ValueError(f"{max(lengths) + 1} tokens exceed {self.config.block_size=}")
         if self.static:
-            k, v = cache.all_k, cache.all_v
-            for part in (k, v):  # the graph writes into them, so they must not move
+            # layers apart: a graph that writes into a part of a tensor would copy the whole
+            k, v = cache.all_k.unbind(), cache.all_v.unbind()
+            for part in (*k, *v):  # they must not move
                 torch._dynamo.mark_static_address(part)
-            unused = k.shape[1] - B  # rows
+            unused = len(k[0]) - B  # rows
             at = torch.tensor([*lengths, *[0] * unused], device=idx.device)
-            x = self.run(F.pad(idx, (0, unused)), at, k, v)[:B]
+            run, self.eager = self._run if self.eager else self.run, max(0, self.eager - 1)
+            x = run(F.pad(idx, (0, unused)), at, k, v)[:B]
         elif self.run_one_row and B == 1:
             x = self.run_one_row(idx, torch.tensor(lengths), cache.k, cache.v)
         else:
@@ -135,10 +138,15 @@ class Decoder:
 
     def _run(self, idx, at, k, v, end=None):
         """at: the position of each row's id, (B,), or an int if all agree; k, v: the cache's, of as
-        many rows; end: positions that are attended to, None is all that there is room for."""
-        c, B, end = self.config, len(idx), end or k.shape[3]
+        many rows, or those of its layers; end: positions that are attended to, None is all that
+        there is room for."""
+        c, B = self.config, len(idx)
         x = F.embedding(idx, self.wte)
-        seen_k, seen_v = k.narrow(3, 0, end).unbind(), v.narrow(3, 0, end).unbind()
+        if isinstance(k, torch.Tensor):
+            end = end or k.shape[3]
+            seen_k, seen_v = k.narrow(3, 0, end).unbind(), v.narrow(3, 0, end).unbind()
+        else:
+            end, seen_k, seen_v = k[0].shape[2], k, v
         rows, mask, new = None, None, []
         if isinstance(at, torch.Tensor):
             rows = torch.arange(B, device=idx.device)
@@ -171,19 +179,22 @@ class Decoder:
             else:
                 k[i][rows, :, at], v[i][rows, :, at] = keys, values
             if not self.one_row:
-                y = F.scaled_dot_product_attention(
-                    q.unsqueeze(2),
-                    seen_k[i],
-                    seen_v[i],
-                    attn_mask=mask,
-                    enable_gqa=c.n_head != c.n_kv_head,
-                )
-            x = x + layer.c_proj(y.view(B, -1))
+                # the queries that share a key's head as positions of one: any kernel takes that
+                q = q.view(B, c.n_kv_head, -1, c.head_dim)
+                y = F.scaled_dot_product_attention(q, seen_k[i], seen_v[i], attn_mask=mask)
+            x = x + layer.c_proj(y.reshape(B, -1))
             x = x + layer.mlp(layer.norm_2(x))
         if self.one_row:  # at the end: the compiler would copy a cache that is read again
             keys, values = map(torch.cat, zip(*new, strict=True))
             k[:, rows, :, at], v[:, rows, :, at] = keys[None], values[None]
         return self.norm(x)
+
+
+def recorded(run: Callable) -> Callable:
+    """Compiled, as one CUDA graph: never dynamic code, as a second model would get, since that
+    cannot be recorded."""
+    backend = functools.partial(compiling.backend, patches={"triton.cudagraphs": True})
+    return torch.compile(run, backend=backend, fullgraph=True, dynamic=False)
 
 
 class Layer:
@@ -227,7 +238,7 @@ def qk_weights(attn: Attention) -> torch.Tensor:
 # --- exactly these classes are laid out, since a subclass may compute something else ------------
 
 
-def decoder(model: nn.Module, static: bool = False) -> Callable:
+def decoder(model: nn.Module, static: bool = False, eager: int = 0) -> Callable:
     """The Decoder of a GPT. A model whose blocks or attention are other classes decodes by its own
     forward pass."""
     c = model.config
@@ -237,14 +248,14 @@ def decoder(model: nn.Module, static: bool = False) -> Callable:
         and (not c.qk_norm or type(block.attn.q_norm) is type(block.attn.k_norm) is RMSNorm)
         for block in model.blocks
     )
-    return Decoder(model, static) if is_known else model.decode
+    return Decoder(model, static, eager) if is_known else model.decode
 
 
 @functools.cache  # says it once
-def may_compile(device: str) -> bool:
-    """Whether a step that is worth any compiling can be compiled; what is missing is said."""
+def may_compile(device: str, soon: bool = True) -> bool:
+    """Whether a step that is worth any compiling can be compiled; soon: what is missing is said."""
     wanted, why = compiling.decide(None, device, math.inf)
-    if not wanted:
+    if soon and not wanted:
         print(f"note: {why}", file=sys.stderr, flush=True)
     return wanted
 

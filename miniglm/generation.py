@@ -101,7 +101,7 @@ class Batch:
     """Requests that are generated together, at most `size` at once, first come, first served.
 
     A row that fills block_size continues from its last block_size / 2 tokens, which are read again.
-    many: enough requests will follow to compile the step on a GPU first. Not thread-safe.
+    eager: after how many steps that of a GPU is compiled; None is never. Not thread-safe.
     """
 
     @torch.inference_mode()  # compiled code is for tensors of one kind
@@ -110,15 +110,16 @@ class Batch:
         model: GPT | LSTM,
         stop_ids: tuple[int, ...] = (),
         size: int = 16,
-        many: bool = False,
+        eager: int | None = None,
     ):
         self.model, self.stop_ids, self.size = model, stop_ids, size
         self.block_size, self.device = model.config.block_size, model.wte.weight.device
-        static = many and self.device.type == "cuda" and may_compile("cuda")
+        static = eager is not None and self.device.type == "cuda"
+        static = static and may_compile(str(self.device), eager == 0)
         first = self.block_size if static else min(64, self.block_size)  # tokens; it grows
         self.cache: KVCache = model.new_cache(size, first)
         self.cache.keep_rows(0)
-        self.decode = decoder(model, static)
+        self.decode = decoder(model, static, eager or 0)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # of each row of the cache
 

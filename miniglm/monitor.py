@@ -185,9 +185,7 @@ def write_samples(
     """What the model now makes of each prompt, as sample.py shows it. The model stays as it is,
     and no random state is touched."""
     sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, seed=seed)
-    # a compiled model would be compiled anew for each length of its cache; on CUDA the decoding
-    # step, which is compiled for long jobs, at each evaluation
-    compiled |= checkpoint.model.wte.weight.device.type == "cuda"
+    # a compiled model would be compiled anew for each length of its cache
     eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     with eager, eval_mode(checkpoint.model):
         outputs = complete(checkpoint, [ids for _, ids in prompts], sampling)

@@ -20,6 +20,7 @@ from model import Architecture
 
 # settings that change no bits
 FREE = ("resume", "dry_run", "out_dir", "keep_last", "best_by", "track", "prompts")
+FEW = 8000  # tokens of a step that a GPU spends on starting its kernels, more than on computing
 # what a run that is resumed needs of its run.json, and one that begins with it of the first
 RESUMED = ("architecture", "settings", "dataset", "environment", "scaler", "progress")
 # settings that a run keeps from its first step on
@@ -99,6 +100,9 @@ def check(config, start: Start, data: Dataset | Mixture, device: str, world: Wor
         raise UserError(f"{why} changes a trained model; pass its out_dir as --init_from=")
 
     rows = config.rows_per_step
+    tokens = rows * config.block_size // world.size
+    if world.size > 1 and device == "cuda" and tokens < FEW:
+        print(f"note: {tokens:,} tokens a step are few for each GPU; raise --batch_size=")
     if rows < world.size:
         raise UserError(
             f"batch_size={config.batch_size} x gradient_accumulation_steps="

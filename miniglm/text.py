@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, fields, replace
 from configurator import UserError, repo_path, show_path
 from miniglm.checkpoint import Checkpoint, load_checkpoint, weights_sha256
 from miniglm.decoding import pack, quantize
+from miniglm.devices import pick_device
 from miniglm.generation import Batch, Request, Sampling
 from miniglm.tokenizer import Tokenizer
-from model import pick_device
 
 AHEAD = 64  # times batch_size: prompts begun before the first that has not ended
 
@@ -161,7 +161,7 @@ def complete(
         [Request(prompt, sampling, number, i, 0 if nats else None) for i in range(num_samples)]
         for number, prompt in enumerate(prompts, first_prompt)
     )
-    batch = Batch(checkpoint.model, tokenizer.stop_ids, batch_size, many=True)
+    batch = Batch(checkpoint.model, tokenizer.stop_ids, batch_size, eager=5000)
     begun: deque[list[Request]] = deque()  # samples of each prompt that is not yet yielded
     output_of: dict[Request, tuple[Output, TextStream]] = {}
     while True:

@@ -220,4 +220,4 @@ class Server:
 
     def _new_batch(self) -> Batch:
         stop_ids = self.checkpoint.tokenizer.stop_ids
-        return Batch(self.checkpoint.model, stop_ids, self.batch_size, many=True)
+        return Batch(self.checkpoint.model, stop_ids, self.batch_size, eager=0)
