@@ -46,7 +46,8 @@ class Gate:
             return refuse(403, "the Host or the Origin is not an address")
         if self.hosts is not None and name not in self.hosts:
             return refuse(403, f"this server does not answer for {host}")
-        if origin and page != host:
+        # a proxy may rename the host; that a page is its own site's the browser itself says
+        if origin and page != host and headers.get("sec-fetch-site") != "same-origin":
             return refuse(403, f"pages of {origin} may not use this server")
         if self.auth is not None and not self.knows(headers.get("authorization", "")):
             return refuse(401, "user and password are needed")

@@ -216,6 +216,14 @@ def test_the_gate_refuses(served):
     assert httpx.post(f"{served[0]}/v1/chat/completions", content=content).status_code == 413
 
 
+def test_a_proxy_may_rename_the_host(out_dirs):
+    headers = {"host": "inner:7860", "origin": "https://proxy.example"}
+    with serving([out_dirs["answers"]], open=True) as (address, _):
+        for site, status in {"same-origin": 200, "same-site": 403, "cross-site": 403}.items():
+            asked = headers | {"sec-fetch-site": site}
+            assert httpx.get(f"{address}/v1/models", headers=asked).status_code == status
+
+
 def test_a_body_of_unknown_length_is_limited_too(served):
     def chunks():
         for _ in range(40):
