@@ -1,7 +1,8 @@
 # The curriculum of the reference report, first of six stages: news.
-#   python data/sohu_news/prepare.py --input=FILES --tokenizer=data/vocab
+#   python data/sohu_news/prepare.py --input=FILES --tokenizer=data/vocab --val=0.002
 #   python train.py config/curriculum/1_news.py
-# For one GPU; not yet run on one. All stages have one vocabulary, trained on their texts together:
+# For one GPU; not yet run on one, its rates not measured. An evaluation reads the whole validation
+# split, so it is kept small. All stages have one vocabulary, trained on their texts together:
 #   python data/train_tokenizer.py train --vocab_size=16384 --out=data/vocab/tokenizer.json FILES
 out_dir = "out-curriculum-1"
 dataset = "sohu_news"
