@@ -13,6 +13,7 @@ from miniglm.checkpoint import MODELS, save_checkpoint
 from miniglm.prep.writer import write_pretrain, write_sft
 from miniglm.tokenizer import Tokenizer, train_tokenizer
 from model import GPT, ModelConfig
+from tests.runs import dialogue
 
 TEXT = """\
 话说天下大势，分久必合，合久必分。周末七国分争，并入于秦。及秦灭之后，楚、汉分争，又并入于汉。
@@ -79,12 +80,6 @@ def random_ids(*shape: int, n_vocab: int = 50, seed: int = 0) -> torch.Tensor:
 
 def tiny_tokenizer() -> Tokenizer:
     return train_tokenizer([TEXT], 320)
-
-
-def dialogue(*texts: str) -> list[dict]:
-    """Turns that alternate between user and assistant."""
-    roles = ["user", "assistant"] * len(texts)
-    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
 
 
 def write_lines(path: Path, lines: Iterable, encoding: str = "utf-8") -> Path:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -23,7 +22,6 @@ import train
 from data_utils import Dataset
 from miniglm.prep.writer import Pair, write_dpo, write_pretrain, write_sft
 from miniglm.tokenizer import Tokenizer, train_tokenizer
-from tests.helpers import dialogue
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ["*.py", "config/**/*.py", "data/**/*.py", "bench/*.py"]
@@ -35,6 +33,12 @@ TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size":
 TINY |= {"max_iters": 20, "warmup_iters": 4, "eval_interval": 10, "log_interval": 1}
 TINY |= {"device": "cpu", "dtype": "float32"}
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+
+
+def dialogue(*texts: str) -> list[dict]:
+    """Turns that alternate between user and assistant."""
+    roles = ["user", "assistant"] * len(texts)
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
 
 
 def novel(seed: int, sentences: int) -> str:
@@ -68,13 +72,14 @@ def toy_tokenizer(vocab_size: int = 320) -> Tokenizer:
     return train_tokenizer([novel(0, 400)], vocab_size)
 
 
-def write_toys(folder: Path) -> None:
-    """folder/text, a novel, folder/questions and folder/pairs, of one vocabulary."""
-    texts = {"train": [novel(0, 400)], "val": [novel(1, 40)]}
+def write_toys(folder: Path, scale: int = 1) -> None:
+    """folder/text, a novel, folder/questions and folder/pairs, of one vocabulary; scale: how many
+    times as much of each as the tests want."""
+    texts = {"train": [novel(0, 400 * scale)], "val": [novel(1, 40 * scale)]}
     write_pretrain(folder / "text", toy_tokenizer(), texts, ["a test"])
-    pairs = {"train": questions(1, 90), "val": questions(2, 12)}
+    pairs = {"train": questions(1, 90 * scale), "val": questions(2, 12 * scale)}
     write_sft(folder / "questions", toy_tokenizer(), pairs, ["a test"], max_tokens=32)
-    pairs = {"train": preferences(3, 60), "val": preferences(4, 14)}
+    pairs = {"train": preferences(3, 60 * scale), "val": preferences(4, 14 * scale)}
     write_dpo(folder / "pairs", toy_tokenizer(), pairs, ["a test"], max_tokens=32)
 
 
@@ -305,6 +310,8 @@ def assert_resumes_exactly(folder: Path, **settings: object) -> tuple[Path, Path
 
 def assert_accumulation_is_exact(folder: Path, names: Iterable[str], **settings: object) -> None:
     """Four micro-batches of 2 rows give the weights of a batch of 8, and these names in the log."""
+    import pytest  # here, since the check of a GPU needs no more than the product does
+
     settings |= {"max_iters": 3, "learning_rate": 1e-4, "warmup_iters": 0}
     once = train_here(out_dir=folder / "once", batch_size=8, **settings)
     parts = {"batch_size": 2, "gradient_accumulation_steps": 4}
@@ -319,6 +326,8 @@ def assert_accumulation_is_exact(folder: Path, names: Iterable[str], **settings:
 def small_disk(folder: Path) -> Iterator[tuple[Path, Callable[[int], None]]]:
     """A disk of 2 MB mounted on folder, and leave(n), which fills it up to n bytes. Skips the test
     if no disk can be mounted."""
+    import pytest
+
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
     try:
