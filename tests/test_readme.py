@@ -29,7 +29,7 @@ NOT_OURS = {ADDED, "lstm_train.py", "sample_for_test.py", "hf_link.txt"}  # of c
 NOT_SETTINGS = {"--help", "--key=value", "--all", "--repo-type=dataset"}  # --all: of run.sh
 # all that runs something, but not with what docs/extend.md has its reader add
 RUNS = re.compile(r"(?:python|bash|pip|source|\.venv\S*) (?!.*(?:reviews|scalenorm))")
-SUFFIX = r"\.(?:py|sh|md|txt|json|jsonl|bin|png|safetensors|toml)(?![\w/])"
+SUFFIX = r"\.(?:py|ipynb|sh|md|txt|json|jsonl|bin|png|safetensors|toml)(?![\w/])"
 FILE = re.compile(rf"(?<![\w./*\\-])[\w.*][\w./*-]*(?:{SUFFIX}|/(?![\w./*-]))", re.ASCII)
 FIGURE = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)+|(?<![\w.])\d[\d,]+\d(?![\w.])", re.ASCII)
 
@@ -148,6 +148,9 @@ def parse(command: str) -> None:
         config = configure(settings(argv[0]), [word for word in argv[1:] if word != "--help"])
         if argv[0] == "data/fetch_data.py":
             select(config.names)
+    elif runner.endswith("pip"):
+        assert {word for word in argv if word.startswith("--")} <= {"--index-url"}
+        assert {word for word in argv if "==" in word} <= {*read("requirements.txt").split()}
     elif runner == "bash":
         cases = re.findall(r"case \$\{1-\} in\n(.*?)\n\s*esac", read(argv[0]), re.DOTALL)
         labels = [set(re.findall(r"^\s*([\w-]+)\)", case, re.MULTILINE)) for case in cases]
