@@ -18,7 +18,7 @@ LONGEST = 512  # tokens; beyond, the weights of a batch no longer stay in a CPU'
 def attend(q, k, v, mask=None, is_causal: bool = False) -> torch.Tensor:
     """q (B, n_head, T, D), k and v (B, n_kv_head, S, D) -> (B, n_head, T, D)."""
     kind, dtype, T = q.device.type, q.dtype, q.shape[2]
-    autocasts = kind != "meta" and torch.is_autocast_enabled(kind)
+    autocasts = torch.is_autocast_enabled(kind)
     if autocasts:
         dtype = torch.get_autocast_dtype(kind)
     trains_in_bfloat16 = autocasts and dtype == torch.bfloat16 and torch.is_grad_enabled()

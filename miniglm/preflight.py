@@ -20,7 +20,7 @@ from model import Architecture
 
 # settings that change no bits
 FREE = ("resume", "dry_run", "out_dir", "keep_last", "best_by", "track", "prompts")
-FEW = 8000  # tokens of a step that a GPU spends on starting its kernels, more than on computing
+FEW = 8000  # tokens; a GPU with fewer spends a step on launching kernels (an estimate)
 # what a run that is resumed needs of its run.json, and one that begins with it of the first
 RESUMED = ("architecture", "settings", "dataset", "environment", "scaler", "progress")
 # settings that a run keeps from its first step on
