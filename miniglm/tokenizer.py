@@ -1,4 +1,4 @@
-"""Text <-> token ids, and the one chat format. Files of ids are in data_utils.py.
+"""Text and conversations <-> token ids. Files of ids are in data_utils.py.
 
 A vocabulary is a tokenizer.json as Hugging Face has it: a byte-level BPE, trained on a corpus,
 GPT-2's or another project's. tiktoken does the encoding. Special tokens follow the ordinary ones
@@ -6,6 +6,9 @@ and exist from pretraining on; their names inside a text are plain text. A conve
 
     <|user|>孔明是谁？<|end|><|assistant|>孔明是诸葛亮的字。<|end|>
                                         ----------------------- trained (mask 1)
+
+or what the chat template of a base model makes of it, which the key "chat" of its tokenizer.json
+then holds: miniglm/chat.py.
 
 Training reads at most SAMPLE characters, passages picked by their hashes. The command is
 data/train_tokenizer.py.
@@ -27,11 +30,18 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from configurator import ROOT, UserError, repo_path, show_path
-
-END_OF_TEXT = "<|endoftext|>"  # ends a document
-END = "<|end|>"  # ends a message
-ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
-SPECIAL_TOKENS = [END_OF_TEXT, *ROLES.values(), END]
+from miniglm.chat import (
+    END,
+    END_OF_TEXT,
+    HIDDEN,
+    NO_REASONING,
+    ROLES,
+    SPECIAL_TOKENS,
+    ChatTemplate,
+    is_ours,
+    plain,
+    read_template,
+)
 
 # Qwen2's split pattern, which llama.cpp and Hugging Face know
 QWEN2_PATTERN = (
@@ -51,7 +61,6 @@ PRE_TOKENIZERS = {  # llama.cpp's names for them
     DIGITS_PATTERN: "smollm",
 }
 NFC = {"type": "NFC"}  # Qwen's normalizer, the only one supported
-HIDDEN = "\ue000"  # a private character that no text has
 # normalizer of an exported tokenizer: the chat template puts HIDDEN into names inside a message
 UNHIDE = {"type": "Replace", "pattern": {"String": HIDDEN}, "content": ""}
 # ends of documents in other vocabularies; here they are renamed END_OF_TEXT
@@ -68,8 +77,9 @@ GPT2_FILES = ROOT / "data" / "raw" / "gpt2"
 
 class Tokenizer:
     """A vocabulary. n_vocab: ids are 0 .. n_vocab - 1; bytes_of: the UTF-8 bytes of each, none of a
-    special one; bytes_per_id: how many; end_of_text: the id that ends documents; stop_ids: the ids
-    that end a generated text."""
+    special one; bytes_per_id: how many; end_of_text: the id that ends documents; end: the one that
+    ends a message; stop_ids: both, which end a generated text; chat: a base's own format, or None.
+    """
 
     def __init__(self, text: str):
         """text: the content of a tokenizer.json. Raises ValueError if it is no byte-level BPE."""
@@ -77,7 +87,8 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         content = json.loads(text)
         try:
-            special = {token["content"]: token["id"] for token in content["added_tokens"]}
+            added = content["added_tokens"]
+            special = {token["content"]: token["id"] for token in added}
             vocab = content["model"]["vocab"]
             pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
             byte_of = {char: byte for byte, char in _byte_to_unicode().items()}
@@ -87,7 +98,9 @@ class Tokenizer:
                 if token not in special
             }
             ids = sorted([*ranks.values(), *special.values()])
-            if missing := [token for token in SPECIAL_TOKENS if token not in special]:
+            self.chat = _chat_template(content)
+            missing = [] if self.chat else [t for t in SPECIAL_TOKENS if t not in special]
+            if missing:
                 raise ValueError(f"special tokens are missing: {' '.join(missing)}")
             if ids != list(range(len(ids))) or not all(bytes([b]) in ranks for b in range(256)):
                 raise ValueError("an id or a byte is missing or there twice")
@@ -104,10 +117,21 @@ class Tokenizer:
         self.bytes_of = [b""] * self.n_vocab
         for token, id in ranks.items():
             self.bytes_of[id] = token
+        for token in added:
+            if not token["special"]:  # <think> and others that one reads
+                self.bytes_of[token["id"]] = token["content"].encode()
         self.bytes_per_id = np.array([len(token) for token in self.bytes_of], np.int64)
-        self.end_of_text, self.end = special[END_OF_TEXT], special[END]
+        self.end = special[self.chat.end if self.chat else END]
+        ends = [special[name] for name in (END_OF_TEXT, *OTHER_ENDS) if name in special]
+        self.end_of_text = [*ends, self.end][0]
         self.stop_ids = (self.end_of_text, self.end)
-        self._role_id = {role: special[token] for role, token in ROLES.items()}
+        if self.chat:
+            longest_first = sorted(special, key=len, reverse=True)
+            self._names = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+            self._id_of = special
+            self._header = self._encode_named(f"{self.chat.start}assistant{self.chat.tail}")
+        else:
+            self._role_id = {role: special[token] for role, token in ROLES.items()}
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; names of special tokens inside it are plain text."""
@@ -147,10 +171,13 @@ class Tokenizer:
             return self.bytes_of[id].hex(" ")
 
     def render(self, messages: list[dict]) -> tuple[list[int], list[int]]:
-        """Messages {"role", "content"} -> ids and mask, 1 for each answer and its end token;
-        0 for one with "train": False."""
+        """Messages, as miniglm/chat.py has them -> ids and mask: 1 for each answer and its end
+        token, 0 for one with "train": False. Raises UserError if a template refuses them."""
+        if self.chat:
+            ids = self._encode_named(self.chat.text(messages))
+            return ids, self._answers(ids, messages)
         ids, mask = [], []
-        for message in messages:
+        for message in plain(messages):
             body = self.encode(message["content"])
             ids += [self._role_id[message["role"]], *body, self.end]
             is_trained = message["role"] == "assistant" and message.get("train", True)
@@ -158,11 +185,16 @@ class Tokenizer:
         return ids, mask
 
     def render_prompt(self, messages: list[dict]) -> list[int]:
-        """Ids that ask for the next answer, a prefix of `render` of the answered messages."""
+        """Ids that ask for the next answer, a prefix of `render` of the answered messages, unless
+        the answer has reasoning: a template may have written an empty one here."""
+        if self.chat:
+            return self._encode_named(self.chat.text(messages, asks=True))
         return [*self.render(messages)[0], self._role_id["assistant"]]
 
     def parse(self, ids: Iterable[int]) -> list[dict]:
-        """Messages of ids that `render` made."""
+        """Messages of ids that `render` made, which makes the same ids of them."""
+        if self.chat:
+            return self._parse_turns([*map(int, ids)])
         role_of = {id: role for role, id in self._role_id.items()}
         messages = []
         for id in map(int, ids):
@@ -171,6 +203,42 @@ class Tokenizer:
             elif id != self.end:
                 messages[-1][1].append(id)
         return [{"role": role, "content": self.decode(body)} for role, body in messages]
+
+    def _encode_named(self, text: str) -> list[int]:
+        """Ids of a text in which names of special tokens are these tokens."""
+        ids = []
+        for number, part in enumerate(self._names.split(text)):
+            ids += [self._id_of[part]] if number % 2 else self.encode(part.replace(HIDDEN, ""))
+        return ids
+
+    def _answers(self, ids: list[int], messages: list[dict]) -> list[int]:
+        """The mask of ids that a template gave."""
+        mask, header = [0] * len(ids), self._header
+        starts = [i + len(header) for i in range(len(ids)) if ids[i : i + len(header)] == header]
+        answers = [message for message in messages if message["role"] == "assistant"]
+        if len(starts) != len(answers):
+            raise UserError(
+                f"the chat template makes {len(starts)} turns of {len(answers)} answers"
+            )
+        for start, answer in zip(starts, answers, strict=True):
+            stop = ids.index(self.end, start) + 1
+            mask[start:stop] = [int(answer.get("train", True))] * (stop - start)
+        return mask
+
+    def _parse_turns(self, ids: list[int]) -> list[dict]:
+        """Without what a template writes by itself: a system message, empty reasoning."""
+        starts = [i for i, id in enumerate(ids) if id == self._header[0]]
+        messages = []
+        for start in starts:
+            body = ids[start + 1 : ids.index(self.end, start)]
+            parts = (self.special.get(id, "").encode() or self.bytes_of[id] for id in body)
+            text = b"".join(parts).decode("utf-8", "replace")
+            role, _, content = text.partition(self.chat.tail)
+            messages.append({"role": role, "content": content.removeprefix(NO_REASONING)})
+        if len(messages) > 2 and messages[0]["role"] == "system":
+            asked = self._encode_named(self.chat.text(messages[1:]))
+            return messages[1:] if asked == ids else messages
+        return messages
 
     def save(self, path: Path) -> None:
         path.write_text(self.text, encoding="utf-8", newline="")
@@ -231,7 +299,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
             raise UserError(f"{show_path(path)} is missing; run python {show_path(script)}")
         raise UserError(f"no tokenizer {show_path(path)}; name gpt2, or a directory that holds one")
     try:
-        return Tokenizer(adopt(path.read_text(encoding="utf-8")))
+        return Tokenizer(adopt(path.read_text(encoding="utf-8"), read_template(path.parent)))
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())  # several lines for a bad pattern
         raise UserError(f"{show_path(path)} cannot be used as a tokenizer: {reason}") from None
@@ -247,15 +315,17 @@ def _gpt2_tokenizer() -> Tokenizer:
     return Tokenizer(bpe.to_str())
 
 
-def adopt(text: str) -> str:
-    """Another project's tokenizer.json as one of ours with the same ids: the SPECIAL_TOKENS that it
-    lacks follow its entries, and names of its added tokens inside a text become plain text. Returns
-    one of ours unchanged. Raises ValueError if ours would give other ids."""
+def adopt(text: str, chat: dict[str, str] | None = None) -> str:
+    """Another project's tokenizer.json as one of ours with the same ids. chat: read_template's; if
+    it holds a format of its own, that is kept, else the SPECIAL_TOKENS that the vocabulary lacks
+    follow its entries. Returns one of ours unchanged. Raises ValueError if ours would give other
+    ids."""
     content = json.loads(text)
+    chat = None if not chat or is_ours(chat["template"]) else chat
     try:
         added = sorted(content["added_tokens"], key=lambda token: token["id"])
         names = [token["content"] for token in added]
-        if {*SPECIAL_TOKENS} <= {*names} and _is_ours(content):
+        if "chat" in content or ({*SPECIAL_TOKENS} <= {*names} and _is_ours(content)):
             return text
         pattern, is_nfc = _pattern_of(content["pre_tokenizer"]), _is_nfc(content["normalizer"])
         model = content["model"]
@@ -269,7 +339,7 @@ def adopt(text: str) -> str:
         if not whole_first["ignore_merges"]:
             _refuse_unmade(vocab.keys() - {*names}, merges)
         end = next((name for name in OTHER_ENDS if name in names), None)
-        if end and END_OF_TEXT not in names:
+        if end and END_OF_TEXT not in names and not chat:
             names[names.index(end)] = END_OF_TEXT
             if end in vocab:
                 vocab[END_OF_TEXT] = vocab.pop(end)
@@ -277,14 +347,27 @@ def adopt(text: str) -> str:
         if is_nfc:
             bpe.normalizer = normalizers.NFC()
         bpe.add_special_tokens(names)
-        bpe.add_special_tokens(SPECIAL_TOKENS)
+        if not chat:
+            bpe.add_special_tokens(SPECIAL_TOKENS)
         if [bpe.token_to_id(name) for name in names] != [token["id"] for token in added]:
             raise ValueError("its added tokens do not follow its entries")
-        return bpe.to_str()
+        if not chat:
+            return bpe.to_str()
+        kept = {"added_tokens": added, "post_processor": content.get("post_processor")}
+        return json.dumps(json.loads(bpe.to_str()) | kept | {"chat": chat}, ensure_ascii=False)
     except ValueError:
         raise
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise ValueError(f"not a byte-level BPE ({error!r})") from None
+
+
+def _chat_template(content: dict) -> ChatTemplate | None:
+    """The chat format of a tokenizer.json, None if it is ours."""
+    if "chat" not in content:
+        return None
+    names = dict(content["chat"])
+    control = [token["content"] for token in content["added_tokens"] if token["special"]]
+    return ChatTemplate(names.pop("template"), names, control)
 
 
 def _refuse_unmade(entries: Iterable[str], merges: list[tuple[str, str]]) -> None:

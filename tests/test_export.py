@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from configurator import UserError
 from export import main
+from miniglm.chat import HIDDEN, SPECIAL_TOKENS
 from miniglm.checkpoint import load_checkpoint
 from miniglm.text import load_for_sampling
-from miniglm.tokenizer import HIDDEN, QWEN2_PATTERN, SPECIAL_TOKENS, Tokenizer, adopt
+from miniglm.tokenizer import QWEN2_PATTERN, Tokenizer, adopt
 from tests.helpers import TEXT, dialogue, random_ids, save_run, tiny_model, tiny_tokenizer
 from tests.interop.test_foreign import foreign_tokenizer
 from tests.runs import small_disk

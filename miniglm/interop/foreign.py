@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from configurator import UserError, show_path
+from miniglm.chat import SPECIAL_TOKENS, read_template
 from miniglm.interop import hugging_face
 from miniglm.interop.hugging_face import Weights
-from miniglm.tokenizer import ROLES, SPECIAL_TOKENS, Tokenizer
+from miniglm.tokenizer import Tokenizer
 from model import GPT, ModelConfig
 
 GPT2_ENTRIES = 50257  # ids of GPT-2's vocabulary, which nanoGPT pads to 50,304
@@ -43,11 +44,8 @@ def is_foreign(path: Path) -> bool:
 
 def foreign_run(path: Path, tokenizer: Tokenizer) -> dict:
     """What run.json says of a model of ours: architecture, and what it was trained on."""
-    # where transformers keeps a chat template
-    files = path / "tokenizer_config.json", path / "chat_template.jinja"
-    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
-    answers = any(hugging_face.template_start(ROLES) in text for text in texts)
-    kind = "sft" if answers else "pretrain"
+    with _readable(path):
+        kind = "sft" if read_template(path) else "pretrain"
     architecture = dataclasses.asdict(read_config(path, tokenizer))
     return {"architecture": architecture, "settings": {}, "dataset": {"kind": kind}}
 

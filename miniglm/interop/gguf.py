@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from configurator import UserError
-from miniglm.interop.hugging_face import chat_template, family_of, to_their_names
-from miniglm.tokenizer import END, HIDDEN, PRE_TOKENIZERS, ROLES, Tokenizer
+from miniglm.chat import END, HIDDEN, ROLES, chat_template
+from miniglm.interop.hugging_face import family_of, to_their_names
+from miniglm.tokenizer import PRE_TOKENIZERS, Tokenizer
 from model import GPT, ModelConfig
 
 

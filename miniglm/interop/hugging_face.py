@@ -9,10 +9,10 @@ A family is a table of names. c_attn stacks the rows of queries, keys and values
 those of gate and up. GPT-2 stores its matrices transposed, and has zeros for biases that are off
 here.
 
-The chat template writes what miniglm/tokenizer.py's `render` writes: names of special tokens inside
-a message stay plain text. It sets HIDDEN behind each `<` of a message (and whatever else an adopted
-tokenizer's added tokens begin with), and the exported tokenizer removes HIDDEN once special tokens
-have been found.
+The template of our chat format writes what miniglm/tokenizer.py's `render` writes: names of special
+tokens inside a message stay plain text. It sets HIDDEN behind each `<` of a message (and whatever
+else an adopted tokenizer's added tokens begin with), and the exported tokenizer removes HIDDEN once
+special tokens have been found. A base's own template and tokenizer go out as they came.
 """
 
 import json
@@ -24,7 +24,8 @@ import torch
 from safetensors.torch import save_file
 
 from configurator import UserError
-from miniglm.tokenizer import END, END_OF_TEXT, HIDDEN, NFC, ROLES, UNHIDE, Tokenizer
+from miniglm.chat import hiding_template
+from miniglm.tokenizer import NFC, UNHIDE, Tokenizer
 from model import GPT, ModelConfig
 
 Weights = dict[str, torch.Tensor]
@@ -144,24 +145,9 @@ def write_directory(model: GPT, tokenizer: Tokenizer, answers: bool, path: Path)
         "pad_token_id": tokenizer.end_of_text,
         "bos_token_id": None,
     }
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": model.config.block_size,
-        "eos_token": END if answers else END_OF_TEXT,
-        "pad_token": END_OF_TEXT,
-        "clean_up_tokenization_spaces": False,
-        # a model that only continues text has no template: all of its text is plain
-        "split_special_tokens": not answers,
-    }
-    if answers:
-        tokenizer_config["chat_template"] = hiding_template(tokenizer.special.values())
-    files = {
-        "config.json": config | ends,
-        "generation_config.json": ends,
-        "tokenizer_config.json": tokenizer_config,
-        "tokenizer.json": unhiding(json.loads(tokenizer.text)),
-    }
     path.mkdir(parents=True)
+    files = {"config.json": config | ends, "generation_config.json": ends}
+    files |= tokenizer_files(tokenizer, answers, model.config.block_size)
     contiguous = {name: weight.contiguous() for name, weight in weights.items()}
     save_file(contiguous, path / "model.safetensors", metadata={"format": "pt"})
     for name, content in files.items():
@@ -229,47 +215,31 @@ def _implied(c: ModelConfig) -> dict:
     }
 
 
+def tokenizer_files(tokenizer: Tokenizer, answers: bool, block_size: int) -> dict[str, dict]:
+    """tokenizer.json and tokenizer_config.json, by name."""
+    content = json.loads(tokenizer.text)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": block_size,
+        "eos_token": tokenizer.special[tokenizer.end if answers else tokenizer.end_of_text],
+        "pad_token": tokenizer.special[tokenizer.end_of_text],
+        "clean_up_tokenization_spaces": False,
+    }
+    if chat := content.pop("chat", None):
+        config |= {"chat_template": chat.pop("template")} | chat
+        return {"tokenizer.json": content, "tokenizer_config.json": config}
+    # a model that only continues text has no template: all of its text is plain
+    config["split_special_tokens"] = not answers
+    if answers:
+        config["chat_template"] = hiding_template(tokenizer.special.values())
+    return {"tokenizer.json": unhiding(content), "tokenizer_config.json": config}
+
+
 def unhiding(tokenizer: dict) -> dict:
     """A tokenizer.json that removes HIDDEN after the search for special tokens."""
     is_nfc = tokenizer["normalizer"] == NFC
     both = {"type": "Sequence", "normalizers": [UNHIDE, NFC]}
     return tokenizer | {"normalizer": both if is_nfc else UNHIDE}
-
-
-# --- chat templates ----------------------------------------------------------------------------
-
-
-def chat_template(names: dict[str, str], end: str, content: str) -> str:
-    """A Jinja template that writes what tokenizer.py's `render` writes. names, end: how roles and
-    the end of a message are written; content: an expression for a message's."""
-    return (
-        template_start(names) + "{% for message in messages %}"
-        "{% if message['role'] not in names %}{{ raise_exception('unknown role') }}{% endif %}"
-        "{{ names[message['role']] + " + content + " + '" + end + "' }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '" + names["assistant"] + "' }}{% endif %}"
-    )
-
-
-def template_start(names: dict[str, str]) -> str:
-    """How our templates begin, and no other project's."""
-    written = ", ".join(f"'{role}': '{token}'" for role, token in names.items())
-    return "{% set names = {" + written + "} %}"
-
-
-def hiding_template(added: Collection[str]) -> str:
-    """The template that sets HIDDEN behind each character that a token in `added` begins with, so
-    that none is found inside a message. Raises UserError if a name has no room for it."""
-    content = "message['content']"
-    for first in sorted({name[:1] for name in added}):
-        if first in added:
-            raise UserError(
-                f"the added token {first!r} is a single character: transformers takes it for the "
-                "token in a message, too; export a GGUF file, --format=gguf"
-            )
-        old, new = (json.dumps(text, ensure_ascii=False) for text in (first, first + HIDDEN))
-        content += f" | replace({old}, {new})"
-    return chat_template(ROLES, END, content)
 
 
 # --- in ----------------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ import torch
 from bench import __main__ as bench
 from bench.generate import untied_length
 from export import main
+from miniglm.chat import SPECIAL_TOKENS
 from miniglm.checkpoint import Checkpoint, load_checkpoint
 from miniglm.generation import Sampling
 from miniglm.text import chat_prompt, stream
-from miniglm.tokenizer import SPECIAL_TOKENS
 from tests.helpers import TEXT, dialogue, random_ids, save_run, tiny_model
 from tests.interop.llama import LlamaCpp
 from tests.runs import novel, questions, read_json, toy_tokenizer, train_here, write_toys
