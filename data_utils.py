@@ -116,7 +116,7 @@ class Dataset:
             conversations = [self.tokenizer.parse(tokens[start:end]) for start, end in bounds]
             if any(len(messages) < 2 for messages in conversations):
                 raise IndexError
-        except IndexError:
+        except (IndexError, ValueError):
             raise self._damaged(split) from None
         return conversations
 

@@ -24,8 +24,11 @@ Ask = Callable[[Tokenizer, list[dict]], tuple[list[int], list[int]]]
 
 def in_chat(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
     """Ids that ask for the last answer, and those of the answer with its end token."""
-    ids, prompt = tokenizer.render(messages)[0], tokenizer.render_prompt(messages[:-1])
-    return prompt, ids[len(prompt) :]
+    (ids, mask), prompt = tokenizer.render(messages), tokenizer.render_prompt(messages[:-1])
+    if ids[: len(prompt)] != prompt:  # the answer has reasoning: from there on
+        prompt = ids[: bytes(mask).rindex(b"\0\1") + 1]
+    end = bytes(mask).rindex(b"\1") + 1  # a template may write more behind it
+    return prompt, ids[len(prompt) : end]
 
 
 def in_text(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
