@@ -7,13 +7,20 @@ import pytest
 import tokenizers
 import trl
 from tokenizers import AddedToken
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
+import export
+import train
 from configurator import UserError
+from data.custom import prepare
 from miniglm.chat import plain, to_json
+from miniglm.checkpoint import load_checkpoint
 from miniglm.scoring import in_chat
+from miniglm.text import chat_prompt
 from miniglm.tokenizer import Tokenizer, load_tokenizer
-from tests.helpers import TEXT, dialogue, tiny_tokenizer
+from tests.helpers import TEXT, dialogue, tiny_tokenizer, write_lines
+from tests.interop.test_foreign import ROPE
+from tests.runs import words
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -197,3 +204,25 @@ def test_messages_that_a_template_refuses_are_named(tmp_path):
     twice = [*WITH_TOOLS[:2], WITH_TOOLS[2] | {"tool_calls": CALLS * 2}, *WITH_TOOLS[3:]]
     with pytest.raises(UserError, match=r"the chat template refuses '三度。'.*single tool-calls"):
         tokenizer.render(twice)
+
+
+def test_a_base_is_prepared_trained_and_exported_in_its_own_format(tmp_path):
+    template = (TEMPLATES / "qwen3.jinja").read_text(encoding="utf-8")
+    base = write_base(tmp_path / "base", template)
+    config = Qwen3Config(**ROPE | {"vocab_size": 320, "head_dim": 8}, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    data, out_dir, exported = (tmp_path / name for name in ("data", "out", "exported"))
+    rows = [{"messages": messages} for messages in CONVERSATIONS.values() if len(messages) == 2]
+    lines = write_lines(tmp_path / "rows.jsonl", rows * 3)
+    prepare.main(words(input=lines, out=data, tokenizer=base, max_tokens=64, val=0))
+    train.main(words(init_from=base, dataset=data, out_dir=out_dir, max_iters=1, device="cpu"))
+    export.main(words(out_dir=out_dir, to=exported))
+    ours, back = load_checkpoint(out_dir), load_checkpoint(exported)
+    assert ours.tokenizer.sha256 == back.tokenizer.sha256 and back.answers
+    theirs = AutoTokenizer.from_pretrained(exported)
+    for messages in CONVERSATIONS.values():
+        ids = theirs.apply_chat_template(messages, return_dict=False)
+        assert ours.tokenizer.render(messages)[0] == ids
+    options = {"add_generation_prompt": True, "enable_thinking": False, "return_dict": False}
+    asked = CONVERSATIONS["one"][:1]
+    assert chat_prompt(ours, asked) == theirs.apply_chat_template(asked, **options)
