@@ -5,8 +5,9 @@
 
 Losses are in miniglm/losses.py, sampling in miniglm/generation.py. ModelConfig spans GPT-2
 (learned positions, LayerNorm, GELU, tied head) and Qwen3 (rotary positions, RMSNorm, SwiGLU,
-grouped-query attention, norm of queries and keys), each option on its own. A new norm, activation
-or MLP is an entry of NORMS, ACTIVATIONS or MLPS: settings, training and decoding follow.
+grouped-query attention, norm of queries and keys), with Qwen2 and Llama 3 between them, each option
+on its own. A new norm, activation or MLP is an entry of NORMS, ACTIVATIONS or MLPS: settings,
+training and decoding follow.
 """
 
 import math
@@ -93,6 +94,8 @@ class Architecture:
     init: Literal["fan_in", "gpt2"] = "fan_in"  # std 1 / sqrt(inputs), outputs 0; gpt2: std 0.02
     dropout: Annotated[float, at_least(0), below(1)] = 0.0  # of embeddings and both block outputs
 
+    head_dim = None  # no setting: n_embd / n_head, unless a model of others has its own
+
     def __post_init__(self):
         check_bounds(type(self), vars(self))  # built from a checkpoint's run.json, too
         if self.model != "gpt":
@@ -102,28 +105,32 @@ class Architecture:
         if self.n_hidden is None:  # SwiGLU has three matrices: 2/3 as wide, in steps of 64
             swiglu = max(64, round(8 / 3 * self.n_embd / 64) * 64)
             self.n_hidden = swiglu if self.mlp == "swiglu" else 4 * self.n_embd
-        for name, part in (("n_embd", "n_head"), ("n_head", "n_kv_head")):
+        shared = [("n_head", "n_kv_head")]
+        if self.head_dim is None:
+            shared, self.head_dim = [("n_embd", "n_head"), *shared], self.n_embd // self.n_head
+        for name, part in shared:
             value, divisor = getattr(self, name), getattr(self, part)
             if value % divisor:
                 raise UserError(f"{name}={value} must be a multiple of {part}={divisor}")
         if self.position == "rope" and self.head_dim % 2:
             raise UserError(f"n_embd / n_head = {self.head_dim} must be even for position='rope'")
 
-    @property
-    def head_dim(self) -> int:
-        return self.n_embd // self.n_head
-
 
 @dataclass
 class ModelConfig(Architecture):
-    """An architecture with its vocabulary."""
+    """An architecture with its vocabulary, and what only models of other projects have."""
 
     n_vocab: int = 0  # ids that exist
     vocab_size: int | None = None  # rows of the embedding; None is n_vocab, up to a multiple of 64.
     # The rows beyond n_vocab make round matrices; they are never sampled and never scored.
+    head_dim: Annotated[int | None, at_least(1)] = None  # of queries, keys, values
+    qkv_bias: bool | None = None  # biases of queries, keys, values; None is bias
+    rope_scaling: list[float] | None = None  # Llama 3's, see rotary_frequencies
 
     def __post_init__(self):
         super().__post_init__()
+        if self.qkv_bias is None:
+            self.qkv_bias = self.bias
         if self.vocab_size is None:
             self.vocab_size = math.ceil(self.n_vocab / 64) * 64
 
@@ -239,7 +246,7 @@ class GPT(LanguageModel):
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         else:
-            cos, sin = rotary_table(config.block_size, config.head_dim, config.rope_theta)
+            cos, sin = rotary_table(config)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         self.drop = nn.Dropout(config.dropout)
@@ -315,7 +322,8 @@ class GPT(LanguageModel):
         attention's."""
         c = self.config
         matrices = [p for p in self.blocks.parameters() if p.dim() >= 2]
-        return matrix_flops([*matrices, *self.lm_head.parameters()]) + 6 * c.n_layer * c.n_embd * T
+        attention = 6 * c.n_layer * c.n_head * c.head_dim * T
+        return matrix_flops([*matrices, *self.lm_head.parameters()]) + attention
 
 
 class Block(nn.Module):
@@ -338,9 +346,9 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        width = config.n_embd + 2 * config.n_kv_head * config.head_dim
-        self.c_attn = nn.Linear(config.n_embd, width, bias=config.bias)  # queries, keys, values
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        heads = config.n_head + 2 * config.n_kv_head  # of queries, keys, values
+        self.c_attn = nn.Linear(config.n_embd, heads * config.head_dim, bias=config.qkv_bias)
+        self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         self.drop = nn.Dropout(config.dropout)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
@@ -348,7 +356,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rotation, span, kv):
         c = self.config
-        B, T, C = x.shape
+        B, T, _ = x.shape
         # (B, T, heads, head_dim): the queries' heads, then the keys', then the values'
         qkv = self.c_attn(x).view(B, T, c.n_head + 2 * c.n_kv_head, c.head_dim)
         q, k, v = qkv.split([c.n_head, c.n_kv_head, c.n_kv_head], dim=2)
@@ -360,7 +368,7 @@ class Attention(nn.Module):
         if kv:
             k, v = span.store(kv[0], k), span.store(kv[1], v)
         y = attend(q, k, v, span.mask, span.is_causal)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, heads, T, head_dim) -> (B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, -1)  # (B, heads, T, head_dim) -> (B, T, all)
         return self.drop(self.c_proj(y))
 
 
@@ -370,12 +378,27 @@ def matrix_flops(matrices: list[nn.Parameter]) -> int:
     return sum(p.numel() * (6 if p.requires_grad else 4) for p in matrices)
 
 
-def rotary_table(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency, (length, head_dim) each (arXiv 2104.09864)."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().float(), angles.sin().float()
+def rotary_table(c: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x frequency, (block_size, head_dim) each. On the CPU, also where a
+    model is built without its weights."""
+    positions = torch.arange(c.block_size, dtype=torch.float64, device="cpu")
+    angles = positions[:, None] * rotary_frequencies(c)
+    cos, sin = angles.cos().float(), angles.sin().float()
+    return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
+
+
+def rotary_frequencies(c: ModelConfig) -> Tensor:
+    """Radians a position of each pair, (head_dim / 2,), float64 (arXiv 2104.09864). rope_scaling:
+    factor, low, high and length of Llama 3.1, where `length` is that of its first training. Waves
+    that fit into it less than `low` times become `factor` times longer, those that fit more than
+    `high` times stay, and between them it is a mean of both."""
+    pairs = torch.arange(0, c.head_dim, 2, dtype=torch.float64, device="cpu")
+    frequencies = c.rope_theta ** (-pairs / c.head_dim)
+    if c.rope_scaling is None:
+        return frequencies
+    factor, low, high, length = c.rope_scaling
+    kept = ((length * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / factor)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ ARCHITECTURES = {
     "gpt2": {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True}
     | {"qk_norm": False, "dropout": 0.3},
     "llama": {"qk_norm": False, "n_kv_head": 2, "rope_theta": 500.0, "tie_weights": False},
+    "qwen2": {"qk_norm": False, "qkv_bias": True, "n_kv_head": 2, "head_dim": 10}
+    | {"rope_scaling": [8.0, 1.0, 4.0, 8.0]},
     "one_kv_head": {"n_kv_head": 1, "norm": "layernorm", "mlp": "gelu", "n_hidden": 40},
     "learned_gqa": {"position": "learned", "n_kv_head": 2, "bias": True, "norm_eps": 1e-3}
     | {"mlp": "gelu_erf"},

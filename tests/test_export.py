@@ -23,7 +23,10 @@ from tests.runs import small_disk
 FAMILIES = {
     "qwen3": {"n_kv_head": 2},
     "qwen3_untied": {"tie_weights": False, "rope_theta": 500.0, "n_hidden": 64},
+    "qwen3_head_dim": {"n_kv_head": 2, "head_dim": 12},
+    "qwen2": {"qk_norm": False, "qkv_bias": True, "n_kv_head": 2},
     "llama": {"qk_norm": False, "n_kv_head": 1, "norm_eps": 1e-5},
+    "llama3": {"qk_norm": False, "rope_scaling": [8.0, 1.0, 4.0, 8.0], "rope_theta": 100.0},
     "llama_bias": {"qk_norm": False, "bias": True, "tie_weights": False},
     "gpt2": {"position": "learned", "norm": "layernorm", "mlp": "gelu", "qk_norm": False}
     | {"bias": True, "norm_eps": 1e-4},

@@ -50,26 +50,30 @@ def foreign_run(path: Path, tokenizer: Tokenizer) -> dict:
     return {"architecture": architecture, "settings": {}, "dataset": {"kind": kind}}
 
 
-def load_foreign(path: Path, architecture: dict, device: str, changes: dict) -> GPT:
-    """The model, float32. architecture: foreign_run's; changes: to it, as dropout or a lower
-    block_size."""
+def load_foreign(
+    path: Path, architecture: dict, device: str, changes: dict, dtype: torch.dtype = torch.float32
+) -> GPT:
+    """The model, its matrices in this dtype. architecture: foreign_run's; changes: to it, as
+    dropout or a lower block_size."""
     config = ModelConfig(**architecture)
     with _readable(path):
-        weights = hugging_face.from_weights(config, _read_weights(path))
+        weights = hugging_face.from_weights(config, _read_weights(path), dtype)
         config = dataclasses.replace(config, **changes)
         if "wpe.weight" in weights:
             weights["wpe.weight"] = weights["wpe.weight"][: changes.get("block_size")]
-        _check_shapes(weights, config)
-        model = GPT(config)
-    model.load_state_dict(weights, strict=False)
+        with torch.device("meta"):  # without weights of its own; a damaged size asks for no memory
+            model = GPT(config)
+        _check_shapes(weights, model)
+    model.load_state_dict(weights, strict=False, assign=True)
+    if config.tie_weights:
+        model.lm_head.weight = model.wte.weight
     return model.to(device)
 
 
-def _check_shapes(weights: Weights, config: ModelConfig) -> None:
+def _check_shapes(weights: Weights, model: GPT) -> None:
     """Raises UserError if the weights are not the model's."""
-    with torch.device("meta"):  # a damaged size asks for no memory
-        expected = {name: [*weight.shape] for name, weight in GPT(config).state_dict().items()}
-    if config.tie_weights:
+    expected = {name: [*weight.shape] for name, weight in model.state_dict().items()}
+    if model.config.tie_weights:
         del expected["lm_head.weight"]
     given = {name: [*weight.shape] for name, weight in weights.items()}
     for name in [*expected, *given]:
@@ -169,7 +173,8 @@ def _nanogpt_config(content: dict, n_vocab: int) -> ModelConfig:
     gpt2 = {"model_type": "gpt2", "activation_function": "gelu", "tie_word_embeddings": tied}
     gpt2 |= {"n_positions": shape["block_size"], "resid_pdrop": shape.get("dropout", 0.0)}
     config = hugging_face.from_config(shape | gpt2, weights.keys(), n_vocab)
-    return dataclasses.replace(config, bias="transformer.h.0.mlp.c_fc.bias" in weights)
+    bias = "transformer.h.0.mlp.c_fc.bias" in weights
+    return dataclasses.replace(config, bias=bias, qkv_bias=bias)
 
 
 def _without_prefix(weights: Weights) -> Weights:

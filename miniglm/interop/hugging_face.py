@@ -1,4 +1,4 @@
-"""Our models as Hugging Face has them, both ways: GPT-2, Llama, Qwen3.
+"""Our models as Hugging Face has them, both ways: GPT-2, Llama, Qwen2, Qwen3.
 
     write_directory(model, tokenizer, answers, path)      for export.py
     config, weights = to_hugging_face(model)              what that directory says and holds
@@ -34,20 +34,29 @@ Weights = dict[str, torch.Tensor]
 # our settings that a family fixes
 ROPE = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu"}
 FAMILIES = {
-    "qwen3": ROPE | {"qk_norm": True, "bias": False},
+    "qwen3": ROPE | {"qk_norm": True, "bias": False, "qkv_bias": False},
+    "qwen2": ROPE | {"qk_norm": False, "bias": False, "qkv_bias": True},
     "llama": ROPE | {"qk_norm": False},
     "gpt2": {"position": "learned", "norm": "layernorm", "qk_norm": False, "bias": True},
 }
-CLASSES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
+CLASSES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
+# our rope_scaling's values, which Llama alone has
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 GELUS = {"gelu": "gelu_new", "gelu_erf": "gelu"}  # our mlp -> GPT-2's activation_function
 
-# names of ours -> those of Llama and Qwen3, those of GPT-2
+# names of ours -> those of Llama and Qwen, those of GPT-2
 SETTINGS = {
     "block_size": ("max_position_embeddings", "n_positions"),
     "n_layer": ("num_hidden_layers", "n_layer"),
     "n_head": ("num_attention_heads", "n_head"),
     "n_kv_head": ("num_key_value_heads", ""),
     "n_embd": ("hidden_size", "n_embd"),
+    "head_dim": ("head_dim", ""),
     "n_hidden": ("intermediate_size", "n_inner"),
     "norm_eps": ("rms_norm_eps", "layer_norm_epsilon"),
     "rope_theta": ("rope_theta", ""),
@@ -73,6 +82,7 @@ LAYER = {  # several names are one stack of rows in ours
 # what transformers takes where a config.json does not say
 DEFAULTS = {
     "num_key_value_heads": None,
+    "head_dim": None,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
     "attention_bias": False,
@@ -86,16 +96,18 @@ CONSTANTS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
 
 
 def family_of(config: ModelConfig) -> str:
-    """qwen3, llama or gpt2. Raises UserError, naming the settings, if none of them fits."""
+    """A key of FAMILIES. Raises UserError, naming the settings, if none of them fits."""
     if config.model != "gpt":
         raise UserError(f"model={config.model!r} has no form that other tools read; gpt has")
-    family = "qwen3" if config.qk_norm else "llama"
+    family = "qwen2" if config.qkv_bias and not config.bias else "llama"
+    family = "qwen3" if config.qk_norm else family
     family = "gpt2" if config.position == "learned" else family
-    wanted = FAMILIES[family]
+    wanted = FAMILIES[family] | ({} if family == "llama" else {"rope_scaling": None})
     if family == "gpt2":
         mlp = config.mlp if config.mlp in GELUS else "gelu"
         # biases that are off become zeros
         wanted = wanted | {"n_kv_head": config.n_head, "mlp": mlp, "bias": config.bias}
+        wanted |= {"qkv_bias": config.bias, "head_dim": config.n_embd // config.n_head}
     other = [f"{k}={getattr(config, k)!r}" for k, v in wanted.items() if getattr(config, k) != v]
     if other:
         raise UserError(
@@ -168,7 +180,8 @@ def to_their_names(model: GPT) -> Weights:
         ours[name] = ours[name][: c.n_vocab]
     has_biases = family_of(c) == "gpt2"
     kv = c.n_kv_head * c.head_dim
-    rows = {2: [c.n_hidden] * 2, 3: [c.n_embd, kv, kv]}  # of gate, up; queries, keys, values
+    # of gate, up; of queries, keys, values
+    rows = {2: [c.n_hidden] * 2, 3: [c.n_head * c.head_dim, kv, kv]}
     theirs = {}
     for our, names in parameters(c):
         weight = ours.get(our)
@@ -191,8 +204,12 @@ def shape_of(c: ModelConfig) -> dict:
     shape |= {theirs: getattr(c, ours) for ours, theirs in names_in(family, SETTINGS).items()}
     if family == "gpt2":
         more = {"embd_pdrop": c.dropout, "attn_pdrop": 0.0}
-    else:  # readers older than rope_parameters look for rope_theta beside it
-        more = {"rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}}
+    else:  # readers older than rope_parameters look for these two beside it
+        scaled = {"rope_type": "default"}
+        if c.rope_scaling:
+            scaled = {"rope_type": "llama3"} | dict(zip(LLAMA3, c.rope_scaling, strict=True))
+        more = {"rope_parameters": scaled | {"rope_theta": c.rope_theta}}
+        more |= {"rope_scaling": scaled} if c.rope_scaling else {}
     return shape | _implied(c) | more
 
 
@@ -208,7 +225,6 @@ def _implied(c: ModelConfig) -> dict:
         }
     return {
         "hidden_act": "silu",
-        "head_dim": c.head_dim,
         "attention_bias": c.bias,
         "mlp_bias": c.bias,  # Llama has biases in both or in neither
         "use_sliding_window": False,
@@ -262,6 +278,8 @@ def from_config(config: dict, names: Collection[str], n_vocab: int) -> ModelConf
         if theirs["activation_function"] == "gelu_pytorch_tanh":
             theirs["activation_function"] = "gelu_new"  # the same function
         settings["mlp"] = "gelu_erf" if theirs["activation_function"] == "gelu" else "gelu"
+    if theirs.get("rope_type") == "llama3" and family == "llama":
+        settings["rope_scaling"] = [float(theirs[name]) for name in LLAMA3]
     tied = theirs.get("tie_word_embeddings", "lm_head.weight" not in names)
     rows = theirs["vocab_size"]
     c = ModelConfig(
@@ -275,7 +293,8 @@ def from_config(config: dict, names: Collection[str], n_vocab: int) -> ModelConf
 
 
 def _refuse_others(theirs: dict, c: ModelConfig) -> None:
-    built = _implied(c) | {"rope_type": "default", "partial_rotary_factor": 1.0}
+    rope_type = "llama3" if c.rope_scaling else "default"
+    built = _implied(c) | {"rope_type": rope_type, "partial_rotary_factor": 1.0}
     built["layer_types"] = ["full_attention"]
     layer_types = sorted({"full_attention", *theirs.get("layer_types", [])})
     for name, ours in built.items():
@@ -284,9 +303,10 @@ def _refuse_others(theirs: dict, c: ModelConfig) -> None:
             raise UserError(f"{name}={value!r} is not built here; {name}={ours!r} is")
 
 
-def from_weights(c: ModelConfig, theirs: Weights) -> Weights:
-    """Our weights, float32. theirs: matrices as torch has them. Raises UserError if some of a stack
-    are missing, or there are others."""
+def from_weights(c: ModelConfig, theirs: Weights, dtype: torch.dtype) -> Weights:
+    """Our weights, matrices in this dtype, others float32. theirs: matrices as torch has them, of
+    which those that were read are removed. Raises UserError if some of a stack are missing, or
+    there are others."""
     if "wte.weight" in theirs:  # some GPT-2s were saved without the outer module
         outer = {name: f"transformer.{name}" for name in theirs if not name.startswith("lm_head.")}
         theirs = {outer.get(name, name): weight for name, weight in theirs.items()}
@@ -297,9 +317,11 @@ def from_weights(c: ModelConfig, theirs: Weights) -> Weights:
         raise UserError(f"n_layer={c.n_layer}, but there are {len(theirs)} weights; is it whole?")
     ours = {}
     for our, names in parameters(c):
-        if names[0] in theirs and (c.bias or our.endswith(".weight")):
+        has = c.qkv_bias if our.endswith("c_attn.bias") else c.bias or our.endswith(".weight")
+        if names[0] in theirs and has:
             _refuse_weights([name for name in names if name not in theirs], "are missing")
-            ours[our] = torch.cat([theirs.pop(name).float() for name in names])
+            kind = dtype if theirs[names[0]].dim() > 1 else torch.float32
+            ours[our] = torch.cat([theirs.pop(name).to(kind) for name in names])
     _refuse_weights(sorted(theirs), "are not built here")
     for name in {"wte.weight", "lm_head.weight"} & ours.keys():
         ours[name] = _fit_rows(ours[name], c)

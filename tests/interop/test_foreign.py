@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 import evaluations
 import sample
@@ -49,6 +49,8 @@ ROPE = SIZES | {
     "head_dim": 8,
     "max_position_embeddings": 64,
 }
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 GPT2 = SIZES | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 MODELS = {
     "gpt2": GPT2Config(**GPT2),
@@ -57,7 +59,10 @@ MODELS = {
     "llama_bias": LlamaConfig(
         **ROPE, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, rope_theta=500.0
     ),
+    "llama3": LlamaConfig(**ROPE | {"rope_parameters": LLAMA3}),
+    "qwen2": Qwen2Config(**ROPE | {"head_dim": 12}, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**ROPE, tie_word_embeddings=True),
+    "qwen3_head_dim": Qwen3Config(**ROPE | {"head_dim": 12}, tie_word_embeddings=True),
     "qwen3_wide": Qwen3Config(**ROPE | {"vocab_size": N_VOCAB + 20}, tie_word_embeddings=False),
 }
 
@@ -144,7 +149,7 @@ def test_a_directory_is_read_once(qwen3, monkeypatch):
 
 
 CHANGES = [
-    ({"model_type": "bert"}, "model_type='bert' is none of qwen3, llama, gpt2"),
+    ({"model_type": "bert"}, "model_type='bert' is none of qwen3, qwen2, llama, gpt2"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu' is not built here; hidden_act='silu' is"),
     ({"use_sliding_window": True}, "use_sliding_window=True is not built here"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
