@@ -125,7 +125,7 @@ class ModelConfig(Architecture):
     # The rows beyond n_vocab make round matrices; they are never sampled and never scored.
     head_dim: Annotated[int | None, at_least(1)] = None  # of queries, keys, values
     qkv_bias: bool | None = None  # biases of queries, keys, values; None is bias
-    rope_scaling: list[float] | None = None  # Llama 3's, see rotary_frequencies
+    rope_scaling: list | None = None  # Llama 3's, see rotary_frequencies
 
     def __post_init__(self):
         super().__post_init__()

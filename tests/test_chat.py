@@ -97,17 +97,23 @@ def trained(tokenizer: Tokenizer, messages: list[dict]) -> list[str]:
     return [tokenizer.decode(part[: part.index(tokenizer.end)]) for part in places]
 
 
-def test_ids_are_those_of_transformers(base):
+def chat_differs(base: Path) -> list[str]:
+    """The conversations that a base's tokenizer renders in other ids than transformers does."""
     ours, theirs = load_tokenizer(base), AutoTokenizer.from_pretrained(base)
     options = {"return_dict": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
+    differ = []
     for name, messages in CONVERSATIONS.items():
-        if name == "tools_twice" and base.name == "llama3_2":
-            continue
         options["tools"] = TOOLS if WITH_TOOLS[2] in messages else None
+        asked = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)
+        same = ours.render_prompt(with_tools(messages)[:-1]) == asked
         ids, _ = ours.render(with_tools(messages))
-        assert ids == theirs.apply_chat_template(messages, **options), name
-        prompt = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)
-        assert ours.render_prompt(with_tools(messages)[:-1]) == prompt, name
+        same &= ids == theirs.apply_chat_template(messages, **options)
+        differ += [] if same else [name]
+    return differ
+
+
+def test_ids_are_those_of_transformers(base):
+    assert chat_differs(base) == []
 
 
 def test_only_what_the_assistant_says_is_trained(base):

@@ -279,7 +279,7 @@ def from_config(config: dict, names: Collection[str], n_vocab: int) -> ModelConf
             theirs["activation_function"] = "gelu_new"  # the same function
         settings["mlp"] = "gelu_erf" if theirs["activation_function"] == "gelu" else "gelu"
     if theirs.get("rope_type") == "llama3" and family == "llama":
-        settings["rope_scaling"] = [float(theirs[name]) for name in LLAMA3]
+        settings["rope_scaling"] = [theirs[name] for name in LLAMA3]
     tied = theirs.get("tie_word_embeddings", "lm_head.weight" not in names)
     rows = theirs["vocab_size"]
     c = ModelConfig(
