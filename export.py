@@ -1,11 +1,11 @@
 """A checkpoint for other tools: a Hugging Face directory, a GGUF file, or one whole checkpoint.
 
     python export.py --out_dir=out-sanguo-sft --to=sanguo-hf
-    python export.py --format=gguf --out_dir=out-sanguo-sft --to=sanguo.gguf
+    python export.py --format=gguf --out_dir=out-sanguo-sft --to=sanguo.gguf --dtype=q8_0
     python export.py --format=merged --out_dir=out-lora --to=out-merged    # adapter and base as one
 
 transformers loads the directory as it loads any (AutoModelForCausalLM, AutoTokenizer, no code of
-ours), llama.cpp the file, our own scripts the merged checkpoint. Weights are float32.
+ours), llama.cpp the file, our own scripts the merged checkpoint.
 """
 
 from dataclasses import dataclass
@@ -21,18 +21,28 @@ from miniglm.checkpoint import Checkpoint, check_writable, claimed, load_checkpo
 from miniglm.interop.gguf import write_gguf
 from miniglm.interop.hugging_face import write_directory
 
+DTYPES = {
+    "hf": ("float32", "float16", "bfloat16"),
+    "gguf": ("float32", "float16", "q8_0"),
+    "merged": ("float32",),
+}
+
 
 @dataclass
 class Settings:
     format: Literal["hf", "gguf", "merged"] = "hf"  # for transformers; llama.cpp; our own scripts
     out_dir: str = "out-sanguo-sft"  # the run whose best checkpoint is exported
     to: str = ""  # directory or file to write
+    dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"  # of the weights written
 
 
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
     if not config.to:
         raise UserError("to='' names nothing; pass --to=, a directory or for gguf a file")
+    if config.dtype not in DTYPES[config.format]:
+        choices = ", ".join(DTYPES[config.format])
+        raise UserError(f"format={config.format!r} has no dtype={config.dtype!r}; pass {choices}")
     to = repo_path(config.to)
     if to.exists():
         raise UserError(f"{show_path(to)} is there; delete it, or name another --to=")
@@ -42,15 +52,17 @@ def main(argv: list[str]) -> None:
         write_merged(checkpoint, to)
     else:
         write = {"hf": write_directory, "gguf": write_gguf}[config.format]
+        parts = checkpoint.model, checkpoint.tokenizer, checkpoint.answers
         try:
             with written_aside(to) as aside:
-                write(checkpoint.model, checkpoint.tokenizer, checkpoint.answers, aside)
+                write(*parts, aside, config.dtype)
         except (OSError, SafetensorError) as error:
             # numpy only counts the bytes that are missing
             reason = getattr(error, "strerror", None) or f"the disk is full ({error})"
             raise UserError(f"cannot write {show_path(to)}: {reason}") from None
     size = sum(file.stat().st_size for file in [to, *to.rglob("*.*")] if file.is_file())
-    print(f"{show_path(to)}: {checkpoint.n_params:,} parameters, {size / 1e6:.1f} MB, float32")
+    parameters = f"{checkpoint.n_params:,} parameters"
+    print(f"{show_path(to)}: {parameters}, {size / 1e6:.1f} MB, {config.dtype}")
 
 
 def write_merged(checkpoint: Checkpoint, to: Path) -> None:

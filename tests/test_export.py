@@ -41,12 +41,13 @@ SPOKEN = [
 ]
 
 
-def leave(tmp_path, kind="sft", to="there", form="hf", tokenizer=None, **options):
+def leave(tmp_path, kind="sft", to="there", form="hf", tokenizer=None, dtype="float32", **options):
     """A run with a tiny model -> its out_dir, and where it was exported to."""
     tokenizer = tokenizer or tiny_tokenizer()
     model = tiny_model(block_size=128, n_vocab=tokenizer.n_vocab, **options)
     out_dir = save_run(tmp_path / "out", model, tokenizer, tmp_path, kind)
-    main([f"--format={form}", f"--out_dir={out_dir}", f"--to={tmp_path / to}"])
+    words = [f"--format={form}", f"--out_dir={out_dir}", f"--to={tmp_path / to}"]
+    main([*words, f"--dtype={dtype}"])
     return out_dir, tmp_path / to
 
 
@@ -63,6 +64,25 @@ def test_transformers_gives_the_same_logits_and_so_does_what_comes_back(tmp_path
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
     torch.testing.assert_close(back, ours, rtol=0, atol=1e-6)
     assert again.answers and again.tokenizer.sha256 == tiny_tokenizer().sha256
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [FAMILIES["qwen3"], FAMILIES["gpt2"]])
+def test_smaller_weights_are_ours_rounded_here_and_in_transformers(
+    tmp_path, options, dtype, capsys
+):
+    name = str(dtype).removeprefix("torch.")
+    out_dir, there = leave(tmp_path, dtype=name, **options)
+    assert capsys.readouterr().out.endswith(f" MB, {name}\n")
+    model, again = load_checkpoint(out_dir).model, load_checkpoint(there).model
+    peer, idx = AutoModelForCausalLM.from_pretrained(there).eval(), random_ids(2, 40, n_vocab=300)
+    assert {weight.dtype for weight in peer.parameters()} == {dtype}
+    for weight, rounded in zip(model.parameters(), again.parameters(), strict=True):
+        n = min(len(weight), model.config.n_vocab)  # padding stays here
+        assert torch.equal(weight[:n].to(dtype).float(), rounded[:n])
+    with torch.no_grad():
+        ours, theirs = again.head(again(idx)), peer.float()(idx).logits
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
 
 
 ADDED = ["<think>", "[INST]", "  ", "\t\t", '"x"', "\\n", "😀!"]  # by the tokenizer that is adopted
@@ -138,6 +158,21 @@ def test_what_the_other_tool_does_not_express_is_named(tmp_path, form, options, 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize(
+    ("form", "dtype", "words"),
+    [
+        ("hf", "q8_0", "format='hf' has no dtype='q8_0'; pass float32, float16, bfloat16"),
+        ("gguf", "bfloat16", "format='gguf' has no dtype='bfloat16'; pass float32"),
+        ("merged", "float16", "format='merged' has no dtype='float16'; pass float32"),
+        ("gguf", "q8_0", "token_embd.weight has rows of 40 values; q8_0 takes blocks of 32"),
+    ],
+)
+def test_a_type_that_does_not_fit_is_named(tmp_path, form, dtype, words):
+    with pytest.raises(UserError, match=words):
+        leave(tmp_path, form=form, dtype=dtype, n_embd=40)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_what_is_there_is_not_overwritten(tmp_path):
     out_dir, there = leave(tmp_path)
     with pytest.raises(UserError, match="is there"):
@@ -172,6 +207,23 @@ def test_a_gguf_file_holds_all_weights_in_float32_and_the_shape(tmp_path, option
     ours, theirs = torch.cat(ours).detach(), torch.cat(theirs)
     zeros = torch.zeros(len(theirs) - len(ours))  # biases that GPT-2 has
     assert torch.equal(torch.cat([ours, zeros]).sort().values, theirs.sort().values)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "q8_0"])
+def test_a_smaller_gguf_file_holds_matrices_rounded_and_the_rest_exactly(tmp_path, dtype):
+    """q8_0: 32 values are whole multiples, up to 127, of a step, which is a float16."""
+    out_dir, file = leave(tmp_path, to="x.gguf", form="gguf", dtype=dtype, **FAMILIES["gpt2"])
+    model, reader = load_checkpoint(out_dir).model, gguf.GGUFReader(file)
+    theirs = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    wte = model.wte.weight[: model.config.n_vocab].detach()
+    blocks = torch.tensor(theirs["token_embd.weight"]).view(-1, 32), wte.reshape(-1, 32)
+    step = blocks[1].abs().amax(1, keepdim=True) / 127
+    if dtype == "float16":
+        assert torch.equal(blocks[0], blocks[1].half().float())
+    else:
+        assert ((blocks[0] - blocks[1]).abs() <= step * (0.5 + 127 / 2**11)).all()
+    for name, weight in (("position_embd", model.wpe.weight), ("output_norm", model.norm.weight)):
+        assert torch.equal(torch.tensor(theirs[f"{name}.weight"]), weight)
 
 
 def test_llamas_queries_and_keys_leave_in_pairs_that_turn_together(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType
 
 from configurator import UserError
 from miniglm.chat import END, HIDDEN, ROLES, chat_template
@@ -17,15 +18,25 @@ from miniglm.interop.hugging_face import family_of, to_their_names
 from miniglm.tokenizer import PRE_TOKENIZERS, Tokenizer
 from model import GPT, ModelConfig
 
+TYPES = {  # how a matrix is stored, and what the file calls that
+    "float32": (GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+    "float16": (GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "q8_0": (GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
 
-def write_gguf(model: GPT, tokenizer: Tokenizer, answers: bool, path: Path) -> None:
-    """answers: whether it is a chat model. Raises UserError if llama.cpp has no such architecture
-    or split pattern."""
+
+def write_gguf(
+    model: GPT, tokenizer: Tokenizer, answers: bool, path: Path, dtype: str = "float32"
+) -> None:
+    """answers: whether it is a chat model; dtype: one of TYPES. Raises UserError if llama.cpp has
+    no such architecture or split pattern, or the type does not fit a matrix."""
     c = model.config
     family = family_of(c)
     if c.mlp == "gelu_erf":
         raise UserError("mlp='gelu_erf': llama.cpp's GPT-2 has only the tanh form, mlp='gelu'")
+    kind, file_type = TYPES[dtype]
     values = shape(c) | vocabulary(tokenizer)
+    values |= {"add_file_type": file_type, "add_quantization_version": gguf.GGML_QUANT_VERSION}
     if answers:
         roles = {role: hidden(name) for role, name in ROLES.items()}
         plain = f"message['content'] | replace('{HIDDEN}', '')"
@@ -37,7 +48,10 @@ def write_gguf(model: GPT, tokenizer: Tokenizer, answers: bool, path: Path) -> N
             getattr(writer, method)(value)
         for name, weight in to_their_names(model).items():
             llama_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-            writer.add_tensor(llama_name, for_llama_cpp(name, weight, c, family))
+            array = for_llama_cpp(name, weight, c, family)
+            # as llama.cpp's converter has it
+            stays = array.ndim == 1 or llama_name == "position_embd.weight"
+            add_tensor(writer, llama_name, array, GGMLQuantizationType.F32 if stays else kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -45,10 +59,22 @@ def write_gguf(model: GPT, tokenizer: Tokenizer, answers: bool, path: Path) -> N
         writer.close()
 
 
+def add_tensor(
+    writer: gguf.GGUFWriter, name: str, array: np.ndarray, kind: GGMLQuantizationType
+) -> None:
+    """Adds an array, stored as kind. Raises UserError if its rows are no multiple of a block."""
+    try:
+        writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+    except gguf.quants.QuantError:
+        raise UserError(
+            f"{name} has rows of {array.shape[-1]} values; q8_0 takes blocks of 32, so pass "
+            "--dtype=float16"
+        ) from None
+
+
 def shape(c: ModelConfig) -> dict:
     """The architecture, by the writer's methods that take it."""
     values = {
-        "add_file_type": gguf.LlamaFileType.ALL_F32,
         "add_block_count": c.n_layer,
         "add_context_length": c.block_size,
         "add_embedding_length": c.n_embd,

@@ -149,9 +149,12 @@ def transposed(weights: Weights) -> Weights:
 # --- out ---------------------------------------------------------------------------------------
 
 
-def write_directory(model: GPT, tokenizer: Tokenizer, answers: bool, path: Path) -> None:
-    """A directory that transformers loads. answers: whether it is a chat model."""
-    config, weights = to_hugging_face(model)
+def write_directory(
+    model: GPT, tokenizer: Tokenizer, answers: bool, path: Path, dtype: str = "float32"
+) -> None:
+    """A directory that transformers loads. answers: whether it is a chat model; dtype: torch's name
+    of the weights'."""
+    config, weights = to_hugging_face(model, dtype)
     ends = {
         "eos_token_id": sorted(tokenizer.stop_ids),
         "pad_token_id": tokenizer.end_of_text,
@@ -167,9 +170,11 @@ def write_directory(model: GPT, tokenizer: Tokenizer, answers: bool, path: Path)
         (path / name).write_text(text, encoding="utf-8", newline="")
 
 
-def to_hugging_face(model: GPT) -> tuple[dict, Weights]:
-    """config.json and the weights, float32, without the padding of the vocabulary."""
-    return shape_of(model.config) | {"dtype": "float32"}, transposed(to_their_names(model))
+def to_hugging_face(model: GPT, dtype: str = "float32") -> tuple[dict, Weights]:
+    """config.json and the weights, without the padding of the vocabulary."""
+    weights = transposed(to_their_names(model))
+    weights = {name: weight.to(getattr(torch, dtype)) for name, weight in weights.items()}
+    return shape_of(model.config) | {"dtype": dtype}, weights
 
 
 def to_their_names(model: GPT) -> Weights:

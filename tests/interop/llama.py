@@ -40,6 +40,15 @@ def logits(llm, ids: list[int]) -> list[float]:
     return list(ctypes.cast(row, ctypes.POINTER(ctypes.c_float * llm.n_vocab())).contents)
 
 
+def quantize(llm, to: str, file_type: int) -> int:
+    """Writes its file in another type, as llama-quantize does; 0 if that went well."""
+    import llama_cpp as api
+
+    params = api.llama_model_quantize_default_params()
+    params.ftype = file_type
+    return api.llama_model_quantize(llm.model_path.encode(), to.encode(), params)
+
+
 if __name__ == "__main__":
-    functions = {f.__name__: f for f in (tokenize, chat, answer, greedy, logits)}
+    functions = {f.__name__: f for f in (tokenize, chat, answer, greedy, logits, quantize)}
     serve(functions, *sys.argv[1:])

@@ -16,11 +16,12 @@ from export import main
 from miniglm.chat import SPECIAL_TOKENS
 from miniglm.checkpoint import Checkpoint, load_checkpoint
 from miniglm.generation import Sampling
+from miniglm.interop.gguf import TYPES
 from miniglm.text import chat_prompt, stream
 from tests.helpers import TEXT, dialogue, random_ids, save_run, tiny_model
 from tests.interop.llama import LlamaCpp
 from tests.runs import novel, questions, read_json, toy_tokenizer, train_here, write_toys
-from tests.test_export import FAMILIES, SPOKEN
+from tests.test_export import FAMILIES, SPOKEN, read_gguf
 from tests.test_generation import slow_generate
 from tests.test_tokenizer import NASTY, random_texts
 
@@ -54,8 +55,8 @@ def stages(tmp_path_factory):
     return folder
 
 
-def start(out_dir: Path, file: Path) -> tuple[Checkpoint, LlamaCpp]:
-    main(["--format=gguf", f"--out_dir={out_dir}", f"--to={file}"])
+def start(out_dir: Path, file: Path, dtype: str = "float32") -> tuple[Checkpoint, LlamaCpp]:
+    main(["--format=gguf", f"--out_dir={out_dir}", f"--to={file}", f"--dtype={dtype}"])
     checkpoint = load_checkpoint(out_dir)
     return checkpoint, LlamaCpp(PYTHON, file, checkpoint.model.config.block_size, threads=1)
 
@@ -112,6 +113,41 @@ def test_logits_of_every_family_are_the_same(tmp_path, options):
     tolerance = 3e-2 if options.get("mlp") == "gelu" else 1e-4
     torch.testing.assert_close(theirs, ours, rtol=0, atol=tolerance)
     assert checkpoint.model.config == model.config
+
+
+@pytest.mark.parametrize("dtype", ["float16", "q8_0"])
+@pytest.mark.parametrize("family", ["qwen3", "llama_bias", "gpt2"])
+def test_smaller_types_are_those_of_llama_cpps_own_quantizer(tmp_path, family, dtype):
+    tokenizer = toy_tokenizer()
+    model = tiny_model(block_size=128, n_vocab=tokenizer.n_vocab, **FAMILIES[family])
+    out_dir = save_run(tmp_path / "out", model, tokenizer, tmp_path, "pretrain")
+    main(["--format=gguf", f"--out_dir={out_dir}", f"--to={tmp_path / 'x'}", f"--dtype={dtype}"])
+    with start(out_dir, tmp_path / "whole")[1] as llama:
+        kind = int(TYPES[dtype][1])
+        theirs = tmp_path / "theirs"
+        assert llama.ask("quantize", to=str(theirs), file_type=kind) == 0
+    (values, weights), (their_values, their_weights) = map(read_gguf, (tmp_path / "x", theirs))
+    assert values == their_values and weights.keys() == their_weights.keys()
+    assert all(torch.equal(weights[name], their_weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize(("dtype", "tie"), [("float16", 0.02), ("q8_0", 0.25)])
+def test_answers_of_smaller_types_part_at_near_ties_only(stages, tmp_path, dtype, tie):
+    """tie: some twice the largest difference of logits; their standard deviation is 1.9."""
+    checkpoint, process = start(stages / "finetuned", tmp_path / "x.gguf", dtype)
+    model, n_equal = checkpoint.model, []
+    with process as llama, torch.inference_mode():
+        for messages in [conversation[:1] for conversation in questions(1, 30)]:
+            prompt = checkpoint.tokenizer.render_prompt(messages)
+            ours = slow_generate(model, prompt, Sampling(16, temperature=0.0))
+            theirs = llama.ask("greedy", ids=prompt, n=16)
+            is_equal = [a == b for a, b in zip(ours, theirs, strict=True)]
+            n = [*is_equal, False].index(False)
+            if n < 16:
+                best = model.head(model(torch.tensor([prompt + ours[:n]]))[0, -1]).topk(2).values
+                assert best[0] - best[1] < tie
+            n_equal.append(n)
+    assert sum(n_equal) > 0.9 * 16 * len(n_equal)
 
 
 def test_a_prompt_goes_in_at_once_however_long_it_is(tmp_path):
