@@ -15,10 +15,11 @@ from export import main
 from miniglm.chat import HIDDEN, SPECIAL_TOKENS
 from miniglm.checkpoint import load_checkpoint
 from miniglm.text import load_for_sampling
-from miniglm.tokenizer import QWEN2_PATTERN, Tokenizer, adopt
+from miniglm.tokenizer import QWEN2_PATTERN, Tokenizer, adopt, load_tokenizer
 from tests.helpers import TEXT, dialogue, random_ids, save_run, tiny_model, tiny_tokenizer
 from tests.interop.test_foreign import foreign_tokenizer
 from tests.runs import small_disk
+from tests.test_chat import LLAMA, NAMES, TAGS, TEMPLATES, write_base
 
 FAMILIES = {
     "qwen3": {"n_kv_head": 2},
@@ -164,7 +165,7 @@ def test_what_the_other_tool_does_not_express_is_named(tmp_path, form, options, 
         ("hf", "q8_0", "format='hf' has no dtype='q8_0'; pass float32, float16, bfloat16"),
         ("gguf", "bfloat16", "format='gguf' has no dtype='bfloat16'; pass float32"),
         ("merged", "float16", "format='merged' has no dtype='float16'; pass float32"),
-        ("gguf", "q8_0", "token_embd.weight has rows of 40 values; q8_0 takes blocks of 32"),
+        ("gguf", "q8_0", r"token_embd.weight: .* shape \(\d+, 40\) to Q8_0; pass --dtype=float16"),
     ],
 )
 def test_a_type_that_does_not_fit_is_named(tmp_path, form, dtype, words):
@@ -209,21 +210,20 @@ def test_a_gguf_file_holds_all_weights_in_float32_and_the_shape(tmp_path, option
     assert torch.equal(torch.cat([ours, zeros]).sort().values, theirs.sort().values)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "q8_0"])
-def test_a_smaller_gguf_file_holds_matrices_rounded_and_the_rest_exactly(tmp_path, dtype):
-    """q8_0: 32 values are whole multiples, up to 127, of a step, which is a float16."""
-    out_dir, file = leave(tmp_path, to="x.gguf", form="gguf", dtype=dtype, **FAMILIES["gpt2"])
-    model, reader = load_checkpoint(out_dir).model, gguf.GGUFReader(file)
-    theirs = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
-    wte = model.wte.weight[: model.config.n_vocab].detach()
-    blocks = torch.tensor(theirs["token_embd.weight"]).view(-1, 32), wte.reshape(-1, 32)
-    step = blocks[1].abs().amax(1, keepdim=True) / 127
-    if dtype == "float16":
-        assert torch.equal(blocks[0], blocks[1].half().float())
-    else:
-        assert ((blocks[0] - blocks[1]).abs() <= step * (0.5 + 127 / 2**11)).all()
-    for name, weight in (("position_embd", model.wpe.weight), ("output_norm", model.norm.weight)):
-        assert torch.equal(torch.tensor(theirs[f"{name}.weight"]), weight)
+@pytest.mark.parametrize(("dtype", "kind"), [("float16", "F16"), ("q8_0", "Q8_0")])
+def test_a_smaller_gguf_file_holds_matrices_rounded_and_the_rest_exactly(tmp_path, dtype, kind):
+    """q8_0: 32 values are multiples, up to 127, of a step, which is a float16."""
+    options = FAMILIES["gpt2"] | {"form": "gguf"}
+    whole = gguf.GGUFReader(leave(tmp_path, to="whole", **options)[1])
+    small = gguf.GGUFReader(leave(tmp_path, to="small", dtype=dtype, **options)[1])
+    for tensor, rounded in zip(whole.tensors, small.tensors, strict=True):
+        is_matrix = len(tensor.shape) == 2 and tensor.name != "position_embd.weight"
+        assert rounded.tensor_type.name == (kind if is_matrix else "F32")
+        ours = torch.tensor(tensor.data).view(-1, 32)
+        theirs = torch.tensor(gguf.quants.dequantize(rounded.data, rounded.tensor_type))
+        error, largest = (theirs.view(-1, 32) - ours).abs(), ours.abs().amax(1, keepdim=True)
+        bound = {"F32": 0, "F16": 2**-11, "Q8_0": 0.5 / 127 + 2**-11}[rounded.tensor_type.name]
+        assert (error <= bound * largest).all()
 
 
 def test_llamas_queries_and_keys_leave_in_pairs_that_turn_together(tmp_path):
@@ -237,22 +237,46 @@ def test_llamas_queries_and_keys_leave_in_pairs_that_turn_together(tmp_path):
     assert torch.equal(weights["blk.1.attn_v.weight"], weight[48:])
 
 
+def ids_of(text, values, tokenizer):
+    """Special tokens are found by their names, then the rest is plain text, as llama.cpp does."""
+    kinds = zip(values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"], strict=True)
+    id_of = {name: id for id, (name, kind) in enumerate(kinds) if kind != gguf.TokenType.NORMAL}
+    ids = []
+    for part in re.split(f"({'|'.join(map(re.escape, id_of))})", text):
+        ids += [id_of[part]] if part in id_of else tokenizer.encode(part)
+    return ids
+
+
+def base_tokenizer(tmp_path, name):
+    template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    return load_tokenizer(write_base(tmp_path / name, template, NAMES[name]))
+
+
 @pytest.mark.parametrize("messages", SPOKEN)
 def test_the_template_of_a_gguf_file_gives_the_same_ids(tmp_path, messages):
-    """Special tokens are found by their names, then the rest is plain text, as llama.cpp does."""
     out_dir, file = leave(tmp_path, to="x.gguf", form="gguf")
     tokenizer = load_for_sampling(out_dir, "cpu").tokenizer
     values = read_gguf(file)[0]
     kinds = zip(values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"], strict=True)
-    id_of = {name: id for id, (name, kind) in enumerate(kinds) if kind == gguf.TokenType.CONTROL}
-    assert [name.replace(HIDDEN, "") for name in id_of] == SPECIAL_TOKENS
+    names = [name for name, kind in kinds if kind == gguf.TokenType.CONTROL]
+    assert [name.replace(HIDDEN, "") for name in names] == SPECIAL_TOKENS
     template = jinja2.Template(values["tokenizer.chat_template"])
     text = template.render(messages=messages, add_generation_prompt=True)
-    parts = re.split(f"({'|'.join(map(re.escape, id_of))})", text)
-    ids = []
-    for part in parts:
-        ids += [id_of[part]] if part in id_of else tokenizer.encode(part)
-    assert ids == tokenizer.render_prompt(messages)
+    assert ids_of(text, values, tokenizer) == tokenizer.render_prompt(messages)
+
+
+def test_a_bases_own_tokens_keep_their_names_and_kinds(tmp_path):
+    tokenizer = base_tokenizer(tmp_path, "llama3_2")
+    _, file = leave(tmp_path, to="x.gguf", form="gguf", tokenizer=tokenizer)
+    values = {name.removeprefix("tokenizer."): v for name, v in read_gguf(file)[0].items()}
+    names, kinds = values["ggml.tokens"], values["ggml.token_type"]
+    kind_of = {name: kind for name, kind in zip(names, kinds, strict=True) if kind > 1}
+    assert kind_of == dict.fromkeys(LLAMA, gguf.TokenType.CONTROL) | dict.fromkeys(
+        TAGS, gguf.TokenType.USER_DEFINED
+    )
+    ends = [names[values[f"ggml.{key}_token_id"]] for key in ("bos", "eos", "eot", "eom")]
+    assert ends == ["<|begin_of_text|>", "<|eot_id|>", "<|eot_id|>", "<|end_of_text|>"]
+    assert values["chat_template"] == (TEMPLATES / "llama3_2.jinja").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("form", ["hf", "gguf"])

@@ -1,7 +1,8 @@
 """GGUF, the file that llama.cpp reads.
 
-llama.cpp finds special tokens in messages too and takes nothing away afterwards, so in the file the
-special tokens themselves have HIDDEN in their names, which no message then holds.
+llama.cpp finds special tokens in messages too and takes nothing away afterwards. In our chat format
+the special tokens themselves have HIDDEN in their names there, which no message then holds. A base
+with a format of its own keeps its names and its template, and finds them in messages, too.
 """
 
 import json
@@ -11,6 +12,7 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType
+from gguf.quants import QuantError, quantize
 
 from configurator import UserError
 from miniglm.chat import END, HIDDEN, ROLES, chat_template
@@ -35,12 +37,10 @@ def write_gguf(
     if c.mlp == "gelu_erf":
         raise UserError("mlp='gelu_erf': llama.cpp's GPT-2 has only the tanh form, mlp='gelu'")
     kind, file_type = TYPES[dtype]
-    values = shape(c) | vocabulary(tokenizer)
+    values = shape(c) | vocabulary(tokenizer, answers)
     values |= {"add_file_type": file_type, "add_quantization_version": gguf.GGML_QUANT_VERSION}
     if answers:
-        roles = {role: hidden(name) for role, name in ROLES.items()}
-        plain = f"message['content'] | replace('{HIDDEN}', '')"
-        values["add_chat_template"] = chat_template(roles, hidden(END), plain)
+        values["add_chat_template"] = template_of(tokenizer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], c.n_layer)
     writer = gguf.GGUFWriter(path, family)
     try:
@@ -51,25 +51,15 @@ def write_gguf(
             array = for_llama_cpp(name, weight, c, family)
             # as llama.cpp's converter has it
             stays = array.ndim == 1 or llama_name == "position_embd.weight"
-            add_tensor(writer, llama_name, array, GGMLQuantizationType.F32 if stays else kind)
+            stored = GGMLQuantizationType.F32 if stays else kind
+            writer.add_tensor(llama_name, quantize(array, stored), raw_dtype=stored)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
+    except QuantError as error:  # rows that are no multiple of 32
+        raise UserError(f"{llama_name}: {error}; pass --dtype=float16") from None
     finally:
         writer.close()
-
-
-def add_tensor(
-    writer: gguf.GGUFWriter, name: str, array: np.ndarray, kind: GGMLQuantizationType
-) -> None:
-    """Adds an array, stored as kind. Raises UserError if its rows are no multiple of a block."""
-    try:
-        writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
-    except gguf.quants.QuantError:
-        raise UserError(
-            f"{name} has rows of {array.shape[-1]} values; q8_0 takes blocks of 32, so pass "
-            "--dtype=float16"
-        ) from None
 
 
 def shape(c: ModelConfig) -> dict:
@@ -103,24 +93,30 @@ def for_llama_cpp(name: str, weight: torch.Tensor, c: ModelConfig, family: str) 
     return weight.contiguous().numpy()
 
 
-def vocabulary(tokenizer: Tokenizer) -> dict:
+def vocabulary(tokenizer: Tokenizer, answers: bool) -> dict:
     """The tokenizer, by the writer's methods that take it."""
     kinds, content = gguf.TokenType, json.loads(tokenizer.text)
     pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
     if pattern not in PRE_TOKENIZERS:
         raise UserError(f"llama.cpp has no name for the tokenizer's split pattern: {pattern}")
-    special = {token["id"]: hidden(token["content"]) for token in content["added_tokens"]}
-    entries = {id: token for token, id in content["model"]["vocab"].items()} | special
-    ids = range(tokenizer.n_vocab)
+    entries = {id: token for token, id in content["model"]["vocab"].items()}
+    types = [kinds.NORMAL] * tokenizer.n_vocab
+    for token in content["added_tokens"]:
+        entries[token["id"]] = token["content"] if tokenizer.chat else hidden(token["content"])
+        types[token["id"]] = kinds.CONTROL if token["special"] else kinds.USER_DEFINED
+    id_of = {name: id for id, name in tokenizer.special.items()}
+    names = tokenizer.chat.names if tokenizer.chat else {}
     return {
         "add_tokenizer_model": "gpt2",  # any byte-level BPE
         "add_tokenizer_pre": PRE_TOKENIZERS[pattern],
-        "add_token_list": [entries[id] for id in ids],
-        "add_token_types": [kinds.CONTROL if id in special else kinds.NORMAL for id in ids],
+        "add_token_list": [entries[id] for id in range(tokenizer.n_vocab)],
+        "add_token_types": types,
         "add_token_merges": [" ".join(pair) for pair in content["model"]["merges"]],
-        "add_bos_token_id": tokenizer.end_of_text,
-        "add_eos_token_id": tokenizer.end_of_text,
+        "add_bos_token_id": id_of.get(names.get("bos_token"), tokenizer.end_of_text),
+        # llama.cpp stops at all three, older Ollamas at the first only
+        "add_eos_token_id": tokenizer.end if answers else tokenizer.end_of_text,
         "add_eot_token_id": tokenizer.end,
+        "add_eom_token_id": tokenizer.end_of_text,
         "add_pad_token_id": tokenizer.end_of_text,
         "add_add_bos_token": False,
     }
@@ -129,3 +125,11 @@ def vocabulary(tokenizer: Tokenizer) -> dict:
 def hidden(name: str) -> str:
     """The name of a special token, as no text contains it."""
     return name[0] + HIDDEN + name[1:]
+
+
+def template_of(tokenizer: Tokenizer) -> str:
+    """The Jinja template, with the names that special tokens have in the file."""
+    if tokenizer.chat:
+        return json.loads(tokenizer.text)["chat"]["template"]
+    roles = {role: hidden(name) for role, name in ROLES.items()}
+    return chat_template(roles, hidden(END), f"message['content'] | replace('{HIDDEN}', '')")

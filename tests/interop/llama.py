@@ -16,13 +16,22 @@ def tokenize(llm, text: str) -> list[int]:
     return llm.tokenize(text.encode(), add_bos=True, special=False)
 
 
-def chat(llm, messages: list[dict]) -> list[int]:
-    """Ids of a prompt, as create_chat_completion makes them: by the file's own template."""
+def chat(llm, messages: list[dict], **options) -> list[int]:
+    """Ids of a prompt, as create_chat_completion makes them: by the file's own template. options:
+    of that template."""
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-    write = Jinja2ChatFormatter(llm.metadata["tokenizer.chat_template"], eos_token="", bos_token="")
-    text = write(messages=messages).prompt
+    eos, bos = (llm._model.token_get_text(id) for id in (llm.token_eos(), llm.token_bos()))
+    write = Jinja2ChatFormatter(llm.metadata["tokenizer.chat_template"], eos, bos)
+    text = write(messages=messages, **options).prompt
     return llm.tokenize(text.encode(), add_bos=True, special=True)
+
+
+def ends(llm) -> list[int]:
+    """The ids at which it stops."""
+    import llama_cpp as api
+
+    return [id for id in range(llm.n_vocab()) if api.llama_vocab_is_eog(llm._model.vocab, id)]
 
 
 def answer(llm, messages: list[dict], n: int) -> str:
@@ -50,5 +59,5 @@ def quantize(llm, to: str, file_type: int) -> int:
 
 
 if __name__ == "__main__":
-    functions = {f.__name__: f for f in (tokenize, chat, answer, greedy, logits, quantize)}
-    serve(functions, *sys.argv[1:])
+    functions = tokenize, chat, ends, answer, greedy, logits, quantize
+    serve({f.__name__: f for f in functions}, *sys.argv[1:])

@@ -21,7 +21,8 @@ from miniglm.text import chat_prompt, stream
 from tests.helpers import TEXT, dialogue, random_ids, save_run, tiny_model
 from tests.interop.llama import LlamaCpp
 from tests.runs import novel, questions, read_json, toy_tokenizer, train_here, write_toys
-from tests.test_export import FAMILIES, SPOKEN, read_gguf
+from tests.test_chat import CONVERSATIONS
+from tests.test_export import FAMILIES, SPOKEN, base_tokenizer, read_gguf
 from tests.test_generation import slow_generate
 from tests.test_tokenizer import NASTY, random_texts
 
@@ -88,6 +89,7 @@ ASKED = [conversation[:1] for conversation in questions(1, 6)]
 def test_conversations_have_the_same_ids_and_answers(stages, tmp_path, stage):
     checkpoint, process = start(stages / stage, tmp_path / "x.gguf")
     with process as llama:
+        assert {*llama.ask("ends")} == {*checkpoint.tokenizer.stop_ids}
         for messages in [*SPOKEN, *ASKED, dialogue("".join(SPECIAL_TOKENS))]:
             ids = checkpoint.tokenizer.render_prompt(messages)
             assert llama.ask("chat", messages=messages) == ids
@@ -95,6 +97,20 @@ def test_conversations_have_the_same_ids_and_answers(stages, tmp_path, stage):
         answers = ["".join(stream(checkpoint, chat_prompt(checkpoint, m), sampling)) for m in ASKED]
         theirs = [llama.ask("answer", messages=messages, n=16) for messages in ASKED]
     assert theirs == answers and all("。" in answer for answer in answers)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_2"])
+def test_conversations_in_a_bases_own_format_have_the_same_ids(tmp_path, name):
+    tokenizer = base_tokenizer(tmp_path, name)
+    model = tiny_model(block_size=128, n_vocab=tokenizer.n_vocab)
+    out_dir = save_run(tmp_path / "out", model, tokenizer, tmp_path, "sft")
+    options = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+    with start(out_dir, tmp_path / "x.gguf")[1] as llama:
+        assert {*llama.ask("ends")} == {*tokenizer.stop_ids}
+        for key in ("one", "system", "turns", "reasoning"):
+            asked = CONVERSATIONS[key][:-1]
+            ids = llama.ask("chat", messages=asked, **options)
+            assert ids == tokenizer.render_prompt(asked)
 
 
 @pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES)
