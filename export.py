@@ -5,7 +5,8 @@
     python export.py --format=merged --out_dir=out-lora --to=out-merged    # adapter and base as one
 
 transformers loads the directory as it loads any (AutoModelForCausalLM, AutoTokenizer, no code of
-ours), llama.cpp the file, our own scripts the merged checkpoint.
+ours), llama.cpp the file, our own scripts the merged checkpoint. With sanguo.gguf a chat model gets
+sanguo.Modelfile, for Ollama.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from configurator import UserError, command, configure, repo_path, show_path, wr
 from safetensors import SafetensorError
 
 from miniglm.checkpoint import Checkpoint, check_writable, claimed, load_checkpoint, save_checkpoint
-from miniglm.interop.gguf import write_gguf
+from miniglm.interop.gguf import modelfile, write_gguf
 from miniglm.interop.hugging_face import write_directory
 
 DTYPES = {
@@ -44,8 +45,10 @@ def main(argv: list[str]) -> None:
         choices = ", ".join(DTYPES[config.format])
         raise UserError(f"format={config.format!r} has no dtype={config.dtype!r}; pass {choices}")
     to = repo_path(config.to)
-    if to.exists():
-        raise UserError(f"{show_path(to)} is there; delete it, or name another --to=")
+    for_ollama = to.with_name(to.name.removesuffix(".gguf") + ".Modelfile")
+    for path in (to, for_ollama):
+        if path.exists():
+            raise UserError(f"{show_path(path)} is there; delete it, or name another --to=")
     check_writable(to.parent, "--to=")
     checkpoint = load_checkpoint(repo_path(config.out_dir))
     if config.format == "merged":
@@ -56,6 +59,10 @@ def main(argv: list[str]) -> None:
         try:
             with written_aside(to) as aside:
                 write(*parts, aside, config.dtype)
+                if config.format == "gguf" and checkpoint.answers:
+                    text = modelfile(checkpoint.tokenizer, to.name)
+                    with written_aside(for_ollama) as beside:
+                        beside.write_text(text, encoding="utf-8", newline="")
         except (OSError, SafetensorError) as error:
             # numpy only counts the bytes that are missing
             reason = getattr(error, "strerror", None) or f"the disk is full ({error})"

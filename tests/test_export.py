@@ -14,12 +14,13 @@ from configurator import UserError
 from export import main
 from miniglm.chat import HIDDEN, SPECIAL_TOKENS
 from miniglm.checkpoint import load_checkpoint
+from miniglm.interop.gguf import modelfile
 from miniglm.text import load_for_sampling
 from miniglm.tokenizer import QWEN2_PATTERN, Tokenizer, adopt, load_tokenizer
 from tests.helpers import TEXT, dialogue, random_ids, save_run, tiny_model, tiny_tokenizer
 from tests.interop.test_foreign import foreign_tokenizer
 from tests.runs import small_disk
-from tests.test_chat import LLAMA, NAMES, TAGS, TEMPLATES, write_base
+from tests.test_chat import CONVERSATIONS, LLAMA, NAMES, TAGS, TEMPLATES, write_base
 
 FAMILIES = {
     "qwen3": {"n_kv_head": 2},
@@ -134,7 +135,7 @@ def test_a_model_that_continues_takes_all_text_as_plain_and_has_no_template(tmp_
     ends = values["tokenizer.ggml.eos_token_id"], values["tokenizer.ggml.eot_token_id"]
     assert ends == ours.stop_ids and values["tokenizer.ggml.add_bos_token"] is False
     assert values["tokenizer.ggml.pre"] == "qwen2"
-    assert "tokenizer.chat_template" not in values
+    assert "tokenizer.chat_template" not in values and not (tmp_path / "x.Modelfile").exists()
 
 
 ODD_SPLIT = tiny_tokenizer().text.replace(json.dumps(QWEN2_PATTERN), '"."')
@@ -178,6 +179,9 @@ def test_what_is_there_is_not_overwritten(tmp_path):
     out_dir, there = leave(tmp_path)
     with pytest.raises(UserError, match="is there"):
         main([f"--out_dir={out_dir}", f"--to={there}"])
+    (tmp_path / "x.Modelfile").touch()
+    with pytest.raises(UserError, match=r"x\.Modelfile is there"):
+        main(["--format=gguf", f"--out_dir={out_dir}", f"--to={tmp_path / 'x.gguf'}"])
     with pytest.raises(UserError, match="--to="):
         main([f"--out_dir={out_dir}"])
 
@@ -247,9 +251,54 @@ def ids_of(text, values, tokenizer):
     return ids
 
 
+GO_WORDS = {
+    "{{ if .System }}": "{% if System %}",
+    "{{ else }}": "{% else %}",
+    "{{ range .Messages }}": "{% for m in Messages %}",
+    '{{ if eq .Role "user" }}': "{% if m.role == 'user' %}",
+    '{{ else if eq .Role "assistant" }}': "{% elif m.role == 'assistant' %}",
+    "{{ end }}{{ end }}": "{% endif %}{% endfor %}",
+    "{{ end }}": "{% endif %}",
+    ".Content": "m.content",
+    ".System": "System",
+}
+
+
+def as_jinja(written):
+    """The Go template of a Modelfile, word for word."""
+    text = re.search('TEMPLATE """(.*)"""', written)[1]
+    for go, jinja in GO_WORDS.items():
+        text = text.replace(go, jinja)
+    return jinja2.Template(text)
+
+
 def base_tokenizer(tmp_path, name):
     template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
     return load_tokenizer(write_base(tmp_path / name, template, NAMES[name]))
+
+
+ODD = [dialogue("{{ .Role }} \"a\" \\ <b> & 'c' 😀\u3000x{% if %}"), dialogue("x", "y", "z")]
+
+
+@pytest.mark.parametrize("name", ["", "qwen2_5", "qwen3", "qwen3_training", "llama3_2"])
+def test_the_template_of_a_modelfile_gives_the_same_ids(tmp_path, name):
+    tokenizer = base_tokenizer(tmp_path, name) if name else tiny_tokenizer()
+    _, file = leave(tmp_path, to="x.gguf", form="gguf", tokenizer=tokenizer)
+    written = (tmp_path / "x.Modelfile").read_text(encoding="utf-8")
+    assert written.startswith("FROM ./x.gguf\n") and HIDDEN not in written
+    values, template = read_gguf(file)[0], as_jinja(written)
+    for messages in [CONVERSATIONS["system"][:-1], *ODD, *([] if name else SPOKEN)]:
+        system = "".join(m["content"] for m in messages if m["role"] == "system")
+        text = template.render(Messages=messages, System=system)
+        assert ids_of(text, values, tokenizer) == tokenizer.render_prompt(messages)
+
+
+def test_a_template_that_skips_system_messages_is_left_to_ollama(tmp_path):
+    turn = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    template = "{% for m in messages if m.role != 'system' %}" + turn + "{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokenizer = load_tokenizer(write_base(tmp_path, template))
+    assert modelfile(tokenizer, "x.gguf").splitlines()[-1] == 'PARAMETER stop "<|im_end|>"'
 
 
 @pytest.mark.parametrize("messages", SPOKEN)

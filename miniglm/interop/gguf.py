@@ -1,4 +1,4 @@
-"""GGUF, the file that llama.cpp reads.
+"""GGUF, the file that llama.cpp reads, and a Modelfile, with which Ollama takes it.
 
 llama.cpp finds special tokens in messages too and takes nothing away afterwards. In our chat format
 the special tokens themselves have HIDDEN in their names there, which no message then holds. A base
@@ -6,6 +6,7 @@ with a format of its own keeps its names and its template, and finds them in mes
 """
 
 import json
+import re
 from pathlib import Path
 
 import gguf
@@ -15,7 +16,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import QuantError, quantize
 
 from configurator import UserError
-from miniglm.chat import END, HIDDEN, ROLES, chat_template
+from miniglm.chat import END, HIDDEN, ROLES, chat_template, environment
 from miniglm.interop.hugging_face import family_of, to_their_names
 from miniglm.tokenizer import PRE_TOKENIZERS, Tokenizer
 from model import GPT, ModelConfig
@@ -25,6 +26,13 @@ TYPES = {  # how a matrix is stored, and what the file calls that
     "float16": (GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "q8_0": (GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
+# what stands for messages where a template is looked at
+TALK = {"\ue001": "system", "\ue002": "user", "\ue003": "assistant", "\ue004": "user"}
+GO_TEMPLATE = (
+    "{{ if .System }}%s{{ .System }}%s{{ else }}%s{{ end }}"
+    '{{ range .Messages }}{{ if eq .Role "user" }}%s{{ .Content }}%s'
+    '{{ else if eq .Role "assistant" }}%s{{ .Content }}%s{{ end }}{{ end }}%s'
+)
 
 
 def write_gguf(
@@ -133,3 +141,45 @@ def template_of(tokenizer: Tokenizer) -> str:
         return json.loads(tokenizer.text)["chat"]["template"]
     roles = {role: hidden(name) for role, name in ROLES.items()}
     return chat_template(roles, hidden(END), f"message['content'] | replace('{HIDDEN}', '')")
+
+
+# --- Ollama ------------------------------------------------------------------------------------
+
+
+def modelfile(tokenizer: Tokenizer, name: str) -> str:
+    """Ollama's description of the file `name` beside it, greedy as answers are here."""
+    lines = [f"FROM ./{name}", "PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
+    if tokenizer.chat:  # Ollama would drop HIDDEN from this line
+        lines.append(f'PARAMETER stop "{tokenizer.chat.end}"')
+    if template := go_template(tokenizer):  # else Ollama takes the file's own
+        lines.append(f'TEMPLATE """{template}"""')
+    return "\n".join([*lines, ""])
+
+
+def go_template(tokenizer: Tokenizer) -> str:
+    """A Go template that writes what template_of's does for messages without tools, reasoning, and
+    blanks at their ends; "" if that does not write each message once."""
+    talk = [{"role": role, "content": mark} for mark, role in TALK.items()]
+    parts = re.split(f"[{''.join(TALK)}]", file_text(tokenizer, talk, asks=True))
+    if len(parts) != 5:
+        return ""
+    default, close = file_text(tokenizer, talk[1:2], asks=False).split(talk[1]["content"])
+    answer, user, request = (part.removeprefix(close) for part in parts[2:])
+    system, default = (part.removesuffix(user) for part in (parts[1], default))
+    texts = parts[0], system, default, user, close, answer, close, request
+    return GO_TEMPLATE % tuple(map(go, texts))
+
+
+def file_text(tokenizer: Tokenizer, messages: list[dict], asks: bool) -> str:
+    """What template_of's template writes."""
+    if tokenizer.chat:
+        return tokenizer.chat.text(messages, asks)
+    template = environment().from_string(template_of(tokenizer))
+    return template.render(messages=messages, add_generation_prompt=asks)
+
+
+def go(text: str) -> str:
+    """A text as a constant in a Go template; Ollama drops what is not printable elsewhere."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    quoted = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in quoted)
+    return f"{{{{ {quoted} }}}}" if text else ""
