@@ -8,7 +8,8 @@ import gguf
 import jinja2
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from configurator import UserError
 from export import main
@@ -201,6 +202,7 @@ def test_a_gguf_file_holds_all_weights_in_float32_and_the_shape(tmp_path, option
     out_dir, file = leave(tmp_path, to="x.gguf", form="gguf", **options)
     model = load_checkpoint(out_dir).model
     values, weights = read_gguf(file)
+    weights.pop("rope_freqs.weight", None)
     c, family = model.config, values["general.architecture"]
     assert values[f"{family}.block_count"] == 2 and values[f"{family}.context_length"] == 128
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
@@ -239,6 +241,15 @@ def test_llamas_queries_and_keys_leave_in_pairs_that_turn_together(tmp_path):
     assert torch.equal(weights["blk.1.attn_q.weight"][8:16], weight[8:16][order])
     assert torch.equal(weights["blk.1.attn_k.weight"][8:16], weight[32 + 8 : 32 + 16][order])
     assert torch.equal(weights["blk.1.attn_v.weight"], weight[48:])
+
+
+def test_the_divisors_of_a_gguf_file_make_llama_3s_frequencies(tmp_path):
+    _, file = leave(tmp_path, to="x.gguf", form="gguf", **FAMILIES["llama3"])
+    llama = AutoConfig.from_pretrained(leave(tmp_path / "hf", **FAMILIES["llama3"])[1])
+    wanted, _ = ROPE_INIT_FUNCTIONS["llama3"](llama, "cpu")
+    plain = 100.0 ** (-torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close(plain / read_gguf(file)[1]["rope_freqs.weight"], wanted)
+    assert not torch.equal(plain, wanted)
 
 
 def ids_of(text, values, tokenizer):

@@ -7,6 +7,7 @@ with a format of its own keeps its names and its template, and finds them in mes
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -19,7 +20,7 @@ from configurator import UserError
 from miniglm.chat import END, HIDDEN, ROLES, chat_template, environment
 from miniglm.interop.hugging_face import family_of, to_their_names
 from miniglm.tokenizer import PRE_TOKENIZERS, Tokenizer
-from model import GPT, ModelConfig
+from model import GPT, ModelConfig, rotary_frequencies
 
 TYPES = {  # how a matrix is stored, and what the file calls that
     "float32": (GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -61,6 +62,8 @@ def write_gguf(
             stays = array.ndim == 1 or llama_name == "position_embd.weight"
             stored = GGMLQuantizationType.F32 if stays else kind
             writer.add_tensor(llama_name, quantize(array, stored), raw_dtype=stored)
+        if c.rope_scaling:
+            writer.add_tensor("rope_freqs.weight", rope_divisors(c))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -89,6 +92,12 @@ def shape(c: ModelConfig) -> dict:
         "add_rope_dimension_count": c.head_dim,
         "add_rope_freq_base": c.rope_theta,
     }
+
+
+def rope_divisors(c: ModelConfig) -> np.ndarray:
+    """What llama.cpp divides the frequencies of rope_theta alone by, (head_dim / 2,), float32."""
+    plain = rotary_frequencies(replace(c, rope_scaling=None))
+    return (plain / rotary_frequencies(c)).float().numpy()
 
 
 def for_llama_cpp(name: str, weight: torch.Tensor, c: ModelConfig, family: str) -> np.ndarray:
