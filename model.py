@@ -113,7 +113,10 @@ class Architecture:
             if value % divisor:
                 raise UserError(f"{name}={value} must be a multiple of {part}={divisor}")
         if self.position == "rope" and self.head_dim % 2:
-            raise UserError(f"n_embd / n_head = {self.head_dim} must be even for position='rope'")
+            raise UserError(
+                f"head_dim={self.head_dim} must be even for position='rope'; unless a model names "
+                "its own it is n_embd / n_head"
+            )
 
 
 @dataclass

@@ -183,7 +183,8 @@ def test_a_context_beyond_block_size_is_refused(lengths, options):
     [
         ({"n_embd": 100, "n_head": 6}, "n_embd=100 must be a multiple of n_head=6"),
         ({"n_head": 4, "n_kv_head": 8}, "n_head=4 must be a multiple of n_kv_head=8"),
-        ({"n_embd": 12, "n_head": 4}, "n_embd / n_head = 3 must be even"),
+        ({"n_embd": 12, "n_head": 4}, "head_dim=3 must be even"),
+        ({"n_embd": 12, "n_head": 4, "head_dim": 5}, "head_dim=5 must be even"),
         ({"model": "lstm", "n_layer": 0}, "n_layer=0 must be 1 or more"),
     ],
 )
