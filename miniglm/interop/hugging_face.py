@@ -45,6 +45,7 @@ CLASSES = {
     "llama": "LlamaForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
+SAME = {"minimind": "qwen3"}  # MiniMind-3's own class, under the same names
 # our rope_scaling's values, which Llama alone has
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 GELUS = {"gelu": "gelu_new", "gelu_erf": "gelu"}  # our mlp -> GPT-2's activation_function
@@ -270,6 +271,7 @@ def from_config(config: dict, names: Collection[str], n_vocab: int) -> ModelConf
     """The architecture that a config.json describes, with a vocabulary of n_vocab ids. names: those
     of its weights. Raises KeyError if a size is missing, UserError if ours does not express it."""
     family = config.get("model_type")
+    family = SAME.get(family, family)
     if family not in FAMILIES:
         raise UserError(f"model_type={family!r} is none of {', '.join(FAMILIES)}")
     if config.get("quantization_config"):

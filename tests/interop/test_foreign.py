@@ -109,6 +109,14 @@ def test_a_hugging_face_directory_has_the_logits_that_transformers_has(tmp_path,
     assert_same_logits(tmp_path, write_directory(tmp_path, name))
 
 
+def test_minimind_s_own_class_is_read_as_qwen3(tmp_path):
+    """Its config.json says all sizes, among much that makes no difference."""
+    peer = write_directory(tmp_path, "qwen3_head_dim")
+    own = {"use_moe": False, "rope_theta": 1e4, "rope_parameters": None, "flash_attn": True}
+    edit_json(tmp_path / "config.json", model_type="minimind", layer_types=None, **own)
+    assert_same_logits(tmp_path, peer)
+
+
 def test_ids_that_were_added_are_no_likelier_than_the_mean(qwen3):
     checkpoint = load_checkpoint(qwen3)
     assert checkpoint.tokenizer.n_vocab == N_VOCAB + 4
