@@ -109,6 +109,14 @@ def test_a_hugging_face_directory_has_the_logits_that_transformers_has(tmp_path,
     assert_same_logits(tmp_path, write_directory(tmp_path, name))
 
 
+def test_llama_3s_rotary_scaling_is_read_as_it_was_published(tmp_path):
+    """Before transformers 5, with rope_theta beside it."""
+    peer = write_directory(tmp_path, "llama3")
+    old = {"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}}
+    edit_json(tmp_path / "config.json", rope_parameters=None, rope_theta=100.0, **old)
+    assert_same_logits(tmp_path, peer)
+
+
 def test_minimind_s_own_class_is_read_as_qwen3(tmp_path):
     """Its config.json says all sizes, among much that makes no difference."""
     peer = write_directory(tmp_path, "qwen3_head_dim")
