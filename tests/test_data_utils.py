@@ -188,6 +188,35 @@ def test_a_fitted_conversation_is_never_longer_and_loses_only_its_start_or_end(t
         assert (SYSTEM in fitted) == (SYSTEM in messages)
 
 
+def test_cutting_keeps_the_tools_and_calls_with_their_results(tokenizer):
+    tools, calls = [{"name": "weather"}], [{"name": "weather", "arguments": {}}]
+    asked = {"role": "user", "content": "北京几度？"}
+    called = {"role": "assistant", "content": "我查。再查。", "tool_calls": calls}
+    answered = [{"role": "tool", "content": "3"}, {"role": "assistant", "content": "三度。"}]
+    old, turns = dialogue("谁？", "孔明。"), [asked, called, *answered]
+    first = [asked | {"tools": tools}, *turns[1:]]
+    with_tools = [old[0] | {"tools": tools}, old[1], *turns]
+    assert fit(tokenizer, with_tools, length(tokenizer, with_tools)) == (with_tools, "")
+    for limit in (length(tokenizer, with_tools) - 1, length(tokenizer, first)):
+        assert fit(tokenizer, with_tools, limit) == (first, "cut: oldest turns")
+    told = SYSTEM | {"tools": tools}
+    assert fit(tokenizer, [told, *old, *turns], length(tokenizer, [told, *turns]))[0][0] == told
+    assert fit(tokenizer, first, length(tokenizer, first) - 4) == (None, "skipped: too long")
+    assert fit(tokenizer, first[:2], length(tokenizer, first[:2]) - 1) == (
+        None,
+        "skipped: too long",
+    )
+
+
+def test_conversations_that_differ_in_calls_or_reasoning_alone_are_all_kept(tokenizer, tmp_path):
+    answer = {"role": "assistant", "content": "三度。"}
+    calls = [{"tool_calls": [{"name": name, "arguments": {}}]} for name in ("weather", "now")]
+    answers = [answer, answer | {"reasoning_content": "查。"}, *(answer | call for call in calls)]
+    rows = [[{"role": "user", "content": "几度？"}, each] for each in answers]
+    sizes = write_sft(tmp_path, tokenizer, {"train": rows * 2}, [])["splits"]["train"]
+    assert (sizes["conversations"], sizes["skipped: duplicate"]) == (4, 4)
+
+
 @pytest.mark.parametrize(
     "messages",
     [[], [SYSTEM], dialogue("谁？", "我", "？"), [SYSTEM, *dialogue("谁？", "我")[1:]]],

@@ -2,7 +2,9 @@
 
     python data/minimind/prepare_sft.py --input=sft_mini_512.jsonl --max_tokens=512
 
-Without roles, user and assistant alternate. Older csv files have q, a and history.
+Tools, their calls and results, and reasoning_content are taken; with --tokenizer= of MiniMind's own
+model they have its chat format. Without roles, user and assistant alternate. Older csv files have
+q, a and history.
 """
 
 import sys

@@ -16,6 +16,10 @@
 `parse_fields` reads which plays which part. A question and its answer count before a `text`. What
 else a text needs to be understood (BESIDE) makes a record bad. Files are read by readers.py.
 
+Tools are a list at the record or at a turn, calls are "tool_calls" of an answer or a turn from
+"function_call", and their results are turns of the role "tool" behind them. Lists and arguments may
+be JSON text. `conversation` says what a message then holds.
+
 A message is a text, a number, true or false, or {"type": "text"} parts, a line each. Two questions
 in a row are both asked. Two answers in a row are bad: which one is meant? An answer before the
 first question is read but not trained, and so is one with "loss": false or "weight": 0. A last
@@ -36,9 +40,10 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from configurator import UserError, is_text, nearest, printable
+from miniglm.chat import plain
 
 Record = str | list[dict]
 Preference = tuple[list[dict], str | None, str | None]  # prompt, chosen and rejected answer
@@ -62,12 +67,15 @@ PAIRS = (
 TURNS = ("conversations", "conversation", "messages")
 ROLES = {"user": "user", "human": "user", "prompter": "user", "question": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "model", "answer"), "assistant")
-ROLES |= {"system": "system"}
+ROLES |= dict.fromkeys(("tool", "function", "observation", "ipython"), "tool")
+ROLES |= {"system": "system", "function_call": "assistant"}
+NAMES = {"user": "question", "assistant": "answer", "system": "system message"}
+NAMES |= {"tool": "result of a tool"}
 FIELDS = ("text", "question", "input", "answer", "system", "history", "conversations")
 OPTIONS = "abcdefgh"  # of a question
 MARKS = {"label", "kto_tag", "is_correct", "is_bad"}  # of an answer: whether it is good, or bad
 TRUTH = {"true": True, "1": True, "false": False, "0": False}
-BESIDE = {"choices", "options", "tools", "functions", "tool_calls", "function_call"}
+BESIDE = {"choices", "options", "functions", "tool_calls", "function_call"}
 BESIDE |= {"image", "images", "video", "videos", "audio", "audios"}
 OTHER_OPTIONS = re.compile(r"(?:opt?|option|choice|选项)[ _-]?[a-h0-9]")
 EMPTY = (None, False, "", [], {}, "[]", "{}")  # a table has lists as text
@@ -174,7 +182,7 @@ def _any_messages(record: dict) -> list[dict] | None:
         if question in record and answer in record:
             messages = _question_and_answer(record, question, answer)
             break
-    return messages and _with_system(record, messages)
+    return messages and _with_head(record, messages)
 
 
 def _turns(record: dict) -> object:
@@ -255,12 +263,14 @@ def _question_and_answer(record: dict, question: str, answer: str) -> list[dict]
     return [*messages, {"role": "assistant", "content": record[answer]}]
 
 
-def _with_system(record: dict, messages: list[dict]) -> list[dict]:
-    """The messages behind the record's system message, unless they have one of their own."""
+def _with_head(record: dict, messages: list[dict]) -> list[dict]:
+    """The messages behind the record's system message, unless they have one of their own, and with
+    its tools."""
     system = _string(record.get("system"), "system message").strip()
-    if not system or any(message["role"] == "system" for message in messages):
-        return messages
-    return [{"role": "system", "content": system}, *messages]
+    if system and not any(message["role"] == "system" for message in messages):
+        messages = [{"role": "system", "content": system}, *messages]
+    tools = record.get("tools")
+    return messages if tools in EMPTY else [messages[0] | {"tools": tools}, *messages[1:]]
 
 
 def _history(value: object) -> list[dict]:
@@ -273,11 +283,34 @@ def _history(value: object) -> list[dict]:
 
 
 def _parsed(value: object, parse: Callable[[str], object], name: str) -> object:
-    """A list, which a table has as text."""
+    """A list or an object, which a table has as text."""
     try:
         return parse(value or "[]") if isinstance(value, str) else value
     except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
         raise BadRecord("wrong type", f"{name}: {error}") from None
+
+
+def tool_calls(value: object) -> list[dict]:
+    """Calls {"type": "function", "function": {"name", "arguments": an object}} from these or bare
+    ones; all of it, or the arguments, may be JSON text. Raises BadRecord if they are none."""
+    calls = []
+    for call in _objects(value, "tool_calls"):
+        call = call.get("function", call)
+        name = call.get("name") if isinstance(call, dict) else None
+        if not isinstance(name, str):
+            raise BadRecord("wrong type", "a call has no name of a function")
+        arguments = _objects([_parsed(call.get("arguments"), json.loads, "arguments") or {}], name)
+        calls.append({"type": "function", "function": {"name": name, "arguments": arguments[0]}})
+    return calls
+
+
+def _objects(value: object, name: str) -> list[dict]:
+    """A list of objects, which may be JSON text."""
+    value = _parsed(value, json.loads, name) or []
+    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+        raise BadRecord("wrong type", f"{name}: not a list of objects")
+    _string(json.dumps(value, ensure_ascii=False), name)
+    return value
 
 
 def preference(value: object) -> Preference:
@@ -289,13 +322,13 @@ def preference(value: object) -> Preference:
         sides = [_side(record, name) for name in names]
     else:
         sides = [_any_messages(record) if mark == is_good else None for is_good in (True, False)]
-    sides = [messages and conversation(_with_system(record, messages)) for messages in sides]
+    sides = [messages and conversation(_with_head(record, messages)) for messages in sides]
     prompts = [messages[:-1] for messages in sides if messages]
     if not prompts:
         raise BadRecord("missing field", "neither chosen nor rejected")
     if prompts[0] != prompts[-1]:
         raise BadRecord("two prompts", prompts[-1][-1]["content"])
-    chosen, rejected = (messages and messages[-1]["content"] for messages in sides)
+    chosen, rejected = (messages and plain(messages[-1:])[0]["content"] for messages in sides)
     return prompts[0], chosen, rejected
 
 
@@ -329,11 +362,15 @@ def _messages(value: object) -> list[dict]:
         name = turn.get("role", turn.get("from", ("user", "assistant")[number % 2]))
         if not isinstance(name, str) or name.lower() not in ROLES:
             raise BadRecord("unknown role", name)
-        if "content" not in turn and "value" not in turn:
+        role, content = ROLES[name.lower()], turn.get("content", turn.get("value"))
+        calls = turn.pop("tool_calls", None) if role == "assistant" else None
+        if name.lower() == "function_call":
+            content, calls = None, [_parsed(content, json.loads, name)]
+        elif "content" not in turn and "value" not in turn and calls in EMPTY:
             raise BadRecord("missing field", "a turn has no content")
         _refuse_beside(turn)
-        content, reasoning = turn.get("content", turn.get("value")), turn.get("reasoning_content")
-        message = {"role": ROLES[name.lower()], "content": content, "reasoning": reasoning}
+        message = {"role": role, "content": content, "tools": turn.get("tools")}
+        message |= {"tool_calls": calls, "reasoning_content": turn.get("reasoning_content")}
         messages.append(message | {"train": _is_trained(turn)})
     return messages
 
@@ -347,33 +384,59 @@ def _is_trained(turn: dict) -> bool:
 
 
 def conversation(messages: list[dict], aside: Counter | None = None) -> list[dict]:
-    """The messages with their texts, up to the last answer that is trained; "train": False for one
-    that is only read. Raises BadRecord if there is no question and answer at least."""
-    names = {"user": "question", "assistant": "answer", "system": "system message"}
-    kept, roles = [], []
+    """The messages with their texts, up to the last answer that is trained: {"role", "content"}; of
+    an answer also "reasoning_content" and "tool_calls", if it has them, and "train": False if it is
+    only read; "tools" stands in the first. Raises BadRecord if there is no question and answer."""
+    kept = []
     for message in messages:
-        role = message["role"]
-        text = _content(message["content"], names[role])
-        text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
-        if text:
-            is_read = role == "assistant" and not ("user" in roles and message.get("train", True))
-            kept.append({"role": role, "content": text} | ({"train": False} if is_read else {}))
-            roles.append(role)
-        elif role != "system":
-            raise BadRecord(f"empty {names[role]}")
-        if roles[-2:] == ["assistant", "assistant"]:
-            raise BadRecord("two answers in a row")
+        turn, is_asked = _turn(message), any(turn["role"] == "user" for turn in kept)
+        if turn["role"] == "assistant" and not (is_asked and message.get("train", True)):
+            turn["train"] = False
+        if turn["content"] or turn["role"] != "system":
+            _check_order(kept, turn)
+            kept.append(turn)
+    roles = [turn["role"] for turn in kept]
     while kept and (kept[-1]["role"] != "assistant" or "train" in kept[-1]):
         kept.pop()
-    if roles[: len(kept)][-2:] != ["user", "assistant"]:
+    if roles[: len(kept)][-2:] not in (["user", "assistant"], ["tool", "assistant"]):
         raise BadRecord("no answer" if "user" in roles else "no question")
     behind = roles[len(kept) :]
     if aside is not None and behind:
         is_answered = "assistant" in behind
         aside["untrained last answer" if is_answered else "unanswered last question"] += 1
-    if aside is not None and any(message.get("reasoning") for message in messages):
-        aside["reasoning"] += 1
+    for tools in [_objects(message.get("tools"), "tools") for message in messages]:
+        kept[0] |= {"tools": tools} if tools else {}
     return kept
+
+
+def _turn(message: dict) -> dict:
+    """A message with its texts, an answer also with its reasoning and its calls."""
+    role = message["role"]
+    parts = {"content": _said(message["content"], NAMES[role])}
+    if role == "assistant":
+        parts["reasoning_content"] = _said(message.get("reasoning_content"), "reasoning")
+        parts["tool_calls"] = tool_calls(message.get("tool_calls"))
+    return {"role": role} | {name: x for name, x in parts.items() if x or name == "content"}
+
+
+def _said(value: object, what: str) -> str:
+    return _content(value, what).replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
+def _check_order(before: list[dict], turn: dict) -> None:
+    """Raises BadRecord if a turn is empty, or cannot come behind those before it."""
+    role, last = turn["role"], before[-1] if before else {}
+    if role != "tool" and not (turn["content"] or "tool_calls" in turn):
+        raise BadRecord(f"empty {NAMES[role]}")
+    if role == "assistant" and last.get("role") == "assistant":
+        raise BadRecord("two answers in a row")
+    if role == "tool" and not follows_call(before):
+        raise BadRecord("tool without a call")
+
+
+def follows_call(before: list[dict]) -> bool:
+    """Whether a tool's result can come behind these messages."""
+    return bool(before) and (before[-1]["role"] == "tool" or "tool_calls" in before[-1])
 
 
 # --- texts ---------------------------------------------------------------------------------------
@@ -396,9 +459,21 @@ def first_question(messages: list[dict]) -> str:
     return next(turn["content"] for turn in messages if turn["role"] == "user")
 
 
+def shortened(messages: list[dict]) -> Iterator[list[dict]]:
+    """The messages, then the same without the turns before each later question; a system message
+    and the tools stay."""
+    yield messages
+    system = [m for m in messages[:1] if m["role"] == "system"]
+    tools = {name: messages[0][name] for name in ["tools"] if name in messages[0]}
+    for place in range(len(system) + 1, len(messages)):
+        if messages[place]["role"] == "user":
+            first, *later = messages[place:]
+            yield [*system, first, *later] if system else [first | tools, *later]
+
+
 def text_of(record: Record) -> str:
     """All the text of a record."""
-    return record if isinstance(record, str) else "\n".join(turn["content"] for turn in record)
+    return record if isinstance(record, str) else "\n".join(m["content"] for m in plain(record))
 
 
 def clean(text: str) -> str:

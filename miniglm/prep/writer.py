@@ -25,7 +25,8 @@ from typing import Literal
 import numpy as np
 
 from configurator import UserError, locked, show_path
-from miniglm.prep.forms import first_question
+from miniglm.chat import plain
+from miniglm.prep.forms import first_question, shortened
 from miniglm.tokenizer import Tokenizer
 
 Kind = Literal["pretrain", "sft", "dpo"]
@@ -179,17 +180,21 @@ def encode_pair(pair: Pair, tokenizer: Tokenizer, form: Form) -> tuple:
     """Ids and mask of both conversations of a pair, chosen first, and its ROW. Raises Skipped if
     they cannot be fitted. Earlier answers belong to the prompt and are not trained."""
     both, how, rendered = fit_pair(tokenizer, pair, form.max_tokens)
-    prompt = len(tokenizer.render_prompt(both[0][:-1]))
     ids = [id for row, _ in rendered for id in row]
-    mask = [bit for _, trained in rendered for bit in [0] * prompt + trained[prompt:]]
+    mask = []
+    for _, trained in rendered:
+        start = bytes(trained).rindex(b"\0\1") + 1  # of the last answer
+        mask += [0] * start + trained[start:]
     return ids, mask, _row(pair[0], both[0] + both[1], len(ids), len(rendered[0][0]), how)
 
 
 def _row(messages: list[dict], kept: list[dict], tokens: int, chosen: int, how: str) -> tuple:
     """The ROW, without its split, of messages of which `kept` are kept."""
-    text = "".join(message["content"] for message in kept)
-    mark = ord(kept[-2]["content"][-1:] or "\0")
-    whole = "\0".join(part for turn in kept for part in (turn["role"], turn["content"]))
+    turns = plain(kept)  # calls, tools and reasoning count as the text between tags that ours has
+    text = "".join(turn["content"] for turn in turns)
+    [*_, question] = (message["content"] for message in kept if message["role"] == "user")
+    mark = ord(question[-1:] or "\0")
+    whole = "\0".join(part for turn in turns for part in (turn["role"], turn["content"]))
     keys = _key(whole.encode()), _key(first_question(messages).encode())
     return *keys, tokens, chosen, len(text), len(text.encode()), mark, CUTS.index(how)
 
@@ -225,8 +230,9 @@ def fit(tokenizer: Tokenizer, messages: list[dict], max_tokens: int) -> tuple[li
     """Messages of at most max_tokens ids, and what was done to them, "" for nothing; or None, and
     why they are skipped.
 
-    The oldest turns go first, then the answer is cut at the last sentence end that fits. Messages
-    are skipped if there is none, or if the last two are not a question and its answer.
+    The oldest turns go first, up to a later question; then the answer is cut at the last sentence
+    end that fits, unless it calls tools. Messages are skipped if there is none, if they do not end
+    with an answer to a question or to a tool's result, or if the chat template refuses them.
     """
     try:
         return _fit(tokenizer, messages, max_tokens)[:2]
@@ -238,27 +244,31 @@ def _fit(
     tokenizer: Tokenizer, messages: list[dict], max_tokens: int
 ) -> tuple[list[dict], str, tuple]:
     """The same, and the result of `render`, so that most are encoded only once. Raises Skipped."""
-    if [message["role"] for message in messages[-2:]] != ["user", "assistant"]:
+    if [m["role"] for m in messages[-2:]] not in (["user", "assistant"], ["tool", "assistant"]):
         raise Skipped("skipped: no question and answer")
-    if not messages[-1]["content"].strip():
+    answer = messages[-1]
+    if not answer["content"].strip() and "tool_calls" not in answer:
         raise Skipped("skipped: empty answer")
-    system = [m for m in messages[:1] if m["role"] == "system"]
-    turns = messages[len(system) :]
-    how = ""
-    while len((rendered := tokenizer.render(system + turns))[0]) > max_tokens:
-        later = [i for i, m in enumerate(turns) if i and m["role"] == "user"]
-        if not later:
-            break
-        turns, how = turns[later[0] :], "cut: oldest turns"
-    if len(rendered[0]) <= max_tokens:
-        return system + turns, how, rendered
-    *question, answer = turns
-    ends = [match.end() for match in SENTENCE_END.finditer(answer["content"])]
-    for end in reversed(ends):
-        shorter = [*system, *question, answer | {"content": answer["content"][:end]}]
-        if len((rendered := tokenizer.render(shorter))[0]) <= max_tokens:
+    for kept in shortened(messages):
+        rendered = _render(tokenizer, kept)
+        if len(rendered[0]) <= max_tokens:
+            return kept, "cut: oldest turns" if kept is not messages else "", rendered
+    cuts = [] if "tool_calls" in answer else SENTENCE_END.finditer(answer["content"])
+    for end in reversed([match.end() for match in cuts]):
+        shorter = [*kept[:-1], answer | {"content": answer["content"][:end]}]
+        if len((rendered := _render(tokenizer, shorter))[0]) <= max_tokens:
             return shorter, "cut: answer", rendered
     raise Skipped("skipped: too long")
+
+
+def _render(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
+    """As `tokenizer.render`. Raises Skipped if the chat template of a base refuses the messages."""
+    try:
+        return tokenizer.render(messages)
+    except UserError:
+        if tokenizer.chat is None:
+            raise
+        raise Skipped("skipped: the chat template refuses it") from None
 
 
 def fit_pair(
@@ -277,7 +287,7 @@ def fit_pair(
     both = [[*shortest, fitted[-1]] for fitted, _, _ in fits]
     if both[0] == both[1]:
         raise Skipped("skipped: equal answers")
-    return both, how, [*map(tokenizer.render, both)]
+    return both, how, [_render(tokenizer, messages) for messages in both]
 
 
 # --- all units -----------------------------------------------------------------------------------

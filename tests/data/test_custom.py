@@ -82,13 +82,14 @@ def test_an_answer_of_no_weight_is_read_but_not_trained_and_what_is_dropped_is_c
     write_lines(mine / "a.jsonl", [{"messages": long}, {"messages": asked}, *[bad] * 5])
     tokenizer.save(mine / "tokenizer.json")
     data = prepared(mine, "--input=a.jsonl", "--val=0", f"--tokenizer={mine}")
-    texts = ["谁？", "孔明。", "何人？", "军师。"], ["谁弄权？", "曹节。"]
+    reasoned = "<think>\n宦官。\n</think>\n\n曹节。"
+    texts = ["谁？", "孔明。", "何人？", "军师。"], ["谁弄权？", reasoned]
     assert data.conversations("train") == [dialogue(*turns) for turns in texts]
-    answers = ("军师。", "曹节。")
+    answers = ("军师。", reasoned)
     assert data.mask["train"].sum() == sum(len(tokenizer.encode(text)) + 1 for text in answers)
     trained = data.tokens["train"][data.mask["train"] == 1]
     assert tokenizer.decode(trained.tolist()) == "".join(answers)
-    left_out = {"one-sided": 5, "reasoning": 1, "unanswered last question": 1}
+    left_out = {"one-sided": 5, "unanswered last question": 1}
     assert (data.meta["skipped"], data.meta["not_taken"]) == ({}, left_out)
 
 

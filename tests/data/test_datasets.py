@@ -1,5 +1,6 @@
 """The prepare scripts of the datasets that users bring, on small files of their own forms."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,33 @@ def test_question_sets_are_read_by_their_own_fields(mine, script):
     data = prepared(script, mine, f"--input={file}")
     assert all_conversations(data) == sorted(PAIRS)
     assert data.meta["skipped"] == {"broken JSON": 1, "missing field": 1, "wrong type": 1}
+
+
+def test_minimind_calls_and_reasoning_are_trained_and_results_are_read(mine):
+    tools = [{"type": "function", "function": {"name": "translate_text", "parameters": {}}}]
+    call = {"name": "translate_text", "arguments": {"text": "你好世界"}}
+    turns = [
+        {"role": "system", "content": "# Tools ...", "tools": json.dumps(tools)},
+        {"role": "user", "content": "把'你好世界'翻译成english", "tool_calls": None},
+        {"role": "assistant", "content": "", "tool_calls": json.dumps([call])},
+        {"role": "tool", "content": '{"translated_text":"Hello World"}'},
+        {"role": "assistant", "content": "Hello World", "reasoning_content": "译好了。"},
+    ]
+    file = write_lines(mine / "a.jsonl", [{"conversations": turns}])
+    words = ["--val=0", "--max_tokens=512", f"--tokenizer={mine}", f"--out={mine / 'out'}"]
+    minimind_sft.main([f"--input={file}", *words])
+    data = Dataset(str(mine / "out"))
+    answers = [
+        f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>",
+        "<think>\n译好了。\n</think>\n\nHello World",
+    ]
+    trained = data.tokens["train"][data.mask["train"] == 1].tolist()
+    assert data.tokenizer.decode(trained) == "".join(answers)
+    [[system, _, called, result, answer]] = data.conversations("train")
+    assert [called["content"], answer["content"]] == answers
+    assert json.dumps(tools[0]) in system["content"]
+    assert turns[3]["content"] in result["content"]
+    assert (data.meta["skipped"], data.meta["question_end"]) == ({}, "")
 
 
 @pytest.mark.parametrize("script", [firefly, zhihu, zhihu_sft])

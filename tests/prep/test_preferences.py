@@ -9,11 +9,14 @@ import pytest
 from configurator import UserError
 from data.custom import prepare_dpo
 from data_utils import Dataset
-from miniglm.prep.forms import BadRecord, is_validation
+from miniglm.prep.forms import BadRecord, is_validation, preference
 from miniglm.prep.preferences import best_and_worst, ranked, usable
+from miniglm.prep.writer import Form, encode_pair, write_sft
+from miniglm.tokenizer import load_tokenizer
 from tests.data.test_finance_dpo import pairs_of
 from tests.helpers import dialogue, tiny_tokenizer, write_lines
 from tests.runs import assert_imports_without, toy_tokenizer
+from tests.test_chat import TEMPLATES, write_base
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +105,39 @@ def test_two_pairs_are_enough_and_none_need_be_held_out(tokenizer, tmp_path):
     assert {*pairs_of(data, "train")} == {"刘备到1？", "刘备到2？"}
     assert {*data.meta["splits"]} == {"train"}
     assert data.meta["not_taken"] == {"held out by their split": 1}
+
+
+def test_in_a_bases_own_format_the_answers_of_a_pair_are_trained(tmp_path):
+    template = (TEMPLATES / "qwen3.jinja").read_text(encoding="utf-8")
+    tokenizer = load_tokenizer(write_base(tmp_path, template))
+    for prompt in (dialogue("谁？"), dialogue("何人？", "军师。", "谁？")):
+        pair = prompt, "<think>\n想。\n</think>\n\n孔明。", "不知。"
+        ids, mask, _ = encode_pair(pair, tokenizer, Form("dpo"))
+        trained = [id for id, bit in zip(ids, mask, strict=True) if bit]
+        bare = "<think>\n\n</think>\n\n不知。"
+        assert tokenizer.decode(trained) == pair[1] + bare
+        assert trained.count(tokenizer.end) == 2
+
+
+def test_what_a_chat_template_refuses_is_counted(tmp_path):
+    template = "{% if messages|length > 2 %}{{ raise_exception('no') }}{% endif %}"
+    template += (TEMPLATES / "qwen3.jinja").read_text(encoding="utf-8")
+    tokenizer = load_tokenizer(write_base(tmp_path, template))
+    rows = [dialogue("谁？", "孔明。"), dialogue("谁？", "孔明。", "何人？", "军师。")]
+    sizes = write_sft(tmp_path / "out", tokenizer, {"train": rows}, [])["splits"]["train"]
+    assert sizes["conversations"] == sizes["skipped: the chat template refuses it"] == 1
+
+
+def test_the_prompt_of_a_pair_has_its_tools_and_reasoning_is_part_of_an_answer():
+    tools, call = [{"name": "weather"}], {"name": "weather", "arguments": {}}
+    chosen = [*dialogue("几度？"), {"role": "assistant", "content": "", "tool_calls": [call]}]
+    rejected = [*dialogue("几度？", "三度。")]
+    rejected[1]["reasoning_content"] = "猜。"
+    value = {"chosen": chosen, "rejected": rejected, "tools": tools}
+    [asked], better, worse = preference(value)
+    assert asked == {"role": "user", "content": "几度？", "tools": tools}
+    assert better == '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>'
+    assert worse == "<think>\n猜。\n</think>\n\n三度。"
 
 
 @pytest.mark.parametrize(
