@@ -11,10 +11,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 
 from configurator import UserError, repo_path, show_path
+from miniglm.chat import plain
 from miniglm.checkpoint import Checkpoint, load_checkpoint, weights_sha256
 from miniglm.decoding import pack, quantize
 from miniglm.devices import pick_device
 from miniglm.generation import Batch, Request, Sampling
+from miniglm.prep.forms import shortened
 from miniglm.tokenizer import Tokenizer
 
 AHEAD = 64  # times batch_size: prompts begun before the first that has not ended
@@ -85,18 +87,17 @@ def prompt_ids(checkpoint: Checkpoint, text: str) -> list[int]:
 
 def chat_prompt(checkpoint: Checkpoint, messages: list[dict]) -> list[int]:
     """Ids that ask for the answer to the last message. The oldest turns are left out until a
-    quarter of block_size is free for the answer. Raises UserError if the last alone is too long."""
-    block_size, render = checkpoint.model.config.block_size, checkpoint.tokenizer.render_prompt
-    system = [m for m in messages[:1] if m["role"] == "system"]
-    turns = messages[len(system) :]
-    if not turns or turns[-1]["role"] != "user":
-        raise UserError("a conversation must end with a question from the user")
-    for first in [i for i, message in enumerate(turns) if message["role"] == "user"]:
-        ids = render([*system, *turns[first:]])
+    quarter of block_size is free for the answer. Raises UserError if what is left is too long: the
+    last question, what came behind it, the system message and the tools."""
+    block_size = checkpoint.model.config.block_size
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        raise UserError("a conversation must end with a question of the user or a tool's result")
+    for turns in shortened(messages):
+        ids = checkpoint.tokenizer.render_prompt(turns)
         if len(ids) <= block_size - block_size // 4:
             return ids
     if len(ids) > block_size:
-        longest = max(turns[-1]["content"], *(m["content"] for m in system), key=len)
+        longest = max((message["content"] for message in plain(turns)), key=len)
         raise UserError(
             f"the prompt {longest[:20]!r}... has {len(ids)} tokens, longer than "
             f"block_size={block_size}; shorten it"

@@ -23,7 +23,7 @@ from tests.helpers import save_run, tiny_model, tiny_tokenizer
 from tests.runs import edit_run, free_port, pointer
 from tests.servers import serve
 
-BLOCK = 96  # tokens
+BLOCK = 256  # tokens
 
 
 @torch.no_grad()
@@ -74,8 +74,9 @@ def expected(out_dir: Path, messages: list[dict], sampling: Sampling, number: in
     checkpoint = load_for_sampling(out_dir, "cpu")
     *before, last = messages
     if checkpoint.answers:
-        question = complete_question(checkpoint, last["content"])
-        prompt = chat_prompt(checkpoint, [*before, {"role": "user", "content": question}])
+        if last["role"] == "user":
+            last = last | {"content": complete_question(checkpoint, last["content"])}
+        prompt = chat_prompt(checkpoint, [*before, last])
     else:
         prompt = prompt_ids(checkpoint, last["content"])
     [outputs] = complete(checkpoint, [prompt], sampling, number + 1)

@@ -425,18 +425,18 @@ def _said(value: object, what: str) -> str:
 
 def _check_order(before: list[dict], turn: dict) -> None:
     """Raises BadRecord if a turn is empty, or cannot come behind those before it."""
-    role, last = turn["role"], before[-1] if before else {}
+    role, last = turn["role"], before[-1] if before else {"role": None}
     if role != "tool" and not (turn["content"] or "tool_calls" in turn):
         raise BadRecord(f"empty {NAMES[role]}")
-    if role == "assistant" and last.get("role") == "assistant":
+    if role == "assistant" and last["role"] == "assistant":
         raise BadRecord("two answers in a row")
-    if role == "tool" and not follows_call(before):
+    if role == "tool" and not awaits_result(last):
         raise BadRecord("tool without a call")
 
 
-def follows_call(before: list[dict]) -> bool:
-    """Whether a tool's result can come behind these messages."""
-    return bool(before) and (before[-1]["role"] == "tool" or "tool_calls" in before[-1])
+def awaits_result(message: dict) -> bool:
+    """Whether a tool's result can come behind this message."""
+    return message["role"] == "tool" or "tool_calls" in message
 
 
 # --- texts ---------------------------------------------------------------------------------------

@@ -3,12 +3,13 @@
     client = openai.OpenAI(base_url="http://127.0.0.1:7860/v1", api_key="none")
     client.chat.completions.create(model="out-sanguo-sft", messages=[...], seed=1337)
 
-The same seed gives the same text as sample.py. A fine-tuned model gets the conversation; a
-pretrained one continues the last message. Options that would change an answer and are not supported
-are refused, not ignored. A length above the server's is cut to it; the header x-max-tokens of each
-answer says which length it had.
+The same seed gives the same text as sample.py. A fine-tuned model gets the conversation and the
+tools, and a call that it makes is text of its answer; a pretrained one continues the last message.
+Options that would change an answer and are not supported are refused, not ignored. A length above
+the server's is cut to it; the header x-max-tokens of each answer says which length it had.
 """
 
+import itertools
 import json
 import secrets
 import time
@@ -23,15 +24,15 @@ from pydantic import AliasChoices, BaseModel, Field, TypeAdapter, ValidationErro
 
 from configurator import UserError
 from miniglm import generation
+from miniglm.prep.forms import BadRecord, awaits_result, tool_calls
 from miniglm.serve.gate import refuse
 from miniglm.serve.server import Busy, Server, Stream
 
 MOST_SAMPLES = 5  # of one question
-# options that change no answer; max_tokens does not beside max_completion_tokens, nor do tools, of
-# which a model may always choose none
+# options that change no answer; max_tokens does not beside max_completion_tokens
 HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 HARMLESS |= {"prompt_cache_retention", "parallel_tool_calls", "reasoning_effort", "verbosity"}
-HARMLESS |= {"prediction", "max_tokens", "tools"}
+HARMLESS |= {"prediction", "max_tokens"}
 LENGTHS = ("max_completion_tokens", "max_tokens", "max_new_tokens")  # names, the first one wins
 LENGTH = Field(generation.Sampling.max_new_tokens, ge=1, validation_alias=AliasChoices(*LENGTHS))
 # values that ask for nothing
@@ -47,17 +48,18 @@ class Part(BaseModel):
 
 
 class Message(BaseModel):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None  # an assistant's turn may be empty
     tool_calls: list | None = None
 
     def plain(self) -> dict:
         """As the tokenizer renders it."""
-        if self.tool_calls or (self.content is None and self.role != "assistant"):
+        if self.role != "assistant" and (self.tool_calls or self.content is None):
             raise UserError(f"a message of the {self.role} must have content, and no tool_calls")
         parts = [Part(text=self.content)] if isinstance(self.content, str) else self.content or []
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": "".join(part.text for part in parts)}
+        calls = {"tool_calls": tool_calls(self.tool_calls)} if self.tool_calls else {}
+        return {"role": role, "content": "".join(part.text for part in parts)} | calls
 
 
 class StreamOptions(BaseModel):
@@ -67,11 +69,22 @@ class StreamOptions(BaseModel):
 class Body(BaseModel, extra="allow"):
     model: str
     messages: Annotated[list[Message], Field(min_length=1)]
+    tools: list[dict] = []
     n: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] = 1
     stop: str | list[str] = []
     max_new_tokens: int = LENGTH
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+
+    def turns(self) -> list[dict]:
+        """The messages as the tokenizer renders them, with the tools on the first."""
+        turns = [message.plain() for message in self.messages]
+        for before, turn in itertools.pairwise([{"role": "system"}, *turns]):
+            if turn["role"] == "tool" and not awaits_result(before):
+                raise UserError("a tool's message must follow the assistant's tool_calls")
+        if self.tools and self.model_extra.get("tool_choice") != "none":
+            turns[0]["tools"] = self.tools
+        return turns
 
     def sampling(self, most_tokens: int) -> generation.Sampling:
         for name, value in self.model_extra.items():
@@ -97,7 +110,7 @@ class NotFound(UserError):
     """No model of that name."""
 
 
-STATUSES = {NotFound: 404, Busy: 429, UserError: 400, ValidationError: 400}
+STATUSES = {NotFound: 404, Busy: 429, UserError: 400, ValidationError: 400, BadRecord: 400}
 CODES = {404: "model_not_found", 429: "rate_limit_exceeded"}
 
 
@@ -124,7 +137,7 @@ def make_router(servers: dict[str, Server]) -> APIRouter:
             body = OBJECT.validate_json(await request.body())
             body = Body.model_validate(without_nulls(body))
             server = find(servers, body.model)
-            prompt = server.prompt([message.plain() for message in body.messages])
+            prompt = server.prompt(body.turns())
             sampling = body.sampling(server.max_new_tokens)
             for sample in range(body.n):
                 server.submit(stream, generation.Request(prompt, sampling, 0, sample))

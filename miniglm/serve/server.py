@@ -24,6 +24,7 @@ from configurator import UserError
 from miniglm.checkpoint import Checkpoint
 from miniglm.decoding import compile_one_row
 from miniglm.generation import Batch, Request, Token
+from miniglm.prep.forms import shortened
 from miniglm.text import TextStream, chat_prompt, complete_question, default_temperature, prompt_ids
 
 CHARACTERS_PER_TOKEN = 16  # more than any text has; what is beyond is not even encoded
@@ -131,22 +132,21 @@ class Server:
     def prompt(self, messages: list[dict]) -> list[int]:
         """The ids that sample.py would give to the model: the conversation with its last question
         completed, or for a pretrained model the last message to be continued. Raises UserError
-        if the question or the system's message is too long."""
-        checkpoint, before = self.checkpoint, messages[:-1]
-        if messages[-1]["role"] != "user":
-            raise UserError("the last message must be the user's")
-        text, block_size = messages[-1]["content"], checkpoint.model.config.block_size
+        if the system's message, the last question or one behind it is too long."""
+        checkpoint, last = self.checkpoint, messages[-1]
+        if last["role"] not in ("user", "tool"):
+            raise UserError("the last message must be the user's or a tool's")
+        text, block_size = last["content"], checkpoint.model.config.block_size
         room = CHARACTERS_PER_TOKEN * block_size
         if not checkpoint.answers:
             return prompt_ids(checkpoint, text[-room:])
-        for message in messages:
-            size, role = len(message["content"]), message["role"]
-            if size > room and (message is messages[-1] or role == "system"):
-                had = f"the {role}'s message has {size:,} characters"
-                raise UserError(f"{had}; this model reads {block_size} tokens")
-        before = [message for message in before if len(message["content"]) <= room]
-        question = {"role": "user", "content": complete_question(checkpoint, text)}
-        return chat_prompt(checkpoint, [*before, question])
+        content = complete_question(checkpoint, text) if last["role"] == "user" else text
+        for turns in shortened(messages):
+            if sum(len(message["content"]) for message in turns) <= room:
+                return chat_prompt(checkpoint, [*turns[:-1], turns[-1] | {"content": content}])
+        longest = max(turns, key=lambda message: len(message["content"]))
+        had = f"the {longest['role']}'s message has {len(longest['content']):,} characters"
+        raise UserError(f"{had}; this model reads {block_size} tokens")
 
     def submit(self, stream: Stream, request: Request) -> None:
         """Adds a request to the stream. Raises Busy if too many requests wait."""

@@ -93,6 +93,19 @@ def test_a_conversation_is_given_whole(client, out_dirs):
     assert ask(client, parts, max_tokens=20).choices[0].message.content == alone
 
 
+def test_tools_their_calls_and_results_are_given_to_the_model(client, out_dirs):
+    [asked], result = dialogue("几时"), {"role": "tool", "content": "三"}
+    function = {"name": "时", "arguments": {}}
+    called = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+    given = [asked | {"tools": TOOLS}, called, result]
+    sent = {"id": "1", "type": "function", "function": function | {"arguments": "{}"}}
+    sent = {"role": "assistant", "tool_calls": [sent]}
+    for number, messages in ((1, [asked]), (3, [asked, sent, result | {"tool_call_id": "1"}])):
+        answer = ask(client, messages, max_tokens=20, tools=TOOLS).choices[0].message.content
+        assert answer == expected(out_dirs["answers"], given[:number], Sampling(20))
+        assert answer != expected(out_dirs["answers"], [asked], Sampling(20))
+
+
 def test_an_assistants_turn_may_be_empty(client, out_dirs):
     alone = expected(out_dirs["answers"], dialogue("问？", "", "谁？"), Sampling(20))
     for empty in ({"content": None}, {"content": None, "tool_calls": []}, {"content": []}, {}):
@@ -107,7 +120,7 @@ def test_what_asks_for_nothing_changes_nothing(client):
     nothing = [dict.fromkeys(names.split()) | {"max_completion_tokens": None}]
     nothing += [{"stop": ""}, {"stop": [""]}, {"logit_bias": {}}, {"modalities": ["text"]}]
     nothing += [{"parallel_tool_calls": True, "reasoning_effort": "low", "verbosity": "low"}]
-    nothing += [{"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "auto"}, {"top_k": -1}]
+    nothing += [{"tools": TOOLS, "tool_choice": "none"}, {"tool_choice": "auto"}, {"top_k": -1}]
     for options in nothing:
         answer = ask(client, extra_body={"max_tokens": 9} | options)
         assert answer.choices[0].message.content == plain
@@ -137,11 +150,17 @@ REFUSED = {
     "n: Input should be less than or equal to 5": {"n": 6},
     "logprobs is not supported": {"logprobs": True},
     "tool_choice is not supported": {"tools": TOOLS, "tool_choice": "required"},
-    "messages.0.role: Input should be 'system'": {"text": [{"role": "tool", "content": "x"}]},
+    "messages.0.role: Input should be 'system'": {"text": [{"role": "function", "content": "x"}]},
+    "must follow the assistant's tool_calls": {"text": [{"role": "tool", "content": "x"}]},
+    "a call has no name of a function": {"text": [{"role": "assistant", "tool_calls": [{}]}]},
     "1.type: Input should be 'text'": {"text": [{"role": "user", "content": [TEXT, IMAGE]}]},
     "user must have content": {"text": [{"role": "user", "content": None}]},
-    "no tool_calls": {"text": [{"role": "assistant", "tool_calls": [{}]}]},
+    "no tool_calls": {"text": [{"role": "user", "content": "x", "tool_calls": [{}]}]},
     "the system's message has 100,": {"text": [LONG, *dialogue("问？")]},
+    "the prompt '<tools>.*longer than block_size": {
+        "text": "几时",
+        "tools": [{"type": "时" * 300}],
+    },
     "the last message must be the user's": {"text": dialogue("问？", "答。")},
     "100,000 characters": {"text": "问" * 100_000},
     "messages: List should have at least 1 item": {"text": []},

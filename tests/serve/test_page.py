@@ -336,7 +336,7 @@ def test_html_and_markdown_are_shown_as_text(page, tab):
 
 def test_a_question_of_100000_characters_gets_a_message(page, out_dirs):
     send(page, "问" * 99_999)
-    expect(page.locator(".error")).to_contain_text("100,000 characters; this model reads 96 tokens")
+    expect(page.locator(".error")).to_contain_text("100,000 characters; this model reads 256")
     assert len(prompts(page)[0]) < 1100
     assert ask(page, "谁弄权？") == [answer(out_dirs["answers"], "谁弄权？")]
 
