@@ -69,8 +69,7 @@ ROLES = {"user": "user", "human": "user", "prompter": "user", "question": "user"
 ROLES |= dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "model", "answer"), "assistant")
 ROLES |= dict.fromkeys(("tool", "function", "observation", "ipython"), "tool")
 ROLES |= {"system": "system", "function_call": "assistant"}
-NAMES = {"user": "question", "assistant": "answer", "system": "system message"}
-NAMES |= {"tool": "result of a tool"}
+NAMES = {"user": "question", "assistant": "answer", "system": "system message", "tool": "result"}
 FIELDS = ("text", "question", "input", "answer", "system", "history", "conversations")
 OPTIONS = "abcdefgh"  # of a question
 MARKS = {"label", "kto_tag", "is_correct", "is_bad"}  # of an answer: whether it is good, or bad
@@ -228,14 +227,15 @@ def _text(value: object) -> str:
 
 
 def _content(value: object, what: str) -> str:
-    """A message's text: a string, the parts of one, or a number or truth value as JSON has it."""
+    """A message's text without the blanks around it: a string, the parts of one, or a number or
+    truth value as JSON has it."""
     if isinstance(value, (bool, int, float)) and abs(value) < math.inf:
         return json.dumps(value)
     if isinstance(value, list) and all(isinstance(part, dict) for part in value):
         if any(part.get("text") is None for part in value):
             raise BadRecord("more than text", f"the parts of the {what}")
         value = "\n".join(_string(part["text"], what) for part in value)
-    return _string(value, what)
+    return _string(value, what).replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
 def _string(value: object, what: str) -> str:
@@ -255,9 +255,9 @@ def _question_and_answer(record: dict, question: str, answer: str) -> list[dict]
     else:
         has_more = question in ("instruction", "question")
         names = (question, "input", "context") if has_more else (question,)
-        texts = [_content(record[name], "question").strip() for name in names if name in record]
+        texts = [_content(record[name], "question") for name in names if name in record]
         if question != "q" and "a" in record and "b" in record:
-            options = {name: _content(record.get(name), "option").strip() for name in OPTIONS}
+            options = {name: _content(record.get(name), "option") for name in OPTIONS}
             texts += [f"{name.upper()}. {text}" for name, text in options.items() if text]
         messages.append({"role": "user", "content": "\n".join(filter(None, texts))})
     return [*messages, {"role": "assistant", "content": record[answer]}]
@@ -412,15 +412,11 @@ def conversation(messages: list[dict], aside: Counter | None = None) -> list[dic
 def _turn(message: dict) -> dict:
     """A message with its texts, an answer also with its reasoning and its calls."""
     role = message["role"]
-    parts = {"content": _said(message["content"], NAMES[role])}
+    parts = {"content": _content(message["content"], NAMES[role])}
     if role == "assistant":
-        parts["reasoning_content"] = _said(message.get("reasoning_content"), "reasoning")
+        parts["reasoning_content"] = _content(message.get("reasoning_content"), "reasoning")
         parts["tool_calls"] = tool_calls(message.get("tool_calls"))
     return {"role": role} | {name: x for name, x in parts.items() if x or name == "content"}
-
-
-def _said(value: object, what: str) -> str:
-    return _content(value, what).replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
 def _check_order(before: list[dict], turn: dict) -> None:
