@@ -306,7 +306,9 @@ def tool_calls(value: object) -> list[dict]:
 
 def _objects(value: object, name: str) -> list[dict]:
     """A list of objects, which may be JSON text."""
-    value = _parsed(value, json.loads, name) or []
+    if value in EMPTY:
+        return []
+    value = _parsed(value, json.loads, name)
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
         raise BadRecord("wrong type", f"{name}: not a list of objects")
     _string(json.dumps(value, ensure_ascii=False), name)
@@ -404,19 +406,24 @@ def conversation(messages: list[dict], aside: Counter | None = None) -> list[dic
     if aside is not None and behind:
         is_answered = "assistant" in behind
         aside["untrained last answer" if is_answered else "unanswered last question"] += 1
-    for tools in [_objects(message.get("tools"), "tools") for message in messages]:
-        kept[0] |= {"tools": tools} if tools else {}
+    for message in messages:
+        if tools := _objects(message.get("tools"), "tools"):
+            kept[0]["tools"] = tools
     return kept
 
 
 def _turn(message: dict) -> dict:
     """A message with its texts, an answer also with its reasoning and its calls."""
-    role = message["role"]
-    parts = {"content": _content(message["content"], NAMES[role])}
-    if role == "assistant":
-        parts["reasoning_content"] = _content(message.get("reasoning_content"), "reasoning")
-        parts["tool_calls"] = tool_calls(message.get("tool_calls"))
-    return {"role": role} | {name: x for name, x in parts.items() if x or name == "content"}
+    turn = {
+        "role": message["role"],
+        "content": _content(message["content"], NAMES[message["role"]]),
+    }
+    if turn["role"] == "assistant":
+        if reasoning := _content(message.get("reasoning_content"), "reasoning"):
+            turn["reasoning_content"] = reasoning
+        if calls := tool_calls(message.get("tool_calls")):
+            turn["tool_calls"] = calls
+    return turn
 
 
 def _check_order(before: list[dict], turn: dict) -> None:
