@@ -44,12 +44,15 @@ from miniglm.checkpoint import Checkpoint
 from miniglm.devices import Peak
 from miniglm.distributed import ALONE, LossModule, World
 from miniglm.lora import adapters, add_adapters
+from miniglm.losses import chunk_rows
 from miniglm.monitor import Stopwatch, Window
 from miniglm.objectives import OBJECTIVES, Batch, Objective
 from miniglm.optim import learning_rate, make_optimizers
 from miniglm.preflight import Start, architecture
 from miniglm.trackers import check_trackers, open_trackers
 from model import Architecture, ModelConfig
+
+CONTEXT = 5e8  # bytes of a GPU's memory that CUDA and its libraries take
 
 
 @dataclass
@@ -268,6 +271,7 @@ def load_model(
         "latest" if begins.resumes else "best",
         place,
         merged=not begins.resumes,
+        frozen=bool(config.lora_rank),
         dropout=config.dropout,
         block_size=config.block_size,
     )
@@ -609,18 +613,33 @@ def dry_run(run: Run, state: State, peak: Peak, timed: int = 3) -> None:
     rate = window.tokens / timed / seconds
     flops = rate * state.model.flops_per_token(length)
     parameters, trained = state.model.n_params(), n_trained(state.model)
-    # float32 weights and gradients; two moments of each parameter (AdamW), or one (Muon)
+    # weights and gradients; two moments of each parameter (AdamW), or one (Muon)
     moments = [t for o in state.optimizers for s in o.state.values() for t in s.values()]
-    kept = 4 * (parameters + trained) + sum(moment.nbytes for moment in moments)
+    tensors = [*state.model.parameters(), *moments]
+    kept = 4 * trained + sum(tensor.nbytes for tensor in tensors)
     left = run.config.max_iters - state.progress.iter
+    used = devices.peak_memory(run.device) or kept + activations
     print(
         f"parameters  {parameters:,}{f', {trained:,} of them trained' if run.adapter else ''}\n"
-        f"memory      {(kept + activations) / 1e9:.2f} GB: {kept / 1e9:.2f} of weights, "
+        f"memory      {used / 1e9:.2f} GB at its highest: {kept / 1e9:.2f} of weights, "
         f"gradients and optimizer, {activations / 1e9:.2f} of activations\n"
+        f"{on_a_gpu(run, kept + activations)}"
         f"speed       {rate:,.0f} tokens per second, {seconds:.3f} s a step\n"
         f"            {devices.show_rate(flops)}, {flops / peak.rate:.0%} of the peak\n"
         f"time        {left * seconds / 60:.1f} minutes for {left:,} steps, evaluations left out"
     )
+
+
+def on_a_gpu(run: Run, known: int) -> str:
+    """A line on the memory that the run would take on a GPU, where there is none; known: bytes of
+    weights, gradients, moments and activations here."""
+    config, n_vocab = run.config, run.data.tokenizer.n_vocab
+    if run.device != "cpu" or config.model != "gpt":
+        return ""
+    # a chunk's logits and their gradient in half precision, log-probabilities in float32
+    rows = min(config.batch_size * config.block_size, chunk_rows(n_vocab, "cuda"))
+    total = known + 8 * rows * n_vocab + CONTEXT
+    return f"            on a GPU about {total / 1e9:.1f} GB, an estimate\n"
 
 
 def activation_bytes(run: Run, state: State, batch: Batch) -> int:

@@ -164,31 +164,37 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    out_dir: Path, which: str = "best", device: str = "cpu", merged: bool = True, **changes: float
+    out_dir: Path,
+    which: str = "best",
+    device: str = "cpu",
+    merged: bool = True,
+    frozen: bool = False,
+    **changes: float,
 ) -> Checkpoint:
     """The checkpoint that `which` points to, in eval mode. Raises UserError if it is damaged.
 
     An adapter is merged into its base; with merged=False it stays apart, and the base is frozen.
-    changes: of the architecture: dropout, or a lower block_size.
+    frozen: the blocks' matrices of another project's model stay in the dtype of their file, for
+    adapters. changes: of the architecture: dropout, or a lower block_size.
     """
     path = _checkpoint_path(out_dir, which)
     tokenizer = load_tokenizer(path) if is_foreign(path) else None  # its run depends on it
     run = _read_run(path, tokenizer)
-    model = _load_model(path, run, device, changes)
+    model = _load_model(path, run, device, changes, frozen)
     if merged:
         merge(model)
     tokenizer = tokenizer or load_tokenizer(path)
     return Checkpoint(path, model.eval(), tokenizer, run, model.n_params())
 
 
-def _load_model(path: Path, run: dict, device: str, changes: dict) -> GPT | LSTM:
+def _load_model(path: Path, run: dict, device: str, changes: dict, frozen: bool) -> GPT | LSTM:
     """The model of a checkpoint whose run.json is `run`; an adapter's is its base with the adapter
     added."""
     if is_foreign(path):
-        return load_foreign(path, run["architecture"], device, changes)
+        return load_foreign(path, run["architecture"], device, changes, frozen)
     _check_files(path, run, ("model.safetensors", "adapter.safetensors", "tokenizer.json"))
     if "adapter" in run:
-        return _load_adapter(path, run, device, changes)
+        return _load_adapter(path, run, device, changes, frozen)
     known = ModelConfig.__dataclass_fields__
 
     def options() -> dict:  # one of an older version does no harm where it was off
@@ -200,7 +206,7 @@ def _load_model(path: Path, run: dict, device: str, changes: dict) -> GPT | LSTM
     return model
 
 
-def _load_adapter(path: Path, run: dict, device: str, changes: dict) -> GPT | LSTM:
+def _load_adapter(path: Path, run: dict, device: str, changes: dict, frozen: bool) -> GPT | LSTM:
     parts = ("base", "sha256", "rank", "alpha", "targets")
     place, sha256, rank, alpha, targets, block_size = _read(
         path / "run.json",
@@ -218,7 +224,8 @@ def _load_adapter(path: Path, run: dict, device: str, changes: dict) -> GPT | LS
             "restore it, or train the adapter again in another --out_dir="
         )
     # an adapter may have been trained on shorter rows than its base
-    model = _load_model(base, _read_run(base), device, {"block_size": block_size} | changes)
+    changes = {"block_size": block_size} | changes
+    model = _load_model(base, _read_run(base), device, changes, frozen)
     merge(model)  # the base may itself be an adapter
     _read(path / "run.json", lambda: add_adapters(model, rank, alpha, targets))
     _load_weights(path / "adapter.safetensors", model, device)

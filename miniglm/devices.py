@@ -19,6 +19,11 @@ import torch
 
 from configurator import ROOT, UserError
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 SIDE = 2048  # of the largest square matmul that is timed
 BUDGET = 0.3  # seconds that the timing may take
 PEAKS = tomllib.loads((ROOT / "miniglm" / "gpus.toml").read_text(encoding="utf-8"))  # TFLOP/s
@@ -233,6 +238,17 @@ def keep_freed_memory() -> None:
     # libraries have no mallopt
     if mallopt and (mallopt(-3, 2**30) or mallopt(-3, 2**25)):
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes free at the heap's end
+
+
+def peak_memory(device: str) -> int | None:
+    """Bytes that this process has taken at its highest, on a CPU with Python and torch; None where
+    that cannot be asked."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_reserved(device)
+    if device != "cpu" or resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def environment(device: str) -> dict:

@@ -2,9 +2,11 @@
 
     y = W x + alpha / rank x B A x        A (rank, in) and B (out, rank) are trained, W is not
 
-B starts at zero, so at first y is W x. train.py trains adapters (--lora_rank and others),
-miniglm/checkpoint.py stores them; loading a checkpoint merges them, W + alpha / rank B A replaces
-W. export.py --format=merged writes that as a checkpoint of its own.
+B starts at zero, so at first y is W x. A base that came in half precision stays so: W is cast to
+the input's dtype where it is used, which loses nothing and halves its memory. train.py trains
+adapters (--lora_rank and others), miniglm/checkpoint.py stores them; loading a checkpoint merges
+them, W + alpha / rank B A replaces W. export.py --format=merged writes that as a checkpoint of its
+own.
 """
 
 import contextlib
@@ -31,13 +33,15 @@ class LoRALinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self.scale, self.drop = alpha / rank, nn.Dropout(0.0)
         out_features, in_features = linear.weight.shape
-        self.lora_A = nn.Parameter(linear.weight.new_empty(rank, in_features))
-        self.lora_B = nn.Parameter(linear.weight.new_zeros(out_features, rank))
+        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+        self.lora_A = nn.Parameter(linear.weight.new_empty(rank, in_features, dtype=dtype))
+        self.lora_B = nn.Parameter(linear.weight.new_zeros(out_features, rank, dtype=dtype))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as loralib and peft do
         self.is_on = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        casts = torch.is_autocast_enabled(x.device.type)  # by itself
+        y = F.linear(x, self.weight if casts else self.weight.to(x.dtype), self.bias)
         if not self.is_on:
             return y
         return y + self.scale * F.linear(F.linear(self.drop(x), self.lora_A), self.lora_B)
@@ -78,6 +82,9 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, targets: list[str]) 
     model.requires_grad_(False)
     for name in names:
         model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha))
+    for module in model.modules():
+        if isinstance(module, nn.Linear):  # of half precision: only adapters cast their input
+            module.to(torch.promote_types(module.weight.dtype, torch.float32))
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:

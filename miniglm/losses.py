@@ -4,7 +4,7 @@ All are sums over the trained targets, so that a caller divides once, by a count
 gradient accumulation equals the full batch under any mask.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -30,13 +30,13 @@ def next_token(model: nn.Module, idx: Tensor, targets: Tensor, places: Tensor) -
     """The sum of -log p in nats over the trained targets, both (B, T); 0 where none is trained.
     places: theirs, as `send` gives them."""
     hidden, targets = trained_positions(model(idx), targets, places)
-    return SummedLoss.apply(model.head, hidden, targets, *head_weights(model))
+    return SummedLoss.apply(model, hidden, targets, *head_weights(model))
 
 
 def sequence_log_prob(model: nn.Module, idx: Tensor, targets: Tensor, places: Tensor) -> Tensor:
     """Log probability in nats of each row's targets, (B, T) -> (B,); IGNORE does not count."""
     hidden, wanted = trained_positions(model(idx), targets, places)
-    losses = EachLoss.apply(model.head, hidden, wanted, *head_weights(model))
+    losses = EachLoss.apply(model, hidden, wanted, *head_weights(model))
     # scattered back to their places, so that a sum takes them in one order on any device
     losses = losses.new_zeros(targets.numel()).index_copy(0, places, losses)
     return -losses.view(targets.shape).sum(dim=1)
@@ -46,7 +46,7 @@ def sequence_log_prob(model: nn.Module, idx: Tensor, targets: Tensor, places: Te
 def target_losses(model: nn.Module, idx: Tensor, targets: Tensor, places: Tensor) -> Tensor:
     """-log p in nats of each target, (B, T); 0 where it is IGNORE."""
     hidden, wanted = trained_positions(model(idx), targets, places)
-    losses = each_loss(model.head, hidden, wanted)
+    losses = each_loss(model, hidden, wanted)
     return losses.new_zeros(targets.numel()).index_copy_(0, places, losses).view(targets.shape)
 
 
@@ -92,13 +92,19 @@ def head_weights(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.lm_head.parameters() if p.requires_grad]
 
 
-def chunks(head: Callable, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def chunk_rows(n_vocab: int, device: str) -> int:
+    """Rows of a chunk: their logits in float32 take 64 MiB at most, on a GPU 512."""
+    rows, logits = (512, 2**24) if device == "cpu" else (4096, 2**27)
+    return max(1, min(rows, logits // n_vocab))
+
+
+def chunks(model: nn.Module, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Rows of hidden (n, n_embd), as leaves, with their logits and targets: some hundred rows at a
     time, so that the memory of logits does not grow with the batch and a CPU's cache keeps them."""
-    rows = 512 if hidden.device.type == "cpu" else 4096
+    rows = chunk_rows(model.config.n_vocab, hidden.device.type)
     for h, t in zip(hidden.detach().split(rows), targets.split(rows), strict=True):
         h = h.requires_grad_(torch.is_grad_enabled())
-        yield h, head(h), t
+        yield h, model.head(h), t
 
 
 def log_softmax(logits: Tensor) -> Tensor:
@@ -106,21 +112,21 @@ def log_softmax(logits: Tensor) -> Tensor:
     return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def each_loss(head: Callable, hidden: Tensor, targets: Tensor) -> Tensor:
+def each_loss(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """-log p of each target, (N,)."""
-    parts = chunks(head, hidden, targets)
+    parts = chunks(model, hidden, targets)
     return torch.cat([F.nll_loss(log_softmax(z), t, reduction="none") for _, z, t in parts])
 
 
 def chunk_gradients(
-    head: Callable, hidden: Tensor, targets: Tensor, weights: tuple, scale: Tensor | None = None
+    model: nn.Module, hidden: Tensor, targets: Tensor, weights: tuple, scale: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """The sum of the losses, each times its scale (N,), and its gradients: of hidden (N, n_embd)
     and of the weights, which are tensors. That of logits is p, less 1 at the target."""
     grads = [torch.empty_like(hidden), *(torch.zeros_like(w) for w in weights)]
     total, done = 0, 0
     with torch.enable_grad():
-        for h, logits, t in chunks(head, hidden, targets):
+        for h, logits, t in chunks(model, hidden, targets):
             here, done = slice(done, done + len(h)), done + len(h)
             with torch.no_grad():
                 loss, z_grad = loss_and_gradient(logits, t, scale if scale is None else scale[here])
@@ -150,8 +156,8 @@ class SummedLoss(torch.autograd.Function):
     only scales them. weights: the trained parameters of the head."""
 
     @staticmethod
-    def forward(ctx, head, hidden, targets, *weights):
-        total, grads = chunk_gradients(head, hidden, targets, weights)
+    def forward(ctx, model, hidden, targets, *weights):
+        total, grads = chunk_gradients(model, hidden, targets, weights)
         ctx.save_for_backward(*grads)
         return total
 
@@ -168,19 +174,19 @@ class EachLoss(torch.autograd.Function):
     pass, and the memory of one chunk. weights as in SummedLoss."""
 
     @staticmethod
-    def forward(ctx, head, hidden, targets, *weights):
-        ctx.head, ctx.weights = head, weights
+    def forward(ctx, model, hidden, targets, *weights):
+        ctx.model, ctx.weights = model, weights
         ctx.save_for_backward(hidden, targets)
         device = hidden.device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        return each_loss(head, hidden, targets)
+        return each_loss(model, hidden, targets)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         hidden, targets = ctx.saved_tensors
         with torch.autocast(*ctx.autocast):
-            _, grads = chunk_gradients(ctx.head, hidden, targets, ctx.weights, grad_output)
+            _, grads = chunk_gradients(ctx.model, hidden, targets, ctx.weights, grad_output)
         return None, grads[0], None, *grads[1:]
 
 

@@ -70,9 +70,8 @@ def flash(q, k, v, mask=None, is_causal=False):
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
 
 
-def chunks(head, hidden, targets):
-    for h, t in zip(hidden.detach().split(4096), targets.split(4096), strict=True):
-        yield h.requires_grad_(), head(h), t
+def chunk_rows(n_vocab, device, rows=losses.chunk_rows):
+    return rows(n_vocab, "cuda")
 
 
 def settings(argv: list[str]) -> Settings:
@@ -91,7 +90,7 @@ def count_step(config: Settings, vocab: int, rows: int, length: int):
     with (
         FakeTensorMode(),
         patch.object(models, "attend", flash),
-        patch.object(losses, "chunks", chunks),
+        patch.object(losses, "chunk_rows", chunk_rows),
         patch.object(F, "rms_norm", lambda *x: torch.ops.aten._fused_rms_norm(*x)[0]),
     ):
         model = models.GPT(models.ModelConfig(**architecture(vars(config)), n_vocab=vocab))
@@ -104,7 +103,7 @@ def count_step(config: Settings, vocab: int, rows: int, length: int):
                 with passes:
                     hidden = model(idx).flatten(0, 1)
                 with others:
-                    head = model.head, hidden, idx.flatten(), *losses.head_weights(model)
+                    head = model, hidden, idx.flatten(), *losses.head_weights(model)
                     loss = losses.SummedLoss.apply(*head)
             with passes:
                 loss.backward()

@@ -51,13 +51,13 @@ def foreign_run(path: Path, tokenizer: Tokenizer) -> dict:
 
 
 def load_foreign(
-    path: Path, architecture: dict, device: str, changes: dict, dtype: torch.dtype = torch.float32
+    path: Path, architecture: dict, device: str, changes: dict, frozen: bool = False
 ) -> GPT:
-    """The model, its matrices in this dtype. architecture: foreign_run's; changes: to it, as
-    dropout or a lower block_size."""
+    """The model, float32; frozen: its blocks' matrices in the dtype of their file. architecture:
+    foreign_run's; changes: to it, as dropout or a lower block_size."""
     config = ModelConfig(**architecture)
     with _readable(path):
-        weights = hugging_face.from_weights(config, _read_weights(path), dtype)
+        weights = hugging_face.from_weights(config, _read_weights(path), frozen)
         config = dataclasses.replace(config, **changes)
         if "wpe.weight" in weights:
             weights["wpe.weight"] = weights["wpe.weight"][: changes.get("block_size")]

@@ -310,10 +310,10 @@ def _refuse_others(theirs: dict, c: ModelConfig) -> None:
             raise UserError(f"{name}={value!r} is not built here; {name}={ours!r} is")
 
 
-def from_weights(c: ModelConfig, theirs: Weights, dtype: torch.dtype) -> Weights:
-    """Our weights, matrices in this dtype, others float32. theirs: matrices as torch has them, of
-    which those that were read are removed. Raises UserError if some of a stack are missing, or
-    there are others."""
+def from_weights(c: ModelConfig, theirs: Weights, frozen: bool = False) -> Weights:
+    """Our weights, float32; frozen: the blocks' matrices in their own dtype. theirs: matrices as
+    torch has them, of which those that were read are removed. Raises UserError if some of a stack
+    are missing, or there are others."""
     if "wte.weight" in theirs:  # some GPT-2s were saved without the outer module
         outer = {name: f"transformer.{name}" for name in theirs if not name.startswith("lm_head.")}
         theirs = {outer.get(name, name): weight for name, weight in theirs.items()}
@@ -327,8 +327,10 @@ def from_weights(c: ModelConfig, theirs: Weights, dtype: torch.dtype) -> Weights
         has = c.qkv_bias if our.endswith("c_attn.bias") else c.bias or our.endswith(".weight")
         if names[0] in theirs and has:
             _refuse_weights([name for name in names if name not in theirs], "are missing")
-            kind = dtype if theirs[names[0]].dim() > 1 else torch.float32
-            ours[our] = torch.cat([theirs.pop(name).to(kind) for name in names])
+            parts = [theirs.pop(name) for name in names]
+            if not (frozen and our.startswith("blocks.") and parts[0].dim() > 1):
+                parts = [part.float() for part in parts]
+            ours[our] = torch.cat(parts)
     _refuse_weights(sorted(theirs), "are not built here")
     for name in {"wte.weight", "lm_head.weight"} & ours.keys():
         ours[name] = _fit_rows(ours[name], c)
