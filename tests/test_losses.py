@@ -6,7 +6,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_utils import IGNORE, Dataset
 from miniglm.lora import add_adapters
-from miniglm.losses import next_token, send, sequence_log_prob, split_sums, target_losses
+from miniglm.losses import (
+    chunk_rows,
+    next_token,
+    send,
+    sequence_log_prob,
+    split_sums,
+    target_losses,
+)
 from tests.helpers import (
     ALL_MODELS,
     QUESTIONS,
@@ -196,3 +203,9 @@ def test_split_sums_of_questions_equal_a_slow_loop_over_their_answers(tmp_path):
         for batch_size in (1, 2, 1000):
             got = split_sums(model, data, split, batch_size)
             assert got == (pytest.approx(nats, rel=1e-5), count, n_bytes)
+
+
+def test_a_chunk_of_logits_is_small_whatever_the_vocabulary():
+    assert [chunk_rows(n, "cpu") for n in (6400, 8192, 32768, 151_669)] == [512, 512, 512, 110]
+    assert [chunk_rows(n, "cuda") for n in (6400, 32768, 151_669)] == [4096, 4096, 884]
+    assert chunk_rows(10**9, "cpu") == 1

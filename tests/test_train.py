@@ -228,7 +228,8 @@ def test_dry_run_prints_parameters_memory_and_time_and_writes_nothing(toys, tmp_
     block = 32 * 96 + 32 * 32 + 32 * 128 + 64 * 32 + 2 * 32 + 2 * 16
     printed = capsys.readouterr().out
     assert f"parameters  {320 * 32 + 2 * block + 32:,}\n" in printed
-    assert re.search(r"^memory +[\d.]+ GB", printed, re.M)
+    assert re.search(r"^memory +[\d.]+ GB at its highest: [\d.]+ of weights", printed, re.M)
+    assert re.search(r"^ +on a GPU about 0.5 GB, an estimate$", printed, re.M)
     assert re.search(r"^time +[\d.]+ minutes for 20 steps", printed, re.M)
 
 

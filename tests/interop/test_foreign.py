@@ -35,7 +35,7 @@ from tests.helpers import (
     write_novel,
     write_questions,
 )
-from tests.runs import contents, edit_json, saved
+from tests.runs import checkpoint_file, contents, edit_json, saved
 from tests.runs import words as flags
 
 N_VOCAB = 300  # entries of the tokenizers here
@@ -324,6 +324,33 @@ def test_training_goes_on_with_shorter_rows(tmp_path, name):
         go_on(resume=True, out_dir=short, block_size=15)
     with pytest.raises(UserError, match="block_size=65, but the model in"):
         go_on(init_from=path, dataset=data, out_dir=tmp_path / "long", block_size=65)
+
+
+def test_an_adapters_base_stays_in_half_precision_and_no_bit_changes(tmp_path):
+    half, whole = tmp_path / "half", tmp_path / "whole"
+    write_directory(half, "qwen3_head_dim", torch.bfloat16)
+    peer = AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32)
+    peer.save_pretrained(whole)
+    shutil.copy(half / "tokenizer.json", whole)
+    data = write_questions(tmp_path / "questions", load_tokenizer(half), max_tokens=63)
+    common = {"dataset": data, "lora_rank": 2, "eval_interval": 2, "lr_decay_iters": 4}
+    outs = [
+        go_on(init_from=base, out_dir=tmp_path / base.name / "out", max_iters=4, **common)
+        for base in (half, whole)
+    ]
+    parts = go_on(init_from=half, out_dir=tmp_path / "parts", max_iters=2, **common)
+    go_on(out_dir=parts, resume=True, max_iters=4)
+    files = [checkpoint_file(out, "adapter.safetensors") for out in [*outs, parts]]
+    first, *others = map(load_file, files)
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+    frozen = load_checkpoint(parts, "latest", merged=False, frozen=True).model
+    kinds = {name: p.dtype for name, p in frozen.named_parameters() if p.dim() > 1}
+    assert kinds["blocks.0.mlp.c_fc.weight"] == torch.bfloat16
+    assert kinds["wte.weight"] == kinds["blocks.0.mlp.c_fc.lora_A"] == torch.float32
+    models = [load_checkpoint(out).model for out in (parts, outs[1])]
+    assert all(torch.equal(*pair) for pair in zip(*(m.parameters() for m in models), strict=True))
+    some = go_on(init_from=half, out_dir=tmp_path / "some", lora_targets="c_attn", **common)
+    assert load_checkpoint(some).model.wte.weight.dtype == torch.float32
 
 
 def test_an_adapter_stands_on_a_directory(qwen3, tmp_path):
