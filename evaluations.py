@@ -30,6 +30,7 @@ from miniglm.text import check_answers, load_for_sampling
 from visualize import draw_histogram
 
 TRANSLATIONS = ["translation_sft", "finance_sft"]
+WINDOW = 1024  # tokens
 HISTOGRAMS = {
     "rouge_l": "ROUGE-L of each answer, over characters",
     "perplexity": "perplexity of each reference answer",
@@ -71,7 +72,8 @@ def evaluate(checkpoint: Checkpoint, data: Dataset, split: str, config: Settings
         asked, sizes = scoring.answer_all(checkpoint, conversations, config, ask)
         report |= sizes | scoring.score_translations(asked)
     else:
-        sums = split_sums(checkpoint.model, data, split, config.batch_size)
+        window = window_of(checkpoint, data)
+        sums = split_sums(checkpoint.model, data, split, config.batch_size, block_size=window)
         report |= scoring.per_token(*sums)
     if conversations and not data.languages:
         trained = data.conversations("train")
@@ -82,6 +84,13 @@ def evaluate(checkpoint: Checkpoint, data: Dataset, split: str, config: Settings
         seen, _ = scoring.answer_all(checkpoint, some, config)
         report |= scoring.score_answers(asked, seen, pairs_of(data, "train"))
     write(checkpoint, report, asked, seen)
+
+
+def window_of(checkpoint: Checkpoint, data: Dataset | Mixture) -> int:
+    """Tokens of the windows that a text is read in: published models take up to 131,072, which
+    would need a text and a memory of that size."""
+    block_size = checkpoint.model.config.block_size
+    return min(block_size, WINDOW) if data.kind == "pretrain" else block_size
 
 
 def pairs_of(data: Dataset, split: str) -> list[tuple[str, str]]:
@@ -183,7 +192,7 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"{show_path(data.path)} holds preferences; pass --dataset= of questions or of text"
         )
-    data.check(checkpoint.model.config.block_size, split)
+    data.check(window_of(checkpoint, data), split)
     data.check_tokenizer(checkpoint.tokenizer, checkpoint.path)
     # greedy, whatever sampling takes by default
     config = dataclasses.replace(config, temperature=config.temperature or 0.0)

@@ -194,16 +194,21 @@ class EachLoss(torch.autograd.Function):
 
 
 def split_sums(
-    model: nn.Module, data: Dataset, split: str, batch_size: int, world: World = ALONE
+    model: nn.Module,
+    data: Dataset,
+    split: str,
+    batch_size: int,
+    world: World = ALONE,
+    block_size: int | None = None,
 ) -> tuple[float, int, int]:
     """Over a whole split, in eval mode: the sum of -log p in nats, the targets, their UTF-8 bytes.
 
     perplexity = exp(nats / targets); bits per byte = nats / log(2) / bytes. The processes of the
-    world share the work.
+    world share the work. block_size: of the windows of texts; None is the model's.
     """
     bytes_per_id = data.tokenizer.bytes_per_id
     nats, count, n_bytes = 0.0, 0, 0
-    batches = data.eval_batches(split, model.config.block_size, batch_size)
+    batches = data.eval_batches(split, block_size or model.config.block_size, batch_size)
     with eval_mode(model):
         for batch, is_own in world.deal(batches):
             losses = target_losses(model, *send(batch, str(model.wte.weight.device)))

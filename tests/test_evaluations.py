@@ -120,6 +120,17 @@ def test_perplexity_and_bits_per_byte_are_those_of_the_splits_sums(tmp_path, kin
     assert report["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
 
 
+def test_a_text_is_read_in_windows_even_by_a_model_of_a_long_context(tmp_path, monkeypatch):
+    """Published models read more tokens at once than a short text has."""
+    out = make_run(tmp_path, "pretrain")
+    data, model = Dataset(str(tmp_path / "toy")), load_checkpoint(out).model
+    wanted = split_sums(model, data, "val", 2, block_size=8)
+    assert wanted[1:] == split_sums(model, data, "val", 2)[1:]
+    monkeypatch.setattr(evaluations, "WINDOW", 8)
+    report = evaluate(out)
+    assert report["perplexity"] == pytest.approx(math.exp(wanted[0] / wanted[1]), rel=1e-5)
+
+
 def test_an_evaluation_that_cannot_be_is_refused(tmp_path):
     out = make_run(tmp_path, "sft")
     with pytest.raises(UserError, match="no split 'test'"):
