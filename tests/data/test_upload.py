@@ -1,12 +1,9 @@
 """What goes up to a hub is there as it was: the real client, and a hub on this machine."""
 
-import contextlib
 import json
-import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -25,26 +22,11 @@ from miniglm.checkpoint import load_checkpoint, read_log, read_run
 from miniglm.interop.hub import CardSettings
 from miniglm.prep.writer import write_pretrain
 from tests.helpers import TEXT, save_run, tiny_model, tiny_tokenizer
-from tests.hub import TOKEN, USER, Hub, Repository, serve_hub
+from tests.hub import TOKEN, USER, Hub, Repository, logged_in
 from tests.runs import contents, error_line, free_port, pointer, read_json, train_here, words
 
 REPO = f"{USER}/a-model"
 CARD = CardSettings(repo=REPO)
-
-
-@contextlib.contextmanager
-def logged_in(home: Path, run_ready: Callable) -> Iterator[Hub]:
-    """A hub that the client of other processes takes for the only one, and is logged in to."""
-    with serve_hub(run_ready) as hub, pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
-            patch.delenv(name)
-        patch.setenv("HF_ENDPOINT", hub.url)
-        patch.setenv("HF_TOKEN", TOKEN)
-        patch.setenv("HF_HOME", str(home))
-        for what in ("XET", "TELEMETRY", "PROGRESS_BARS", "UPDATE_CHECK"):
-            patch.setenv(f"HF_HUB_DISABLE_{what}", "1")
-        patch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        yield hub
 
 
 @pytest.fixture
