@@ -4,16 +4,19 @@ import io
 import os
 import random
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 
 import export
+from data_utils import Dataset
 from miniglm.checkpoint import load_checkpoint
+from miniglm.prep.readers import find_sources
 from tests.helpers import save_run, tiny_model, tiny_tokenizer
 from tests.hub import TOKEN, Repository, logged_in
-from tests.runs import contents, error_line, free_port, words
+from tests.runs import contents, error_line, free_port, read_json, words
 
 REPO, PAIRS = "someone/tiny-llama", "someone/pairs"
 
@@ -152,3 +155,20 @@ def test_what_the_hub_cannot_give_is_one_line(hub, tmp_path, monkeypatch):
     assert line.startswith(f"cannot fetch {REPO} from {os.environ['HF_ENDPOINT']}: ConnectError")
     assert line.endswith("try again, or name a mirror by HF_ENDPOINT")
     assert not (tmp_path / "tiny-llama").exists()
+
+
+def test_fetched_pairs_become_traditional(hub, tmp_path):
+    assert fetch(hub, tmp_path, f"datasets/{PAIRS}", files="zh-en/*").returncode == 0
+    sources = find_sources([f"{tmp_path}/pairs"])
+    assert len(sources) == 2 and sources == find_sources([f"{tmp_path}/pairs/zh-en/*.parquet"])
+    settings = {"input": tmp_path / "pairs", "out": tmp_path / "data", "vocab_size": 300}
+    done = hub.run("data/translation/prepare.py", *words(**settings, val=0.1))
+    assert done.returncode == 0, done.stderr
+    data = Dataset(str(tmp_path / "data"))
+    meta = read_json(tmp_path / "data" / "meta.json")
+    assert set(meta["splits"]) == {"train", "val", "test"}
+    assert sum(split["documents"] for split in meta["splits"].values()) == 100
+    ids = np.fromfile(tmp_path / "data" / "train.bin", np.uint16)
+    text = data.tokenizer.decode(ids.tolist())
+    assert "頭髮" in text and "乾燥" in text and "發展" in text
+    assert not set(text) & set("头发干")
