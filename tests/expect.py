@@ -137,7 +137,7 @@ def show(argv: list[str]) -> None:
     cells = [argv[0], f"{model.n_params() / 1e6:.1f}M", f"{rows * own:,}", f"{step:.1e}"]
     moved = (f"{sum(op.bytes for op in way) / 1e9:.1f}" for way in ways)
     cells += [" / ".join(str(len(way)) for way in ways), " / ".join(moved)]
-    for gpu in ["T4"] if "_t4" in argv[0] else ["A100", "RTX 4090"]:
+    for gpu in BANDWIDTH:
         times = [seconds(way, gpu) for way in ways]
         shares = [f"{s * 1e3:.1f}, {step / s / PEAKS[gpu] / 1e12:.0%}" for s in times]
         run = [f"{work:.1e}", f"{config.max_iters * times[pays] / 60:.1f}", "yes" if pays else "no"]
