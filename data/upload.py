@@ -19,8 +19,6 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -37,6 +35,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from data.fetch_data import SOURCES, Source
 from data_utils import Dataset, open_dataset
+from miniglm.interop.download import in_one_line
 from miniglm.interop.hub import CardSettings, dataset_card, export_card, model_card
 from miniglm.jsonl import read_report, write_text
 from miniglm.prep.writer import files_of
@@ -47,11 +46,6 @@ LINK = "hub_url.txt"
 PLACE = re.compile(r"(^|,\s*)(?:~[\w.-]*|\.\.|[A-Za-z]:)?[\\/](?:[^,:]*[\\/])?([^,:\\/]+)[\\/]?")
 EXPORTED = ("config.json", "generation_config.json", "model.safetensors")
 EXPORTED += ("tokenizer.json", "tokenizer_config.json")
-ADVICE = {
-    401: "; run hf auth login, or set another HF_TOKEN",
-    403: "; take a token that may write there, or another --repo=",
-    404: "; see --repo=, and HF_ENDPOINT if it is set",
-}
 
 
 @dataclass
@@ -232,7 +226,7 @@ def connect(repo: str) -> huggingface_hub.HfApi:
 def send(api: huggingface_hub.HfApi, upload: Upload, config: Settings, message: str) -> str:
     """Creates the repository if need be, commits the files, and returns its address."""
     repository = {"repo_id": config.repo, "repo_type": upload.kind}
-    with in_one_line(config.repo, api.token):
+    with in_one_line(f"upload to {config.repo}"):
         url = api.create_repo(**repository, private=config.private or None, exist_ok=True)
         existing = api.repo_info(**repository)
         if config.private and not existing.private:
@@ -244,31 +238,6 @@ def send(api: huggingface_hub.HfApi, upload: Upload, config: Settings, message: 
         operations += [delete(name, is_folder=False) for name in stale]
         api.create_commit(**repository, operations=operations, commit_message=message)
         return str(url)
-
-
-@contextmanager
-def in_one_line(repo: str, token: str) -> Iterator[None]:
-    """Raises a UserError of one line, without the token, for whatever the client raises."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # the client's, its http client's, hf_xet's: they share no base
-        line = " ".join(refusal(error, repo).split())
-        raise UserError(line.replace(token, "...")) from error
-
-
-def refusal(error: BaseException, repo: str) -> str:
-    """What an answer of the hub says, or why there is none."""
-    hub = huggingface_hub.constants.ENDPOINT
-    while isinstance(error, RuntimeError) and error.__cause__:  # "Error while uploading ..."
-        error = error.__cause__
-    response = getattr(error, "response", None)
-    if response is not None:
-        code = response.status_code
-        said = getattr(error, "server_message", None) or response.reason_phrase
-        return f"{hub} refused {repo}: {code}, {said.rstrip('.')}{ADVICE.get(code, '')}"
-    return f"cannot upload to {repo} at {hub}: {type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

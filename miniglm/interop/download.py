@@ -2,6 +2,7 @@
 
 data/fetch_data.py says where it goes. HF_ENDPOINT names a mirror, HF_TOKEN (or hf auth login) a
 token. A connection that breaks is taken up where it broke; of a run that ended, whole files stay.
+data/upload.py, too, tells by `in_one_line` what a hub refuses.
 """
 
 import glob
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 import huggingface_hub
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.logging import set_verbosity_error
 
@@ -24,6 +24,12 @@ from configurator import UserError, show_path
 MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "chat_template.jinja"]
 MODEL_FILES += ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 MODEL_FILES += ["README.md", "LICENSE*"]
+ADVICE = {
+    401: "; see its name, run hf auth login, or set another HF_TOKEN",
+    403: "; a gated one wants its terms accepted on its page, a token the right to write",
+    404: "; see its name (datasets/OWNER/NAME is a data set), and HF_ENDPOINT if it is set",
+    503: "; try again, or name a mirror by HF_ENDPOINT",
+}
 
 
 @dataclass
@@ -47,7 +53,7 @@ def look_up(address: str, patterns: list[str]) -> Repository:
         advice = "--hub=OWNER/NAME for a model, --hub=datasets/OWNER/NAME for a data set"
         raise UserError(f"hub={address!r} names no repository; pass {advice}") from None
     api = huggingface_hub.HfApi()
-    with in_one_line(name):
+    with in_one_line(f"fetch {name}"):
         info = api.repo_info(name, repo_type=kind, files_metadata=True)
         if info.gated:
             api.auth_check(name, repo_type=kind)
@@ -85,37 +91,36 @@ def download(repository: Repository, folder: Path) -> None:
     for name in names:  # the client trusts a file that it has written, even one cut short since
         (folder / name).unlink(missing_ok=True)
     set_verbosity_error()  # its warnings say what the error does
-    with in_one_line(repository.name):
-        huggingface_hub.snapshot_download(
-            repository.name,
-            repo_type=repository.kind,
-            revision=repository.commit,
-            local_dir=folder,
-            allow_patterns=[glob.escape(name) for name in repository.sizes],
-        )
+    with in_one_line(f"fetch {repository.name}"):
+        files = [glob.escape(name) for name in repository.sizes]
+        which = {"repo_type": repository.kind, "revision": repository.commit}
+        which |= {"local_dir": folder, "allow_patterns": files}
+        huggingface_hub.snapshot_download(repository.name, **which)
     if names := lacking(repository, folder):  # without a connection it returns what is there
         raise UserError(f"{repository.name}: {names[0]} did not come whole; run it again")
 
 
 @contextmanager
-def in_one_line(name: str) -> Iterator[None]:
-    """Raises a UserError of one line for whatever the client raises."""
+def in_one_line(what: str) -> Iterator[None]:
+    """Raises a UserError of one line, without the token, for whatever the client raises while it
+    is to do `what`, say "upload to OWNER/NAME"."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # the client's, its http client's, hf_xet's: they share no base
-        raise UserError(" ".join(reason(error, name).split())) from error
+        line = " ".join(refusal(error, what).split())
+        raise UserError(line.replace(huggingface_hub.get_token() or "\n", "...")) from error
 
 
-def reason(error: BaseException, name: str) -> str:
-    """Why the hub gives no files, and what to do."""
+def refusal(error: BaseException, what: str) -> str:
+    """What an answer of the hub says, or why there is none, and what to do."""
     hub = huggingface_hub.constants.ENDPOINT
-    if isinstance(error, GatedRepoError):
-        return f"{name} is gated; ask for access on its page at {hub}, then set HF_TOKEN"
-    if isinstance(error, RepositoryNotFoundError):
-        return f"{hub} has no {name}, or it is private; see --hub=, or set HF_TOKEN"
-    while error.__cause__:  # "An error happened while trying to locate the files"
+    while error.__cause__ and not hasattr(error, "response"):  # "Error while uploading ..."
         error = error.__cause__
-    why, response = f"{type(error).__name__}: {error}", getattr(error, "response", None)
+    response = getattr(error, "response", None)
     if response is not None:
-        why = f"{response.status_code}, {response.reason_phrase}"
-    return f"cannot fetch {name} from {hub}: {why}; try again, or name a mirror by HF_ENDPOINT"
+        code = response.status_code
+        said = getattr(error, "server_message", None) or response.reason_phrase
+        return f"{hub} refused to {what}: {code}, {said.rstrip('.')}{ADVICE.get(code, '')}"
+    return f"cannot {what} at {hub}: {type(error).__name__}: {error}; see HF_ENDPOINT, or try again"

@@ -289,8 +289,8 @@ def test_a_token_is_needed_and_never_shown(hub, tmp_path, monkeypatch):
     path = novel(tmp_path / "data")
     monkeypatch.setenv("HF_TOKEN", "hf_mistaken")
     assert refused(hub, path) == (
-        f"{hub.url} refused {REPO}: 401, Invalid username or password; "
-        "run hf auth login, or set another HF_TOKEN"
+        f"{hub.url} refused to upload to {REPO}: 401, Invalid username or password; "
+        "see its name, run hf auth login, or set another HF_TOKEN"
     )
     monkeypatch.delenv("HF_TOKEN")
     hub.asked.clear()
@@ -305,14 +305,14 @@ def test_a_token_is_needed_and_never_shown(hub, tmp_path, monkeypatch):
 def test_a_hub_that_refuses_midway_is_one_line(hub, tmp_path):
     hub.refuses[r"PUT /put/\w+"] = 413, f"No room\nfor {TOKEN}"  # `go_up` looks for it
     line = refused(hub, novel(tmp_path / "data"))
-    assert line == f"{hub.url} refused {REPO}: 413, No room for ..."
+    assert line == f"{hub.url} refused to upload to {REPO}: 413, No room for ..."
     assert len(hub.repositories[f"datasets/{REPO}"].messages) == 1
 
 
 def test_a_hub_that_is_not_there_or_is_none_is_one_line(hub, tmp_path, monkeypatch):
     path = novel(tmp_path / "data")
     hub.refuses["POST /api/repos/create"] = 404, "no such page"
-    assert refused(hub, path).endswith("page; see --repo=, and HF_ENDPOINT if it is set")
+    assert refused(hub, path).endswith("data set), and HF_ENDPOINT if it is set")
     place = f"http://127.0.0.1:{free_port()}"
     monkeypatch.setenv("HF_ENDPOINT", place)
     assert refused(hub, path).startswith(f"cannot upload to {REPO} at {place}: ")
@@ -321,8 +321,10 @@ def test_a_hub_that_is_not_there_or_is_none_is_one_line(hub, tmp_path, monkeypat
 def test_a_name_or_a_licence_that_the_hub_does_not_take_is_one_line(hub, tmp_path):
     path = novel(tmp_path / "data")
     line = refused(hub, path, repo="another/model")
-    assert line.startswith(f"{hub.url} refused another/model: 403, You don't have the rights")
-    assert line.endswith("take a token that may write there, or another --repo=")
+    assert line.startswith(
+        f"{hub.url} refused to upload to another/model: 403, You don't have the rights"
+    )
+    assert line.endswith("a token the right to write")
     line = refused(hub, path, license="mine")
     assert 'Invalid metadata in README.md. - "license" must be one of' in line
 
