@@ -24,7 +24,7 @@ from lstm_model import LSTM
 from miniglm.decoding import decoder, may_compile
 from model import GPT, KVCache
 
-WHOLE = 2**31  # bytes of a cache in float32 that may be held whole
+LONGEST = 4096  # tokens of a cache that a recorded step holds whole; published models: 131,072
 LEAST, MOST = 1e-6, 1e4  # factors that leave logits within float32
 FACTOR = Bound(f"{LEAST:g} to {MOST:g}", lambda x: LEAST <= x <= MOST)
 PENALTY = Bound("-2 to 2", lambda x: -2 <= x <= 2)
@@ -98,15 +98,6 @@ class Token(NamedTuple):
         return None if self.log_prob is None else math.exp(self.log_prob)
 
 
-def fits_whole(model: GPT | LSTM, rows: int) -> bool:
-    """Whether a cache of block_size tokens for so many rows is small: a recorded step needs all of
-    it, and published models read up to 131,072 tokens."""
-    c = model.config
-    return (
-        c.model == "gpt" and 8 * c.n_layer * c.n_kv_head * c.head_dim * c.block_size * rows < WHOLE
-    )
-
-
 class Batch:
     """Requests that are generated together, at most `size` at once, first come, first served.
 
@@ -124,8 +115,8 @@ class Batch:
     ):
         self.model, self.stop_ids, self.size = model, stop_ids, size
         self.block_size, self.device = model.config.block_size, model.wte.weight.device
-        static = eager is not None and self.device.type == "cuda"
-        static = static and fits_whole(model, size) and may_compile(str(self.device), eager == 0)
+        static = eager is not None and self.device.type == "cuda" and self.block_size <= LONGEST
+        static = static and may_compile(str(self.device), eager == 0)
         first = self.block_size if static else min(64, self.block_size)  # tokens; it grows
         self.cache: KVCache = model.new_cache(size, first)
         self.cache.keep_rows(0)

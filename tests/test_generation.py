@@ -12,8 +12,8 @@ import torch.nn as nn
 from configurator import UserError
 from miniglm import compiling, decoding
 from miniglm.decoding import Decoder, PackedLinear, compile_one_row, may_compile, pack, quantize
-from miniglm.generation import Batch, Request, Sampling, choose, fits_whole, penalize
-from model import ACTIVATIONS, GPT, MLP, MLPS, NORMS, Attention, Block, ModelConfig, RMSNorm, SwiGLU
+from miniglm.generation import Batch, Request, Sampling, choose, penalize
+from model import ACTIVATIONS, MLP, MLPS, NORMS, Attention, Block, RMSNorm, SwiGLU
 from tests.helpers import ALL_MODELS, ARCHITECTURES, NEEDS_COMPILER, logits, random_ids, tiny_model
 from tests.runs import run
 
@@ -553,13 +553,3 @@ def test_weights_of_eight_bits_stay_eager(capfd):
     quantized = Decoder(quantize(tiny_model()))
     compile_one_row(quantized, size=1)
     assert not quantized.run_one_row and not capfd.readouterr().err
-
-
-def test_a_cache_is_held_whole_unless_it_is_long():
-    """Qwen3-0.6B's has 40,960 places, 9.4 GB a row."""
-    shape = {"n_layer": 28, "n_head": 16, "n_kv_head": 8, "n_embd": 1024, "n_vocab": 64}
-    ours = {"n_layer": 6, "n_head": 8, "n_embd": 512, "block_size": 340, "n_vocab": 64}
-    with torch.device("meta"):
-        theirs = GPT(ModelConfig(**shape, block_size=40960, head_dim=128))
-        ours = GPT(ModelConfig(**ours))
-    assert not fits_whole(theirs, 1) and fits_whole(ours, 16)
