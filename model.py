@@ -382,10 +382,12 @@ def matrix_flops(matrices: list[nn.Parameter]) -> int:
 
 
 def rotary_table(c: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency, (block_size, head_dim) each. On the CPU, also where a
+    """cos and sin of position x frequency, (block_size, head_dim) each; real ones, also where a
     model is built without its weights."""
-    positions = torch.arange(c.block_size, dtype=torch.float64, device="cpu")
-    angles = positions[:, None] * rotary_frequencies(c)
+    device = torch.get_default_device()
+    with torch.device("cpu" if device.type == "meta" else device):
+        positions = torch.arange(c.block_size, dtype=torch.float64)
+        angles = positions[:, None] * rotary_frequencies(c)
     cos, sin = angles.cos().float(), angles.sin().float()
     return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
 
@@ -395,7 +397,7 @@ def rotary_frequencies(c: ModelConfig) -> Tensor:
     factor, low, high and length of Llama 3.1, where `length` is that of its first training. Waves
     that fit into it less than `low` times become `factor` times longer, those that fit more than
     `high` times stay, and between them it is a mean of both."""
-    pairs = torch.arange(0, c.head_dim, 2, dtype=torch.float64, device="cpu")
+    pairs = torch.arange(0, c.head_dim, 2, dtype=torch.float64)
     frequencies = c.rope_theta ** (-pairs / c.head_dim)
     if c.rope_scaling is None:
         return frequencies
