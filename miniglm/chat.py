@@ -38,6 +38,7 @@ QUESTION, ANSWER = "\ue001", "\ue002"  # stand for messages where a template is 
 NO_REASONING = "<think>\n\n</think>\n\n"  # what templates write for it
 CALL = "<tool_call>\n{}\n</tool_call>"
 RESULT = "<tool_response>\n{}\n</tool_response>"
+REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, RecursionError)
 GENERATION = re.compile(r"(\{%-?\s*)(end)?generation(\s*-?%\})")  # tags of templates for training
 
 
@@ -77,18 +78,13 @@ class ChatTemplate:
     def text(self, messages: list[dict], asks: bool = False) -> str:
         """What the template makes of messages; asks: and of the request for an answer, one without
         reasoning. Raises UserError if it refuses them."""
-        tools = self._hide(messages[0].get("tools") or None)
+        options = {"add_generation_prompt": asks, "enable_thinking": False} | self.names
         try:
-            return self.template.render(
-                messages=self._hide(messages),
-                tools=tools,
-                add_generation_prompt=asks,
-                enable_thinking=False,
-                **self.names,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
-            shown = str(messages[-1]["content"])[:20]
-            raise UserError(f"the chat template refuses {shown!r}... ({error})") from None
+            tools = self._hide(messages[0].get("tools") or None)
+            return self.template.render(messages=self._hide(messages), tools=tools, **options)
+        except REFUSALS as error:
+            shown, why = str(messages[-1]["content"])[:20], " ".join(str(error).split())
+            raise UserError(f"the chat template refuses {shown!r}... ({why})") from None
 
     def _hide(self, value: object) -> object:
         """With HIDDEN inside each name of a special token."""
@@ -96,7 +92,7 @@ class ChatTemplate:
             return {key: self._hide(part) for key, part in value.items()}
         if isinstance(value, list):
             return [self._hide(part) for part in value]
-        return self.control.sub(hidden_name, value) if isinstance(value, str) else value
+        return self.control.sub(lambda m: hidden(m[0]), value) if isinstance(value, str) else value
 
 
 @functools.cache
@@ -118,8 +114,9 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def hidden_name(match: re.Match) -> str:
-    return match[0][0] + HIDDEN + match[0][1:]
+def hidden(name: str) -> str:
+    """The name of a special token, as no text contains it."""
+    return name[0] + HIDDEN + name[1:]
 
 
 def read_template(folder: Path) -> dict[str, str]:
@@ -127,13 +124,15 @@ def read_template(folder: Path) -> dict[str, str]:
     empty if there is none. Raises ValueError if a file is damaged."""
     file, apart = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not isinstance(config, dict):
+        raise ValueError(f"{file.name} beside it holds no object")
     template = config.get("chat_template")
     if apart.is_file():
         template = apart.read_text(encoding="utf-8")
     if isinstance(template, list):  # several, by name
         template = {part["name"]: part["template"] for part in template}.get("default")
     names = {key: config.get(key) for key in ("bos_token", "eos_token")}
-    names = {key: v["content"] if isinstance(v, dict) else v for key, v in names.items()}
+    names = {key: v.get("content") if isinstance(v, dict) else v for key, v in names.items()}
     found = {"template": template} | names
     return {key: v for key, v in found.items() if isinstance(v, str)} if template else {}
 
@@ -153,7 +152,7 @@ def plain(messages: list[dict]) -> list[dict]:
         content = "\n".join(filter(None, [content, *(CALL.format(to_json(c)) for c in calls)]))
         if role == "tool":
             role, content = "user", RESULT.format(content)
-            if messages[number - 1]["role"] == "tool":
+            if number and messages[number - 1]["role"] == "tool":
                 turns[-1]["content"] += f"\n{content}"
                 continue
         if number == 0 and message.get("tools"):

@@ -30,18 +30,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from configurator import ROOT, UserError, repo_path, show_path
-from miniglm.chat import (
-    END,
-    END_OF_TEXT,
-    HIDDEN,
-    NO_REASONING,
-    ROLES,
-    SPECIAL_TOKENS,
-    ChatTemplate,
-    is_ours,
-    plain,
-    read_template,
-)
+from miniglm import chat
+from miniglm.chat import END, END_OF_TEXT, HIDDEN, NO_REASONING, ROLES, SPECIAL_TOKENS
 
 # Qwen2's split pattern, which llama.cpp and Hugging Face know
 QWEN2_PATTERN = (
@@ -177,7 +167,7 @@ class Tokenizer:
             ids = self._encode_named(self.chat.text(messages))
             return ids, self._answers(ids, messages)
         ids, mask = [], []
-        for message in plain(messages):
+        for message in chat.plain(messages):
             body = self.encode(message["content"])
             ids += [self._role_id[message["role"]], *body, self.end]
             is_trained = message["role"] == "assistant" and message.get("train", True)
@@ -299,7 +289,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
             raise UserError(f"{show_path(path)} is missing; run python {show_path(script)}")
         raise UserError(f"no tokenizer {show_path(path)}; name gpt2, or a directory that holds one")
     try:
-        return Tokenizer(adopt(path.read_text(encoding="utf-8"), read_template(path.parent)))
+        return Tokenizer(adopt(path.read_text(encoding="utf-8"), chat.read_template(path.parent)))
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())  # several lines for a bad pattern
         raise UserError(f"{show_path(path)} cannot be used as a tokenizer: {reason}") from None
@@ -315,13 +305,13 @@ def _gpt2_tokenizer() -> Tokenizer:
     return Tokenizer(bpe.to_str())
 
 
-def adopt(text: str, chat: dict[str, str] | None = None) -> str:
-    """Another project's tokenizer.json as one of ours with the same ids. chat: read_template's; if
+def adopt(text: str, own: dict[str, str] | None = None) -> str:
+    """Another project's tokenizer.json as one of ours with the same ids. own: read_template's; if
     it holds a format of its own, that is kept, else the SPECIAL_TOKENS that the vocabulary lacks
     follow its entries. Returns one of ours unchanged. Raises ValueError if ours would give other
     ids."""
     content = json.loads(text)
-    chat = None if not chat or is_ours(chat["template"]) else chat
+    own = None if not own or chat.is_ours(own["template"]) else own
     try:
         added = sorted(content["added_tokens"], key=lambda token: token["id"])
         names = [token["content"] for token in added]
@@ -339,7 +329,7 @@ def adopt(text: str, chat: dict[str, str] | None = None) -> str:
         if not whole_first["ignore_merges"]:
             _refuse_unmade(vocab.keys() - {*names}, merges)
         end = next((name for name in OTHER_ENDS if name in names), None)
-        if end and END_OF_TEXT not in names and not chat:
+        if end and END_OF_TEXT not in names and not own:
             names[names.index(end)] = END_OF_TEXT
             if end in vocab:
                 vocab[END_OF_TEXT] = vocab.pop(end)
@@ -347,27 +337,27 @@ def adopt(text: str, chat: dict[str, str] | None = None) -> str:
         if is_nfc:
             bpe.normalizer = normalizers.NFC()
         bpe.add_special_tokens(names)
-        if not chat:
+        if not own:
             bpe.add_special_tokens(SPECIAL_TOKENS)
         if [bpe.token_to_id(name) for name in names] != [token["id"] for token in added]:
             raise ValueError("its added tokens do not follow its entries")
-        if not chat:
+        if not own:
             return bpe.to_str()
         kept = {"added_tokens": added, "post_processor": content.get("post_processor")}
-        return json.dumps(json.loads(bpe.to_str()) | kept | {"chat": chat}, ensure_ascii=False)
+        return json.dumps(json.loads(bpe.to_str()) | kept | {"chat": own}, ensure_ascii=False)
     except ValueError:
         raise
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise ValueError(f"not a byte-level BPE ({error!r})") from None
 
 
-def _chat_template(content: dict) -> ChatTemplate | None:
+def _chat_template(content: dict) -> chat.ChatTemplate | None:
     """The chat format of a tokenizer.json, None if it is ours."""
     if "chat" not in content:
         return None
     names = dict(content["chat"])
     control = [token["content"] for token in content["added_tokens"] if token["special"]]
-    return ChatTemplate(names.pop("template"), names, control)
+    return chat.ChatTemplate(names.pop("template"), names, control)
 
 
 def _refuse_unmade(entries: Iterable[str], merges: list[tuple[str, str]]) -> None:

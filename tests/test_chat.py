@@ -204,6 +204,14 @@ def test_a_template_that_cannot_be_used_is_named_in_a_line(tmp_path, template, w
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_damaged_file_beside_the_tokenizer_is_named(tmp_path):
+    for text in ("[]", "{"):
+        base = write_base(tmp_path, "")
+        (base / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=r"tokenizer.json cannot be used as a tokenizer"):
+            load_tokenizer(base)
+
+
 def test_messages_that_a_template_refuses_are_named(tmp_path):
     template = (TEMPLATES / "llama3_2.jinja").read_text(encoding="utf-8")
     tokenizer = load_tokenizer(write_base(tmp_path, template, LLAMA))

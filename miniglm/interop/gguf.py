@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import QuantError, quantize
 
 from configurator import UserError
-from miniglm.chat import END, HIDDEN, ROLES, chat_template, environment
+from miniglm.chat import END, HIDDEN, ROLES, chat_template, environment, hidden
 from miniglm.interop.hugging_face import family_of, to_their_names
 from miniglm.tokenizer import PRE_TOKENIZERS, Tokenizer
 from model import GPT, ModelConfig, rotary_frequencies
@@ -137,11 +137,6 @@ def vocabulary(tokenizer: Tokenizer, answers: bool) -> dict:
         "add_pad_token_id": tokenizer.end_of_text,
         "add_add_bos_token": False,
     }
-
-
-def hidden(name: str) -> str:
-    """The name of a special token, as no text contains it."""
-    return name[0] + HIDDEN + name[1:]
 
 
 def template_of(tokenizer: Tokenizer) -> str:

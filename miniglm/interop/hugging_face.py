@@ -39,12 +39,8 @@ FAMILIES = {
     "llama": ROPE | {"qk_norm": False},
     "gpt2": {"position": "learned", "norm": "layernorm", "qk_norm": False, "bias": True},
 }
-CLASSES = {
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-}
+CLASSES = {family: f"{family.capitalize()}ForCausalLM" for family in FAMILIES}
+CLASSES["gpt2"] = "GPT2LMHeadModel"
 SAME = {"minimind": "qwen3"}  # MiniMind-3's own class, under the same names
 # our rope_scaling's values, which Llama alone has
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")

@@ -265,7 +265,7 @@ def _render(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list
     """As `tokenizer.render`. Raises Skipped if the chat template of a base refuses the messages."""
     try:
         return tokenizer.render(messages)
-    except (UserError, RecursionError):
+    except UserError:
         if tokenizer.chat is None:
             raise
         raise Skipped("skipped: the chat template refuses it") from None
