@@ -76,13 +76,14 @@ class Body(BaseModel, extra="allow"):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 
-    def turns(self) -> list[dict]:
-        """The messages as the tokenizer renders them, with the tools on the first."""
+    def turns(self, takes_tools: bool) -> list[dict]:
+        """The messages as the tokenizer renders them, with the tools on the first if the model has
+        learnt what they are: a small one has no room for them, and may always call none."""
         turns = [message.plain() for message in self.messages]
         for before, turn in itertools.pairwise([{"role": "system"}, *turns]):
             if turn["role"] == "tool" and not awaits_result(before):
                 raise UserError("a tool's message must follow the assistant's tool_calls")
-        if self.tools and self.model_extra.get("tool_choice") != "none":
+        if takes_tools and self.tools and self.model_extra.get("tool_choice") != "none":
             turns[0]["tools"] = self.tools
         return turns
 
@@ -137,7 +138,7 @@ def make_router(servers: dict[str, Server]) -> APIRouter:
             body = OBJECT.validate_json(await request.body())
             body = Body.model_validate(without_nulls(body))
             server = find(servers, body.model)
-            prompt = server.prompt(body.turns())
+            prompt = server.prompt(body.turns(server.checkpoint.tokenizer.chat is not None))
             sampling = body.sampling(server.max_new_tokens)
             for sample in range(body.n):
                 server.submit(stream, generation.Request(prompt, sampling, 0, sample))

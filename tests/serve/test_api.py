@@ -9,6 +9,7 @@ import pytest
 
 from configurator import UserError
 from miniglm.generation import Sampling
+from miniglm.serve.api import Body
 from miniglm.serve.gate import LARGEST_BODY
 from sample_gradio import Settings
 from tests.helpers import dialogue
@@ -93,17 +94,25 @@ def test_a_conversation_is_given_whole(client, out_dirs):
     assert ask(client, parts, max_tokens=20).choices[0].message.content == alone
 
 
-def test_tools_their_calls_and_results_are_given_to_the_model(client, out_dirs):
+def test_calls_of_tools_and_their_results_are_given_to_the_model(client, out_dirs):
     [asked], result = dialogue("几时"), {"role": "tool", "content": "三"}
     function = {"name": "时", "arguments": {}}
     called = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
-    given = [asked | {"tools": TOOLS}, called, result]
+    given = [asked, called, result]
     sent = {"id": "1", "type": "function", "function": function | {"arguments": "{}"}}
     sent = {"role": "assistant", "tool_calls": [sent]}
-    for number, messages in ((1, [asked]), (3, [asked, sent, result | {"tool_call_id": "1"}])):
-        answer = ask(client, messages, max_tokens=20, tools=TOOLS).choices[0].message.content
-        assert answer == expected(out_dirs["answers"], given[:number], Sampling(20))
-        assert answer != expected(out_dirs["answers"], [asked], Sampling(20))
+    messages = [asked, sent, result | {"tool_call_id": "1"}]
+    answer = ask(client, messages, max_tokens=20).choices[0].message.content
+    assert answer == expected(out_dirs["answers"], given, Sampling(20))
+    assert answer != expected(out_dirs["answers"], [asked], Sampling(20))
+
+
+def test_tools_are_given_to_a_model_whose_format_has_them():
+    body = Body(model="m", messages=dialogue("几时"), tools=TOOLS)
+    assert body.turns(True) == [dialogue("几时")[0] | {"tools": TOOLS}]
+    assert body.turns(False) == dialogue("几时")
+    body = Body(model="m", messages=dialogue("几时"), tools=TOOLS, tool_choice="none")
+    assert body.turns(True) == dialogue("几时")
 
 
 def test_an_assistants_turn_may_be_empty(client, out_dirs):
@@ -120,7 +129,7 @@ def test_what_asks_for_nothing_changes_nothing(client):
     nothing = [dict.fromkeys(names.split()) | {"max_completion_tokens": None}]
     nothing += [{"stop": ""}, {"stop": [""]}, {"logit_bias": {}}, {"modalities": ["text"]}]
     nothing += [{"parallel_tool_calls": True, "reasoning_effort": "low", "verbosity": "low"}]
-    nothing += [{"tools": TOOLS, "tool_choice": "none"}, {"tool_choice": "auto"}, {"top_k": -1}]
+    nothing += [{"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "auto"}, {"top_k": -1}]
     for options in nothing:
         answer = ask(client, extra_body={"max_tokens": 9} | options)
         assert answer.choices[0].message.content == plain
@@ -157,10 +166,6 @@ REFUSED = {
     "user must have content": {"text": [{"role": "user", "content": None}]},
     "no tool_calls": {"text": [{"role": "user", "content": "x", "tool_calls": [{}]}]},
     "the system's message has 100,": {"text": [LONG, *dialogue("问？")]},
-    "the prompt '<tools>.*longer than block_size": {
-        "text": "几时",
-        "tools": [{"type": "时" * 300}],
-    },
     "the last message must be the user's": {"text": dialogue("问？", "答。")},
     "100,000 characters": {"text": "问" * 100_000},
     "messages: List should have at least 1 item": {"text": []},
