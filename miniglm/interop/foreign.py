@@ -47,7 +47,8 @@ def foreign_run(path: Path, tokenizer: Tokenizer) -> dict:
     with _readable(path):
         kind = "sft" if read_template(path) else "pretrain"
     architecture = dataclasses.asdict(read_config(path, tokenizer))
-    return {"architecture": architecture, "settings": {}, "dataset": {"kind": kind}}
+    dataset = {"kind": kind, "name": ""}
+    return {"architecture": architecture, "settings": {}, "dataset": dataset, "progress": {}}
 
 
 def load_foreign(

@@ -22,6 +22,7 @@ from export import main as export
 from miniglm import tokenizer
 from miniglm.checkpoint import load_checkpoint, weights_sha256
 from miniglm.interop import foreign
+from miniglm.serve.page_html import PAGE
 from miniglm.tokenizer import load_tokenizer
 from tests.helpers import (
     ARCHITECTURES,
@@ -153,6 +154,11 @@ def test_rows_beyond_the_tokenizer_serve_the_ids_that_are_added(tmp_path):
     model = write_directory(tmp_path, "qwen3_wide")
     assert_same_logits(tmp_path, model, N_VOCAB + 4)
     assert load_checkpoint(tmp_path).model.config.vocab_size == N_VOCAB + 20
+
+
+def test_the_page_shows_a_directory(qwen3):
+    facts = PAGE.facts(load_checkpoint(qwen3), {})
+    assert "续写 continues" in facts and "context 64" in facts
 
 
 def test_a_directory_is_read_once(qwen3, monkeypatch):
