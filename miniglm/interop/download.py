@@ -116,7 +116,8 @@ def in_one_line(what: str) -> Iterator[None]:
 def refusal(error: BaseException, what: str) -> str:
     """What an answer of the hub says, or why there is none, and what to do."""
     hub = huggingface_hub.constants.ENDPOINT
-    while error.__cause__ and not hasattr(error, "response"):  # "Error while uploading ..."
+    # "Error while uploading ...", but not what is wrong with a card
+    while error.__cause__ and not hasattr(error, "response") and type(error) is not ValueError:
         error = error.__cause__
     response = getattr(error, "response", None)
     if response is not None:
