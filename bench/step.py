@@ -13,7 +13,6 @@ import ctypes
 import gc
 import itertools
 import multiprocessing
-import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from bench.generate import hugging_face_model
 from bench.timing import FUSED, measure, print_profile, profile_kinds, report, speed_ratio
 from configurator import at_least
 from data_utils import open_dataset
-from miniglm import compiling
+from miniglm import compiling, devices
 from miniglm.devices import pick_dtype
 from miniglm.losses import next_token
 from miniglm.optim import make_optimizers
@@ -221,15 +220,9 @@ def step_memory(config: Settings, n_vocab: int, name: str, dtype: str) -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
-    before = peak_bytes()
+    before = devices.peak_memory("cpu")
     step()
-    return peak_bytes() - before
-
-
-def peak_bytes() -> int:
-    """From /proc: Linux includes the parent's peak in ru_maxrss."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status)[1])
+    return devices.peak_memory("cpu") - before
 
 
 # --- train.py's own step -------------------------------------------------------------------------

@@ -247,6 +247,10 @@ def peak_memory(device: str) -> int | None:
         return torch.cuda.max_memory_reserved(device)
     if device != "cpu" or resource is None:
         return None
+    status = Path("/proc/self/status")  # Linux, whose ru_maxrss includes the parent's peak
+    text = status.read_text(encoding="utf-8") if status.is_file() else ""
+    if own := re.search(r"^VmHWM:\s*(\d+)", text, re.MULTILINE):
+        return 1024 * int(own[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 

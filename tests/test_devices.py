@@ -91,3 +91,12 @@ print(min(pages_taken() for _ in range(3)))
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 2000
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it cannot be asked there")
+def test_a_peak_of_memory_is_the_processs_own_and_not_its_parents():
+    lines = "from miniglm.devices import peak_memory", "x = b'1' * 300_000_000"
+    code = "\n".join([*lines, "print(peak_memory('cpu'))"])
+    held = b"1" * 10**9
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert 3e8 < int(done.stdout) < len(held)
