@@ -3,8 +3,9 @@
 #   python data/custom/prepare.py --input=data/sanguo/qa.jsonl --name=sanguo_qwen3 \
 #     --tokenizer=models/Qwen3-0.6B
 #   python train.py config/lora_qwen3.py
-# Two cores of an Intel Xeon at 2.8 GHz: 18 s a step, so an hour (--dry_run, random weights of that
-# shape). With the published weights it has not been run, and its rate not been tuned: docs/base.md.
+# Two cores of an Intel Xeon at 2.8 GHz: 18 to 24 s a step, 60 to 80 minutes (two dry runs, random
+# weights of that shape). With the published weights it has not been run, and its rate not been
+# tuned: docs/base.md.
 out_dir = "out-lora-qwen3"
 init_from = "models/Qwen3-0.6B"
 dataset = "sanguo_qwen3"
