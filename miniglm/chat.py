@@ -38,7 +38,7 @@ QUESTION, ANSWER = "\ue001", "\ue002"  # stand for messages where a template is 
 NO_REASONING = "<think>\n\n</think>\n\n"  # what templates write for it
 CALL = "<tool_call>\n{}\n</tool_call>"
 RESULT = "<tool_response>\n{}\n</tool_response>"
-REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, RecursionError)
+FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError)
 GENERATION = re.compile(r"(\{%-?\s*)(end)?generation(\s*-?%\})")  # tags of templates for training
 
 
@@ -51,16 +51,15 @@ class ChatTemplate:
 
     def __init__(self, source: str, names: dict[str, str], control: Collection[str]):
         self.names = names
-        self.control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
+        longest_first = sorted(control or "\0", key=len, reverse=True)
+        self.control = re.compile("|".join(map(re.escape, longest_first)))
         try:
             # its tags are transformers' own; here the ids tell what is trained
             self.template = environment().from_string(
                 GENERATION.sub(lambda m: f"{m[1]}{'endif' if m[2] else 'if true'}{m[3]}", source)
             )
-            turns = [
-                {"role": "user", "content": QUESTION},
-                {"role": "assistant", "content": ANSWER},
-            ]
+            texts = {"user": QUESTION, "assistant": ANSWER}
+            turns = [{"role": role, "content": text} for role, text in texts.items()]
             asked, prompt = self.text(turns[:1]), self.text(turns[:1], asks=True)
             answered = self.text(turns)
         except (jinja2.TemplateError, UserError) as error:
@@ -82,7 +81,7 @@ class ChatTemplate:
         try:
             tools = self._hide(messages[0].get("tools") or None)
             return self.template.render(messages=self._hide(messages), tools=tools, **options)
-        except REFUSALS as error:
+        except FAULTS as error:
             shown, why = str(messages[-1]["content"])[:20], " ".join(str(error).split())
             raise UserError(f"the chat template refuses {shown!r}... ({why})") from None
 
@@ -130,11 +129,14 @@ def read_template(folder: Path) -> dict[str, str]:
     if apart.is_file():
         template = apart.read_text(encoding="utf-8")
     if isinstance(template, list):  # several, by name
-        template = {part["name"]: part["template"] for part in template}.get("default")
+        named = {part.get("name"): part for part in template if isinstance(part, dict)}
+        template = named.get("default", {}).get("template")
+    if template and not isinstance(template, str):
+        raise ValueError(f"the chat_template in {file.name} is no text")
     names = {key: config.get(key) for key in ("bos_token", "eos_token")}
     names = {key: v.get("content") if isinstance(v, dict) else v for key, v in names.items()}
-    found = {"template": template} | names
-    return {key: v for key, v in found.items() if isinstance(v, str)} if template else {}
+    names = {key: v for key, v in names.items() if isinstance(v, str)}
+    return names | {"template": template} if template else {}
 
 
 # --- ours --------------------------------------------------------------------------------------

@@ -71,14 +71,18 @@ def answer_all(
     records = [
         {
             "question": messages[-2]["content"],
-            "reference": messages[-1]["content"],
-            "answer": answer.text,
+            "reference": without_reasoning(messages[-1]["content"]),
+            "answer": without_reasoning(answer.text),
             "perplexity": math.exp(nats / tokens),
             "ended": answer.ended,
         }
         for messages, answer, (nats, tokens, _) in zip(conversations, answers, losses, strict=True)
     ]
     return records, per_token(*(sum(column) for column in zip(*losses, strict=True)))
+
+
+def without_reasoning(text: str) -> str:
+    return text.rpartition("</think>")[2].lstrip("\n")
 
 
 def per_token(nats: float, tokens: int, n_bytes: int) -> dict[str, float]:

@@ -15,7 +15,7 @@ from configurator import UserError
 from data.custom import prepare
 from miniglm.chat import plain, to_json
 from miniglm.checkpoint import load_checkpoint
-from miniglm.scoring import in_chat
+from miniglm.scoring import in_chat, without_reasoning
 from miniglm.text import chat_prompt
 from miniglm.tokenizer import Tokenizer, load_tokenizer
 from tests.helpers import TEXT, dialogue, tiny_tokenizer, write_lines
@@ -139,6 +139,7 @@ def test_reasoning_is_trained_and_an_answer_is_scored_behind_its_prompt(tmp_path
         assert answer[-1] == tokenizer.end and tokenizer.end not in answer[:-1]
         assert tokenizer.render(asked)[0][: len(prompt) + len(answer)] == prompt + answer
     assert tokenizer.decode(answer) == "再见"
+    assert without_reasoning("<think>\n二加二\n</think>\n\n四") == without_reasoning("四") == "四"
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_2"])
@@ -196,12 +197,27 @@ def test_ours_writes_tools_and_reasoning_as_text(tmp_path):
         ("{{ raise_exception('no') }}", "cannot be rendered (the chat template refuses"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "ChatML or Llama 3"),
         ("{{ messages[0].content.nothing() }}", "cannot be rendered"),
+        ("{{ 1 / 0 }}", "cannot be rendered"),
+        ("{{ 10.0 ** 400 }}", "cannot be rendered"),
+        (5, "is no text"),
+        ({"default": "x"}, "is no text"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_named_in_a_line(tmp_path, template, words):
     with pytest.raises(UserError, match=r"tokenizer.json cannot be used as a tokenizer") as caught:
         load_tokenizer(write_base(tmp_path, template))
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_list_without_a_default_and_names_that_are_missing_are_no_traceback(tmp_path):
+    for template in (["a"], [{"x": 1}], [{"name": "tool_use", "template": "x"}]):
+        assert load_tokenizer(write_base(tmp_path, template)).chat is None
+    base = write_base(tmp_path, (TEMPLATES / "qwen3.jinja").read_text(encoding="utf-8"))
+    text = (base / "tokenizer.json").read_text(encoding="utf-8")
+    text = text.replace('"special": true', '"special": false')
+    (base / "tokenizer.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="do not have the form"):
+        load_tokenizer(base)
 
 
 def test_a_damaged_file_beside_the_tokenizer_is_named(tmp_path):
