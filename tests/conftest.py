@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+import setuptools  # noqa: F401  # which torch's compiler imports: two threads at once break it
 import torch
 
 from tests.runs import ready_python, train_here, write_toys
