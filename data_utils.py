@@ -126,6 +126,10 @@ class Dataset:
             return (len(self.bounds[split]) - 1) // (2 if self.kind == "dpo" else 1)
         return len(self.tokens[split]) // block_size
 
+    def epoch(self, block_size: int) -> float:
+        """Training rows after which each was read once; in a Mixture, each of its first part."""
+        return self.n_rows("train", block_size)
+
     def by_kind(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Training rows as `step_rows` names them, apart by kind; `batch` takes one kind."""
         return {self.kind: rows}
@@ -289,6 +293,10 @@ class Mixture:
 
     def n_rows(self, split: str, block_size: int) -> int:
         return sum(part.n_rows(split, block_size) for part in self.parts)
+
+    def epoch(self, block_size: int) -> float:
+        """As Dataset.epoch."""
+        return self.parts[0].n_rows("train", block_size) * PERIOD / self.shares[0]
 
     def step_rows(
         self, seed: int, start: int, count: int, block_size: int, group: int | None = None

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from configurator import UserError
 from model import NORMS, Architecture, KVCache, LanguageModel, ModelConfig, matrix_flops
 
-SETTINGS = {"model", "block_size", "n_layer", "n_embd", "norm", "norm_eps", "bias", "tie_weights"}
+SETTINGS = {"model", "block_size", "n_layer", "n_embd", "norm", "norm_eps", "tie_weights"}
 SETTINGS |= {"dropout"}  # of an Architecture; the others are the GPT's
 
 

@@ -88,11 +88,10 @@ class Architecture:
     norm: Literal[tuple(NORMS)] = "rmsnorm"  # before attention, MLP and head
     norm_eps: Annotated[float, above(0)] = 1e-6  # added to the variance
     mlp: Literal[tuple(MLPS)] = "swiglu"  # gelu is GPT-2's tanh form
-    bias: bool = False  # biases in Linear and LayerNorm
     qk_norm: bool = True  # RMSNorm of each head's queries and keys, as in Qwen3
     tie_weights: bool = True  # the head is the embedding
     init: Literal["fan_in", "gpt2"] = "fan_in"  # std 1 / sqrt(inputs), outputs 0; gpt2: std 0.02
-    dropout: Annotated[float, at_least(0), below(1)] = 0.0  # of embeddings and both block outputs
+    dropout: Annotated[float, at_least(0), below(1)] = 0.0  # of embeddings, block outputs, adapters
 
     head_dim = None  # no setting: n_embd / n_head, unless a model of others has its own
 
@@ -128,6 +127,7 @@ class ModelConfig(Architecture):
     # The rows beyond n_vocab make round matrices; they are never sampled and never scored.
     head_dim: Annotated[int | None, at_least(1)] = None  # of queries, keys, values
     qkv_bias: bool | None = None  # biases of queries, keys, values; None is bias
+    bias: bool = False  # biases in Linear and LayerNorm
     rope_scaling: list | None = None  # Llama 3's, see rotary_frequencies
 
     def __post_init__(self):

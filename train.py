@@ -64,16 +64,15 @@ class Settings(Architecture):
     resume: bool = False  # go on from out_dir's latest checkpoint, if there is one
     dry_run: bool = False  # print parameters, memory and time expected, and stop
     seed: Annotated[int, at_least(0)] = 1337  # of weights, order of rows and dropout
-    max_iters: Annotated[int, at_least(1)] = 2000  # steps of the optimizer
+    max_iters: Annotated[int | None, at_least(1)] = None  # steps; None: epochs, else 2000
+    epochs: Annotated[float | None, above(0)] = None  # readings of the (first) dataset instead
     batch_size: Annotated[int, at_least(1)] = 16  # rows of a micro-batch, computed at once
     gradient_accumulation_steps: Annotated[int, at_least(1)] = 1  # x batch_size: rows of a step
     short_block: Annotated[int | None, at_least(1)] = None  # tokens of rows, first half of decay
     lora_rank: Annotated[int, at_least(0)] = 0  # of adapters on a frozen init_from; 0: train all
     lora_alpha: Annotated[float, above(0)] = 16.0  # adapters add lora_alpha / lora_rank x B A
-    lora_dropout: Annotated[float, at_least(0), below(1)] = 0.0  # of what adapters read
     lora_targets: list[str] | None = None  # names of Linears; None: all those of the blocks
-    dpo_beta: Annotated[float, above(0)] = 0.1  # of preferences: weight of their log-probabilities
-    dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"  # arXiv 2305.18290, or 2310.12036
+    beta: Annotated[float, at_least(0)] = 0.1  # of preferences: how near to stay to the start
     dpo_sft_weight: Annotated[float, at_least(0)] = 0.0  # of the chosen answers' mean loss
     optimizer: Literal["muon", "adamw"] = "muon"  # of the blocks' matrices; AdamW for all else
     learning_rate: Annotated[float, at_least(0)] = 1e-3  # at its highest
@@ -248,14 +247,16 @@ def start(
 
 def read_settings(argv: list[str]) -> tuple[Settings, Start, Dataset | Mixture]:
     """The settings, with those that a checkpoint brings; the checkpoint; the data."""
-    config = configure(Settings, argv)
+    asked = config = configure(Settings, argv)
     begins = preflight.find_start(config, argv)
     if begins.run:
         changes = {"out_dir": config.out_dir}  # it may have been renamed
         if not begins.resumes:
             changes = dict(OBJECTIVES[open_dataset(config.dataset).kind].defaults)
         config = configure(Settings, argv, begins.settings() | changes)
-    return config, begins, open_dataset(config.dataset)
+    data = open_dataset(config.dataset)
+    max_iters = preflight.count_steps(config, asked, argv, data)
+    return dataclasses.replace(config, max_iters=max_iters, epochs=None), begins, data
 
 
 def load_model(
@@ -311,7 +312,7 @@ def prepare_model(
     elif checkpoint:
         objective.start_from(checkpoint.path)
     for module in adapters(model).values():
-        module.drop.p = config.lora_dropout
+        module.drop.p = config.dropout
     model.checkpoint_activations = config.checkpoint_activations
     return adapter
 
@@ -530,10 +531,12 @@ def headline(run: Run, state: State, peak: Peak) -> str:
     rows = run.data.n_rows("train", config.block_size)
     trained = f", {n_trained(state.model) / 1e6:.2f}M of them trained," if run.adapter else ""
     processes = f" in {size} processes" if size > 1 else ""
+    epochs = config.max_iters * config.rows_per_step / run.data.epoch(config.block_size)
+    first = f" of {run.data.parts[0].name}" if isinstance(run.data, Mixture) else ""
     return (
         f"{show_path(run.out_dir)}: {state.model.n_params() / 1e6:.2f}M parameters{trained} on "
-        f"{run.device}{processes} ({peak}); {rows:,} {run.objective.unit} of {run.data.name}, "
-        f"{config.rows_per_step} a step"
+        f"{run.device}{processes} ({peak}); {rows:,} {run.objective.unit} of {run.data.name}; "
+        f"{config.max_iters:,} steps of {config.rows_per_step} are {epochs:.3g} epochs{first}"
     )
 
 

@@ -65,16 +65,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     model.train(was_training)
 
 
-def dpo(policy: Tensor, reference: Tensor, beta: float, form: str = "sigmoid") -> Tensor:
+def dpo(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
     """The loss of each pair, (P,), from log-probabilities of its chosen and its rejected answer,
-    (P, 2) each. With d = (policy - reference) of the chosen one less that of the rejected one:
-
-    sigmoid     -log sigmoid(beta d), equation 7 of arXiv 2305.18290
-    ipo         (d - 1 / (2 beta))^2, equation 17 of arXiv 2310.12036
-    """
+    (P, 2) each: -log sigmoid(beta d), where d is policy - reference of the chosen one less that of
+    the rejected one (equation 7 of arXiv 2305.18290)."""
     chosen, rejected = (policy - reference).unbind(dim=1)
-    d = chosen - rejected
-    return (d - 1 / (2 * beta)).square() if form == "ipo" else -F.logsigmoid(beta * d)
+    return -F.logsigmoid(beta * (chosen - rejected))
 
 
 # --- the head, some hundred rows at a time -----------------------------------------------------

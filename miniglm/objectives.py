@@ -194,8 +194,10 @@ class Preferences(Objective):
 
     def __init__(self, config, data: Dataset, device: str, world: World = ALONE):
         super().__init__(config, data, device, world)
-        if config.lora_dropout and "lm_head" in (config.lora_targets or []):
-            raise UserError("preferences need lora_dropout=0 if lora_targets has lm_head; pass it")
+        if config.dropout and "lm_head" in (config.lora_targets or []):
+            raise UserError("preferences need dropout=0 if lora_targets has lm_head; pass it")
+        if not config.beta:
+            raise UserError("preferences need a --beta= above 0")
         self.weights = {"loss": 1.0}
         if config.dpo_sft_weight:
             self.weights["loss_sft"] = config.dpo_sft_weight
@@ -280,19 +282,14 @@ class Preferences(Objective):
         return {"loss": pairs, "loss_sft": chosen} | dict.fromkeys(self.measures, pairs)
 
     def sums(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        """Chosen and rejected rows are read in one forward pass. ipo takes the mean of an answer's
-        log-probabilities for their sum, as its authors recommend."""
+        """Chosen and rejected rows are read in one forward pass."""
         idx, targets, places, *given = batch.arrays
         rows = idx, targets, places
         with self.autocast():
             reference = given[0] if given else reference_log_prob(model, *rows).view(-1, 2)
             log_p = sequence_log_prob(model, *rows).view(-1, 2)  # of chosen, of rejected
-        policy, beta = log_p, self.config.dpo_beta
-        if self.config.dpo_loss == "ipo":
-            lengths = (targets != IGNORE).sum(dim=1).clamp_min(1).view(-1, 2)
-            policy, reference = log_p / lengths, reference / lengths
-        losses = dpo(policy, reference, beta, self.config.dpo_loss)
-        rewards = beta * (policy - reference).detach()
+        losses = dpo(log_p, reference, self.config.beta)
+        rewards = self.config.beta * (log_p - reference).detach()
         margins = rewards[:, 0] - rewards[:, 1]
         measured = (*rewards.T, margins, (margins > 0).to(losses.dtype), *log_p.detach().T)
         values = {"loss": losses, "loss_sft": -log_p[:, 0]}

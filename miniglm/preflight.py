@@ -3,6 +3,7 @@ declared beside the settings; here is what hangs on several of them, on files an
 """
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -67,6 +68,22 @@ def find_start(config, argv: list[str]) -> Start:
             f"no checkpoint in {show_path(source)}; train it first, or pass --init_from="
         )
     return Start(source, False, read_run(source, "best", RESUMED[:1]))
+
+
+def count_steps(config, asked, argv: list[str], data: Dataset | Mixture) -> int:
+    """max_iters, from epochs if these were asked for. asked: the settings without those that a
+    checkpoint brings. A flag wins over a config file; raises UserError if two of a kind differ."""
+    flags = {name for name in ("max_iters", "epochs") for w in argv if re.match(f"-+{name}=", w)}
+    if asked.epochs is None or flags == {"max_iters"}:
+        return config.max_iters or 2000
+    epoch = data.epoch(config.block_size)
+    steps = math.ceil(asked.epochs * epoch / config.rows_per_step - 1e-9)
+    if asked.max_iters not in (None, steps) and flags != {"epochs"}:
+        raise UserError(
+            f"epochs={asked.epochs:g} of {epoch:,.0f} rows are {steps} steps of "
+            f"{config.rows_per_step}, but max_iters={asked.max_iters}; pass one of them"
+        )
+    return steps
 
 
 def check(config, start: Start, data: Dataset | Mixture, device: str, world: World) -> None:

@@ -160,7 +160,7 @@ def main(toys: Path) -> None:
         "questions": lambda: step(questions),
         "questions and text": lambda: step(f"{questions}:1,{text}:1"),
         "questions, adapter": lambda: step(questions, lora_rank=2),
-        "pairs": lambda: step(pairs, dpo_loss="ipo"),
+        "pairs": lambda: step(pairs),
         "pairs, adapter": lambda: step(pairs, lora_rank=2, dpo_sft_weight=0.5),
         "decoding": lambda: decode(text, static=False),
         "static decoding": lambda: decode(text, static=True),

@@ -117,7 +117,7 @@ UNEVEN = {"batch_size": 3, "gradient_accumulation_steps": 3}
 MIXED = BASE | {"dataset": "questions:1,text:1", "mix_weight": 0.5}
 COURSES = {
     "pretraining with Muon": {"dataset": "text", "gradient_accumulation_steps": 4},
-    "pretraining with AdamW": {"dataset": "text", "optimizer": "adamw", "bias": True},
+    "pretraining with AdamW": {"dataset": "text", "optimizer": "adamw"},
     "uneven micro-batches": {"dataset": "text", **UNEVEN},
     "questions with a text": MIXED,
     "questions, uneven, with a text": MIXED | UNEVEN,

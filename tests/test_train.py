@@ -106,6 +106,38 @@ def test_the_loss_falls_far_below_a_uniform_guess(learnt_by_heart):
     assert records[-1]["train_loss"] < records[29]["train_loss"] < records[0]["train_loss"]
 
 
+def test_epochs_become_steps_and_both_are_printed(toys, tmp_path, capsys):
+    """90 questions, 4 a step; in a mixture the first data set's."""
+    file, other = tmp_path / "three.py", tmp_path / "steps.py"
+    file.write_text("epochs = 3\n", encoding="utf-8")
+    other.write_text("max_iters = 9\n", encoding="utf-8")
+    own = words(**TINY | {"dataset": toys / "questions", "out_dir": tmp_path / "out"})
+    own.remove("--max_iters=20")
+    mixed = [*own, f"--dataset={toys}/questions:3,{toys}/text:1"]
+    for argv, wanted in (
+        ([*own, "--epochs=2"], 45),
+        ([*own, "--epochs=2", "--max_iters=45"], 45),
+        ([*own, "--epochs=0.01"], 1),
+        ([*mixed, "--epochs=1"], 30),
+        ([*own, str(file)], 68),
+        ([*own, str(file), "--max_iters=7"], 7),
+        ([*own, str(other), "--epochs=1"], 23),
+        (own, 2000),
+    ):
+        config, *_ = train.read_settings(argv)
+        assert (config.max_iters, config.epochs) == (wanted, None)
+    for argv in ([*own, "--epochs=2", "--max_iters=44"], [*own, str(file), str(other)]):
+        with pytest.raises(UserError, match=r"epochs=. of 90 rows are .. steps of 4, but max_"):
+            train.read_settings(argv)
+    train.main([*own, "--epochs=0.2"])
+    train.main([*mixed, "--epochs=0.1", f"--out_dir={tmp_path}/mixed"])
+    printed = capsys.readouterr().out
+    assert "90 rows of questions; 5 steps of 4 are 0.222 epochs\n" in printed
+    assert "steps of 4 are 0.1 epochs of questions\n" in printed
+    train.main([f"--out_dir={tmp_path}/out", "--resume", "--epochs=0.3"])
+    assert saved(tmp_path / "out")["progress"]["iter"] == 7
+
+
 def test_patience_ends_a_run_whose_validation_loss_rises(learnt_by_heart):
     losses = validation_losses(learnt_by_heart)
     best = min(losses, key=losses.get)
