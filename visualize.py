@@ -7,7 +7,7 @@ A run that started from another one in the list is drawn behind it.
 
 Losses per token of different tokenizers do not compare: a longer piece of text in each token is
 harder to predict. Bits per byte do. All numbers come from log.jsonl; nothing is computed anew.
-Runs on preferences (DPO) have a picture of their own: loss, rewards, margin, log-probabilities.
+Runs on preferences, marks and rewards have pictures of their own: PANELS.
 """
 
 import math
@@ -39,17 +39,32 @@ X_LABELS = {
     "iter": "steps of the optimizer",
 }
 Y_LABELS = {"loss": "loss (nats per token)", "bits_per_byte": "bits per byte"}
-# the axes of runs on preferences: columns of their logs, the second one dashed
-PREFERENCES = {
-    "loss (nats per pair)": ("loss",),
-    "reward": ("rewards_chosen", "rewards_rejected"),
-    "margin": ("margin",),
-    "accuracy": ("accuracy",),
-    "log p of an answer": ("logp_chosen", "logp_rejected"),
+# the axes of other runs, by a column that only their logs have: columns, the second one dashed
+PANELS = {
+    "reward": {  # rewards; tokens of an answer, share of the answers that ended
+        "reward": ("reward",),
+        "spread": ("spread",),
+        "KL (nats)": ("kl",),
+        "tokens": ("length",),
+        "ended": ("ended",),
+    },
+    "margin": {  # preferences
+        "loss (nats per pair)": ("loss",),
+        "reward": ("rewards_chosen", "rewards_rejected"),
+        "margin": ("margin",),
+        "accuracy": ("accuracy",),
+        "log p of an answer": ("logp_chosen", "logp_rejected"),
+    },
+    "kl": {  # marks
+        "loss of a mark": ("loss",),
+        "reward": ("rewards_chosen", "rewards_rejected"),
+        "KL (nats)": ("kl",),
+        "accuracy": ("accuracy",),
+        "log p of an answer": ("logp_chosen", "logp_rejected"),
+    },
 }
 VALIDATION = {"lw": 2.2, "marker": "o", "ms": 4.5}
 TRAINING = {"lw": 0.9, "alpha": 0.45}
-PAIRED = tuple(name for names in PREFERENCES.values() for name in names if name != "loss")
 CJK_FONT = re.compile(
     r"(Noto Sans|Source Han Sans) (CJK )?(SC|CN|TC|JP)|WenQuanYi|PingFang SC|Hei\b|Heiti|SimSun"
     "|Hiragino Sans GB|Arial Unicode MS|Droid Sans Fallback"
@@ -73,6 +88,7 @@ class Run:
     init_from: str  # scratch, or the out_dir that it started from
     train: dict[str, np.ndarray]  # all lines
     val: dict[str, np.ndarray]  # the lines with an evaluation
+    panels: dict[str, tuple[str, ...]]  # one of PANELS; empty: loss, or bits per byte
 
     @property
     def evaluated(self) -> bool:
@@ -88,14 +104,15 @@ def main(argv: list[str]) -> None:
     out = repo_path(config.out) if config.out else runs[0].path / "curves.png"
     if out.suffix != ".png":
         raise UserError(f"out={config.out!r} must end in .png")
-    paired = ["margin" in run.train for run in runs]
-    if any(paired):
-        if not all(paired) or config.y == "bits_per_byte":
+    panels = [run.panels for run in runs]
+    if any(panels):
+        if panels.count(panels[0]) < len(runs) or config.y == "bits_per_byte":
+            name = run_names(runs)[[*map(bool, panels)].index(True)]
             raise UserError(
-                f"{run_names(runs)[paired.index(True)]} is a run on preferences, whose loss is no "
-                "other's; draw such runs by themselves, without --y=bits_per_byte"
+                f"{name} is a run on preferences, marks or rewards, whose loss is no other's; draw "
+                "such runs by themselves, without --y=bits_per_byte"
             )
-        figure, content = preferences_figure(runs, config.x), "rewards and log-probabilities"
+        figure, content = answers_figure(runs, config.x), ", ".join(panels[0])
     else:
         y = config.y or pick_unit(runs)
         if y == "bits_per_byte" and not any(run.evaluated for run in runs):
@@ -114,26 +131,29 @@ def load_log(out_dir: Path) -> Run:
         records = read_log(out_dir)
         # an evaluation that gave nan has no place on an axis
         evaluated = [r for r in records if math.isfinite(r.get("val_loss", math.nan))]
-        pairs = PAIRED if records and "margin" in records[0] else ()
-        measures = ("loss", *(pairs or ("bits_per_byte",)))
-        others = (*X_LABELS, "lr", "tokens_per_second", *pairs)
-        train = {name: column(records, name) for name in others}
-        # a mixture's window may have had texts alone
+        first = records[0] if records else {}
+        panels = next((PANELS[name] for name in PANELS if name in first), {})
+        own = [name for names in panels.values() for name in names if name != "loss"]
+        train = {name: column(records, name) for name in (*X_LABELS, "lr", "tokens_per_second")}
+        # a window may have had no answers at all, or none of one kind
+        train |= {name: np.array([r.get(name) for r in records], float) for name in own}
         train["loss"] = np.array([record.get("train_loss") for record in records], float)
+        judged = [name for name in own if evaluated and f"val_{name}" in evaluated[0]]
         val = {name: column(evaluated, name) for name in X_LABELS}
-        val |= {name: column(evaluated, f"val_{name}") for name in measures}
+        for name in ("loss", *(judged if panels else ["bits_per_byte"])):
+            val[name] = column(evaluated, f"val_{name}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{show_path(log)} is not a log of train.py ({reason})") from None
     if not records:
         raise UserError(f"{show_path(log)} is empty; wait for the first line of train.py")
-    if not pairs:
+    if not panels:
         # tokens / (bytes x ln 2) of the validation split: one number for the whole run
         ratio = (val["bits_per_byte"] / val["loss"])[-1] if evaluated else math.nan
         train["bits_per_byte"] = train["loss"] * ratio
     saved = read_run(out_dir, "latest") if has_checkpoint(out_dir) else {}
     init_from = saved.get("settings", {}).get("init_from", "scratch")
-    return Run(out_dir, saved.get("tokenizer_sha256"), init_from, train, val)
+    return Run(out_dir, saved.get("tokenizer_sha256"), init_from, train, val, panels)
 
 
 def column(records: list[dict], name: str) -> np.ndarray:
@@ -192,14 +212,18 @@ def curves_figure(runs: list[Run], x: X, y: Y) -> Figure:
     return figure
 
 
-def preferences_figure(runs: list[Run], x: X) -> Figure:
-    """Axes: PREFERENCES; in each, for each run in order, the training and the validation curve, of
-    the chosen answers and then of the rejected ones."""
+def answers_figure(runs: list[Run], x: X) -> Figure:
+    """Axes: the runs' PANELS; in each, for each run in order, the training and the validation
+    curve, of the chosen answers and then of the rejected ones."""
+    panels = runs[0].panels
     with style():
-        figure = panels_figure(runs, x, PREFERENCES, [2, 2, 1.4, 1.2, 2], height=10)
-        figure.axes[3].yaxis.set_major_formatter(ticker.PercentFormatter(1))
+        figure = panels_figure(runs, x, panels, [2, 2, 1.4, 1.2, 2], height=10)
+        for axes, names in zip(figure.axes, panels.values(), strict=True):
+            if names[0] in ("accuracy", "ended"):
+                axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
         kinds = {"validation": VALIDATION, "training": TRAINING}
-        kinds |= {"chosen": {"ls": "-"}, "rejected": {"ls": "--"}}
+        if "log p of an answer" in panels:
+            kinds |= {"chosen": {"ls": "-"}, "rejected": {"ls": "--"}}
         handles = legend_lines(kinds, run_names(runs))
         figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
     return figure

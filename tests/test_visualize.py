@@ -13,7 +13,7 @@ from matplotlib.patches import StepPatch
 import visualize
 from configurator import UserError
 from miniglm.checkpoint import append_log, read_log
-from visualize import PAIRED, curves_figure, draw_histogram, follow, load_log, main
+from visualize import PANELS, curves_figure, draw_histogram, follow, load_log, main
 
 pytestmark = pytest.mark.filterwarnings("error")
 RATIO = 0.5  # bits per byte of a nat per token
@@ -44,15 +44,15 @@ def write_run(out_dir, tokenizer=None, steps=30, interval=5, best=25, init_from=
     return out_dir
 
 
-def write_paired_run(out_dir, steps=10):
-    """An out_dir with a log of a run on preferences."""
-    records = []
+def write_paired_run(out_dir, steps=10, kind="margin"):
+    """An out_dir with a log of a run on preferences, marks or rewards."""
+    records, own = [], [name for names in PANELS[kind].values() for name in names]
     for step in range(1, steps + 1):
-        record = {"train_loss": 0.7 / step} | {n: k + 0.1 * step for k, n in enumerate(PAIRED)}
+        record = {name: k + 0.1 * step for k, name in enumerate(own) if name != "loss"}
         if step % 5 == 0:
-            record |= {f"val_{name}": 10 * record[name] for name in PAIRED}
+            record |= {f"val_{name}": 10 * record[name] for name in record}
             record["val_loss"] = 0.8 / step
-        records.append(record)
+        records.append(record | {"train_loss": 0.7 / step})
     return write_log(out_dir, records)
 
 
@@ -89,11 +89,11 @@ def test_curves_are_the_log(tmp_path, x):
     assert x in speed.get_xlabel() or speed.get_xlabel() == "steps of the optimizer"
 
 
-def test_the_curves_of_preferences_are_the_log(tmp_path):
-    runs = [write_paired_run(tmp_path / "out-a"), write_paired_run(tmp_path / "out-b", 15)]
-    figure = visualize.preferences_figure([load_log(run) for run in runs], "iter")
-    shown = [["loss"], PAIRED[:2], ["margin"], ["accuracy"], PAIRED[4:]]
-    for axes, names in zip(figure.axes, shown, strict=True):
+@pytest.mark.parametrize("kind", PANELS)
+def test_the_curves_of_other_runs_are_the_log(tmp_path, kind):
+    runs = [write_paired_run(tmp_path / f"out-{n}", 10 + m, kind) for m, n in ((0, "a"), (5, "b"))]
+    figure = visualize.answers_figure([load_log(run) for run in runs], "iter")
+    for axes, names in zip(figure.axes, PANELS[kind].values(), strict=True):
         columns = [("train_loss" if name == "loss" else name, f"val_{name}") for name in names]
         assert_lines_are_logs(axes, runs, columns, "iter")
     assert legend_texts(figure)[-2:] == ["out-a", "out-b"]
