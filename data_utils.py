@@ -5,6 +5,7 @@
     train_idx.bin, ...     questions and answers only: uint64 bounds of rows, the last the length;
                            of preferences, row 2i is a question with its chosen answer, 2i + 1 the
                            same with the rejected one
+                           of marks, train_mask.bin has 2 for 1 where the answer is marked as bad
     meta.json              kind, tokenizer's sha256, sizes, fingerprint, sources, what was skipped;
                            of translations their languages
     tokenizer.json         the vocabulary
@@ -27,6 +28,8 @@ from miniglm.jsonl import read_report
 from miniglm.tokenizer import Tokenizer, load_tokenizer
 
 IGNORE = -100  # a target that is not trained; torch's own default
+# what a dataset holds, by its kind
+RECORDS = {"pretrain": "documents", "sft": "conversations", "dpo": "pairs", "kto": "marks"}
 POOL = 16  # steps whose rows are sorted by length together
 PERIOD = 1000  # rows in which a mixture keeps its shares exactly
 Arrays = tuple[np.ndarray, np.ndarray]  # idx and targets of rows, (B, T) int64 each
@@ -55,7 +58,7 @@ class Dataset:
             for split, sizes in self.meta["splits"].items():
                 self.tokens[split] = self._map(split, self.meta["dtype"], sizes["tokens"])
                 if self.kind != "pretrain":
-                    rows = sizes["conversations"] if self.kind == "sft" else 2 * sizes["pairs"]
+                    rows = sizes[RECORDS[self.kind]] * (2 if self.kind == "dpo" else 1)
                     self.mask[split] = self._map(f"{split}_mask", "uint8", sizes["tokens"])
                     bounds = self.bounds[split] = self._map(f"{split}_idx", "uint64", rows + 1)
                     rises = (bounds[1:] > bounds[:-1]).all()
@@ -172,9 +175,9 @@ class Dataset:
 
     def show_rows(self, rows: np.ndarray) -> str:
         """The place of training rows, for messages; numbers count from 0."""
-        kinds = {"pretrain": "the rows from tokens", "sft": "conversations", "dpo": "pairs"}
+        what = "the rows from tokens" if self.kind == "pretrain" else RECORDS[self.kind]
         shown = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
-        return f"{kinds[self.kind]} {shown} of {show_path(self.path)}/train"
+        return f"{what} {shown} of {show_path(self.path)}/train"
 
     def eval_batches(self, split: str, block_size: int, batch_size: int) -> Iterator[Arrays]:
         """The whole split once, always the same: idx and targets, (B, T) int64 each."""
@@ -190,13 +193,31 @@ class Dataset:
             ends = np.minimum(bounds + block_size + 1, len(tokens))
             yield self._checked(split, _gather(tokens, None, bounds, ends))
 
-    def pair_batches(self, split: str, batch_size: int) -> Iterator[tuple[np.ndarray, Arrays]]:
-        """A whole split of preferences once, always the same: numbers of pairs, (B,), and their
-        idx and targets, (2 B, T) int64 each."""
-        pairs = np.argsort(self.row_lengths(split), kind="stable")
-        for first in range(0, len(pairs), batch_size):
-            part = pairs[first : first + batch_size]
+    def row_batches(self, split: str, batch_size: int) -> Iterator[tuple[np.ndarray, Arrays]]:
+        """A whole split of preferences or marks once, always the same: their numbers, (B,), and
+        their idx and targets, int64 each: (2 B, T) of pairs, (B, T) of marks."""
+        order = np.argsort(self.row_lengths(split), kind="stable")
+        for first in range(0, len(order), batch_size):
+            part = order[first : first + batch_size]
             yield part, self._padded(split, self._rows_of(part))
+
+    def is_good(self, split: str, rows: np.ndarray) -> np.ndarray:
+        """Whether each of these marks is of a good answer, (B,) bool."""
+        bounds, mask = self.bounds[split].astype(np.int64), self.mask[split]
+        return np.array([mask[bounds[row] : bounds[row + 1]].max() == 1 for row in rows])
+
+    def crossed(self, split: str, pairs: np.ndarray, block_size: int) -> Arrays:
+        """Of each pair of marks, (B, 2), the first one's prompt with the second one's answer -> idx
+        and targets, cut to block_size."""
+        rows = []
+        for both in self.bounds[split][pairs[..., None] + np.arange(2)].astype(np.int64):
+            prompt, answer = (
+                np.stack([self.tokens[split][start:end], self.mask[split][start:end]])
+                for start, end in both
+            )
+            prompt, answer = prompt[:, : prompt[1].argmax()], answer[:, answer[1].argmax() :]
+            rows.append(np.hstack([prompt, answer]))
+        return tuple(array[:, :block_size] for array in collate(rows))
 
     def row_lengths(self, split: str) -> np.ndarray:
         """Tokens of each conversation, or of the longer one of each pair."""
@@ -262,8 +283,9 @@ class Mixture:
         self.name, self.parts = name, parts
         for part in parts:
             part.check_tokenizer(parts[0].tokenizer, parts[0].path)
-            if part.kind == "dpo":
-                raise UserError(f"{show_path(part.path)} holds preferences, which cannot be mixed")
+            if part.kind in ("dpo", "kto"):
+                what = "preferences" if part.kind == "dpo" else "marks"
+                raise UserError(f"{show_path(part.path)} holds {what}, which cannot be mixed")
         ends = np.rint(np.cumsum(weights / weights.sum()) * PERIOD).astype(int)
         self.shares = np.diff(ends, prepend=0)  # rows of each in a period
         if not self.shares.all():
@@ -399,7 +421,7 @@ def _gather(
     inside = positions < ends[:, None]
     positions = np.where(inside, positions, starts[:, None])
     ids = tokens[positions].astype(np.int64)
-    trained = inside if mask is None else inside & (mask[positions] == 1)
+    trained = inside if mask is None else inside & (mask[positions] != 0)
     return ids[:, :-1], np.where(trained, ids, IGNORE)[:, 1:]
 
 

@@ -188,7 +188,7 @@ def main(argv: list[str]) -> None:
     split = config.split or "val"
     checkpoint = load_for_sampling(config.out_dir, config.device, config.quantize == "int8")
     data = dataset_of(checkpoint, config.dataset)
-    if data.kind == "dpo":
+    if data.kind in ("dpo", "kto"):
         raise UserError(
             f"{show_path(data.path)} holds preferences; pass --dataset= of questions or of text"
         )

@@ -46,9 +46,10 @@ from miniglm.distributed import ALONE, LossModule, World
 from miniglm.lora import adapters, add_adapters
 from miniglm.losses import chunk_rows
 from miniglm.monitor import Stopwatch, Window
-from miniglm.objectives import OBJECTIVES, Batch, Objective
+from miniglm.objectives import Batch, Objective
 from miniglm.optim import learning_rate, make_optimizers
 from miniglm.preflight import Start, architecture
+from miniglm.stages import objective_of
 from miniglm.trackers import check_trackers, open_trackers
 from model import Architecture, ModelConfig
 
@@ -72,8 +73,10 @@ class Settings(Architecture):
     lora_rank: Annotated[int, at_least(0)] = 0  # of adapters on a frozen init_from; 0: train all
     lora_alpha: Annotated[float, above(0)] = 16.0  # adapters add lora_alpha / lora_rank x B A
     lora_targets: list[str] | None = None  # names of Linears; None: all those of the blocks
-    beta: Annotated[float, at_least(0)] = 0.1  # of preferences: how near to stay to the start
+    beta: Annotated[float, at_least(0)] = 0.1  # of preferences, marks, rewards: how near to stay
     dpo_sft_weight: Annotated[float, at_least(0)] = 0.0  # of the chosen answers' mean loss
+    reward: list[str] = field(default_factory=list)  # of sampled answers: chrf, rouge_l, a file.py
+    num_samples: Annotated[int, at_least(2)] = 8  # with reward: answers to each question
     optimizer: Literal["muon", "adamw"] = "muon"  # of the blocks' matrices; AdamW for all else
     learning_rate: Annotated[float, at_least(0)] = 1e-3  # at its highest
     embedding_lr: Annotated[float | None, at_least(0)] = None  # of embeddings and head
@@ -220,7 +223,7 @@ def start(
     config = dataclasses.replace(config, compile=compiles)  # a run that is resumed keeps to it
     if begins.resumes:
         preflight.note_changes(begins.run, config, device, world)
-    objective = OBJECTIVES[data.kind](config, data, device, world)
+    objective = objective_of(config, data)(config, data, device, world)
     adapter = prepare_model(config, begins, model, checkpoint, objective, world)
     if config.shard and world.size > 1:
         distributed.shard(model, device, world)
@@ -252,7 +255,7 @@ def read_settings(argv: list[str]) -> tuple[Settings, Start, Dataset | Mixture]:
     if begins.run:
         changes = {"out_dir": config.out_dir}  # it may have been renamed
         if not begins.resumes:
-            changes = dict(OBJECTIVES[open_dataset(config.dataset).kind].defaults)
+            changes = dict(objective_of(config, open_dataset(config.dataset)).defaults)
         config = configure(Settings, argv, begins.settings() | changes)
     data = open_dataset(config.dataset)
     max_iters = preflight.count_steps(config, asked, argv, data)
@@ -286,7 +289,8 @@ def work_left(
     """Operations of the steps from this one on, from the mean length of some rows."""
     some = data.step_rows(config.seed, 0, 64 * config.rows_per_step, config.block_size)
     length = data.input_tokens(some, config.block_size) / len(some)
-    rows = (config.max_iters - step) * config.rows_per_step
+    samples = config.num_samples if config.reward else 1
+    rows = (config.max_iters - step) * config.rows_per_step * samples
     return rows * length * model.flops_per_token(length)
 
 
@@ -568,6 +572,8 @@ def evaluation_line(run: Run, record: dict) -> str:
 
 
 def show_loss(record: dict) -> str:
+    if "reward" in record:
+        return f"reward {record['reward']:.3f}"
     name = next(name for name in record if name.startswith("train_loss"))
     return f"{name.removeprefix('train_')} {record[name]:.3f}"
 
@@ -597,7 +603,7 @@ def check_steps(run: Run, state: State, window: Window) -> None:
 
 def dry_run(run: Run, state: State, peak: Peak, timed: int = 3) -> None:
     """Prints parameters, memory and time expected, from a few steps that are not kept."""
-    run.objective.rehearse()
+    run.objective.rehearse(state.model)
     batches, counts, _ = next(steps(run, state))
     of_each_term = {batch.term: batch for batch in batches}.values()  # not held together
     activations = max(activation_bytes(run, state, batch) for batch in of_each_term)

@@ -67,7 +67,7 @@ class Checkpoint:
     @property
     def answers(self) -> bool:
         """Whether the model was fine-tuned on questions and answers."""
-        return self.run["dataset"]["kind"] in ("sft", "dpo")
+        return self.run["dataset"]["kind"] != "pretrain"
 
     @property
     def question_end(self) -> str:

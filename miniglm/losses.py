@@ -33,13 +33,18 @@ def next_token(model: nn.Module, idx: Tensor, targets: Tensor, places: Tensor) -
     return SummedLoss.apply(model, hidden, targets, *head_weights(model))
 
 
+def token_log_prob(model: nn.Module, idx: Tensor, targets: Tensor, places: Tensor) -> Tensor:
+    """Log probability in nats of each trained target, (N,), in the order of places."""
+    hidden, wanted = trained_positions(model(idx), targets, places)
+    return -EachLoss.apply(model, hidden, wanted, *head_weights(model))
+
+
 def sequence_log_prob(model: nn.Module, idx: Tensor, targets: Tensor, places: Tensor) -> Tensor:
     """Log probability in nats of each row's targets, (B, T) -> (B,); IGNORE does not count."""
-    hidden, wanted = trained_positions(model(idx), targets, places)
-    losses = EachLoss.apply(model, hidden, wanted, *head_weights(model))
+    log_p = token_log_prob(model, idx, targets, places)
     # scattered back to their places, so that a sum takes them in one order on any device
-    losses = losses.new_zeros(targets.numel()).index_copy(0, places, losses)
-    return -losses.view(targets.shape).sum(dim=1)
+    log_p = log_p.new_zeros(targets.numel()).index_copy(0, places, log_p)
+    return log_p.view(targets.shape).sum(dim=1)
 
 
 @torch.no_grad()
@@ -71,6 +76,14 @@ def dpo(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
     the rejected one (equation 7 of arXiv 2305.18290)."""
     chosen, rejected = (policy - reference).unbind(dim=1)
     return -F.logsigmoid(beta * (chosen - rejected))
+
+
+def kto(ratio: Tensor, is_good: Tensor, kl: Tensor, beta: float) -> Tensor:
+    """The loss of each answer, (B,), that is marked as good or bad: 1 - sigmoid(beta (ratio - kl)),
+    of a bad one 1 - sigmoid(beta (kl - ratio)) (arXiv 2402.01306). ratio: policy -
+    reference in log-probability, (B,); kl: that of answers that belong to other prompts, its mean,
+    at least 0."""
+    return 1 - torch.sigmoid(beta * torch.where(is_good, ratio - kl, kl - ratio))
 
 
 # --- the head, some hundred rows at a time -----------------------------------------------------

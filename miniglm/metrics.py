@@ -90,6 +90,11 @@ def look_up(questions: list[str], known: list[tuple[str, str]]) -> list[str]:
 # --- translations: BLEU and chrF++ -------------------------------------------------------------
 
 
+def chrf(answer: str, reference: str) -> float:
+    """chrF++ of one sentence, 0 to 100 (Popović 2017)."""
+    return METRICS["chrf"].sentence_score(answer, [reference]).score
+
+
 def score(metric: Metric, answers: list[str], references: list[str]) -> tuple[float, float, float]:
     """The corpus' score, 0 to 100, and the ends of its 95 % interval, by a percentile bootstrap."""
     counts = _counts(metric, answers, references)

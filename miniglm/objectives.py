@@ -13,12 +13,14 @@ loss = sum of weights[term] x sums[term] / counts[term], where counts are those 
 and processes: gradient accumulation equals the full batch under any mask, and a batch without a
 trained target gives 0, not NaN. What else `sums` returns is logged as a mean.
 
-A new objective is a class with these methods, and its kind of data in OBJECTIVES.
+A new objective is a class with these methods, and its kind of data in stages.py.
 """
 
 import copy
 import dataclasses
 import math
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,7 +78,7 @@ class Objective:
     def begin(self, model: torch.nn.Module, out_dir: Path, step: int) -> None:
         """Called before the first step, and when a run is resumed after `step` of them."""
 
-    def rehearse(self) -> None:
+    def rehearse(self, model: torch.nn.Module) -> None:
         """Called in place of `begin` before steps that are only timed."""
 
     def parts(self, start: int) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -95,7 +97,24 @@ class Objective:
         """The place of the rows that a process had in one micro-batch of a step."""
         other = copy.copy(self)
         other.world = dataclasses.replace(self.world, rank=rank)
+        if self.needs_newest_weights:  # which have changed since
+            return self.data.show_rows(other.parts(start)[1][micro])
         return self.data.show_rows(other.batches(start, step)[0][micro].rows)
+
+    def judge(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+        """The means of what `sums` gives over a split's batches, in eval mode, named val_."""
+        sums, counts = Counter(), Counter()
+        with eval_mode(model), torch.no_grad():
+            for batch, is_own in self.world.deal(batches):
+                values, own = self.sums(model, self.to_device(batch)), self.counts([batch])
+                for name, count in own.items():
+                    sums[name] += values[name].item() * is_own
+                    counts[name] += count * is_own
+        totals = self.world.sums(list(sums.values())), self.world.sums(list(counts.values()))
+        return {
+            f"val_{name}": total / max(1, count)
+            for name, total, count in zip(sums, *totals, strict=True)
+        }
 
     def to_device(self, batch: Batch) -> Batch:
         return batch._replace(arrays=send(batch.arrays, self.device))
@@ -218,7 +237,7 @@ class Preferences(Objective):
     def restore(self, run: dict) -> None:
         self.reference_key = run.get("reference")
 
-    def rehearse(self) -> None:
+    def rehearse(self, model: torch.nn.Module) -> None:
         """Dummy log-probabilities; same cost."""
         if self.reference_key:
             self.reference = {"train": torch.zeros(self.data.n_rows("train", 0), 2)}
@@ -252,7 +271,7 @@ class Preferences(Objective):
     def log_probs(self, model: torch.nn.Module, split: str) -> torch.Tensor:
         """Log-probabilities of each pair of a split by the model as it is, (P, 2) float32."""
         out = torch.zeros(self.data.n_rows(split, 0), 2)
-        batches = self.data.pair_batches(split, self.config.batch_size)
+        batches = self.data.row_batches(split, self.config.batch_size)
         for (pairs, arrays), is_own in self.world.deal(batches):
             # as its policy is computed: attention may round otherwise where gradients are wanted
             with self.autocast(), torch.set_grad_enabled(split == "train"):
@@ -297,21 +316,10 @@ class Preferences(Objective):
         return {name: value.sum() for name, value in values.items()}
 
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
-        names = ["loss", "loss_sft", *self.measures]
-        sums, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
-        batches = self.data.pair_batches("val", self.config.batch_size)
-        with eval_mode(model), torch.no_grad():
-            for (pairs, arrays), is_own in self.world.deal(batches):
-                batch = self.with_reference(Batch("loss", pairs, arrays), "val")
-                values = self.sums(model, self.to_device(batch))
-                for name, count in self.counts([batch]).items() if is_own else ():
-                    sums[name] += values[name].item()
-                    counts[name] += count
-        totals = self.world.sums(list(sums.values())), self.world.sums(list(counts.values()))
-        return {
-            f"val_{name}": total / max(1, count)
-            for name, total, count in zip(names, *totals, strict=True)
-        }
+        batches = self.data.row_batches("val", self.config.batch_size)
+        return self.judge(
+            model, (self.with_reference(Batch("loss", *batch), "val") for batch in batches)
+        )
 
     def describe(self, record: dict) -> str:
         return (
@@ -321,6 +329,3 @@ class Preferences(Objective):
 
     def row_length(self, tokens: int, rows: int, step: int) -> float:
         return tokens / (2 * rows)
-
-
-OBJECTIVES = {"pretrain": NextToken, "sft": NextToken, "dpo": Preferences}  # by the kind of data

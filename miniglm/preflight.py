@@ -16,7 +16,7 @@ from miniglm.checkpoint import has_checkpoint, read_run
 from miniglm.devices import environment, pick_dtype
 from miniglm.distributed import World
 from miniglm.interop.foreign import find_foreign
-from miniglm.objectives import OBJECTIVES
+from miniglm.stages import objective_of
 from model import Architecture
 
 # settings that change no bits
@@ -111,7 +111,7 @@ def check(config, start: Start, data: Dataset | Mixture, device: str, world: Wor
             f"{show_path(data.path)} is not what this run was trained on: it was prepared anew; "
             "train again in another --out_dir="
         )
-    needs_a_model = config.lora_rank or OBJECTIVES[data.kind].needs_a_model
+    needs_a_model = config.lora_rank or objective_of(config, data).needs_a_model
     if config.init_from == "scratch" and needs_a_model:
         why = f"lora_rank={config.lora_rank}" if config.lora_rank else f"dataset={config.dataset}"
         raise UserError(f"{why} changes a trained model; pass its out_dir as --init_from=")

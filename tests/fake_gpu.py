@@ -69,8 +69,8 @@ from miniglm.attention import attend
 from miniglm.decoding import Decoder
 from miniglm.distributed import ALONE, LossModule
 from miniglm.lora import add_adapters
-from miniglm.objectives import OBJECTIVES
 from miniglm.optim import make_optimizers
+from miniglm.stages import OBJECTIVES
 from model import GPT, ModelConfig
 from tests.watch import Watch
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from data_utils import Dataset
-from miniglm.prep.writer import Pair, write_dpo, write_pretrain, write_sft
+from miniglm.prep.writer import Mark, Pair, write_dpo, write_kto, write_pretrain, write_sft
 from miniglm.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,12 +68,19 @@ def preferences(seed: int, count: int) -> list[Pair]:
     ]
 
 
+def marks(seed: int, count: int) -> list[Mark]:
+    """The good answers of preferences, and the bad ones of every third."""
+    pairs = preferences(seed, count)
+    good = [(prompt, chosen, None) for prompt, chosen, _ in pairs]
+    return good + [(prompt, None, rejected) for prompt, _, rejected in pairs[::3]]
+
+
 def toy_tokenizer(vocab_size: int = 320) -> Tokenizer:
     return train_tokenizer([novel(0, 400)], vocab_size)
 
 
 def write_toys(folder: Path, scale: int = 1) -> None:
-    """folder/text, a novel, folder/questions and folder/pairs, of one vocabulary; scale: how many
+    """folder/text, a novel, folder/questions, pairs and marks, of one vocabulary; scale: how many
     times as much of each as the tests want."""
     texts = {"train": [novel(0, 400 * scale)], "val": [novel(1, 40 * scale)]}
     write_pretrain(folder / "text", toy_tokenizer(), texts, ["a test"])
@@ -81,6 +88,8 @@ def write_toys(folder: Path, scale: int = 1) -> None:
     write_sft(folder / "questions", toy_tokenizer(), pairs, ["a test"], max_tokens=32)
     pairs = {"train": preferences(3, 60 * scale), "val": preferences(4, 14 * scale)}
     write_dpo(folder / "pairs", toy_tokenizer(), pairs, ["a test"], max_tokens=32)
+    marked = {"train": marks(3, 60 * scale), "val": marks(4, 9 * scale)}
+    write_kto(folder / "marks", toy_tokenizer(), marked, ["a test"], max_tokens=32)
 
 
 def words(**settings: object) -> list[str]:

@@ -124,13 +124,18 @@ COURSES = {
     "adapters": {"dataset": "questions", **LORA},
     "preferences": PAIRS | {"dpo_sft_weight": 0.5},
     "preferences by adapters": PAIRS | LORA | {"init_from": "answers", "dataset": "pairs"},
+    "marks": LORA | {"init_from": "answers", "dataset": "marks"},
+    "rewards": LORA
+    | {"init_from": "answers", "dataset": "questions"}
+    | {"reward": "chrf,length", "num_samples": 3, "max_iters": 8},
     "an untied head": {"dataset": "text", "tie_weights": False, "checkpoint_activations": True},
     "short rows first": {"dataset": "text", "short_block": 8},
     "an LSTM": {"dataset": "text", "model": "lstm", "n_head": 8},
 }
 QUICK = {("pretraining with Muon", False), ("questions, uneven, with a text", False)}
 QUICK |= {("preferences by adapters", False), ("questions with a text", True)}
-WHOLE_ONLY = ("uneven micro-batches", "questions, uneven, with a text", "an LSTM")
+QUICK |= {("marks", False), ("rewards", False)}
+WHOLE_ONLY = ("uneven micro-batches", "questions, uneven, with a text", "an LSTM", "rewards")
 CASES = [(name, shard) for name in COURSES for shard in (False, True)]
 CASES = [(name, shard) for name, shard in CASES if not (shard and name in WHOLE_ONLY)]
 

@@ -317,7 +317,7 @@ def test_the_log_says_what_a_slow_loop_says_of_the_held_out_pairs(sft, tmp_path,
     data = Dataset(str(sft / "pairs"))
     models = load_checkpoint(out, "latest").model, load_checkpoint(sft / "sft").model
     rows = []
-    for _, (idx, targets) in data.pair_batches("val", 1):
+    for _, (idx, targets) in data.row_batches("val", 1):
         batch = torch.tensor(idx), torch.tensor(targets)
         with torch.no_grad():
             policy, base = (plain_log_prob(model, *batch).double() for model in models)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from data_utils import IGNORE, Dataset
 from miniglm.checkpoint import load_checkpoint
 from miniglm.losses import split_sums
-from miniglm.objectives import OBJECTIVES, NextToken
+from miniglm.objectives import NextToken
+from miniglm.stages import OBJECTIVES
 from tests.runs import (
     TINY,
     assert_accumulation_is_exact,

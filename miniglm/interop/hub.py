@@ -19,6 +19,7 @@ KINDS = {
     "pretrain": "texts",
     "sft": "questions and answers",
     "dpo": "preferences, questions with a chosen and a rejected answer",
+    "kto": "marks, answers that are good or bad",
 }
 RUN_ONLY = ("resume", "dry_run", "track", "prompts")  # settings that change no bit of a model
 
@@ -46,7 +47,7 @@ def model_card(
         "run": run,
         "n_params": n_params,
         "base": run["settings"].get("init_from", "scratch"),
-        "answers": run["dataset"]["kind"] in ("sft", "dpo"),
+        "answers": run["dataset"]["kind"] != "pretrain",
         "figures": table(["", "figure"], run_figures(run, n_params, record).items()),
         "architecture": ", ".join(f"`{name}={value}`" for name, value in shape.items()),
         "evaluation": evaluation_table(reports),

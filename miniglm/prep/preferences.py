@@ -28,7 +28,7 @@ from configurator import UserError, at_least, below, repo_path
 from miniglm.prep.forms import BadRecord, Preference, fields_of, is_whole, preference, split_of
 from miniglm.prep.pipeline import print_meta, splits_of
 from miniglm.prep.readers import Source, Tally, converted, find_sources
-from miniglm.prep.writer import Form, Pair, Records
+from miniglm.prep.writer import Form, Kind, Pair, Records
 from miniglm.prep.writer import write as write_dataset
 from miniglm.tokenizer import Tokenizer, load_tokenizer
 
@@ -50,14 +50,14 @@ class Settings:
 Read = Callable[[Settings, list[Source], Tokenizer, Tally], Records]
 
 
-def prepare(config: Settings, words: list[str], read: Read) -> None:
+def prepare(config: Settings, words: list[str], read: Read, kind: Kind = "dpo") -> None:
     """Files -> the dataset. They are all read in one process, since marks that belong together may
     lie in several files."""
     sources = find_sources(words, config.encoding)
     tokenizer, tally = load_tokenizer(config.tokenizer), Tally(config.strict)
     records = read(config, sources, tokenizer, tally)
     names = [source.name for source in sources]
-    form = Form("dpo", config.max_tokens, splits=splits_of(config.val), is_share=True)
+    form = Form(kind, config.max_tokens, splits=splits_of(config.val), is_share=True)
     out = repo_path(config.out or f"data/{config.name}")
     write(out, tokenizer, records, form, lambda: {"sources": names} | tally.meta())
     print(f"{tally.good:,} good records{tally.summary()}")
@@ -77,8 +77,11 @@ def write(
             yield split, pair
 
     meta = write_dataset(out, tokenizer, noted(), form, more_meta)
-    for prompt, chosen, rejected in shown:
-        print(f"{prompt[-1]['content']}\n    better: {chosen}\n    worse:  {rejected}")
+    for prompt, *answers in shown:
+        print(prompt[-1]["content"])
+        for word, answer in zip(("better:", "worse: "), answers, strict=True):
+            if answer is not None:
+                print(f"    {word} {answer}")
     print_meta(out, meta)
 
 
@@ -89,6 +92,14 @@ def read_pairs(config: Settings, sources: list[Source], _: Tokenizer, tally: Tal
     values = (value for source in sources for value in converted(source, tally, preference))
     for pair in matched(values, tally):
         yield split_of(pair[0], config.val), pair
+
+
+def read_marks(config: Settings, sources: list[Source], _: Tokenizer, tally: Tally) -> Records:
+    """Each answer by itself; a pair has two."""
+    for source in sources:
+        for prompt, good, bad in converted(source, tally, preference):
+            marks = (prompt, good, None), (prompt, None, bad)
+            yield from ((split_of(prompt, config.val), mark) for mark in marks if any(mark[1:]))
 
 
 def matched(preferences: Iterable[Preference], tally: Tally) -> Iterator[Pair]:
@@ -107,7 +118,8 @@ def matched(preferences: Iterable[Preference], tally: Tally) -> Iterator[Pair]:
     alone = sum(len(answers) for sides in waiting.values() for answers in sides)
     if alone and not paired:
         raise UserError(
-            f"no pair: no prompt of the {alone} marked answers has a good and a bad one"
+            f"no pair: no prompt of the {alone} marked answers has a good and a bad one; "
+            "--one_sided takes each by itself"
         )
     if alone:
         tally.aside["without a counterpart"] += alone

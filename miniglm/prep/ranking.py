@@ -26,7 +26,7 @@ from data_utils import Dataset
 from miniglm import comet, jsonl
 from miniglm.checkpoint import Checkpoint
 from miniglm.generation import Sampling
-from miniglm.metrics import METRICS
+from miniglm.metrics import chrf
 from miniglm.prep import preferences
 from miniglm.prep.preferences import best_and_worst, usable
 from miniglm.prep.writer import Form, Records
@@ -208,12 +208,8 @@ def comet_scores(config: Settings, model: object, lines: list[dict], header: dic
 
 
 def chrf_scores(lines: list[dict]) -> list[list[float]]:
-    """chrF++ of each line's samples, of 100 (Popović 2017)."""
-
-    def chrf(text: str, reference: str) -> float:
-        return round(METRICS["chrf"].sentence_score(text, [reference]).score, 4)
-
-    return [[chrf(text, line["reference"]) for text in line["samples"]] for line in lines]
+    """chrF++ of each line's samples, of 100."""
+    return [[round(chrf(text, line["reference"]), 4) for text in line["samples"]] for line in lines]
 
 
 def rank(

@@ -25,14 +25,16 @@ from typing import Literal
 import numpy as np
 
 from configurator import UserError, locked, show_path
+from data_utils import RECORDS
 from miniglm.chat import plain
 from miniglm.prep.forms import first_question, shortened
 from miniglm.tokenizer import Tokenizer
 
-Kind = Literal["pretrain", "sft", "dpo"]
+Kind = Literal["pretrain", "sft", "dpo", "kto"]
 Mask = Literal["answer", "no_end", "padding"]  # what of a conversation is trained, see `remask`
 Pair = tuple[list[dict], str, str]  # a prompt's messages, the chosen answer, the rejected one
-Record = str | list[dict] | Pair  # a text, the messages of a conversation, or a preference
+Mark = tuple[list[dict], str | None, str | None]  # the same with one of the answers
+Record = str | list[dict] | Pair | Mark  # a text, the messages of a conversation, a preference
 Records = Iterable[tuple[str, Record]]  # each with its split
 SENTENCE_END = re.compile(r"(?:[。！？…；!?;]|\.(?!\d))+[”’」』）)]*")
 
@@ -72,7 +74,7 @@ class Form:
     @property
     def records(self) -> str:
         """What meta.json calls the records."""
-        return {"pretrain": "documents", "sft": "conversations", "dpo": "pairs"}[self.kind]
+        return RECORDS[self.kind]
 
 
 def write_splits(
@@ -98,6 +100,7 @@ def write_splits(
 write_pretrain = partial(write_splits, "pretrain")
 write_sft = partial(write_splits, "sft")
 write_dpo = partial(write_splits, "dpo")
+write_kto = partial(write_splits, "kto")
 
 
 def write(
@@ -135,7 +138,6 @@ def write_unit(path: Path, records: Records, tokenizer: Tokenizer, form: Form) -
 
     Returns how many were skipped: (split, reason) -> n."""
     skipped = Counter()
-    encode = {"pretrain": encode_text, "sft": encode_conversation, "dpo": encode_pair}[form.kind]
     dtype = ids_dtype(tokenizer)
     with ExitStack() as stack:
         ids_file, mask_file, rows_file = (
@@ -144,7 +146,7 @@ def write_unit(path: Path, records: Records, tokenizer: Tokenizer, form: Form) -
         )
         for split, record in records:
             try:
-                ids, mask, row = encode(record, tokenizer, form)
+                ids, mask, row = ENCODERS[form.kind](record, tokenizer, form)
             except Skipped as reason:
                 skipped[split, str(reason)] += 1
                 continue
@@ -181,11 +183,29 @@ def encode_pair(pair: Pair, tokenizer: Tokenizer, form: Form) -> tuple:
     they cannot be fitted. Earlier answers belong to the prompt and are not trained."""
     both, how, rendered = fit_pair(tokenizer, pair, form.max_tokens)
     ids = [id for row, _ in rendered for id in row]
-    mask = []
-    for _, trained in rendered:
-        start = bytes(trained).rindex(b"\0\1") + 1  # of the last answer
-        mask += [0] * start + trained[start:]
+    mask = [bit for _, trained in rendered for bit in _last_answer(trained)]
     return ids, mask, _row(pair[0], both[0] + both[1], len(ids), len(rendered[0][0]), how)
+
+
+def encode_mark(mark: Mark, tokenizer: Tokenizer, form: Form) -> tuple:
+    """Ids, mask, and the ROW of a marked answer; the mask of a bad one has 2 for 1. Raises Skipped
+    if it cannot be fitted."""
+    prompt, good, bad = mark
+    answer = {"role": "assistant", "content": good or bad}
+    fitted, how, (ids, mask) = _fit(tokenizer, [*prompt, answer], form.max_tokens)
+    mask = [bit if good else 2 * bit for bit in _last_answer(mask)]
+    key, *row = _row(prompt, fitted, len(ids), 0, how)
+    return ids, mask, (key ^ bool(bad), *row)  # both marks of one answer are kept
+
+
+def _last_answer(mask: list[int]) -> list[int]:
+    """The mask without those of earlier answers."""
+    start = bytes(mask).rindex(b"\0\1") + 1
+    return [0] * start + mask[start:]
+
+
+ENCODERS = {"pretrain": encode_text, "sft": encode_conversation}
+ENCODERS |= {"dpo": encode_pair, "kto": encode_mark}
 
 
 def _row(messages: list[dict], kept: list[dict], tokens: int, chosen: int, how: str) -> tuple:

@@ -1,0 +1,242 @@
+"""Rewards (GRPO): the model answers each question several times, and learns what scored well.
+
+A step samples num_samples answers to each of its questions with the newest weights, at temperature
+1. An answer's advantage is its reward less the mean of its question's, over their standard
+deviation (arXiv 2402.03300); each of its tokens takes it, and the loss is the mean over all tokens
+of the step (arXiv 2503.14476). Samples are used once, so the ratio of the new to the old policy is
+1, and nothing is clipped. beta is the weight of the KL to the model with its adapters off, by the
+estimator exp(d) - d - 1 of d = log p(reference) - log p(policy).
+
+A reward is a function of this file, or `reward` in a file of your own:
+
+    def reward(question: str, answer: str, reference: str, ended: bool) -> float
+
+ended: whether the answer came to its end token. Several rewards add up. Training reads references
+of the training split alone.
+"""
+
+import dataclasses
+import math
+import runpy
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from configurator import UserError, nearest, user_path
+from data_utils import IGNORE, Dataset, collate
+from miniglm import generation, metrics
+from miniglm.generation import Request, Sampling
+from miniglm.lora import adapters_off
+from miniglm.losses import eval_mode, token_log_prob
+from miniglm.objectives import Batch, Objective
+from miniglm.scoring import in_chat, without_reasoning
+
+# --- rewards: 0 is worst, 1 is best ------------------------------------------------------------
+
+
+def chrf(question: str, answer: str, reference: str, ended: bool) -> float:
+    """chrF++ against the reference."""
+    return metrics.chrf(answer, reference) / 100
+
+
+def rouge_l(question: str, answer: str, reference: str, ended: bool) -> float:
+    """ROUGE-L over characters against the reference."""
+    return metrics.rouge_l(answer, reference)
+
+
+def length(question: str, answer: str, reference: str, ended: bool) -> float:
+    """The shorter one of answer and reference over the longer one, in characters."""
+    short, long = sorted((len(answer), len(reference)))
+    return short / long if long else 1.0
+
+
+def form(question: str, answer: str, reference: str, ended: bool) -> float:
+    """The share of 4-grams that are new; 0 if the answer is empty, broken or does not end."""
+    whole = ended and answer.strip() and "\ufffd" not in answer
+    return 1 - metrics.repeated([answer]) if whole else 0.0
+
+
+Reward = Callable[[str, str, str, bool], float]
+REWARDS = {function.__name__: function for function in (chrf, rouge_l, length, form)}
+
+
+def find_reward(name: str) -> Reward:
+    """The function of this name, or the one of a file. Raises UserError if there is none."""
+    path = user_path(name)
+    if name in REWARDS or not (name.endswith(".py") and path.is_file()):
+        if name not in REWARDS:
+            near = nearest(name, REWARDS) or f"; it takes {', '.join(REWARDS)} or a file.py"
+            raise UserError(f"reward={name}: no such file or reward{near}")
+        return REWARDS[name]
+    try:
+        reward = runpy.run_path(str(path)).get("reward")
+    except (Exception, SystemExit) as error:
+        raise UserError(f"reward={name}: {_in_a_line(error)}") from None
+    if not callable(reward):
+        raise UserError(f"reward={name} has no function reward(question, answer, reference, ended)")
+    return reward
+
+
+def total(rewards: dict[str, Reward], *of: object) -> float:
+    """The sum of the rewards of (question, answer, reference, ended). Raises UserError if one
+    fails, or gives no finite number."""
+    values = []
+    for name, reward in rewards.items():
+        where = f"for the answer {of[1][:30]!r} to {of[0][:30]!r}"
+        try:
+            values.append(reward(*of))
+        except Exception as error:
+            raise UserError(f"reward={name} failed {where}: {_in_a_line(error)}") from None
+        is_number = isinstance(values[-1], int | float | np.number)
+        if not is_number or not math.isfinite(values[-1]):
+            raise UserError(f"reward={name} gave {values[-1]!r} {where}; it must be a number")
+    return float(sum(values))
+
+
+def _in_a_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def advantages(rewards: np.ndarray) -> np.ndarray:
+    """Rewards of each question's answers, (questions, samples) -> their advantages, the same."""
+    spread = rewards.std(axis=1, ddof=1, keepdims=True)
+    return (rewards - rewards.mean(axis=1, keepdims=True)) / (spread + 1e-4)
+
+
+# --- the objective -----------------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    ids: list[int]  # the prompt, the answer and its end token, if it has one
+    mask: list[int]  # 1 for each token of the answer
+    reward: float
+    ended: bool
+
+
+class Rewards(Objective):
+    """Sampled answers, weighed by their advantages. A batch's rows are all samples of a question,
+    then all of the next one."""
+
+    unit = "questions"
+    needs_newest_weights = True
+    needs_a_model = True
+    defaults = (("dropout", 0.0),)
+    # each a mean over answers; spread: the standard deviation of a question's rewards
+    measures = ("reward", "spread", "length", "ended")
+
+    def __init__(self, config, data: Dataset, *where):
+        super().__init__(config, data, *where)
+        if data.kind != "sft" or not isinstance(data, Dataset):
+            raise UserError(f"dataset={config.dataset}: reward= takes one data set of questions")
+        if config.beta and not config.lora_rank:
+            raise UserError(
+                f"beta={config.beta:g} keeps near the model without its adapters; pass "
+                "--lora_rank=, or --beta=0"
+            )
+        if config.shard:
+            raise UserError("shard=True cannot sample, which reward= needs; leave it out")
+        self.weights = {"loss": 1.0} | ({"kl": config.beta} if config.beta else {})
+        self.rewards = {name: find_reward(name) for name in config.reward}
+
+    def begin(self, model: torch.nn.Module, *_) -> None:
+        self.model = model
+
+    def rehearse(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def batches(self, start: int, step: int) -> tuple[list[Batch], int]:
+        rows, parts = self.parts(start)
+        n, sampling = self.config.num_samples, Sampling(temperature=1.0, seed=self.config.seed)
+        place = {row: start + number for number, row in enumerate(rows.tolist())}
+        batches, tokens = [], 0
+        for part in parts:
+            requests = [(row, place[row], i) for row in part.tolist() for i in range(n)]
+            samples = self.samples(self.model, "train", requests, sampling)
+            rewards = np.array([sample.reward for sample in samples]).reshape(-1, n)
+            spread = np.repeat(rewards.std(axis=1, ddof=1), n)
+            measured = zip(samples, spread, strict=True)
+            measured = [[s.reward, std, sum(s.mask), s.ended] for s, std in measured]
+            idx, targets = collate([(sample.ids, sample.mask) for sample in samples])
+            more = advantages(rewards).ravel(), np.array(measured)
+            batches.append(
+                Batch("loss", part, (idx, targets, *(x.astype(np.float32) for x in more)))
+            )
+            tokens += sum(len(sample.ids) - 1 for sample in samples)
+        return batches, self.world.sums([tokens])[0]
+
+    def samples(
+        self, model: torch.nn.Module, split: str, wanted: list[tuple[int, ...]], sampling: Sampling
+    ) -> list[Sample]:
+        """An answer to each of wanted: a row of the split, and two numbers of which, with the seed,
+        its random stream depends."""
+        tokenizer, longest = self.data.tokenizer, self.data.meta["max_tokens"]
+        size = self.config.batch_size * self.config.num_samples
+        eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
+        asked = {row: self.question(split, row) for row in {row for row, *_ in wanted}}
+        with eager, eval_mode(model):
+            batch, requests = generation.Batch(model, tokenizer.stop_ids, size), []
+            for row, *stream in wanted:
+                prompt = asked[row][0]
+                limit = dataclasses.replace(sampling, max_new_tokens=longest - len(prompt))
+                requests.append(Request(prompt, limit, *stream))
+                batch.add(requests[-1])
+            while batch:
+                batch.step()
+        samples = []
+        for (row, *_), request in zip(wanted, requests, strict=True):
+            prompt, question, reference = asked[row]
+            answer = without_reasoning(tokenizer.decode(request.ids)).strip()
+            ended = request.finish == "stop"
+            reward = total(self.rewards, question, answer, reference, ended)
+            mask = [0] * len(prompt) + [1] * request.n_new
+            samples.append(Sample(request.text, mask, reward, ended))
+        return samples
+
+    def question(self, split: str, row: int) -> tuple[list[int], str, str]:
+        """The prompt's ids, the question and the reference of a row."""
+        first, end = self.data.bounds[split][row : row + 2].astype(int)
+        messages = self.data.tokenizer.parse(self.data.tokens[split][first:end])
+        prompt, _ = in_chat(self.data.tokenizer, messages)
+        return prompt, messages[-2]["content"], without_reasoning(messages[-1]["content"])
+
+    def counts(self, batches: list[Batch]) -> dict[str, int]:
+        tokens = sum(int((batch.arrays[1] != IGNORE).sum()) for batch in batches)
+        answers = sum(len(batch.arrays[1]) for batch in batches)
+        return dict.fromkeys(self.weights, tokens) | dict.fromkeys(self.measures, answers)
+
+    def sums(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        *rows, advantage, measured = batch.arrays
+        _, targets, places = rows
+        with self.autocast():
+            log_p = token_log_prob(model, *rows)
+        ratio = (log_p - log_p.detach()).exp()
+        values = {"loss": -(ratio * advantage[places // targets.shape[1]])}
+        if "kl" in self.weights:
+            with self.autocast(), torch.no_grad(), eval_mode(model), adapters_off(model):
+                d = token_log_prob(model, *rows)
+            d = d - log_p
+            values["kl"] = d.exp() - d - 1
+        values |= zip(self.measures, measured.T, strict=True)
+        return {name: value.sum() for name, value in values.items()}
+
+    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+        """Of greedy answers to all validation questions; the loss is the reward, less is better."""
+        n, greedy = self.data.n_rows("val", 0), Sampling(temperature=0.0)
+        rows = self.world.share(np.arange(n)).tolist()
+        samples = self.samples(model, "val", [(row, row, 0) for row in rows], greedy)
+        facts = [(sample.reward, sum(sample.mask), float(sample.ended)) for sample in samples]
+        sums = self.world.sums(np.array(facts).reshape(-1, 3).sum(axis=0).tolist())
+        reward, tokens, ended = (value / n for value in sums)
+        return {"val_loss": -reward, "val_reward": reward, "val_length": tokens, "val_ended": ended}
+
+    def describe(self, record: dict) -> str:
+        return (
+            f"{record['val_reward']:.3f} in validation, where answers have "
+            f"{record['val_length']:.1f} tokens and {record['val_ended']:.0%} end"
+        )
+
+    def row_length(self, tokens: int, rows: int, step: int) -> float:
+        return tokens / (rows * self.config.num_samples)
