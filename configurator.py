@@ -256,6 +256,10 @@ def field_comments(Defaults: type) -> dict[str, str]:
     return comments
 
 
+def in_a_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """`; did you mean 'x'?` if there is a similar name, else nothing."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
@@ -356,8 +360,7 @@ def _read_file(word: str, values: dict, hints: dict[str, type]) -> dict:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         line = lines[-1] if lines else getattr(error, "lineno", None)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{word}, line {line or '?'}: {reason}") from None
+        raise UserError(f"{word}, line {line or '?'}: {in_a_line(error)}") from None
     settings = {}
     for name, value in names.items():
         if name.startswith("_") or isinstance(value, types.ModuleType):

@@ -603,7 +603,7 @@ def check_steps(run: Run, state: State, window: Window) -> None:
 
 def dry_run(run: Run, state: State, peak: Peak, timed: int = 3) -> None:
     """Prints parameters, memory and time expected, from a few steps that are not kept."""
-    run.objective.rehearse(state.model)
+    run.objective.begin(state.model, None, 0)
     batches, counts, _ = next(steps(run, state))
     of_each_term = {batch.term: batch for batch in batches}.values()  # not held together
     activations = max(activation_bytes(run, state, batch) for batch in of_each_term)

@@ -39,6 +39,11 @@ X_LABELS = {
     "iter": "steps of the optimizer",
 }
 Y_LABELS = {"loss": "loss (nats per token)", "bits_per_byte": "bits per byte"}
+MARKED = {
+    "accuracy": ("accuracy",),
+    "reward": ("rewards_chosen", "rewards_rejected"),
+    "log p of an answer": ("logp_chosen", "logp_rejected"),
+}
 # the axes of other runs, by a column that only their logs have: columns, the second one dashed
 PANELS = {
     "reward": {  # rewards; tokens of an answer, share of the answers that ended
@@ -48,20 +53,8 @@ PANELS = {
         "tokens": ("length",),
         "ended": ("ended",),
     },
-    "margin": {  # preferences
-        "loss (nats per pair)": ("loss",),
-        "reward": ("rewards_chosen", "rewards_rejected"),
-        "margin": ("margin",),
-        "accuracy": ("accuracy",),
-        "log p of an answer": ("logp_chosen", "logp_rejected"),
-    },
-    "kl": {  # marks
-        "loss of a mark": ("loss",),
-        "reward": ("rewards_chosen", "rewards_rejected"),
-        "KL (nats)": ("kl",),
-        "accuracy": ("accuracy",),
-        "log p of an answer": ("logp_chosen", "logp_rejected"),
-    },
+    "margin": {"loss (nats per pair)": ("loss",), "margin": ("margin",)} | MARKED,  # preferences
+    "kl": {"loss of a mark": ("loss",), "KL (nats)": ("kl",)} | MARKED,  # marks
 }
 VALIDATION = {"lw": 2.2, "marker": "o", "ms": 4.5}
 TRAINING = {"lw": 0.9, "alpha": 0.45}
@@ -217,7 +210,7 @@ def answers_figure(runs: list[Run], x: X) -> Figure:
     curve, of the chosen answers and then of the rejected ones."""
     panels = runs[0].panels
     with style():
-        figure = panels_figure(runs, x, panels, [2, 2, 1.4, 1.2, 2], height=10)
+        figure = panels_figure(runs, x, panels, [2, 1.4, 1.4, 2, 2], height=10)
         for axes, names in zip(figure.axes, panels.values(), strict=True):
             if names[0] in ("accuracy", "ended"):
                 axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))

@@ -7,8 +7,6 @@ whatever their numbers: marks of the rarer kind count more. The reference is the
 adapters off.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 
@@ -38,9 +36,6 @@ class Marks(Objective):
         self.kind_weights = counts.max() / np.maximum(counts, 1)
 
     def begin(self, model: torch.nn.Module, *_) -> None:
-        self.model = model
-
-    def rehearse(self, model: torch.nn.Module) -> None:
         self.model = model
 
     def batches(self, start: int, step: int) -> tuple[list[Batch], int]:
@@ -92,14 +87,9 @@ class Marks(Objective):
 
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
         kl = self.kl(model, "val", np.arange(self.data.n_rows("val", 0)))
-        return self.judge(model, self.val_batches(kl))
-
-    def val_batches(self, kl: float) -> Iterator[Batch]:
-        for rows, arrays in self.data.row_batches("val", self.config.batch_size):
-            yield self.marked("val", rows, arrays, kl)
+        batches = self.data.row_batches("val", self.config.batch_size)
+        return self.judge(model, (self.marked("val", *batch, kl) for batch in batches))
 
     def describe(self, record: dict) -> str:
-        return (
-            f"{record['val_loss']:.3f} in validation, where {record['val_accuracy']:.0%} of the "
-            "answers moved as they are marked"
-        )
+        moved = f"{record['val_accuracy']:.0%} of the answers moved as they are marked"
+        return f"{record['val_loss']:.3f} in validation, where {moved}"

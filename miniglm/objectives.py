@@ -55,6 +55,7 @@ class Objective:
     """What objectives share. config: train.py's Settings."""
 
     unit = "rows"  # what a step counts
+    copies = 1  # rows that the model reads of each
     needs_newest_weights = False  # to make its rows, as samples do: then no step is made ahead
     needs_a_model = False  # to begin with
     defaults = ()  # (name, value) of settings that a model given as init_from does not decide
@@ -75,11 +76,9 @@ class Objective:
     def restore(self, run: dict) -> None:
         """Takes what `saved` gave from the run.json of a run that is resumed."""
 
-    def begin(self, model: torch.nn.Module, out_dir: Path, step: int) -> None:
-        """Called before the first step, and when a run is resumed after `step` of them."""
-
-    def rehearse(self, model: torch.nn.Module) -> None:
-        """Called in place of `begin` before steps that are only timed."""
+    def begin(self, model: torch.nn.Module, out_dir: Path | None, step: int) -> None:
+        """Called before the first step, and when a run is resumed after `step` of them. Without an
+        out_dir steps are only timed."""
 
     def parts(self, start: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """The rows of the step that begins after `start` rows, and those of each micro-batch of
@@ -91,7 +90,7 @@ class Objective:
 
     def row_length(self, tokens: int, rows: int, step: int) -> float:
         """The mean length of rows, as attention sees them, that hold these tokens."""
-        return tokens / rows
+        return tokens / (rows * self.copies)
 
     def show_rows(self, start: int, step: int, rank: int, micro: int) -> str:
         """The place of the rows that a process had in one micro-batch of a step."""
@@ -204,7 +203,7 @@ class Preferences(Objective):
     else its log-probabilities of all pairs are computed once, and kept in the out_dir.
     """
 
-    unit = "pairs"
+    unit, copies = "pairs", 2
     needs_a_model = True
     defaults = (("dropout", 0.0),)  # it is noise in both log-probabilities
     # besides the loss a pair: what tells how training goes, each a mean over pairs
@@ -237,17 +236,15 @@ class Preferences(Objective):
     def restore(self, run: dict) -> None:
         self.reference_key = run.get("reference")
 
-    def rehearse(self, model: torch.nn.Module) -> None:
-        """Dummy log-probabilities; same cost."""
-        if self.reference_key:
-            self.reference = {"train": torch.zeros(self.data.n_rows("train", 0), 2)}
-
-    def begin(self, model: torch.nn.Module, out_dir: Path, step: int) -> None:
+    def begin(self, model: torch.nn.Module, out_dir: Path | None, step: int) -> None:
         """Reads the reference's log-probabilities, or computes and writes them before step 0.
 
         Raises UserError if they were lost since, or if the validation split is another one.
         """
         if not self.reference_key:
+            return
+        if not out_dir:
+            self.reference = {"train": torch.zeros(self.data.n_rows("train", 0), 2)}  # same cost
             return
         val = self.data.meta["splits"].get("val", {})
         if self.reference_key.get("val") != val.get("fingerprint"):
@@ -326,6 +323,3 @@ class Preferences(Objective):
             f"{record['val_loss']:.3f} in validation (nats per pair); there the chosen answer has "
             f"the higher reward in {record['val_accuracy']:.0%}, by {record['val_margin']:.3f}"
         )
-
-    def row_length(self, tokens: int, rows: int, step: int) -> float:
-        return tokens / (2 * rows)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from configurator import UserError, nearest, user_path
+from configurator import UserError, in_a_line, nearest, user_path
 from data_utils import IGNORE, Dataset, collate
 from miniglm import generation, metrics
 from miniglm.generation import Request, Sampling
@@ -65,16 +65,16 @@ REWARDS = {function.__name__: function for function in (chrf, rouge_l, length, f
 
 def find_reward(name: str) -> Reward:
     """The function of this name, or the one of a file. Raises UserError if there is none."""
-    path = user_path(name)
-    if name in REWARDS or not (name.endswith(".py") and path.is_file()):
-        if name not in REWARDS:
-            near = nearest(name, REWARDS) or f"; it takes {', '.join(REWARDS)} or a file.py"
-            raise UserError(f"reward={name}: no such file or reward{near}")
+    if name in REWARDS:
         return REWARDS[name]
+    path = user_path(name)
+    if path.suffix != ".py" or not path.is_file():
+        near = nearest(name, REWARDS) or f"; it takes {', '.join(REWARDS)} or a file.py"
+        raise UserError(f"reward={name}: no such file or reward{near}")
     try:
         reward = runpy.run_path(str(path)).get("reward")
     except (Exception, SystemExit) as error:
-        raise UserError(f"reward={name}: {_in_a_line(error)}") from None
+        raise UserError(f"reward={name}: {in_a_line(error)}") from None
     if not callable(reward):
         raise UserError(f"reward={name} has no function reward(question, answer, reference, ended)")
     return reward
@@ -89,15 +89,11 @@ def total(rewards: dict[str, Reward], *of: object) -> float:
         try:
             values.append(reward(*of))
         except Exception as error:
-            raise UserError(f"reward={name} failed {where}: {_in_a_line(error)}") from None
+            raise UserError(f"reward={name} failed {where}: {in_a_line(error)}") from None
         is_number = isinstance(values[-1], int | float | np.number)
         if not is_number or not math.isfinite(values[-1]):
             raise UserError(f"reward={name} gave {values[-1]!r} {where}; it must be a number")
     return float(sum(values))
-
-
-def _in_a_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def advantages(rewards: np.ndarray) -> np.ndarray:
@@ -132,19 +128,14 @@ class Rewards(Objective):
         if data.kind != "sft" or not isinstance(data, Dataset):
             raise UserError(f"dataset={config.dataset}: reward= takes one data set of questions")
         if config.beta and not config.lora_rank:
-            raise UserError(
-                f"beta={config.beta:g} keeps near the model without its adapters; pass "
-                "--lora_rank=, or --beta=0"
-            )
+            raise UserError(f"beta={config.beta:g} needs adapters; pass --lora_rank=, or --beta=0")
         if config.shard:
             raise UserError("shard=True cannot sample, which reward= needs; leave it out")
         self.weights = {"loss": 1.0} | ({"kl": config.beta} if config.beta else {})
+        self.copies = config.num_samples
         self.rewards = {name: find_reward(name) for name in config.reward}
 
     def begin(self, model: torch.nn.Module, *_) -> None:
-        self.model = model
-
-    def rehearse(self, model: torch.nn.Module) -> None:
         self.model = model
 
     def batches(self, start: int, step: int) -> tuple[list[Batch], int]:
@@ -153,17 +144,13 @@ class Rewards(Objective):
         place = {row: start + number for number, row in enumerate(rows.tolist())}
         batches, tokens = [], 0
         for part in parts:
-            requests = [(row, place[row], i) for row in part.tolist() for i in range(n)]
-            samples = self.samples(self.model, "train", requests, sampling)
-            rewards = np.array([sample.reward for sample in samples]).reshape(-1, n)
-            spread = np.repeat(rewards.std(axis=1, ddof=1), n)
-            measured = zip(samples, spread, strict=True)
-            measured = [[s.reward, std, sum(s.mask), s.ended] for s, std in measured]
-            idx, targets = collate([(sample.ids, sample.mask) for sample in samples])
-            more = advantages(rewards).ravel(), np.array(measured)
-            batches.append(
-                Batch("loss", part, (idx, targets, *(x.astype(np.float32) for x in more)))
-            )
+            wanted = [(row, place[row], i) for row in part.tolist() for i in range(n)]
+            samples = self.samples(self.model, "train", wanted, sampling)
+            measured = np.array([(s.reward, 0, sum(s.mask), s.ended) for s in samples], np.float32)
+            rewards = measured[:, 0].reshape(-1, n)
+            measured[:, 1] = rewards.std(axis=1, ddof=1).repeat(n)
+            rows = collate([(sample.ids, sample.mask) for sample in samples])
+            batches.append(Batch("loss", part, (*rows, advantages(rewards).ravel(), measured)))
             tokens += sum(len(sample.ids) - 1 for sample in samples)
         return batches, self.world.sums([tokens])[0]
 
@@ -188,8 +175,8 @@ class Rewards(Objective):
         samples = []
         for (row, *_), request in zip(wanted, requests, strict=True):
             prompt, question, reference = asked[row]
-            answer = without_reasoning(tokenizer.decode(request.ids)).strip()
-            ended = request.finish == "stop"
+            answer, ended = tokenizer.decode(request.ids), request.finish == "stop"
+            answer = without_reasoning(answer).strip()
             reward = total(self.rewards, question, answer, reference, ended)
             mask = [0] * len(prompt) + [1] * request.n_new
             samples.append(Sample(request.text, mask, reward, ended))
@@ -233,10 +220,5 @@ class Rewards(Objective):
         return {"val_loss": -reward, "val_reward": reward, "val_length": tokens, "val_ended": ended}
 
     def describe(self, record: dict) -> str:
-        return (
-            f"{record['val_reward']:.3f} in validation, where answers have "
-            f"{record['val_length']:.1f} tokens and {record['val_ended']:.0%} end"
-        )
-
-    def row_length(self, tokens: int, rows: int, step: int) -> float:
-        return tokens / (rows * self.config.num_samples)
+        what = f"{record['val_length']:.1f} tokens and {record['val_ended']:.0%} end"
+        return f"{record['val_reward']:.3f} in validation, where answers have {what}"

@@ -28,10 +28,8 @@ class Settings(preferences.Settings):
     margin: Annotated[float, at_least(0)] = 0.0  # with ranked: least difference of two scores
 
     def __post_init__(self):
-        if self.input and self.ranked:
+        if (self.input or self.one_sided) and self.ranked:
             raise UserError("--input= and --ranked= take different records; pass one of them")
-        if self.one_sided and self.ranked:
-            raise UserError("--one_sided takes marks and pairs; pass --input= with it")
         if self.margin and not self.ranked:
             raise UserError("--margin= needs scores; pass --ranked= with it")
 

@@ -209,7 +209,7 @@ def comet_scores(config: Settings, model: object, lines: list[dict], header: dic
 
 def chrf_scores(lines: list[dict]) -> list[list[float]]:
     """chrF++ of each line's samples, of 100."""
-    return [[round(chrf(text, line["reference"]), 4) for text in line["samples"]] for line in lines]
+    return [[round(chrf(s, line["reference"]), 4) for s in line["samples"]] for line in lines]
 
 
 def rank(

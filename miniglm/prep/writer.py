@@ -100,7 +100,6 @@ def write_splits(
 write_pretrain = partial(write_splits, "pretrain")
 write_sft = partial(write_splits, "sft")
 write_dpo = partial(write_splits, "dpo")
-write_kto = partial(write_splits, "kto")
 
 
 def write(
