@@ -1,8 +1,10 @@
-"""Scores of a model: perplexity, bits per byte; of answers ROUGE-L, of translations BLEU; reports.
+"""Scores of a model: perplexity, bits per byte; of answers ROUGE-L, of translations BLEU; multiple
+choice; reports.
 
     python evaluations.py --out_dir=out-sanguo
     python evaluations.py --out_dir=out-sanguo-sft --split=val
     python evaluations.py --out_dir=out-translate-sft --dataset=finance_sft --split=test
+    python evaluations.py --out_dir=out-sanguo-sft --dataset=data/raw/ceval-exam/val --shots=5
     python evaluations.py --compare=out-translate-sft,out-translate-lora
 
 Writes evaluation.json to the out_dir and, for questions and translations, answers.jsonl, both with
@@ -20,7 +22,7 @@ from configurator import UserError, at_least, command, configure, repo_path, sho
 import numpy as np
 
 from data_utils import Dataset, Mixture, open_dataset
-from miniglm import jsonl, scoring
+from miniglm import choices, jsonl, scoring
 from miniglm.checkpoint import Checkpoint, check_writable
 from miniglm.comparison import compare, report_name
 from miniglm.generation import Sampling
@@ -43,6 +45,7 @@ class Settings(Sampling):
     dataset: str | None = None  # a name under data/, or a path; None is what it was trained on
     split: str | None = None  # one that the dataset has; None is val, with compare test
     batch_size: Annotated[int, at_least(1)] = 32  # rows at once
+    shots: Annotated[int, at_least(0)] = 0  # of multiple choice: examples before each question
     quantize: Literal["int8"] | None = None  # weights of 8 bits, on a CPU
     device: str = "auto"  # cuda, mps, cpu; auto is the first of them that is there
     compare: list[str] = field(default_factory=list)  # a translator's evaluated out_dirs, in order
@@ -174,7 +177,9 @@ def write(checkpoint: Checkpoint, report: dict, asked: list[dict], seen: list[di
             values = {group: [r[key] for r in records] for group, records in groups.items()}
             path, log_x = out_dir / f"{key}.png", key == "perplexity"
             draw_histogram(values, path, title, label, log_x=log_x)
-    for key, value in report.items():
+    if "subjects" in report:
+        print("\n".join(choices.table(report)))
+    for key, value in report.items() if "subjects" not in report else ():
         print(f"{key:<20}  {value:.4g}" if isinstance(value, float) else f"{key:<20}  {value}")
     print(f"written to {show_path(out_dir)}/evaluation.json")
 
@@ -187,6 +192,10 @@ def main(argv: list[str]) -> None:
         return compare(config.compare, datasets, split, config.examples, repo_path(config.out))
     split = config.split or "val"
     checkpoint = load_for_sampling(config.out_dir, config.device, config.quantize == "int8")
+    if config.dataset and choices.is_choices(path := repo_path(config.dataset)):
+        check_writable(checkpoint.out_dir, "--out_dir=")
+        report, asked = choices.evaluate(checkpoint, path, config.shots, config.batch_size)
+        return write(checkpoint, report, asked, None)
     data = dataset_of(checkpoint, config.dataset)
     if data.kind in ("dpo", "kto"):
         raise UserError(

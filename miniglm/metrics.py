@@ -9,6 +9,8 @@ these counts give the score; so sentences are drawn or exchanged by their counts
                Maxwell, 2005)
 """
 
+import math
+
 import numpy as np
 from rouge import Rouge
 from sacrebleu.metrics import BLEU, CHRF
@@ -28,6 +30,13 @@ SEED = 12345  # sacrebleu's own, so that its intervals are these
 
 def mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share hits / n (Wilson, 1927)."""
+    z2 = 1.959964**2
+    center, half = hits + z2 / 2, math.sqrt(z2 * (hits * (n - hits) / n + z2 / 4))
+    return max(0.0, (center - half) / (n + z2)), min(1.0, (center + half) / (n + z2))
 
 
 # --- answers -----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from data_utils import IGNORE, collate
+from data_utils import collate
 from miniglm.checkpoint import Checkpoint
 from miniglm.losses import send, target_losses
 from miniglm.metrics import METRICS, distinct, look_up, mean, repeated, rouge_l, score, signature
@@ -39,24 +39,32 @@ def in_text(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], list
     return prompt, [*tokenizer.encode(target), tokenizer.end_of_text]
 
 
+def answer_nats(
+    checkpoint: Checkpoint, pairs: list[tuple[list[int], list[int]]], batch_size: int
+) -> list[float]:
+    """The sum of -log p in nats of each answer, from pairs of the ids of a prompt and an answer;
+    those of like length are scored at once."""
+    model, nats = checkpoint.model, [0.0] * len(pairs)
+    order = sorted(range(len(pairs)), key=lambda row: -sum(map(len, pairs[row])))
+    for first in tqdm(range(0, len(pairs), batch_size), unit="batch"):
+        rows = order[first : first + batch_size]
+        chosen = [pairs[row] for row in rows]
+        batch = collate([(a + b, [0] * len(a) + [1] * len(b)) for a, b in chosen])
+        losses = target_losses(model, *send(batch, str(model.wte.weight.device))).cpu().double()
+        for row, loss in zip(rows, losses.sum(dim=1).tolist(), strict=True):
+            nats[row] = loss
+    return nats
+
+
 def reference_losses(
     checkpoint: Checkpoint, conversations: list[list[dict]], batch_size: int, ask: Ask = in_chat
 ) -> list[tuple[float, int, int]]:
     """For each conversation's last answer, its end token included: the sum of -log p in nats, its
     tokens, its UTF-8 bytes."""
-    tokenizer, device = checkpoint.tokenizer, str(checkpoint.model.wte.weight.device)
-    losses = []
-    for first in range(0, len(conversations), batch_size):
-        rendered = []
-        for messages in conversations[first : first + batch_size]:
-            prompt, answer = ask(tokenizer, messages)
-            rendered.append((prompt + answer, [0] * len(prompt) + [1] * len(answer)))
-        batch = collate(rendered)
-        nats = target_losses(checkpoint.model, *send(batch, device)).cpu().double()
-        for row, targets in zip(nats.sum(dim=1).tolist(), batch[1], strict=True):
-            trained = targets[targets != IGNORE]
-            losses.append((row, len(trained), int(tokenizer.bytes_per_id[trained].sum())))
-    return losses
+    pairs = [ask(checkpoint.tokenizer, messages) for messages in conversations]
+    n_bytes = [int(checkpoint.tokenizer.bytes_per_id[answer].sum()) for _, answer in pairs]
+    tokens = [len(answer) for _, answer in pairs]
+    return [*zip(answer_nats(checkpoint, pairs, batch_size), tokens, n_bytes, strict=True)]
 
 
 def answer_all(
