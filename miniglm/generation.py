@@ -44,6 +44,7 @@ class Sampling:
     frequency_penalty: Annotated[float, PENALTY] = 0.0  # lowers new ids each time they come
     presence_penalty: Annotated[float, PENALTY] = 0.0  # lowers new ids once
     no_repeat_ngram: Annotated[int, at_least(0)] = 0  # n: no n tokens come twice; 0 is off
+    end_p: Annotated[float, at_least(0), at_most(1)] = 0.0  # ends only where that is so probable
     stop: list[str] = field(default_factory=list)  # the output ends before these texts
     seed: Annotated[int, at_least(0)] = 1337  # same seed, same text
 
@@ -205,7 +206,8 @@ class Batch:
         self.running.pop()
 
     def _choose(self, logits: Tensor) -> list[Token]:
-        ids = choose(penalize(logits, self.running, self.stop_ids), self.running)
+        kept = hold_ends(logits, self.running, self.stop_ids)
+        ids = choose(penalize(kept, self.running, self.stop_ids), self.running)
         counts = [request.alternatives for request in self.running]
         if all(count is None for count in counts):
             return [Token(id) for id in ids]
@@ -218,6 +220,19 @@ class Batch:
             pairs = tuple(zip(others[row], probs[row], strict=True))[:count]
             tokens.append(Token(id) if count is None else Token(id, log_prob, pairs))
         return tokens
+
+
+def hold_ends(logits: Tensor, requests: list[Request], stop_ids: tuple[int, ...]) -> Tensor:
+    """(B, n_vocab) logits, without the stop ids in rows where these have less than end_p together.
+    The end can be the likeliest id though going on is likelier, in other words each time: at 0.5
+    greedy decoding goes on there."""
+    least = [request.sampling.end_p for request in requests]
+    if not any(least):
+        return logits
+    stops = torch.tensor(stop_ids, dtype=torch.int64, device=logits.device)
+    ends = torch.softmax(logits, dim=-1)[:, stops].sum(dim=-1)
+    held = ends < torch.tensor(least, device=logits.device)
+    return logits.index_fill(1, stops, -torch.inf).where(held[:, None], logits)
 
 
 def penalize(logits: Tensor, requests: list[Request], stop_ids: tuple[int, ...] = ()) -> Tensor:

@@ -46,12 +46,9 @@ def load_for_sampling(out_dir: str, device: str = "auto", int8: bool = False) ->
 
 
 def fingerprint(checkpoint: Checkpoint, sampling: Sampling) -> dict:
-    """What outputs depend on, besides their prompts: for the header of a file that is resumed.
-    Penalties that are off are left out, as files begun before there were any have it."""
+    """What outputs depend on, besides their prompts: for the header of a file that is resumed."""
     sampling = default_temperature(checkpoint, sampling)
     settings = {field.name: getattr(sampling, field.name) for field in fields(Sampling)}
-    off = [name for name in ("frequency_penalty", "presence_penalty") if not settings[name]]
-    settings = {name: value for name, value in settings.items() if name not in off}
     settings["tokenizer_sha256"] = checkpoint.tokenizer.sha256
     return settings | {"weights_sha256": weights_sha256(checkpoint.path)}
 

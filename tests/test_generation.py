@@ -12,7 +12,7 @@ import torch.nn as nn
 from configurator import UserError
 from miniglm import compiling, decoding
 from miniglm.decoding import Decoder, PackedLinear, compile_one_row, may_compile, pack, quantize
-from miniglm.generation import Batch, Request, Sampling, choose, penalize
+from miniglm.generation import Batch, Request, Sampling, choose, hold_ends, penalize
 from model import ACTIVATIONS, MLP, MLPS, NORMS, Attention, Block, RMSNorm, SwiGLU
 from tests.helpers import ALL_MODELS, ARCHITECTURES, NEEDS_COMPILER, logits, random_ids, tiny_model
 from tests.runs import run
@@ -188,6 +188,7 @@ def test_an_impossible_setting_is_named():
     impossible |= {"temperature": [-0.1, 1e-50, math.inf, math.nan], "top_p": [0.0, 1e-50, 1.1]}
     impossible |= {"frequency_penalty": [-2.1, math.nan], "presence_penalty": [2.1, math.nan]}
     impossible |= {"min_p": [-0.1, 1.1], "repetition_penalty": [0.0, 1e-300, math.nan]}
+    impossible |= {"end_p": [-0.1, 1.1, math.nan]}
     for name, values in (impossible | {"no_repeat_ngram": [-1]}).items():
         for value in values:
             with pytest.raises(UserError, match=f"^{name}"):
@@ -332,6 +333,31 @@ def test_penalties_spare_what_ends_a_text():
         request = Request(text, Sampling(**options))
         assert penalize(logits, [request], stop_ids=(5,))[0, 5] == 1
         assert penalize(logits, [request])[0, 5] < 1
+
+
+def test_a_text_ends_only_where_its_end_has_end_p():
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.6, 0.1, 0.2, 0.1]]).log()
+    held = [Request([3], Sampling(temperature=0.0, end_p=0.5)) for _ in range(2)]
+    off = [Request([3], Sampling(temperature=0.0)) for _ in range(2)]
+
+    def ids(requests, *stop_ids):
+        return choose(hold_ends(logits, requests, stop_ids), requests)
+
+    assert ids(held, 0) == [1, 0] and ids([off[0], held[1]], 0) == [0, 0]
+    assert ids(held, 0, 1) == [0, 0] and ids(held, 0, 3) == [0, 0]  # several ends have it together
+    assert ids(held) == [0, 0]
+    assert hold_ends(logits, off, (0,)) is logits  # nothing is spent on what is off
+
+
+def test_a_batch_holds_ends():
+    model = tiny_model()
+    end = int(next_logits(model, [5, 6]).argmax())
+    for end_p, finish, n_new in ((0.0, "stop", 1), (1.0, "length", 7)):
+        batch = Batch(model, (end,))
+        batch.add(request := Request([5, 6], Sampling(7, temperature=0.0, end_p=end_p)))
+        while batch:
+            batch.step()
+        assert (request.finish, request.n_new) == (finish, n_new)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1e4}, {"top_p": 1e-6}, {"min_p": 1.0}])
