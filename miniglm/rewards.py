@@ -141,10 +141,10 @@ class Rewards(Objective):
     def batches(self, start: int, step: int) -> tuple[list[Batch], int]:
         rows, parts = self.parts(start)
         n, sampling = self.config.num_samples, Sampling(temperature=1.0, seed=self.config.seed)
-        place = {row: start + number for number, row in enumerate(rows.tolist())}
+        numbers = np.array_split(start + self.world.share(np.arange(len(rows))), len(parts) or 1)
         batches, tokens = [], 0
-        for part in parts:
-            wanted = [(row, place[row], i) for row in part.tolist() for i in range(n)]
+        for part, own in zip(parts, numbers, strict=False):
+            wanted = [(*which, i) for which in zip(part, own, strict=True) for i in range(n)]
             samples = self.samples(self.model, "train", wanted, sampling)
             measured = np.array([(s.reward, 0, sum(s.mask), s.ended) for s in samples], np.float32)
             rewards = measured[:, 0].reshape(-1, n)

@@ -1,0 +1,15 @@
+# Rewards instead of preferences: eight translations of each sentence, weighed by their chrF++.
+#   python train.py config/translate_small/5_grpo.py
+out_dir = "out-translate-grpo"
+init_from = "out-translate-lora"
+dataset = "finance_sft"
+reward = ["chrf"]
+lora_rank = 8
+
+batch_size = 16
+max_iters = 100
+learning_rate = 1e-3
+beta = 0.02
+warmup_iters = 5
+eval_interval = 25
+best_by = "last"
