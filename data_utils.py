@@ -284,8 +284,8 @@ class Mixture:
         for part in parts:
             part.check_tokenizer(parts[0].tokenizer, parts[0].path)
             if part.kind in ("dpo", "kto"):
-                what = "preferences" if part.kind == "dpo" else "marks"
-                raise UserError(f"{show_path(part.path)} holds {what}, which cannot be mixed")
+                what = f"{show_path(part.path)} holds {RECORDS[part.kind]}"
+                raise UserError(f"{what}, which cannot be mixed")
         ends = np.rint(np.cumsum(weights / weights.sum()) * PERIOD).astype(int)
         self.shares = np.diff(ends, prepend=0)  # rows of each in a period
         if not self.shares.all():

@@ -198,9 +198,7 @@ def main(argv: list[str]) -> None:
         return write(checkpoint, report, asked, None)
     data = dataset_of(checkpoint, config.dataset)
     if data.kind in ("dpo", "kto"):
-        raise UserError(
-            f"{show_path(data.path)} holds preferences; pass --dataset= of questions or of text"
-        )
+        raise UserError(f"{show_path(data.path)} has no questions or text; pass another --dataset=")
     data.check(window_of(checkpoint, data), split)
     data.check_tokenizer(checkpoint.tokenizer, checkpoint.path)
     # greedy, whatever sampling takes by default

@@ -25,6 +25,7 @@ from configurator import (
     UserError,
     above,
     at_least,
+    at_most,
     below,
     command,
     configure,
@@ -66,7 +67,7 @@ class Settings(Architecture):
     dry_run: bool = False  # print parameters, memory and time expected, and stop
     seed: Annotated[int, at_least(0)] = 1337  # of weights, order of rows and dropout
     max_iters: Annotated[int | None, at_least(1)] = None  # steps; None: epochs, else 2000
-    epochs: Annotated[float | None, above(0)] = None  # readings of the (first) dataset instead
+    epochs: Annotated[float | None, above(0), at_most(1e6)] = None  # readings of the data instead
     batch_size: Annotated[int, at_least(1)] = 16  # rows of a micro-batch, computed at once
     gradient_accumulation_steps: Annotated[int, at_least(1)] = 1  # x batch_size: rows of a step
     short_block: Annotated[int | None, at_least(1)] = None  # tokens of rows, first half of decay
@@ -255,10 +256,11 @@ def read_settings(argv: list[str]) -> tuple[Settings, Start, Dataset | Mixture]:
     if begins.run:
         changes = {"out_dir": config.out_dir}  # it may have been renamed
         if not begins.resumes:
-            changes = dict(objective_of(config, open_dataset(config.dataset)).defaults)
+            objective = objective_of(config, open_dataset(config.dataset))
+            changes = {"dropout": 0.0} if objective.needs_a_model else {}  # it would be noise
         config = configure(Settings, argv, begins.settings() | changes)
     data = open_dataset(config.dataset)
-    max_iters = preflight.count_steps(config, asked, argv, data)
+    max_iters = preflight.count_steps(config, asked, argv, data, begins)
     return dataclasses.replace(config, max_iters=max_iters, epochs=None), begins, data
 
 
@@ -535,7 +537,8 @@ def headline(run: Run, state: State, peak: Peak) -> str:
     rows = run.data.n_rows("train", config.block_size)
     trained = f", {n_trained(state.model) / 1e6:.2f}M of them trained," if run.adapter else ""
     processes = f" in {size} processes" if size > 1 else ""
-    epochs = config.max_iters * config.rows_per_step / run.data.epoch(config.block_size)
+    left = config.max_iters - state.progress.iter
+    epochs = (state.progress.rows + left * config.rows_per_step) / run.data.epoch(config.block_size)
     first = f" of {run.data.parts[0].name}" if isinstance(run.data, Mixture) else ""
     return (
         f"{show_path(run.out_dir)}: {state.model.n_params() / 1e6:.2f}M parameters{trained} on "

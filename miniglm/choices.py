@@ -55,12 +55,11 @@ class Question:
 
 def is_choices(path: Path) -> bool:
     """Whether a dataset's path is a csv file, or a folder of csv files."""
-    return path.suffix == ".csv" or (any(path.glob("*.csv")) and not (path / "meta.json").is_file())
+    is_folder = any(path.glob("*.csv")) and not (path / "meta.json").is_file()
+    return is_folder or (path.suffix.lower() == ".csv" and not path.is_dir())
 
 
 def files_of(path: Path) -> list[Path]:
-    if not path.exists():
-        raise UserError(f"no file {show_path(path)}; pass a csv file or a folder of them")
     return sorted(path.glob("*.csv")) if path.is_dir() else [path]
 
 
@@ -81,7 +80,7 @@ def rows_of(file: Path) -> list[tuple[int, dict]]:
 def with_answers(path: Path) -> Path:
     """The path, or the one beside it in val/ if its questions have no answers: C-Eval's test."""
     first = files_of(path)[0]
-    if any(fields.get("answer") or fields.get("Answer") for _, fields in rows_of(first)):
+    if any(not {"id", "question"} <= {*row} or row.get("answer") for _, row in rows_of(first)):
         return path
     val = path.parent / "val"
     if not path.is_dir():

@@ -20,7 +20,6 @@ class Marks(Objective):
     unit = "marks"
     needs_newest_weights = True
     needs_a_model = True
-    defaults = (("dropout", 0.0),)
     weights = {"loss": 1.0}  # noqa: RUF012
     # each a mean over the answers of its kind; accuracy and kl over all
     of_kind = ("rewards_chosen", "rewards_rejected", "logp_chosen", "logp_rejected")
@@ -33,10 +32,7 @@ class Marks(Objective):
             raise UserError("marks need 2 rows a step or more; raise --batch_size=")
         good = data.is_good("train", np.arange(data.n_rows("train", 0)))
         counts = np.bincount(good, minlength=2)  # of bad and good ones
-        self.kind_weights = counts.max() / np.maximum(counts, 1)
-
-    def begin(self, model: torch.nn.Module, *_) -> None:
-        self.model = model
+        self.kind_weights = np.where(counts, counts.max() / np.maximum(counts, 1), 1.0)
 
     def batches(self, start: int, step: int) -> tuple[list[Batch], int]:
         rows, parts = self.parts(start)
@@ -59,7 +55,8 @@ class Marks(Objective):
         total = 0.0
         mine = self.world.share(np.stack([rows, np.roll(rows, 1)], axis=1))
         with eval_mode(model), self.autocast():
-            for part in np.array_split(mine, -(-len(mine) // self.config.batch_size)):
+            for first in range(0, len(mine), self.config.batch_size):
+                part = mine[first : first + self.config.batch_size]
                 arrays = self.data.crossed(split, part, self.config.block_size)
                 batch = send(arrays, self.device)
                 ratio = sequence_log_prob(model, *batch) - reference_log_prob(model, *batch)
@@ -86,7 +83,8 @@ class Marks(Objective):
         return {name: value.sum() for name, value in values.items()}
 
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
-        kl = self.kl(model, "val", np.arange(self.data.n_rows("val", 0)))
+        rows = np.random.default_rng(0).permutation(self.data.n_rows("val", 0))  # files have pairs
+        kl = self.kl(model, "val", rows)
         batches = self.data.row_batches("val", self.config.batch_size)
         return self.judge(model, (self.marked("val", *batch, kl) for batch in batches))
 

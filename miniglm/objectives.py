@@ -57,8 +57,7 @@ class Objective:
     unit = "rows"  # what a step counts
     copies = 1  # rows that the model reads of each
     needs_newest_weights = False  # to make its rows, as samples do: then no step is made ahead
-    needs_a_model = False  # to begin with
-    defaults = ()  # (name, value) of settings that a model given as init_from does not decide
+    needs_a_model = False  # to begin with; dropout is then off by default
     weights: dict[str, float]  # of each term in the loss
 
     def __init__(self, config, data: Dataset | Mixture, device: str, world: World = ALONE):
@@ -79,6 +78,7 @@ class Objective:
     def begin(self, model: torch.nn.Module, out_dir: Path | None, step: int) -> None:
         """Called before the first step, and when a run is resumed after `step` of them. Without an
         out_dir steps are only timed."""
+        self.model = model
 
     def parts(self, start: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """The rows of the step that begins after `start` rows, and those of each micro-batch of
@@ -111,8 +111,9 @@ class Objective:
                     counts[name] += count * is_own
         totals = self.world.sums(list(sums.values())), self.world.sums(list(counts.values()))
         return {
-            f"val_{name}": total / max(1, count)
+            f"val_{name}": total / count
             for name, total, count in zip(sums, *totals, strict=True)
+            if count
         }
 
     def to_device(self, batch: Batch) -> Batch:
@@ -205,15 +206,12 @@ class Preferences(Objective):
 
     unit, copies = "pairs", 2
     needs_a_model = True
-    defaults = (("dropout", 0.0),)  # it is noise in both log-probabilities
     # besides the loss a pair: what tells how training goes, each a mean over pairs
     measures = ("rewards_chosen", "rewards_rejected", "margin", "accuracy")
     measures += ("logp_chosen", "logp_rejected")
 
     def __init__(self, config, data: Dataset, device: str, world: World = ALONE):
         super().__init__(config, data, device, world)
-        if config.dropout and "lm_head" in (config.lora_targets or []):
-            raise UserError("preferences need dropout=0 if lora_targets has lm_head; pass it")
         if not config.beta:
             raise UserError("preferences need a --beta= above 0")
         self.weights = {"loss": 1.0}

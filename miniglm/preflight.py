@@ -25,7 +25,7 @@ FEW = 8000  # tokens; a GPU with fewer spends a step on launching kernels (an es
 # what a run that is resumed needs of its run.json, and one that begins with it of the first
 RESUMED = ("architecture", "settings", "dataset", "environment", "scaler", "progress")
 # settings that a run keeps from its first step on
-KEPT = ("optimizer", "lora_rank", "lora_alpha", "lora_targets")
+KEPT = ("optimizer", "lora_rank", "lora_alpha", "lora_targets", "reward")
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,17 @@ def find_start(config, argv: list[str]) -> Start:
     return Start(source, False, read_run(source, "best", RESUMED[:1]))
 
 
-def count_steps(config, asked, argv: list[str], data: Dataset | Mixture) -> int:
+def count_steps(config, asked, argv: list[str], data: Dataset | Mixture, start: Start) -> int:
     """max_iters, from epochs if these were asked for. asked: the settings without those that a
     checkpoint brings. A flag wins over a config file; raises UserError if two of a kind differ."""
-    flags = {name for name in ("max_iters", "epochs") for w in argv if re.match(f"-+{name}=", w)}
+    names = "max_iters", "epochs"
+    flags = {name for name in names for word in argv if re.match(f"-+{name}=(?!None)", word)}
     if asked.epochs is None or flags == {"max_iters"}:
         return config.max_iters or 2000
     epoch = data.epoch(config.block_size)
-    steps = math.ceil(asked.epochs * epoch / config.rows_per_step - 1e-9)
+    done = start.run["progress"] if start.resumes else {"rows": 0, "iter": 0}
+    rows = asked.epochs * epoch - done["rows"]
+    steps = done["iter"] + math.ceil(rows / config.rows_per_step - 1e-9)
     if asked.max_iters not in (None, steps) and flags != {"epochs"}:
         raise UserError(
             f"epochs={asked.epochs:g} of {epoch:,.0f} rows are {steps} steps of "
@@ -91,7 +94,8 @@ def check(config, start: Start, data: Dataset | Mixture, device: str, world: Wor
     # the shape stays, but for dropout and a lower block_size; a run also keeps its optimizer's kind
     fixed = architecture(start.run["architecture"]) if start.run else {}
     fixed.pop("dropout", None)
-    fixed |= {name: start.run["settings"][name] for name in KEPT} if start.resumes else {}
+    settings = start.run["settings"] if start.resumes else {}
+    fixed |= {name: settings[name] for name in KEPT if name in settings}
     for name, before in fixed.items():
         now = getattr(config, name)
         lowered = name == "block_size" and now < before and not start.resumes
@@ -111,10 +115,15 @@ def check(config, start: Start, data: Dataset | Mixture, device: str, world: Wor
             f"{show_path(data.path)} is not what this run was trained on: it was prepared anew; "
             "train again in another --out_dir="
         )
-    needs_a_model = config.lora_rank or objective_of(config, data).needs_a_model
-    if config.init_from == "scratch" and needs_a_model:
-        why = f"lora_rank={config.lora_rank}" if config.lora_rank else f"dataset={config.dataset}"
-        raise UserError(f"{why} changes a trained model; pass its out_dir as --init_from=")
+    objective = objective_of(config, data)
+    if config.init_from == "scratch" and (config.lora_rank or objective.needs_a_model):
+        name = next(n for n in ("lora_rank", "reward", "dataset") if getattr(config, n))
+        given = f"{name}={getattr(config, name)}"
+        raise UserError(f"{given} changes a trained model; pass its out_dir as --init_from=")
+    if config.dropout and objective.needs_a_model and "lm_head" in (config.lora_targets or []):
+        raise UserError(f"{data.name} needs dropout=0 if lora_targets has lm_head; pass it")
+    if config.shard and objective.needs_newest_weights:
+        raise UserError("shard=True does not go with marks or rewards; leave it out")
 
     rows = config.rows_per_step
     tokens = rows * config.block_size // world.size

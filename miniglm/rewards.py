@@ -12,11 +12,10 @@ A reward is a function of this file, or `reward` in a file of your own:
     def reward(question: str, answer: str, reference: str, ended: bool) -> float
 
 ended: whether the answer came to its end token. Several rewards add up. Training reads references
-of the training split alone.
+of the training split alone; evaluations those of validation.
 """
 
 import dataclasses
-import math
 import runpy
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -32,7 +31,7 @@ from miniglm.generation import Request, Sampling
 from miniglm.lora import adapters_off
 from miniglm.losses import eval_mode, token_log_prob
 from miniglm.objectives import Batch, Objective
-from miniglm.scoring import in_chat, without_reasoning
+from miniglm.scoring import without_reasoning
 
 # --- rewards: 0 is worst, 1 is best ------------------------------------------------------------
 
@@ -80,19 +79,20 @@ def find_reward(name: str) -> Reward:
     return reward
 
 
-def total(rewards: dict[str, Reward], *of: object) -> float:
-    """The sum of the rewards of (question, answer, reference, ended). Raises UserError if one
-    fails, or gives no finite number."""
+def total(rewards: list[tuple[str, Reward]], *of: object) -> float:
+    """The sum of the rewards, by name, of (question, answer, reference, ended). Raises UserError if
+    one fails, or gives no number within a million (advantages are float32)."""
     values = []
-    for name, reward in rewards.items():
+    for name, reward in rewards:
         where = f"for the answer {of[1][:30]!r} to {of[0][:30]!r}"
         try:
             values.append(reward(*of))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"reward={name} failed {where}: {in_a_line(error)}") from None
-        is_number = isinstance(values[-1], int | float | np.number)
-        if not is_number or not math.isfinite(values[-1]):
-            raise UserError(f"reward={name} gave {values[-1]!r} {where}; it must be a number")
+        is_number = isinstance(values[-1], int | float | np.floating | np.integer | np.bool_)
+        if not is_number or not abs(values[-1]) <= 1e6:
+            what = f"reward={name} gave {values[-1]!s:.40} {where}"
+            raise UserError(f"{what}; it must be a number within a million")
     return float(sum(values))
 
 
@@ -119,7 +119,6 @@ class Rewards(Objective):
     unit = "questions"
     needs_newest_weights = True
     needs_a_model = True
-    defaults = (("dropout", 0.0),)
     # each a mean over answers; spread: the standard deviation of a question's rewards
     measures = ("reward", "spread", "length", "ended")
 
@@ -129,14 +128,9 @@ class Rewards(Objective):
             raise UserError(f"dataset={config.dataset}: reward= takes one data set of questions")
         if config.beta and not config.lora_rank:
             raise UserError(f"beta={config.beta:g} needs adapters; pass --lora_rank=, or --beta=0")
-        if config.shard:
-            raise UserError("shard=True cannot sample, which reward= needs; leave it out")
         self.weights = {"loss": 1.0} | ({"kl": config.beta} if config.beta else {})
         self.copies = config.num_samples
-        self.rewards = {name: find_reward(name) for name in config.reward}
-
-    def begin(self, model: torch.nn.Module, *_) -> None:
-        self.model = model
+        self.rewards = [(name, find_reward(name)) for name in config.reward]
 
     def batches(self, start: int, step: int) -> tuple[list[Batch], int]:
         rows, parts = self.parts(start)
@@ -184,10 +178,11 @@ class Rewards(Objective):
 
     def question(self, split: str, row: int) -> tuple[list[int], str, str]:
         """The prompt's ids, the question and the reference of a row."""
-        first, end = self.data.bounds[split][row : row + 2].astype(int)
-        messages = self.data.tokenizer.parse(self.data.tokens[split][first:end])
-        prompt, _ = in_chat(self.data.tokenizer, messages)
-        return prompt, messages[-2]["content"], without_reasoning(messages[-1]["content"])
+        here = slice(*self.data.bounds[split][row : row + 2].astype(int))
+        ids, mask = self.data.tokens[split][here], self.data.mask[split][here]
+        *_, question, answer = self.data.tokenizer.parse(ids)
+        prompt = ids[: mask.tobytes().rindex(b"\0\1") + 1].tolist()
+        return prompt, question["content"], without_reasoning(answer["content"])
 
     def counts(self, batches: list[Batch]) -> dict[str, int]:
         tokens = sum(int((batch.arrays[1] != IGNORE).sum()) for batch in batches)

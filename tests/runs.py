@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from data_utils import Dataset
-from miniglm.prep.writer import Mark, Pair, write_dpo, write_pretrain, write_sft, write_splits
+from miniglm.prep.writer import Mark, Pair, write_pretrain, write_sft, write_splits
 from miniglm.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,7 +87,7 @@ def write_toys(folder: Path, scale: int = 1) -> None:
     pairs = {"train": questions(1, 90 * scale), "val": questions(2, 12 * scale)}
     write_sft(folder / "questions", toy_tokenizer(), pairs, ["a test"], max_tokens=32)
     pairs = {"train": preferences(3, 60 * scale), "val": preferences(4, 14 * scale)}
-    write_dpo(folder / "pairs", toy_tokenizer(), pairs, ["a test"], max_tokens=32)
+    write_splits("dpo", folder / "pairs", toy_tokenizer(), pairs, ["a test"], max_tokens=32)
     marked = {"train": marks(3, 60 * scale), "val": marks(4, 9 * scale)}
     write_splits("kto", folder / "marks", toy_tokenizer(), marked, ["a test"], max_tokens=32)
 

@@ -146,7 +146,7 @@ def test_other_bad_input_is_refused_in_a_line(tmp_path):
         score(out, file, "--shots=2")
     with pytest.raises(UserError, match=r"meta.json is missing"):
         score(out, tmp_path)
-    with pytest.raises(UserError, match=r"no file .*none.csv"):
+    with pytest.raises(FileNotFoundError, match=r"none.csv"):
         score(out, tmp_path / "none.csv")
     file.write_bytes(CEVAL.encode() + b"\n" + bytes(range(128, 256)) * 9)
     with pytest.raises(UserError, match=r"law_val.csv.*garbage|no encoding"):

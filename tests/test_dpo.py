@@ -20,7 +20,7 @@ from miniglm.losses import dpo, reference_log_prob, sequence_log_prob
 from miniglm.objectives import Batch, Preferences
 from miniglm.prep import writer as data_writer
 from miniglm.prep.forms import BadRecord, preference
-from miniglm.prep.writer import Skipped, fit_pair, write_dpo
+from miniglm.prep.writer import Skipped, fit_pair, write_splits
 from tests.data.test_finance_dpo import pairs_of
 from tests.helpers import dialogue, tiny_model, tiny_tokenizer, write_lines
 from tests.runs import (
@@ -144,7 +144,9 @@ def tokenizer():
 
 
 def write(folder, tokenizer, train, val, max_tokens=128):
-    meta = write_dpo(folder, tokenizer, {"train": train, "val": val}, ["test"], max_tokens)
+    meta = write_splits(
+        "dpo", folder, tokenizer, {"train": train, "val": val}, ["test"], max_tokens
+    )
     return Dataset(str(folder)), meta
 
 
@@ -367,7 +369,7 @@ def test_held_out_pairs_that_were_prepared_anew_stop_a_run(sft, tmp_path):
     data = shutil.copytree(sft / "pairs", tmp_path / "pairs")
     out = run_dpo(sft, tmp_path / "out", dataset=data, max_iters=1)
     pairs = {"train": preferences_of(3, 60), "val": preferences_of(5, 9)}
-    write_dpo(data, toy_tokenizer(), pairs, ["a test"], max_tokens=32)
+    write_splits("dpo", data, toy_tokenizer(), pairs, ["a test"], max_tokens=32)
     with pytest.raises(UserError, match=r"pairs/val\.bin is not what this run began with"):
         train_here(out_dir=out, resume=True, max_iters=2)
 
@@ -399,7 +401,7 @@ def test_dropout_is_off_unless_it_is_asked_for(sft, tmp_path):
 def test_errors_of_preferences_are_one_line(sft, tmp_path):
     for settings, message in (
         ({"init_from": "scratch"}, "changes a trained model"),
-        ({"lora_rank": 2, "lora_targets": "lm_head", "dropout": 0.1}, "need dropout=0"),
+        ({"lora_rank": 2, "lora_targets": "lm_head", "dropout": 0.1}, "needs dropout=0"),
     ):
         with pytest.raises(UserError, match=message):
             run_dpo(sft, tmp_path / "out", **settings)

@@ -13,11 +13,13 @@ from data.custom import prepare_dpo
 from data_utils import IGNORE, Dataset
 from miniglm.checkpoint import load_checkpoint
 from miniglm.losses import kto
+from miniglm.prep.writer import write_splits
 from tests.helpers import write_lines
 from tests.runs import (
     assert_accumulation_is_exact,
     assert_resumes_exactly,
     log,
+    marks,
     toy_tokenizer,
     train_here,
     words,
@@ -163,9 +165,17 @@ def test_records_of_every_form_become_marks(tmp_path, capsys):
         prepare_dpo.main(argv)
 
 
+def test_marks_of_one_kind_are_trained_and_their_loss_is_plain(sft, tmp_path):
+    splits = {"train": marks(5, 30)[:30], "val": marks(6, 9)}
+    write_splits("kto", tmp_path / "good", toy_tokenizer(), splits, ["a test"], max_tokens=32)
+    out = run_marks(sft, tmp_path / "out", dataset=tmp_path / "good", max_iters=2, eval_interval=2)
+    assert log(out)[-1]["val_loss"] < 1 and "rewards_rejected" not in log(out)[-1]
+
+
 def test_errors_of_marks_are_one_line(sft, tmp_path):
     for settings, message in (
         ({"lora_rank": 0}, "marks need --lora_rank="),
+        ({"shard": True}, "does not go with marks"),
         ({"beta": 0}, "--beta= above 0"),
         ({"batch_size": 1}, "2 rows a step"),
         ({"dataset": f"{sft}/marks:1,{sft}/text:1"}, "holds marks, which cannot be mixed"),

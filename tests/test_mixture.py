@@ -102,7 +102,7 @@ def test_other_shares_have_another_fingerprint(sets):
 @pytest.mark.parametrize(
     ("shares", "message"),
     [
-        (("text:1", "pairs:1"), "pairs holds preferences, which cannot be mixed"),
+        (("text:1", "pairs:1"), "pairs holds pairs, which cannot be mixed"),
         (("text:1", "other:1"), "other has another tokenizer than "),
         (("text:1", "small:0"), "each share must be above 0"),
         (("text:5000", "small:1"), "a share is under 1 of 1,000"),

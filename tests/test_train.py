@@ -14,7 +14,7 @@ import train
 import visualize
 from configurator import UserError
 from miniglm.generation import Sampling
-from miniglm.prep.writer import write_dpo, write_pretrain, write_sft
+from miniglm.prep.writer import write_pretrain, write_sft, write_splits
 from miniglm.text import complete, load_for_sampling, prompt_ids
 from model import ModelConfig
 from tests.helpers import dialogue
@@ -136,6 +136,8 @@ def test_epochs_become_steps_and_both_are_printed(toys, tmp_path, capsys):
     assert "steps of 4 are 0.1 epochs of questions\n" in printed
     train.main([f"--out_dir={tmp_path}/out", "--resume", "--epochs=0.3"])
     assert saved(tmp_path / "out")["progress"]["iter"] == 7
+    more = [f"--out_dir={tmp_path}/out", "--resume", "--epochs=0.6", "--batch_size=2"]
+    assert train.read_settings(more)[0].max_iters == 20  # 28 rows of 54 are read
 
 
 def test_patience_ends_a_run_whose_validation_loss_rises(learnt_by_heart):
@@ -369,7 +371,7 @@ def bare(tmp_path_factory) -> Path:
     source = toy_tokenizer(), ["a test"]
     write_pretrain(folder / "text", source[0], {"train": [novel(0, 400)]}, source[1])
     write_sft(folder / "questions", source[0], {"train": questions(1, 40)}, source[1], 32)
-    write_dpo(folder / "pairs", source[0], {"train": preferences(3, 40)}, source[1], 32)
+    write_splits("dpo", folder / "pairs", source[0], {"train": preferences(3, 40)}, source[1], 32)
     return folder
 
 

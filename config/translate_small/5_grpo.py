@@ -3,11 +3,11 @@
 out_dir = "out-translate-grpo"
 init_from = "out-translate-lora"
 dataset = "finance_sft"
-reward = ["chrf"]
+reward = ["chrf", "form"]  # chrf alone is got by writing more, and again
 lora_rank = 8
 
 batch_size = 16
-max_iters = 100
+max_iters = 75
 learning_rate = 1e-3
 beta = 0.02
 warmup_iters = 5

@@ -29,7 +29,7 @@ class Settings(preferences.Settings):
 
     def __post_init__(self):
         if (self.input or self.one_sided) and self.ranked:
-            raise UserError("--input= and --ranked= take different records; pass one of them")
+            raise UserError("--ranked= does not go with --input= or --one_sided; pass one of them")
         if self.margin and not self.ranked:
             raise UserError("--margin= needs scores; pass --ranked= with it")
 

@@ -5,7 +5,7 @@
                  left out
 
 Units can be written by many processes (pipeline.py does that); the result depends on their order
-alone. `write_pretrain`, `write_sft` and `write_dpo` do both steps for records in memory. Everything
+alone. `write_splits` does both steps for records in memory. Everything
 is first written to `prepare.tmp` in the dataset's folder; the next run removes what a killed one
 left there. meta.json, without which no dataset is accepted, is renamed last.
 """
@@ -99,7 +99,6 @@ def write_splits(
 
 write_pretrain = partial(write_splits, "pretrain")
 write_sft = partial(write_splits, "sft")
-write_dpo = partial(write_splits, "dpo")
 
 
 def write(

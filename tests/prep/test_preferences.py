@@ -174,7 +174,7 @@ def test_files_need_no_torch():
 
 
 def test_settings_that_mean_nothing_together_are_refused(tokenizer, tmp_path):
-    with pytest.raises(UserError, match="--input= and --ranked= take different records"):
+    with pytest.raises(UserError, match="--ranked= does not go with --input="):
         prepared(tokenizer, tmp_path, "--input=x", "--ranked=y")
     with pytest.raises(UserError, match="--margin= needs scores; pass --ranked= with it"):
         prepared(tokenizer, tmp_path, "--input=x", "--margin=3")
