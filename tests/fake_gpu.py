@@ -78,7 +78,7 @@ SHAPE = {"n_layer": 2, "n_head": 4, "n_kv_head": 1, "n_embd": 64, "block_size": 
 
 
 def begin(dataset: Path | str, **settings) -> tuple[train.Run, train.State]:
-    config = train.Settings(dataset=str(dataset), batch_size=8, **SHAPE, **settings)
+    config = train.Settings(dataset=str(dataset), batch_size=8, max_iters=20, **SHAPE, **settings)
     data = open_dataset(config.dataset)
     with torch.device("cuda"):
         model = GPT(ModelConfig(n_vocab=data.tokenizer.n_vocab, **SHAPE))

@@ -186,7 +186,9 @@ def test_a_process_takes_no_memory_of_a_gpu_before_it_knows_its_own(two_gpus, mo
 
 @pytest.mark.parametrize(("rows", "size", "said"), [(16, 8, True), (512, 8, False), (16, 1, False)])
 def test_steps_that_are_too_small_for_several_gpus_are_noted(toys, capsys, rows, size, said):
-    config = train.Settings(dataset=str(toys / "text"), batch_size=rows, block_size=256)
+    config = train.Settings(
+        dataset=str(toys / "text"), batch_size=rows, block_size=256, max_iters=20
+    )
     data = train.open_dataset(config.dataset)
     preflight.check(config, preflight.Start(), data, "cuda", World(0, size))
     assert ("512 tokens a step are few for each GPU" in capsys.readouterr().out) is said

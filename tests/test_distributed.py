@@ -467,7 +467,7 @@ def test_what_a_sharded_model_cannot_do_is_refused(world):
         ({"dtype": "float16"}, "does not go with float16"),
         ({"dry_run": True}, "dry_run=True does not know shard=True"),
     ):
-        config = Settings(shard=True, block_size=32, **settings)
+        config = Settings(shard=True, block_size=32, max_iters=20, **settings)
         check(config, Start(), text, "cpu", ALONE)
         with pytest.raises(UserError, match=message):
             check(config, Start(), text, "cpu", World(0, 2))
@@ -489,6 +489,8 @@ def test_devices_and_rows_that_do_not_go_round_are_refused(world):
         join(World(0, 2), "mps")
     assert join(ALONE, "mps") == "mps"
     text = Dataset(str(world / "text"))
-    check(Settings(batch_size=5, block_size=32), Start(), text, "cpu", World(0, 4))
+    check(Settings(batch_size=5, block_size=32, max_iters=20), Start(), text, "cpu", World(0, 4))
     with pytest.raises(UserError, match="too few for 8 processes"):
-        check(Settings(batch_size=7, block_size=32), Start(), text, "cpu", World(0, 8))
+        check(
+            Settings(batch_size=7, block_size=32, max_iters=20), Start(), text, "cpu", World(0, 8)
+        )

@@ -19,7 +19,7 @@ PHASES = ("pretrain", "sft", "lora", "dpo")
 
 
 def configs_of(folder: str) -> list[Path]:
-    return sorted((ROOT / "config" / folder).glob("*.py"))
+    return sorted((ROOT / "config" / folder).glob("?_*.py"))
 
 
 @pytest.mark.parametrize("folder", ["translate", "translate_small"])
@@ -30,6 +30,15 @@ def test_each_phase_goes_on_from_the_one_before(folder):
     out_dirs = [config.out_dir for config in configs]
     assert [config.init_from for config in configs] == ["scratch", *out_dirs[:-1]]
     assert [bool(config.lora_rank) for config in configs] == [False, False, True, True]
+
+
+def test_rewards_go_on_from_the_adapter_as_preferences_do():
+    dpo, grpo = (
+        configure(train.Settings, [f"config/translate_small/{name}.py"])
+        for name in ("4_dpo", "grpo")
+    )
+    assert (grpo.init_from, grpo.lora_rank) == (dpo.init_from, dpo.lora_rank)
+    assert grpo.reward and grpo.dataset == "finance_sft"
 
 
 def test_run_sh_runs_the_phases_in_their_order():

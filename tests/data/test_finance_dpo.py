@@ -209,8 +209,8 @@ def test_meta_says_of_which_model_and_how(answers, whole):
 
 
 def test_the_dataset_trains_by_dpo(answers, whole, tmp_path):
-    given = {"dataset": whole, "init_from": answers / "answers", "learning_rate": 1e-3}
-    out = train_here(out_dir=tmp_path / "out", max_iters=30, eval_interval=15, **given)
+    given = {"dataset": whole, "init_from": answers / "answers", "learning_rate": 3e-3}
+    out = train_here(out_dir=tmp_path / "out", max_iters=60, eval_interval=30, **given)
     losses = [record["train_loss"] for record in log(out)]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
     assert sum(losses[-5:]) / 5 < math.log(2) - 0.01

@@ -1,5 +1,5 @@
 # Rewards instead of preferences: eight translations of each sentence, weighed by their chrF++.
-#   python train.py config/translate_small/5_grpo.py
+#   python train.py config/translate_small/grpo.py
 out_dir = "out-translate-grpo"
 init_from = "out-translate-lora"
 dataset = "finance_sft"
