@@ -162,9 +162,9 @@ def note_changes(run: dict, config, device: str, world: World) -> None:
     before = run["settings"] | run["environment"]
     now = dataclasses.asdict(config) | run_environment(config, device, world)
     changed = [
-        f"{name} was {before[name]!r}, now {now[name]!r}"
-        for name in now
-        if name not in FREE and name in before and before[name] != now[name]
+        f"{name} was {value!r}, now {now.get(name, 'no setting')!r}"
+        for name, value in before.items()
+        if name not in FREE and now.get(name) != value
     ]
     if changed:
         print(f"note: not bit for bit the run that was stopped: {'; '.join(changed)}")
