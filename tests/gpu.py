@@ -46,6 +46,9 @@ RUNS = {  # settings of train.py; init_from is a row above, and like one that ha
     "questions": {"dataset": "questions", "init_from": TEXT},
     "pairs": {"dataset": "pairs", "init_from": "questions"},
     "pairs, LoRA": {"dataset": "pairs", "init_from": "questions", "lora_rank": 4},
+    "marks, LoRA": {"dataset": "marks", "init_from": "questions", "lora_rank": 4},
+    "rewards, LoRA": {"dataset": "questions", "init_from": "questions", "lora_rank": 4}
+    | {"reward": "chrf", "max_iters": 10, "eval_interval": 5},
     "two processes": {"dataset": "text", "dtype": "float32", "like": TEXT},
     "two processes, sharded": {"dataset": "text", "dtype": "float32", "shard": True, "like": TEXT},
 }
