@@ -33,10 +33,12 @@ def next_token(model: nn.Module, idx: Tensor, targets: Tensor, places: Tensor) -
     return SummedLoss.apply(model, hidden, targets, *head_weights(model))
 
 
-def token_log_prob(model: nn.Module, idx: Tensor, targets: Tensor, places: Tensor) -> Tensor:
-    """Log probability in nats of each trained target, (N,), in the order of places."""
-    hidden, wanted = trained_positions(model(idx), targets, places)
-    return -EachLoss.apply(model, hidden, wanted, *head_weights(model))
+def token_log_prob(model: nn.Module, *batch: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log probability in nats of each trained target, (N,), in the order of places, from idx,
+    targets and places; temperature divides the logits."""
+    hidden, wanted = trained_positions(model(batch[0]), *batch[1:])
+    # the head is linear
+    return -EachLoss.apply(model, hidden / temperature, wanted, *head_weights(model))
 
 
 def sequence_log_prob(model: nn.Module, idx: Tensor, targets: Tensor, places: Tensor) -> Tensor:

@@ -73,8 +73,7 @@ def find_start(config, argv: list[str]) -> Start:
 def count_steps(config, asked, argv: list[str], data: Dataset | Mixture, start: Start) -> int:
     """max_iters, from epochs if these were asked for. asked: the settings without those that a
     checkpoint brings. A flag wins over a config file; raises UserError if two of a kind differ."""
-    names = "max_iters", "epochs"
-    flags = {name for name in names for word in argv if re.match(f"-+{name}=(?!None)", word)}
+    flags = {*re.findall(r"(?:^|\n)-+(max_iters|epochs)=(?!None)", "\n".join(argv))}
     if asked.epochs is None or flags == {"max_iters"}:
         return config.max_iters or 2000
     epoch = data.epoch(config.block_size)

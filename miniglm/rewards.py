@@ -1,11 +1,12 @@
 """Rewards (GRPO): the model answers each question several times, and learns what scored well.
 
-A step samples num_samples answers to each of its questions with the newest weights, at temperature
-1. An answer's advantage is its reward less the mean of its question's, over their standard
-deviation (arXiv 2402.03300); each of its tokens takes it, and the loss is the mean over all tokens
-of the step (arXiv 2503.14476). Samples are used once, so the ratio of the new to the old policy is
-1, and nothing is clipped. beta is the weight of the KL to the model with its adapters off, by the
-estimator exp(d) - d - 1 of d = log p(reference) - log p(policy).
+A step samples num_samples answers to each of its questions with the newest weights, at TEMPERATURE,
+by which the logits are divided in the loss, too. An answer's advantage is its reward less the mean
+of its question's, over their standard deviation (arXiv 2402.03300); each of its tokens takes it,
+and the loss is the mean over all tokens of the step (arXiv 2503.14476). Samples are used once, so
+the ratio of the new to the old policy is 1, and nothing is clipped. beta is the weight of the KL to
+the model with its adapters off, by the estimator exp(d) - d - 1 of d = log p(reference) - log
+p(policy).
 
 A reward is a function of this file, or `reward` in a file of your own:
 
@@ -33,6 +34,8 @@ from miniglm.losses import eval_mode, token_log_prob
 from miniglm.objectives import Batch, Objective
 from miniglm.scoring import without_reasoning
 
+TEMPERATURE = 0.6  # of samples and of the policy that is trained: at 1 a small model's are noise
+
 # --- rewards: 0 is worst, 1 is best ------------------------------------------------------------
 
 
@@ -58,11 +61,10 @@ def form(question: str, answer: str, reference: str, ended: bool) -> float:
     return 1 - metrics.repeated([answer]) if whole else 0.0
 
 
-Reward = Callable[[str, str, str, bool], float]
 REWARDS = {function.__name__: function for function in (chrf, rouge_l, length, form)}
 
 
-def find_reward(name: str) -> Reward:
+def find_reward(name: str) -> Callable:
     """The function of this name, or the one of a file. Raises UserError if there is none."""
     if name in REWARDS:
         return REWARDS[name]
@@ -79,7 +81,7 @@ def find_reward(name: str) -> Reward:
     return reward
 
 
-def total(rewards: list[tuple[str, Reward]], *of: object) -> float:
+def total(rewards: list[tuple[str, Callable]], *of: object) -> float:
     """The sum of the rewards, by name, of (question, answer, reference, ended). Raises UserError if
     one fails, or gives no number within a million (advantages are float32)."""
     values = []
@@ -134,7 +136,10 @@ class Rewards(Objective):
 
     def batches(self, start: int, step: int) -> tuple[list[Batch], int]:
         rows, parts = self.parts(start)
-        n, sampling = self.config.num_samples, Sampling(temperature=1.0, seed=self.config.seed)
+        n, sampling = (
+            self.config.num_samples,
+            Sampling(temperature=TEMPERATURE, seed=self.config.seed),
+        )
         numbers = np.array_split(start + self.world.share(np.arange(len(rows))), len(parts) or 1)
         batches, tokens = [], 0
         for part, own in zip(parts, numbers, strict=False):
@@ -190,15 +195,14 @@ class Rewards(Objective):
         return dict.fromkeys(self.weights, tokens) | dict.fromkeys(self.measures, answers)
 
     def sums(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        *rows, advantage, measured = batch.arrays
-        _, targets, places = rows
+        *rows, advantage, measured = batch.arrays  # of rows the last are the places
         with self.autocast():
-            log_p = token_log_prob(model, *rows)
-        ratio = (log_p - log_p.detach()).exp()
-        values = {"loss": -(ratio * advantage[places // targets.shape[1]])}
+            log_p = token_log_prob(model, *rows, temperature=TEMPERATURE)
+        advantage = advantage[rows[2] // rows[1].shape[1]]  # of each token
+        values = {"loss": -advantage * (log_p - log_p.detach()).exp()}
         if "kl" in self.weights:
             with self.autocast(), torch.no_grad(), eval_mode(model), adapters_off(model):
-                d = token_log_prob(model, *rows)
+                d = token_log_prob(model, *rows, temperature=TEMPERATURE)
             d = d - log_p
             values["kl"] = d.exp() - d - 1
         values |= zip(self.measures, measured.T, strict=True)
@@ -209,9 +213,8 @@ class Rewards(Objective):
         n, greedy = self.data.n_rows("val", 0), Sampling(temperature=0.0)
         rows = self.world.share(np.arange(n)).tolist()
         samples = self.samples(model, "val", [(row, row, 0) for row in rows], greedy)
-        facts = [(sample.reward, sum(sample.mask), float(sample.ended)) for sample in samples]
-        sums = self.world.sums(np.array(facts).reshape(-1, 3).sum(axis=0).tolist())
-        reward, tokens, ended = (value / n for value in sums)
+        facts = np.array([(s.reward, sum(s.mask), s.ended) for s in samples], float).reshape(-1, 3)
+        reward, tokens, ended = (s / n for s in self.world.sums(facts.sum(axis=0).tolist()))
         return {"val_loss": -reward, "val_reward": reward, "val_length": tokens, "val_ended": ended}
 
     def describe(self, record: dict) -> str:

@@ -7,7 +7,7 @@ import torch
 from configurator import UserError
 from miniglm.checkpoint import load_checkpoint
 from miniglm.objectives import Batch
-from miniglm.rewards import REWARDS, advantages, find_reward, total
+from miniglm.rewards import REWARDS, TEMPERATURE, advantages, find_reward, total
 from tests.runs import (
     assert_resumes_exactly,
     log,
@@ -54,9 +54,9 @@ def test_a_step_has_the_loss_and_gradient_of_a_plain_version(sft, tmp_path):
     base, answered = load_checkpoint(sft / "sft", "best").model, targets != -100
     wanted = advantages(measured[:, 0].double().numpy().reshape(4, 4)).ravel()
     assert given.tolist() == pytest.approx(wanted, abs=1e-3) and np.abs(wanted).max() > 0.5
+    logits = [model.head(model(idx)) / TEMPERATURE for model in (state.model, base)]
     log_p, reference = (
-        model.head(model(idx)).log_softmax(-1).gather(2, targets.clamp_min(0)[..., None])[..., 0]
-        for model in (state.model, base)
+        z.log_softmax(-1).gather(2, targets.clamp_min(0)[..., None])[..., 0] for z in logits
     )
     d = (reference - log_p)[answered]
     kl = d.detach().exp() - d.detach() - 1
