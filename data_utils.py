@@ -4,7 +4,7 @@
     train_mask.bin, ...    questions and answers only: uint8, 1 where a token is trained
     train_idx.bin, ...     questions and answers only: uint64 bounds of rows, the last the length;
                            of preferences, row 2i is a question with its chosen answer, 2i + 1 the
-                           same with the rejected one
+                           same with the rejected one;
                            of marks, train_mask.bin has 2 for 1 where the answer is marked as bad
     meta.json              kind, tokenizer's sha256, sizes, fingerprint, sources, what was skipped;
                            of translations their languages
@@ -203,8 +203,8 @@ class Dataset:
 
     def is_good(self, split: str, rows: np.ndarray) -> np.ndarray:
         """Whether each of these marks is of a good answer, (B,) bool."""
-        bounds, mask = self.bounds[split].astype(np.int64), self.mask[split]
-        return np.array([mask[bounds[row] : bounds[row + 1]].max() == 1 for row in rows])
+        bounds, mask = self.bounds[split][rows[:, None] + np.arange(2)], self.mask[split]
+        return np.array([mask[start:end].max() == 1 for start, end in bounds.tolist()])
 
     def crossed(self, split: str, pairs: np.ndarray, block_size: int) -> Arrays:
         """Of each pair of marks, (B, 2), the first one's prompt with the second one's answer -> idx

@@ -179,8 +179,9 @@ def write(checkpoint: Checkpoint, report: dict, asked: list[dict], seen: list[di
             draw_histogram(values, path, title, label, log_x=log_x)
     if "subjects" in report:
         print("\n".join(choices.table(report)))
-    for key, value in report.items() if "subjects" not in report else ():
-        print(f"{key:<20}  {value:.4g}" if isinstance(value, float) else f"{key:<20}  {value}")
+    else:
+        for key, value in report.items():
+            print(f"{key:<20}  {value:.4g}" if isinstance(value, float) else f"{key:<20}  {value}")
     print(f"written to {show_path(out_dir)}/evaluation.json")
 
 

@@ -136,10 +136,8 @@ class Rewards(Objective):
 
     def batches(self, start: int, step: int) -> tuple[list[Batch], int]:
         rows, parts = self.parts(start)
-        n, sampling = (
-            self.config.num_samples,
-            Sampling(temperature=TEMPERATURE, seed=self.config.seed),
-        )
+        sampling = Sampling(temperature=TEMPERATURE, seed=self.config.seed)
+        n = self.config.num_samples
         numbers = np.array_split(start + self.world.share(np.arange(len(rows))), len(parts) or 1)
         batches, tokens = [], 0
         for part, own in zip(parts, numbers, strict=False):

@@ -1,4 +1,4 @@
-# Rewards instead of preferences: eight translations of each sentence, weighed by their chrF++.
+# Rewards instead of preferences: eight translations of each sentence, weighed by chrF++ and form.
 #   python train.py config/translate_small/grpo.py
 # Two CPU cores, 200 s: finance test BLEU 13.5, chrF++ 13.1, where DPO has 13.6 and 13.1.
 out_dir = "out-translate-grpo"
