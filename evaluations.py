@@ -58,11 +58,13 @@ class Settings(Sampling):
 
 
 def dataset_of(checkpoint: Checkpoint, name: str | None) -> Dataset | Mixture:
-    """The dataset of this name, else the one that the model was trained on."""
+    """The dataset of this name, else the one that the model was trained on: of questions with texts
+    beside them, the questions."""
     name = name or checkpoint.run["settings"].get("dataset")
     if not name:
         raise UserError(f"{show_path(checkpoint.path)} names no dataset; pass --dataset=")
-    return open_dataset(name)
+    data = open_dataset(name)
+    return data.judged[0] if data.beside and len(data.judged) == 1 else data
 
 
 def evaluate(checkpoint: Checkpoint, data: Dataset, split: str, config: Settings) -> None:
@@ -82,9 +84,8 @@ def evaluate(checkpoint: Checkpoint, data: Dataset, split: str, config: Settings
         trained = data.conversations("train")
         count = min(len(conversations), len(trained))
         chosen = sorted(np.random.default_rng(0).choice(len(trained), count, replace=False))
-        some = [trained[row] for row in chosen]
         asked, _ = scoring.answer_all(checkpoint, conversations, config)
-        seen, _ = scoring.answer_all(checkpoint, some, config)
+        seen, _ = scoring.answer_all(checkpoint, [trained[row] for row in chosen], config)
         report |= scoring.score_answers(asked, seen, pairs_of(data, "train"))
     write(checkpoint, report, asked, seen)
 

@@ -61,7 +61,7 @@ CONTEXT = 5e8  # bytes of a GPU's memory that CUDA and its libraries take
 class Settings(Architecture):
     out_dir: str = "out"  # checkpoints and log
     dataset: str = "sanguo"  # a name under data/, or a path; several: news:3,novels:1
-    mix_weight: Annotated[float, at_least(0)] = 1.0  # of the texts beside questions in a mixture
+    mix_weight: Annotated[float, at_least(0)] = 0.5  # of the texts beside questions in a mixture
     init_from: str = "scratch"  # or an out_dir, a Hugging Face directory, nanoGPT's ckpt.pt
     resume: bool = False  # go on from out_dir's latest checkpoint, if there is one
     dry_run: bool = False  # print parameters, memory and time expected, and stop

@@ -3,10 +3,10 @@
 # Not yet run on a GPU. Rows, steps and rates are measured at the size of config/sft_sanguo.py
 # (docs/recipe.md, "Fine-tuning").
 out_dir = "out-sanguo-sft-gpu"
-dataset = "sanguo_sft"
+dataset = "sanguo_sft:8,sanguo:1"
 init_from = "out-sanguo-gpu"
 
-batch_size = 64
+batch_size = 72
 max_iters = 175
 learning_rate = 2e-3
 embedding_lr = 1e-2

@@ -127,6 +127,14 @@ def test_a_run_of_a_mixture_is_evaluated_on_all_and_not_resumed_with_other_share
         train_here(out_dir=out, resume=True, dataset=other)
 
 
+def test_of_questions_with_texts_beside_them_the_questions_are_evaluated(sets, tmp_path):
+    dataset = f"{sets}/questions:3,{sets}/text:1"
+    out = train_here(out_dir=tmp_path / "out", dataset=dataset, max_iters=1)
+    evaluations.main([f"--out_dir={out}", "--max_new_tokens=4"])
+    report = read_json(out / "evaluation-questions-val.json")
+    assert report["dataset"].endswith("questions") and "rouge_l" in str(report)
+
+
 # --- the curriculum ------------------------------------------------------------------------------
 
 STAGES = sorted((ROOT / "config" / "curriculum").glob("*.py"))
