@@ -1,14 +1,16 @@
 """Optimizers and their schedule: Muon for the blocks' matrices, AdamW for all else.
 
 Muon moves each matrix by its momentum made nearly orthogonal, so that all directions move alike
-(Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024). The step has the
-size of AdamW's, so that its rates serve (arXiv 2502.16982):
+(Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024), and its rows, the
+neurons, nearly as far as each other (NorMuon, arXiv 2510.05491). The step has the size of AdamW's,
+so that its rates serve (arXiv 2502.16982):
 
-    M <- 0.95 M + 0.05 gradient;    U S V' = 0.95 M + 0.05 gradient
-    W <- W - lr x (weight_decay W + 0.2 sqrt(max(W.shape)) U V')
+    M <- 0.95 M + 0.05 gradient;    U S V' = 0.95 M + 0.05 gradient;    D = U V'
+    v <- 0.95 v + 0.05 mean(D^2 of each row);    D <- D / sqrt(v)
+    W <- W - lr x (weight_decay W + 0.2 D / rms(D))
 
-Ours works in the run's own dtype, on all matrices of one shape at once; torch.optim.Muon works in
-bfloat16 whatever the hardware, matrix by matrix.
+Ours works in the run's own dtype, on all matrices of one shape at once; torch.optim.Muon, which has
+no v, works in bfloat16 whatever the hardware, matrix by matrix.
 """
 
 import torch
@@ -24,7 +26,7 @@ EPS = 1e-7
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon with adjust_lr_fn="match_rms_adamw"; dtype: of its matmuls."""
+    """momentum: of both averages; dtype: of the matmuls."""
 
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95, dtype=torch.float32):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -44,19 +46,23 @@ class Muon(torch.optim.Optimizer):
 
     def _step_together(self, parameters: list[torch.Tensor], group: dict) -> None:
         """Matrices of one shape in one batch: fewer and larger matmuls."""
-        gradients, buffers = [parameter.grad for parameter in parameters], []
-        for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
+        gradients, new = [parameter.grad for parameter in parameters], 1 - group["momentum"]
+        states = [self.state[parameter] for parameter in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            if "row_squares" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            buffers.append(state["momentum_buffer"])
-        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+                # of all rows, also where the matrix is sharded
+                state["row_squares"] = torch.zeros(len(parameter), 1, device=parameter.device)
+        buffers = [state["momentum_buffer"] for state in states]
+        row_squares = [state["row_squares"] for state in states]
+        torch._foreach_lerp_(buffers, gradients, new)
         look_ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov's
-        directions = orthogonalize(torch.stack([*map(whole, look_ahead)]), self.dtype)
-        size = 0.2 * max(parameters[0].shape) ** 0.5
-        directions = [*map(part_of, directions, parameters)]
+        D = orthogonalize(torch.stack([*map(whole, look_ahead)]), self.dtype)  # of all, (N, ...)
+        torch._foreach_lerp_(row_squares, [*D.square().mean(dim=2, keepdim=True)], new)
+        D = D * (torch.stack(row_squares) + EPS**2).rsqrt()
+        D = D / D.square().mean(dim=(1, 2), keepdim=True).sqrt().clamp(min=EPS)
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, directions, alpha=-group["lr"] * size)
+        torch._foreach_add_(parameters, [*map(part_of, D, parameters)], alpha=-0.2 * group["lr"])
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -106,14 +112,11 @@ def make_optimizers(model: nn.Module, config, device: str) -> list[torch.optim.O
     if config.embedding_decay is not None:
         groups["embeddings"]["weight_decay"] = config.embedding_decay
     common = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    blocks = [groups.pop("blocks")]
     muon = []
-    if config.optimizer == "muon":
-        if blocks[0]["params"]:
-            muon = [Muon(blocks, dtype=pick_dtype(config.dtype, device), **common)]
-        blocks = []
+    if config.optimizer == "muon" and (blocks := groups.pop("blocks"))["params"]:
+        muon = [Muon([blocks], dtype=pick_dtype(config.dtype, device), **common)]
     adamw = torch.optim.AdamW(
-        [*blocks, groups["matrices"], groups["embeddings"], groups["vectors"]],
+        [*groups.values()],
         betas=(config.beta1, config.beta2),
         fused=not device.startswith("mps"),
         **common,

@@ -417,8 +417,9 @@ with together() as world:
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         train_step(run, state, batches, counts)
     names = [event.name for event in profiler.events()]
-    per_parameter = [s for optimizer in state.optimizers for s in optimizer.state.values()]
-    moments = [m for tensors in per_parameter for m in tensors.values() if m.dim()]
+    states = [pair for optimizer in state.optimizers for pair in optimizer.state.items()]
+    # Muon's averages of rows are held by all: a number for each row of a matrix
+    moments = [m for p, tensors in states for m in tensors.values() if m.shape == p.shape]
 
     def n_held(tensors):
         return sum(getattr(t, "to_local", lambda t=t: t)().numel() for t in tensors)
