@@ -24,7 +24,7 @@ DOCUMENTS = sorted(ENGLISH + CHINESE)
 READMES = (ENGLISH[0], CHINESE[0])
 TWINS = [READMES, *((f"docs/{Path(n).name}", n) for n in DOCUMENTS if re.search("zh/(?!faq)", n))]
 ADDED = "data/reviews/prepare.py"  # the script that docs/extend.md shows
-NOT_OURS = {ADDED, "lstm_train.py", "sample_for_test.py", "hf_link.txt"}  # of course projects
+NOT_OURS = {ADDED, "lstm_train.py", "sample_for_test.py", "hf_link.txt", "train_pretrain.py"}
 
 NOT_SETTINGS = {"--help", "--key=value", "--all", "--repo-type=dataset"}  # --all: of run.sh
 # all that runs something, but not with what docs/extend.md has its reader add
