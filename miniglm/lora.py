@@ -83,8 +83,9 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, targets: list[str]) 
     for name in names:
         model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha))
     for module in model.modules():
-        if isinstance(module, nn.Linear):  # of half precision: only adapters cast their input
-            module.to(torch.promote_types(module.weight.dtype, torch.float32))
+        # of half precision: only adapters cast their input
+        if isinstance(module, nn.Linear) and module.weight.dtype.itemsize < 4:
+            module.float()
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
