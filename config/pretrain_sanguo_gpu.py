@@ -2,7 +2,7 @@
 #   python train.py config/pretrain_sanguo_gpu.py
 # Not yet run on a GPU. Twice the rows of config/pretrain_sanguo.py, half of its steps, its rates x
 # 1.2, decays that forget within as many readings. Measured at its size on a CPU, not at this one:
-# 1.967 bits per byte, where it has 1.957 (docs/recipe.md, "On a GPU").
+# 0.010 bits per byte behind it (docs/recipe.md, "On a GPU").
 out_dir = "out-sanguo-gpu"
 dataset = "sanguo"
 
