@@ -19,7 +19,7 @@ ARGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-f
 ARGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 PICTURE = Path(__file__).parents[2] / "docs/curves.png"
 LENGTH = 40  # tokens of most answers here
-expect.set_options(timeout=15000)  # ms; the machine may be busy
+expect.set_options(timeout=60000)  # ms; the machine may be slow or busy
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="needs chromium; on Debian: apt-get install chromium"
@@ -54,7 +54,7 @@ def browser():
 def open_page(browser: Browser, address: str, width: int = 1280) -> Page:
     """A page of its own, whose requests' addresses are kept in page.asked."""
     page = browser.new_context(viewport={"width": width, "height": 844}).new_page()
-    page.set_default_timeout(15000)
+    page.set_default_timeout(60000)
     page.asked = []
     page.on("request", lambda request: page.asked.append(request.url))
     page.goto(address)
