@@ -132,7 +132,7 @@ def test_of_questions_with_texts_beside_them_the_questions_are_evaluated(sets, t
     out = train_here(out_dir=tmp_path / "out", dataset=dataset, max_iters=1)
     evaluations.main([f"--out_dir={out}", "--max_new_tokens=4"])
     report = read_json(out / "evaluation-questions-val.json")
-    assert report["dataset"].endswith("questions") and "rouge_l" in str(report)
+    assert report["dataset"].endswith("questions") and "rouge_l" in report
 
 
 # --- the curriculum ------------------------------------------------------------------------------
