@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from configurator import UserError
+from miniglm.devices import pick_dtype
 from model import NORMS, Architecture, KVCache, LanguageModel, ModelConfig, matrix_flops
 
 SETTINGS = {"model", "block_size", "n_layer", "n_embd", "norm", "norm_eps", "tie_weights"}
@@ -67,7 +68,9 @@ class LSTM(LanguageModel):
         state = None
         if cache:
             state = cache.k.flatten(2).contiguous(), cache.v.flatten(2).contiguous()
-        x, (h, c) = self.lstm(x, state)
+        native = pick_dtype("auto", "cpu") == torch.bfloat16  # else torch's LSTM has none on a CPU
+        with torch.autocast("cpu", enabled=native and torch.is_autocast_enabled("cpu")):
+            x, (h, c) = self.lstm(x, state)
         if new_tokens:
             x, _ = pad_packed_sequence(x, batch_first=True, total_length=T)
         if cache:

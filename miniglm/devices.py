@@ -58,11 +58,8 @@ def find_peak(device: str, dtype: torch.dtype) -> Peak:
 def listed_peak(name: str, dtype: torch.dtype) -> float | None:
     """Operations per second of the GPU that torch calls `name`; None if PEAKS does not list it."""
     short = short_name(name)
-    if dtype not in (torch.float16, torch.bfloat16) or short not in PEAKS:
-        return None
-    if dtype == torch.bfloat16 and short in FLOAT16_ONLY:
-        return None
-    return PEAKS[short] * 1e12
+    native = (torch.float16,) if short in FLOAT16_ONLY else (torch.float16, torch.bfloat16)
+    return PEAKS[short] * 1e12 if short in PEAKS and dtype in native else None
 
 
 def short_name(name: str) -> str:
