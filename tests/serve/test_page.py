@@ -3,13 +3,14 @@
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from configurator import UserError
-from miniglm.generation import Sampling
+from miniglm.generation import Batch, Sampling
 from miniglm.serve import page_html
 from tests.helpers import dialogue
 from tests.served import expected, serving, wait_until
@@ -40,7 +41,20 @@ def out_dirs(out_dirs):
 @pytest.fixture(scope="module")
 def served(out_dirs):
     with serving([*out_dirs.values()]) as (address, servers):
+        for server in servers.values():
+            slow_down(server.batch)
         yield address, servers
+
+
+def slow_down(batch: Batch) -> None:
+    """So that a slow browser, too, sees an answer midway and can stop it."""
+    step = batch.step
+
+    def slowed() -> list:
+        time.sleep(0.005)
+        return step()
+
+    batch.step = slowed
 
 
 @pytest.fixture(scope="module")
