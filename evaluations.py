@@ -21,7 +21,7 @@ from configurator import UserError, at_least, command, configure, repo_path, sho
 # isort: split
 import numpy as np
 
-from data_utils import Dataset, Mixture, open_dataset
+from data_utils import Dataset, Mixture, open_questions
 from miniglm import choices, jsonl, scoring
 from miniglm.checkpoint import Checkpoint, check_writable
 from miniglm.comparison import compare, report_name
@@ -58,13 +58,11 @@ class Settings(Sampling):
 
 
 def dataset_of(checkpoint: Checkpoint, name: str | None) -> Dataset | Mixture:
-    """The dataset of this name, else the one that the model was trained on: of questions with texts
-    beside them, the questions."""
+    """The dataset of this name, else the one that the model was trained on."""
     name = name or checkpoint.run["settings"].get("dataset")
     if not name:
         raise UserError(f"{show_path(checkpoint.path)} names no dataset; pass --dataset=")
-    data = open_dataset(name)
-    return data.judged[0] if data.beside and len(data.judged) == 1 else data
+    return open_questions(name)
 
 
 def evaluate(checkpoint: Checkpoint, data: Dataset, split: str, config: Settings) -> None:

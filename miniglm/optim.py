@@ -49,8 +49,9 @@ class Muon(torch.optim.Optimizer):
         gradients, new = [parameter.grad for parameter in parameters], 1 - group["momentum"]
         states = [self.state[parameter] for parameter in parameters]
         for parameter, state in zip(parameters, states, strict=True):
-            if "row_squares" not in state:
+            if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
+            if "row_squares" not in state:  # nor has an older version's checkpoint
                 # of all rows, also where the matrix is sharded
                 state["row_squares"] = torch.zeros(len(parameter), 1, device=parameter.device)
         buffers = [state["momentum_buffer"] for state in states]

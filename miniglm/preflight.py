@@ -111,8 +111,8 @@ def check(config, start: Start, data: Dataset | Mixture, device: str, world: Wor
         print(f"note: {config.max_iters} steps only warm up (warmup_iters={config.warmup_iters})")
     if start.resumes and start.run["dataset"]["fingerprint"] != data.fingerprint:
         raise UserError(
-            f"{show_path(data.path)} is not what this run was trained on: it was prepared anew; "
-            "train again in another --out_dir="
+            f"dataset={config.dataset} is not what this run was trained on: that was "
+            f"dataset={settings['dataset']} as prepared then; train again in another --out_dir="
         )
     objective = objective_of(config, data)
     if config.init_from == "scratch" and (config.lora_rank or objective.needs_a_model):

@@ -76,6 +76,15 @@ def test_the_first_step_is_torchs_with_rows_of_one_length_within_bfloat16(shape)
     assert (moved - 0.2 * wanted).norm() < 0.02 * moved.norm()
 
 
+def test_the_momentum_of_an_older_version_goes_on():
+    weight = torch.nn.Parameter(random(8, 4, seed=1))
+    optimizer = Muon([weight], lr=0.1, weight_decay=0.0)
+    optimizer.state[weight]["momentum_buffer"] = torch.ones(8, 4)
+    weight.grad = torch.zeros(8, 4)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[weight]["momentum_buffer"], torch.full((8, 4), 0.95))
+
+
 def test_a_matrix_without_a_gradient_stays():
     """The first matrices of a block, while its output is zero."""
     weight = torch.nn.Parameter(random(8, 4, seed=1))

@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 from tqdm import tqdm
 
 from configurator import UserError, above, at_least, locked, repo_path, show_path
-from data_utils import Dataset
+from data_utils import Dataset, open_questions
 from miniglm import comet, jsonl
 from miniglm.checkpoint import Checkpoint
 from miniglm.generation import Sampling
@@ -104,7 +104,7 @@ def prompt_of(line: dict) -> list[dict]:
 def open_data(config: Settings, checkpoint: Checkpoint) -> Dataset:
     """The questions to ask, if the model can answer them."""
     check_answers(checkpoint)
-    data = Dataset(config.dataset or checkpoint.run["settings"]["dataset"])
+    data = open_questions(config.dataset or checkpoint.run["settings"]["dataset"])
     if data.kind != "sft":
         raise UserError(
             f"{show_path(data.path)} has no questions with references; pass --dataset=, such as "

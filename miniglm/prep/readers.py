@@ -625,10 +625,7 @@ def _parquet_rows(source: Source) -> Iterator[tuple[int, dict]]:
 
 
 def records(
-    source: Source,
-    tally: Tally,
-    fields: dict[str, str] | None = None,
-    want: type | None = None,
+    source: Source, tally: Tally, fields: dict[str, str] | None = None, want: type | None = None
 ) -> Iterator[Record]:
     """The good records of one source. want: str or list; records of the other kind are bad."""
     if source.form == "txt" and not source.target:

@@ -104,6 +104,13 @@ def test_training_pairs_are_of_trained_sources_and_held_out_ones_of_the_validati
     assert data.meta["dataset"].endswith("asked")
 
 
+def test_a_model_of_questions_and_texts_is_asked_the_questions(answers, tmp_path):
+    dataset = f"{answers / 'asked'}:3,{answers / 'text'}:1"
+    common = {"dataset": dataset, "init_from": answers / "base", "max_iters": 1}
+    checkpoint = load_for_sampling(train_here(out_dir=tmp_path / "out", **common), "cpu")
+    assert ranking.open_data(finance.Settings(), checkpoint).path == answers / "asked"
+
+
 def test_sources_are_a_choice_by_the_seed_without_validation_sources_that_are_trained(tmp_path):
     trained, held_out = questions(1, 40), questions(2, 9)
     splits = {"train": trained, "val": [[trained[3][0], held_out[0][1]], *held_out]}
