@@ -6,7 +6,7 @@ out_dir = "out-sanguo-sft"
 dataset = "sanguo_sft:8,sanguo:1"  # so that it still can continue the novel
 init_from = "out-sanguo"
 
-batch_size = 36  # 32 questions, 4 rows of the novel
+batch_size = 36  # on average 32 questions, 4 rows of the novel
 max_iters = 350
 learning_rate = 1e-3
 embedding_lr = 5e-3

@@ -1,7 +1,7 @@
 # Answering at the reference size, one GPU; after config/pretrain_sanguo_gpu.py.
 #   python train.py config/sft_sanguo_gpu.py
-# Not yet run on a GPU. Rows, steps and rates are measured at the size of config/sft_sanguo.py
-# (docs/recipe.md, "Fine-tuning").
+# Not yet run on a GPU. Rows, steps and rates are measured at the size of config/sft_sanguo.py, on
+# answers alone (docs/recipe.md, "Fine-tuning").
 out_dir = "out-sanguo-sft-gpu"
 dataset = "sanguo_sft:8,sanguo:1"
 init_from = "out-sanguo-gpu"

@@ -211,6 +211,8 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--repo={config.repo} is no clone of {config.peer}")
         if config.peer == "minimind" and not config.length:
             raise UserError("--length= is missing, the max_seq_len of train_pretrain.py")
+        if config.peer == "minimind" and config.names == ["score"] and not config.checkpoint:
+            raise UserError("--checkpoint= is missing, the file that train_pretrain.py saved")
         if config.peer == "nanochat" and "NANOCHAT_BASE_DIR" not in os.environ:
             raise UserError("NANOCHAT_BASE_DIR is not set, where nanochat reads and writes")
         sys.path.insert(0, str(user_path(config.repo)))
