@@ -1,7 +1,7 @@
 # The demonstration: a small model of 三国演义.
 #   python train.py config/pretrain_sanguo.py
-# 19 minutes on two cores of the slowest processor tried, beside other programs: 1.947 bits per byte
-# on the validation chapters, 3.87M parameters.
+# 18 minutes on two cores of the slowest processor tried: 1.947 bits per byte on the validation
+# chapters, 3.87M parameters.
 # docs/recipe.md says what was tried, and what each choice gave.
 out_dir = "out-sanguo"
 dataset = "sanguo"
