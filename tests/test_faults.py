@@ -172,8 +172,8 @@ def test_a_step_that_the_system_refuses_memory_leaves_the_checkpoint(toys, tmp_p
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))  # bytes of addresses
 
-    # a block's activations alone are 40 numbers of 4 bytes for each of these tokens and channels
-    more = {"resume": True, "max_iters": 4, "batch_size": 20_000}
+    # the two blocks' activations are 80 numbers of 4 bytes for each of these tokens and channels
+    more = {"resume": True, "max_iters": 4, "batch_size": 8_000}
     said = error_line(run("train.py", *words(out_dir=out, **more), preexec_fn=limit))
     assert said.startswith("out of memory (") and "allocate memory" in said
     assert contents(out) == before
