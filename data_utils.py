@@ -396,12 +396,6 @@ def open_dataset(name: str) -> "Dataset | Mixture":
     return Mixture(",".join(words), [Dataset(match[1]) for match in shares], weights)
 
 
-def open_questions(name: str) -> "Dataset | Mixture":
-    """The same; of one dataset of questions with texts beside it, the questions."""
-    data = open_dataset(name)
-    return data.judged[0] if data.beside and len(data.judged) == 1 else data
-
-
 def collate(rendered: list[tuple[list[int], list[int]]]) -> Arrays:
     """Rows of ids and masks as `render` gives them -> idx and targets, (B, T) int64 each."""
     ids = np.concatenate([np.array(ids) for ids, _ in rendered])

@@ -21,14 +21,14 @@ from configurator import UserError, at_least, command, configure, repo_path, sho
 # isort: split
 import numpy as np
 
-from data_utils import Dataset, Mixture, open_questions
+from data_utils import Dataset, Mixture
 from miniglm import choices, jsonl, scoring
 from miniglm.checkpoint import Checkpoint, check_writable
 from miniglm.comparison import compare, report_name
 from miniglm.generation import Sampling
 from miniglm.losses import split_sums
 from miniglm.prep.writer import fit
-from miniglm.text import check_answers, load_for_sampling
+from miniglm.text import check_answers, dataset_of, load_for_sampling
 from visualize import draw_histogram
 
 TRANSLATIONS = ["translation_sft", "finance_sft"]
@@ -55,14 +55,6 @@ class Settings(Sampling):
 
 
 # --- a split of a dataset ----------------------------------------------------------------------
-
-
-def dataset_of(checkpoint: Checkpoint, name: str | None) -> Dataset | Mixture:
-    """The dataset of this name, else the one that the model was trained on."""
-    name = name or checkpoint.run["settings"].get("dataset")
-    if not name:
-        raise UserError(f"{show_path(checkpoint.path)} names no dataset; pass --dataset=")
-    return open_questions(name)
 
 
 def evaluate(checkpoint: Checkpoint, data: Dataset, split: str, config: Settings) -> None:

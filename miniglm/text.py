@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 
 from configurator import UserError, repo_path, show_path
+from data_utils import Dataset, Mixture, open_dataset
 from miniglm.chat import plain
 from miniglm.checkpoint import Checkpoint, load_checkpoint, weights_sha256
 from miniglm.decoding import pack, quantize
@@ -60,6 +61,16 @@ def check_answers(checkpoint: Checkpoint) -> None:
             f"{show_path(checkpoint.out_dir)} continues texts, it has learnt no answers; "
             "pass a fine-tuned model's --out_dir="
         )
+
+
+def dataset_of(checkpoint: Checkpoint, name: str | None) -> Dataset | Mixture:
+    """The dataset of this name, else the one that the model was trained on; of questions with texts
+    beside them, the questions. Raises UserError if there is none."""
+    name = name or checkpoint.run["settings"].get("dataset")
+    if not name:
+        raise UserError(f"{show_path(checkpoint.path)} names no dataset; pass --dataset=")
+    data = open_dataset(name)
+    return data.judged[0] if data.beside and len(data.judged) == 1 else data
 
 
 # --- prompts -----------------------------------------------------------------------------------

@@ -415,7 +415,7 @@ def test_a_run_stopped_by_ctrl_c_and_by_sigterm_ends_in_the_bits_of_one_never_st
 @posix
 def test_a_second_ctrl_c_stops_without_saving(toys, tmp_path):
     out = tmp_path / "out"
-    slow = {"gradient_accumulation_steps": 1000}  # a step takes many seconds
+    slow = {"gradient_accumulation_steps": 1000}  # a step takes seconds
     process = start("train.py", *flags(toys, out_dir=out, **slow))
     read_until(process, b"0%|")
     process.send_signal(signal.SIGINT)

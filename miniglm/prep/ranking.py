@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 from tqdm import tqdm
 
 from configurator import UserError, above, at_least, locked, repo_path, show_path
-from data_utils import Dataset, open_questions
+from data_utils import Dataset
 from miniglm import comet, jsonl
 from miniglm.checkpoint import Checkpoint
 from miniglm.generation import Sampling
@@ -30,7 +30,7 @@ from miniglm.metrics import chrf
 from miniglm.prep import preferences
 from miniglm.prep.preferences import best_and_worst, usable
 from miniglm.prep.writer import Form, Records
-from miniglm.text import check_answers, complete, fingerprint, load_for_sampling
+from miniglm.text import check_answers, complete, dataset_of, fingerprint, load_for_sampling
 from miniglm.tokenizer import Tokenizer
 
 ROUND = 16  # batches of samples that are begun together; at their end rows stay empty
@@ -104,7 +104,7 @@ def prompt_of(line: dict) -> list[dict]:
 def open_data(config: Settings, checkpoint: Checkpoint) -> Dataset:
     """The questions to ask, if the model can answer them."""
     check_answers(checkpoint)
-    data = open_questions(config.dataset or checkpoint.run["settings"]["dataset"])
+    data = dataset_of(checkpoint, config.dataset)
     if data.kind != "sft":
         raise UserError(
             f"{show_path(data.path)} has no questions with references; pass --dataset=, such as "

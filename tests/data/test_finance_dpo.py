@@ -109,6 +109,9 @@ def test_a_model_of_questions_and_texts_is_asked_the_questions(answers, tmp_path
     common = {"dataset": dataset, "init_from": answers / "base", "max_iters": 1}
     checkpoint = load_for_sampling(train_here(out_dir=tmp_path / "out", **common), "cpu")
     assert ranking.open_data(finance.Settings(), checkpoint).path == answers / "asked"
+    checkpoint.run["settings"] = {}  # as a model of another project has
+    with pytest.raises(UserError, match="names no dataset; pass --dataset="):
+        ranking.open_data(finance.Settings(), checkpoint)
 
 
 def test_sources_are_a_choice_by_the_seed_without_validation_sources_that_are_trained(tmp_path):
