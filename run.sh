@@ -107,14 +107,10 @@ translate() {
     [ -f "data/${domain}_sft/meta.json" ] ||
       stage "prepare questions" "$python" "data/$domain/prepare_sft.py"
   done
-  for phase in pretrain sft lora dpo; do
-    if [ $phase = dpo ]; then
-      # of the adapter's own translations: anew where it was trained anew
-      [ data/finance_dpo/meta.json -nt out-translate-lora/latest ] || stage "prepare preferences" \
-        "$python" data/finance/prepare_dpo.py --out_dir=out-translate-lora --temperature=0.7 \
-        --margin=4 --n_val=400
-    fi
+  for phase in pretrain sft lora grpo; do
     stage "train $phase" "$python" train.py config/translate_small/?_$phase.py --resume
+    [ $phase != pretrain ] || stage "evaluate texts" "$python" evaluations.py \
+      --out_dir=out-translate-pretrain --dataset=translation
     for domain in translation finance; do
       [ out-translate-$phase/evaluation-${domain}_sft-test.json -nt out-translate-$phase/latest ] ||
         stage "evaluate $phase" "$python" evaluations.py --out_dir=out-translate-$phase \
@@ -123,8 +119,8 @@ translate() {
     runs+=("out-translate-$phase")
   done
   runs=$(IFS=, && echo "${runs[*]}")
-  stage draw "$python" visualize.py --runs="${runs%,*}"  # preferences have a loss of their own
-  stage draw "$python" visualize.py --runs=out-translate-dpo
+  stage draw "$python" visualize.py --runs="${runs%,*}"  # rewards are no loss
+  stage draw "$python" visualize.py --runs=out-translate-grpo
   stage compare "$python" evaluations.py --compare="$runs"
   echo
   printf '%s\n' "${times[@]}" "$(printf '%-22s %4d s' 'in all' $((SECONDS - began)))"
