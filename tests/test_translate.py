@@ -15,29 +15,30 @@ from data.translation import prepare_sft as translation_sft
 from miniglm.prep import parallel
 from tests.runs import read_json, words
 
-PHASES = ("pretrain", "sft", "lora", "dpo")
+PHASES = ("pretrain", "sft", "lora", "grpo")
 
 
 def configs_of(folder: str) -> list[Path]:
     return sorted((ROOT / "config" / folder).glob("?_*.py"))
 
 
-@pytest.mark.parametrize("folder", ["translate", "translate_small"])
-def test_each_phase_goes_on_from_the_one_before(folder):
-    paths = configs_of(folder)
-    assert [path.stem for path in paths] == [f"{n}_{name}" for n, name in enumerate(PHASES, 1)]
+@pytest.mark.parametrize(("folder", "last"), [("translate", "dpo"), ("translate_small", "grpo")])
+def test_each_phase_goes_on_from_the_one_before(folder, last):
+    paths, names = configs_of(folder), [*PHASES[:-1], last]
+    assert [path.stem for path in paths] == [f"{n}_{name}" for n, name in enumerate(names, 1)]
     configs = [configure(train.Settings, [str(path)]) for path in paths]
     out_dirs = [config.out_dir for config in configs]
     assert [config.init_from for config in configs] == ["scratch", *out_dirs[:-1]]
     assert [bool(config.lora_rank) for config in configs] == [False, False, True, True]
 
 
-def test_rewards_go_on_from_the_adapter_as_preferences_do():
+def test_preferences_go_on_from_the_adapter_as_rewards_do():
     dpo, grpo = (
         configure(train.Settings, [f"config/translate_small/{name}.py"])
-        for name in ("4_dpo", "grpo")
+        for name in ("dpo", "4_grpo")
     )
-    assert (grpo.init_from, grpo.lora_rank) == (dpo.init_from, dpo.lora_rank)
+    shape = (grpo.init_from, grpo.lora_rank, grpo.lora_alpha)
+    assert shape == (dpo.init_from, dpo.lora_rank, dpo.lora_alpha)
     assert grpo.reward and grpo.dataset == "finance_sft"
 
 
@@ -76,19 +77,29 @@ def test_the_four_phases_in_a_row(tmp_path, monkeypatch):
     translation.main(words(out=data["texts"], val=0.05, processes=1, vocab_size=330))
     translation_sft.main([*common, f"--out={data['general_sft']}"])
     finance_sft.main([*common, f"--out={data['finance_sft']}"])
-    out_dirs = [tmp_path / f"out-{phase}" for phase in PHASES]
-    tiny = {"batch_size": 16, "warmup_iters": 5, "dtype": "float32", "device": "cpu"}
+    phases = (*PHASES, "dpo")
+    out_dirs = [tmp_path / f"out-{phase}" for phase in phases]
+    paths = [*configs_of("translate_small"), ROOT / "config" / "translate_small" / "dpo.py"]
+    trained = [
+        data[name] for name in ("texts", "general_sft", "finance_sft", "finance_sft", "pairs")
+    ]
+    before = ["scratch", *out_dirs[:3], out_dirs[2]]
+    tiny = words(batch_size=16, warmup_iters=5, dtype="float32", device="cpu")
     shape = words(n_layer=1, n_head=2, n_kv_head=1, n_embd=64, block_size=64)
     tests = [f"{data[name]}" for name in ("general_sft", "finance_sft")]
-    for number, (path, name) in enumerate(zip(configs_of("translate_small"), data, strict=True)):
-        if name == "pairs":
+    for number, phase in enumerate(phases):
+        if phase == "dpo":
             sampled = words(n_sources=100, n_val=16, margin=0, max_tokens=64, temperature=0.7)
-            prepare_dpo.main([f"--out_dir={out_dirs[2]}", f"--out={data[name]}", *sampled])
-        steps = (60, 300, 250, 10)[number]
-        tiny |= {"dataset": data[name], "out_dir": out_dirs[number], "max_iters": steps}
-        tiny |= {"init_from": out_dirs[number - 1] if number else "scratch"}
-        argv = words(**tiny, eval_interval=steps)
-        train.main([str(path), *(shape if number == 0 else []), *argv])
+            prepare_dpo.main([f"--out_dir={out_dirs[2]}", f"--out={data['pairs']}", *sampled])
+        steps = (60, 300, 250, 4, 10)[number]
+        own = words(
+            dataset=trained[number],
+            out_dir=out_dirs[number],
+            init_from=before[number],
+            max_iters=steps,
+            eval_interval=steps,
+        )
+        train.main([str(paths[number]), *(shape if number == 0 else []), *tiny, *own])
         for dataset in tests:
             evaluations.main(words(out_dir=out_dirs[number], dataset=dataset, split="test"))
     runs, out = ",".join(map(str, out_dirs)), tmp_path / "comparison"
@@ -97,8 +108,8 @@ def test_the_four_phases_in_a_row(tmp_path, monkeypatch):
     report = read_json(tmp_path / "comparison" / "comparison.json")
     general, finance = (part["phases"] for part in report["datasets"])
     assert [row["run"] for row in finance] == [str(path) for path in out_dirs]
-    pretrained, tuned, adapted, preferred = (row["perplexity"] for row in finance)
+    pretrained, tuned, adapted, *last = (row["perplexity"] for row in finance)
     assert adapted < tuned  # finance is what the adapter has learnt
-    assert preferred < pretrained
+    assert max(last) < pretrained
     assert general[1]["perplexity"] < general[0]["perplexity"]
     assert "chrf_p" in finance[2]

@@ -1,10 +1,10 @@
 # Fourth phase: of eight of its own translations of a sentence of finance the model learns to prefer
-# the better, by their chrF++ and form.
+# the better, by their chrF++, form and length.
 #   bash run.sh translate
 out_dir = "out-translate-grpo"
 init_from = "out-translate-lora"
 dataset = "finance_sft"
-reward = ["chrf", "form"]  # chrf alone is got by writing more, and again
+reward = ["chrf", "form", "length"]  # chrf alone is got by writing again, form by writing less
 lora_rank = 32
 lora_alpha = 64.0
 
