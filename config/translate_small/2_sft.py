@@ -1,5 +1,7 @@
 # Second phase: English is asked, its Chinese is the answer; general sentences only.
 #   bash run.sh translate
+# Two cores of an Intel Xeon with AMX, 9 minutes: general test BLEU 26.8, chrF++ 30.6; finance 11.4
+# and 11.7.
 out_dir = "out-translate-sft"
 init_from = "out-translate-pretrain"
 dataset = "translation_sft"
