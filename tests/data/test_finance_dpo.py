@@ -187,11 +187,16 @@ def test_the_pairs_are_those_of_a_slow_loop(answers, whole, tmp_path, margin, ca
     data = prepared(answers, out, f"--margin={margin}")
     assert (out / "samples.jsonl").read_bytes() == before  # another margin needs no new samples
     metric, wanted = CHRF(word_order=2), {"train": {}, "val": {}}
+    longest = data.meta["max_tokens"]
     for line in lines_of(out):
         rated = [
             (metric.sentence_score(text, [line["reference"]]).score, text)
             for text, ended in zip(line["samples"], line["ended"], strict=True)
-            if ended and text and "\ufffd" not in text
+            if ended
+            and text
+            and "\ufffd" not in text
+            # longer ones, with their question, are in no pair
+            and len(data.tokenizer.render(dialogue(line["source"], text))[0]) <= longest
         ]
         best, worst = max(rated, default=(0, ""))[0], min(rated, default=(0, ""))[0]
         if best - worst >= max(margin, 1e-4):
