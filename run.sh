@@ -109,8 +109,8 @@ translate() {
   done
   for phase in pretrain sft lora grpo; do
     stage "train $phase" "$python" train.py config/translate_small/?_$phase.py --resume
-    [ $phase != pretrain ] || stage "evaluate texts" "$python" evaluations.py \
-      --out_dir=out-translate-pretrain --dataset=translation
+    [ $phase != pretrain ] || [ out-translate-$phase/evaluation-translation-val.json -nt out-translate-$phase/latest ] ||
+      stage "evaluate texts" "$python" evaluations.py --out_dir=out-translate-$phase --dataset=translation
     for domain in translation finance; do
       [ out-translate-$phase/evaluation-${domain}_sft-test.json -nt out-translate-$phase/latest ] ||
         stage "evaluate $phase" "$python" evaluations.py --out_dir=out-translate-$phase \
