@@ -112,8 +112,11 @@ def chunk_rows(n_vocab: int, device: str) -> int:
 def chunks(model: nn.Module, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Rows of hidden (n, n_embd), as leaves, with their logits and targets: some hundred rows at a
     time, so that the memory of logits does not grow with the batch and a CPU's cache keeps them."""
-    rows = chunk_rows(model.config.n_vocab, hidden.device.type)
-    for h, t in zip(hidden.detach().split(rows), targets.split(rows), strict=True):
+    n, rows = len(hidden), chunk_rows(model.config.n_vocab, hidden.device.type)
+    sizes = rows
+    if hidden.device.type == "cpu":  # the rest in powers of two: oneDNN keeps code for each size
+        sizes = [rows] * (n // rows) + [1 << i for i in range(9) if n % rows >> i & 1] or [0]
+    for h, t in zip(hidden.detach().split(sizes), targets.split(sizes), strict=True):
         h = h.requires_grad_(torch.is_grad_enabled())
         yield h, model.head(h), t
 

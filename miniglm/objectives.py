@@ -62,8 +62,8 @@ class Objective:
 
     def __init__(self, config, data: Dataset | Mixture, device: str, world: World = ALONE):
         self.config, self.data, self.device, self.world = config, data, device, world
-        # few lengths of rows on a GPU, so that compiled code is reused
-        self.multiple = 64 if device.startswith("cuda") else 1
+        # few lengths of rows: compiled code is reused on a GPU, what oneDNN has prepared on a CPU
+        self.multiple = 64 if device.startswith("cuda") else 16
 
     def start_from(self, checkpoint: Path) -> None:
         """Called with the path of the model whose weights are all trained on, if there is one."""
@@ -97,7 +97,7 @@ class Objective:
         other = copy.copy(self)
         other.world = dataclasses.replace(self.world, rank=rank)
         if self.needs_newest_weights:  # which have changed since
-            return self.data.show_rows(other.parts(start)[1][micro])
+            return "samples of " + self.data.show_rows(np.concatenate(other.parts(start)[1]))
         return self.data.show_rows(other.batches(start, step)[0][micro].rows)
 
     def judge(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
@@ -276,13 +276,10 @@ class Preferences(Objective):
         return self.world.add(out)
 
     def batches(self, start: int, step: int) -> tuple[list[Batch], int]:
-        rows, parts = self.parts(start)
-        block_size = self.config.block_size
-        batches = [
-            Batch("loss", part, self.data.batch(part, block_size, self.multiple)) for part in parts
-        ]
+        (rows, parts), size = self.parts(start), self.config.block_size
+        batches = [Batch("loss", p, self.data.batch(p, size, self.multiple)) for p in parts]
         batches = [self.with_reference(batch, "train") for batch in batches]
-        return batches, self.data.input_tokens(rows, block_size)
+        return batches, self.data.input_tokens(rows, size)
 
     def with_reference(self, batch: Batch, split: str) -> Batch:
         """The batch with its reference's log-probabilities (B, 2), if they were computed."""

@@ -8,6 +8,7 @@ from data_utils import IGNORE, Dataset
 from miniglm.lora import add_adapters
 from miniglm.losses import (
     chunk_rows,
+    chunks,
     next_token,
     send,
     sequence_log_prob,
@@ -203,6 +204,17 @@ def test_split_sums_of_questions_equal_a_slow_loop_over_their_answers(tmp_path):
         for batch_size in (1, 2, 1000):
             got = split_sums(model, data, split, batch_size)
             assert got == (pytest.approx(nats, rel=1e-5), count, n_bytes)
+
+
+def test_chunks_have_few_sizes_and_hold_all_rows_in_order():
+    """Each new size costs memory for as long as a process runs."""
+    model, sizes = tiny_model(), set()
+    for n in range(1200):
+        hidden = torch.arange(float(n))[:, None].expand(n, model.config.n_embd)
+        parts = [h for h, _, _ in chunks(model, hidden, torch.zeros(n, dtype=torch.int64))]
+        sizes |= {len(h) for h in parts}
+        assert torch.equal(torch.cat(parts), hidden)
+    assert sizes == {0} | {2**i for i in range(10)}
 
 
 def test_a_chunk_of_logits_is_small_whatever_the_vocabulary():
