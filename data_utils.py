@@ -396,12 +396,13 @@ def open_dataset(name: str) -> "Dataset | Mixture":
     return Mixture(",".join(words), [Dataset(match[1]) for match in shares], weights)
 
 
-def collate(rendered: list[tuple[list[int], list[int]]]) -> Arrays:
-    """Rows of ids and masks as `render` gives them -> idx and targets, (B, T) int64 each."""
+def collate(rendered: list[tuple[list, list]], multiple: int = 1, longest: int = 0) -> Arrays:
+    """Rows of ids and masks as `render` gives them -> idx and targets, (B, T) int64 each; T is the
+    longest row's, up to a multiple of `multiple` and, if it is not 0, at most `longest`."""
     ids = np.concatenate([np.array(ids) for ids, _ in rendered])
     mask = np.concatenate([np.array(mask) for _, mask in rendered])
     ends = np.cumsum([len(ids) for ids, _ in rendered])
-    return _gather(ids, mask, np.append(0, ends[:-1]), ends)
+    return _gather(ids, mask, np.append(0, ends[:-1]), ends, multiple, longest)
 
 
 def _gather(

@@ -99,9 +99,9 @@ def look_up(questions: list[str], known: list[tuple[str, str]]) -> list[str]:
 # --- translations: BLEU and chrF++ -------------------------------------------------------------
 
 
-def chrf(answer: str, reference: str) -> float:
-    """chrF++ of one sentence, 0 to 100 (Popović 2017)."""
-    return METRICS["chrf"].sentence_score(answer, [reference]).score
+def sentence(key: str, answer: str, reference: str) -> float:
+    """BLEU or chrF++ of one sentence (bleu, chrf), 0 to 100."""
+    return _score_of(METRICS[key], _counts(METRICS[key], [answer], [reference])[0])
 
 
 def score(metric: Metric, answers: list[str], references: list[str]) -> tuple[float, float, float]:

@@ -41,18 +41,17 @@ TEMPERATURE = 0.6  # of samples and of the policy that is trained: at 1 a small 
 
 def chrf(question: str, answer: str, reference: str, ended: bool) -> float:
     """chrF++ against the reference."""
-    return metrics.chrf(answer, reference) / 100
+    return metrics.sentence("chrf", answer, reference) / 100
+
+
+def bleu(question: str, answer: str, reference: str, ended: bool) -> float:
+    """BLEU of the sentence against the reference."""
+    return metrics.sentence("bleu", answer, reference) / 100
 
 
 def rouge_l(question: str, answer: str, reference: str, ended: bool) -> float:
     """ROUGE-L over characters against the reference."""
     return metrics.rouge_l(answer, reference)
-
-
-def length(question: str, answer: str, reference: str, ended: bool) -> float:
-    """The shorter one of answer and reference over the longer one, in characters."""
-    short, long = sorted((len(answer), len(reference)))
-    return short / long if long else 1.0
 
 
 def form(question: str, answer: str, reference: str, ended: bool) -> float:
@@ -61,7 +60,7 @@ def form(question: str, answer: str, reference: str, ended: bool) -> float:
     return 1 - metrics.repeated([answer]) if whole else 0.0
 
 
-REWARDS = {function.__name__: function for function in (chrf, rouge_l, length, form)}
+REWARDS = {function.__name__: function for function in (chrf, bleu, rouge_l, form)}
 
 
 def find_reward(name: str) -> Callable:
@@ -115,8 +114,7 @@ class Sample(NamedTuple):
 
 
 class Rewards(Objective):
-    """Sampled answers, weighed by their advantages. A batch's rows are all samples of a question,
-    then all of the next one."""
+    """Sampled answers, weighed by their advantages. A batch's rows are samples alike in length."""
 
     unit = "questions"
     needs_newest_weights = True
@@ -146,8 +144,12 @@ class Rewards(Objective):
             measured = np.array([(s.reward, 0, sum(s.mask), s.ended) for s in samples], np.float32)
             rewards = measured[:, 0].reshape(-1, n)
             measured[:, 1] = rewards.std(axis=1, ddof=1).repeat(n)
-            rows = collate([(sample.ids, sample.mask) for sample in samples])
-            batches.append(Batch("loss", part, (*rows, advantages(rewards).ravel(), measured)))
+            lengths, scores = [len(s.ids) for s in samples], advantages(rewards).ravel()
+            # few are long: those alike in length together, so that little is padding
+            for alike in np.array_split(np.argsort(lengths, kind="stable"), min(4, n)):
+                asked, rows = part[alike // n], [samples[i][:2] for i in alike]
+                arrays = collate(rows, self.multiple, self.config.block_size)
+                batches.append(Batch("loss", asked, (*arrays, scores[alike], measured[alike])))
             tokens += sum(len(sample.ids) - 1 for sample in samples)
         return batches, self.world.sums([tokens])[0]
 

@@ -1,8 +1,11 @@
 """Rewards: the objective against a plain version, what is sampled, whole runs, rewards of users."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from configurator import UserError
 from miniglm.checkpoint import load_checkpoint
@@ -17,7 +20,6 @@ from tests.runs import (
 from train import start, steps
 
 LORA = {"lora_rank": 4, "lora_alpha": 8, "num_samples": 4}
-HALVES = slice(0, 2), slice(2, 4)
 LONG = "def reward(question, answer, reference, ended):\n    return len(answer) / 10\n"
 
 
@@ -44,7 +46,9 @@ def test_a_step_has_the_loss_and_gradient_of_a_plain_version(sft, tmp_path):
     argv = words(out_dir=out, resume=True, max_iters=5)
     run, state = start(argv)
     run.objective.begin(state.model, out, 4)
-    [batch], counts, tokens = next(steps(run, state))
+    batches, counts, tokens = next(steps(run, state))
+    assert len({batch.arrays[0].shape[1] for batch in batches}) > 1
+    batch = joined(batches)
     sums = run.objective.sums(state.model, batch)
     loss = sums["loss"] / counts["loss"] + 0.1 * sums["kl"] / counts["kl"]
     trained = {n: p for n, p in state.model.named_parameters() if p.requires_grad}
@@ -52,7 +56,10 @@ def test_a_step_has_the_loss_and_gradient_of_a_plain_version(sft, tmp_path):
 
     idx, targets, _, given, measured = batch.arrays
     base, answered = load_checkpoint(sft / "sft", "best").model, targets != -100
-    wanted = advantages(measured[:, 0].double().numpy().reshape(4, 4)).ravel()
+    wanted = np.zeros(16)
+    for row in set(batch.rows):
+        own = measured[batch.rows == row, 0].double().numpy()
+        wanted[batch.rows == row] = advantages(own[None])[0]
     assert given.tolist() == pytest.approx(wanted, abs=1e-3) and np.abs(wanted).max() > 0.5
     logits = [model.head(model(idx)) / TEMPERATURE for model in (state.model, base)]
     log_p, reference = (
@@ -69,18 +76,21 @@ def test_a_step_has_the_loss_and_gradient_of_a_plain_version(sft, tmp_path):
         assert (a - b).abs().max() < 1e-4 * largest
     assert counts["loss"] == answered.sum() and counts["reward"] == 16
     assert 0 < tokens <= idx.numel()
-    parts, _ = start([*argv, "--batch_size=2", "--gradient_accumulation_steps=2"])
-    two = [Batch("loss", batch.rows[r], split_rows(batch, 4 * r.start, 4 * r.stop)) for r in HALVES]
-    halves = [parts.objective.sums(state.model, half) for half in two]
+    each = [run.objective.sums(state.model, batch) for batch in batches]
     for name, value in sums.items():
-        assert sum(half[name] for half in halves).item() == pytest.approx(value.item(), abs=1e-4)
+        assert sum(own[name] for own in each).item() == pytest.approx(value.item(), abs=1e-4)
 
 
-def split_rows(batch: Batch, first: int, last: int) -> tuple:
-    """The arrays of some of a batch's rows, on the device."""
-    idx, targets, _, *more = (array[first:last] for array in batch.arrays)
+def joined(batches: list[Batch]) -> Batch:
+    """The rows of micro-batches as one, on the device."""
+    T = max(batch.arrays[0].shape[1] for batch in batches)
+    idx, targets, _, *more = zip(*(batch.arrays for batch in batches), strict=True)
+    idx = torch.cat([F.pad(rows, (0, T - rows.shape[1])) for rows in idx])
+    targets = torch.cat([F.pad(rows, (0, T - rows.shape[1]), value=-100) for rows in targets])
     places = (targets != -100).flatten().nonzero().flatten()
-    return idx, targets, places, *more
+    more = [torch.cat(values) for values in more]
+    rows = np.concatenate([batch.rows for batch in batches])
+    return Batch("loss", rows, (idx, targets, places, *more))
 
 
 def test_advantages_worked_by_hand():
@@ -102,15 +112,27 @@ def test_what_is_rewarded_is_what_was_sampled(sft, tmp_path):
         )
     )
     run.objective.begin(state.model, tmp_path / "out", 0)
-    [batch], _ = run.objective.batches(0, 0)
+    batches, _ = run.objective.batches(0, 0)
     again, _ = run.objective.batches(0, 0)
     later, _ = run.objective.batches(3, 1)
-    assert (batch.arrays[0] == again[0].arrays[0]).all()
-    assert (batch.rows != later[0].rows).any()
+    for batch, other in zip(batches, again, strict=True):
+        assert (batch.arrays[0] == other.arrays[0]).all()
+    rows = np.concatenate([batch.rows for batch in batches])
+    assert sorted(rows) == sorted(np.repeat(run.objective.parts(0)[0], 4))
+    assert not set(rows) <= {row for batch in later for row in batch.rows}
+    batch = joined([run.objective.to_device(batch) for batch in batches])
+    widths = [batch.arrays[0].shape[1] for batch in batches]
+    assert widths == sorted(widths) and widths[0] < widths[-1]  # of rows alike in length
+    assert run.objective.show_rows(0, 0, 0, 3).startswith("samples of conversations ")
+    run.objective.multiple = 5  # as 64 on a GPU
+    padded, _ = run.objective.batches(0, 0)
+    assert {b.arrays[0].shape[1] for b in padded} <= {*range(0, 32, 5), 32}
+    for batch_a, batch_b in zip(batches, padded, strict=True):
+        assert (batch_a.arrays[1] != -100).sum() == (batch_b.arrays[1] != -100).sum()
     conversations, tokenizer = run.data.conversations("train"), run.data.tokenizer
-    idx, targets, _, measured = batch.arrays
+    idx, targets, _, _, measured = batch.arrays
     texts = set()
-    for place, row in enumerate(np.repeat(batch.rows, 4).tolist()):
+    for place, row in enumerate(batch.rows.tolist()):
         ids = targets[place][targets[place] != -100].tolist()
         messages = conversations[row]
         prompt = tokenizer.render_prompt(messages[:-1])
@@ -155,8 +177,9 @@ def test_rewards_worked_by_hand():
         return [f("谁？", answer, "刘备到荆州。", ended) for f in REWARDS.values()]
 
     assert rewards("刘备到荆州。") == pytest.approx([1, 1, 1, 1])
-    chrf, rouge, length, form = rewards("刘备到", ended=False)
-    assert (rouge, length, form) == (pytest.approx(2 / 3), 0.5, 0) and 0 < chrf < 0.6
+    chrf, bleu, rouge, form = rewards("刘备到荆州", ended=False)
+    assert (rouge, form) == (pytest.approx(10 / 11), 0) and 0.5 < chrf < 0.9
+    assert bleu == pytest.approx(math.exp(-1 / 5))  # all n-grams are right, one of 6 is missing
     assert rewards("")[1:] == [0, 0, 0] and rewards("刘备刘备刘备刘备")[3] == pytest.approx(0.4)
 
 

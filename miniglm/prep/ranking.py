@@ -26,7 +26,7 @@ from data_utils import Dataset
 from miniglm import comet, jsonl
 from miniglm.checkpoint import Checkpoint
 from miniglm.generation import Sampling
-from miniglm.metrics import chrf
+from miniglm.metrics import sentence
 from miniglm.prep import preferences
 from miniglm.prep.preferences import best_and_worst, usable
 from miniglm.prep.writer import Form, Records
@@ -209,7 +209,7 @@ def comet_scores(config: Settings, model: object, lines: list[dict], header: dic
 
 def chrf_scores(lines: list[dict]) -> list[list[float]]:
     """chrF++ of each line's samples, of 100."""
-    return [[round(chrf(s, line["reference"]), 4) for s in line["samples"]] for line in lines]
+    return [[round(sentence("chrf", s, x["reference"]), 4) for s in x["samples"]] for x in lines]
 
 
 def rank(
