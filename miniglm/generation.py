@@ -53,6 +53,11 @@ class Sampling:
         if not all(self.stop):
             raise UserError("stop has an empty text; leave it out")
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether top_k, top_p or min_p leave tokens out."""
+        return bool(self.top_k or self.top_p < 1 or self.min_p)
+
 
 @dataclass(eq=False)
 class Request:
@@ -270,36 +275,40 @@ def completions(text: list[int], n: int) -> list[int]:
 def choose(logits: Tensor, requests: list[Request]) -> list[int]:
     """(B, n_vocab) logits -> an id a row: the likeliest, or a sample by one uniform number of the
     row's own stream, from the probabilities that top_k, top_p and min_p leave."""
-    sampled = [row for row, request in enumerate(requests) if request.sampling.temperature]
-    ids = logits.argmax(dim=-1).tolist() if len(sampled) < len(requests) else [0] * len(requests)
-    if not sampled:
-        return ids
-    samplings = [requests[row].sampling for row in sampled]
-    if len(sampled) < len(requests):
-        logits = logits[sampled]
-    n_vocab, device = logits.shape[-1], logits.device
+    ways = [(bool(r.sampling.temperature), r.sampling.is_cut) for r in requests]
+    ids = logits.argmax(dim=-1).tolist() if not all(way[0] for way in ways) else [0] * len(ways)
+    for way in {(True, False), (True, True)}.intersection(ways):
+        rows = [row for row, own in enumerate(ways) if own == way]
+        some = logits if len(rows) == len(ways) else logits[rows]
+        for row, id in zip(rows, draw(some, [requests[row] for row in rows]), strict=True):
+            ids[row] = id
+    return ids
+
+
+def draw(logits: Tensor, requests: list[Request]) -> list[int]:
+    """Samples, as `choose`, for rows that are all cut by top_k, top_p or min_p, or all not: to sort
+    a vocabulary takes longer than all else."""
 
     def column(*values: float) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+        return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
 
-    most = [min(s.top_k or n_vocab, n_vocab) for s in samplings]
-    sorted_logits, sorted_ids = logits.topk(max(most), dim=-1)  # likeliest first
-    shifted = (sorted_logits - sorted_logits[:, :1]) / column(*(s.temperature for s in samplings))
-    if min(most) < max(most):
-        shifted.masked_fill_(torch.arange(max(most), device=device) >= column(*most), -torch.inf)
-    probs = torch.softmax(shifted, dim=-1)
+    samplings, n_vocab, order = [r.sampling for r in requests], logits.shape[-1], None
+    if samplings[0].is_cut:
+        most = [min(s.top_k or n_vocab, n_vocab) for s in samplings]
+        logits, order = logits.topk(max(most), dim=-1)  # likeliest first
+        beyond = torch.arange(max(most), device=logits.device) >= column(*most)
+        logits = logits.masked_fill(beyond, -torch.inf)
+    shifted = logits - logits.amax(dim=-1, keepdim=True)
+    probs = torch.softmax(shifted / column(*(s.temperature for s in samplings)), dim=-1)
+    if order is not None:
+        before, least = probs.cumsum(dim=-1) - probs, column(*(s.min_p for s in samplings))
+        out = (before >= column(*(s.top_p for s in samplings))) | (probs < least * probs[:, :1])
+        probs = probs.masked_fill(out, 0.0)
     cumulative = probs.cumsum(dim=-1)
-    if any(s.top_p < 1 for s in samplings):
-        before = cumulative - probs
-        probs = probs.masked_fill(before >= column(*(s.top_p for s in samplings)), 0.0)
-    if any(s.min_p for s in samplings):
-        least = column(*(s.min_p for s in samplings)) * probs[:, :1]
-        probs = probs.masked_fill(probs < least, 0.0)
-    cumulative = probs.cumsum(dim=-1)
-    u = column(*(requests[row].random.random() for row in sampled))
+    u = column(*(request.random.random() for request in requests))
     place = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
     # u can round up to the whole sum: then take the last token that is left
-    place = torch.minimum(place, (probs > 0).sum(dim=-1, keepdim=True) - 1)
-    for row, id in zip(sampled, sorted_ids.gather(1, place).squeeze(1).tolist(), strict=True):
-        ids[row] = id
-    return ids
+    place = torch.minimum(place, (cumulative < cumulative[:, -1:]).sum(dim=-1, keepdim=True))
+    # a sum on a GPU may fall by a rounding error, and meet an id that has no probability
+    place = torch.where(probs.gather(1, place) > 0, place, probs.argmax(dim=-1, keepdim=True))
+    return (place if order is None else order.gather(1, place)).squeeze(1).tolist()

@@ -59,6 +59,8 @@ def slow_probs(
         before += weight / sum(weights)
     most = max(probs.values())
     probs = {id: prob for id, prob in probs.items() if prob >= sampling.min_p * most}
+    if sampling.top_k is None and sampling.top_p == 1 and not sampling.min_p:
+        probs = dict(sorted(probs.items()))  # nothing is cut, so nothing is sorted by probability
     return {id: prob / sum(probs.values()) for id, prob in probs.items()}
 
 
@@ -237,9 +239,11 @@ def edge(u: float, **options) -> Request:
 
 def test_the_edges_of_the_unit_interval_are_the_first_and_the_last_choice():
     logits = torch.tensor([[1.0, 3.0, 2.0, -1.0]]).expand(2, -1)
-    for options, wanted in (({}, [1, 3]), ({"top_k": 2}, [1, 2]), ({"top_p": 0.8}, [1, 2])):
+    for options, wanted in (({}, [0, 3]), ({"top_k": 2}, [1, 2]), ({"top_p": 0.8}, [1, 2])):
         edges = [0.0, 1 - 2**-53]  # the second is 1 in float32
         assert choose(logits, [edge(u, temperature=1.0, **options) for u in edges]) == wanted
+    held = torch.tensor([[-torch.inf, 1.0, 3.0, -torch.inf, -1.0, -torch.inf]]).expand(2, -1)
+    assert choose(held, [edge(u, temperature=1.0) for u in edges]) == [1, 4]
     halves = [choose(torch.zeros(1, 2), [edge(u, temperature=1.0)]) for u in (0, 0.5)]
     assert halves[0] != halves[1]
 
