@@ -206,9 +206,9 @@ class Dataset:
         bounds, mask = self.bounds[split][rows[:, None] + np.arange(2)], self.mask[split]
         return np.array([mask[start:end].max() == 1 for start, end in bounds.tolist()])
 
-    def crossed(self, split: str, pairs: np.ndarray, block_size: int) -> Arrays:
+    def crossed(self, split: str, pairs: np.ndarray, block_size: int, multiple: int) -> Arrays:
         """Of each pair of marks, (B, 2), the first one's prompt with the second one's answer -> idx
-        and targets, cut to block_size."""
+        and targets, padded to a multiple of `multiple` and cut to block_size."""
         rows = []
         for both in self.bounds[split][pairs[..., None] + np.arange(2)].astype(np.int64):
             prompt, answer = (
@@ -217,7 +217,7 @@ class Dataset:
             )
             prompt, answer = prompt[:, : prompt[1].argmax()], answer[:, answer[1].argmax() :]
             rows.append(np.hstack([prompt, answer]))
-        return tuple(array[:, :block_size] for array in collate(rows))
+        return collate(rows, multiple, block_size)
 
     def row_lengths(self, split: str) -> np.ndarray:
         """Tokens of each conversation, or of the longer one of each pair."""
@@ -399,8 +399,7 @@ def open_dataset(name: str) -> "Dataset | Mixture":
 def collate(rendered: list[tuple[list, list]], multiple: int = 1, longest: int = 0) -> Arrays:
     """Rows of ids and masks as `render` gives them -> idx and targets, (B, T) int64 each; T is the
     longest row's, up to a multiple of `multiple` and, if it is not 0, at most `longest`."""
-    ids = np.concatenate([np.array(ids) for ids, _ in rendered])
-    mask = np.concatenate([np.array(mask) for _, mask in rendered])
+    ids, mask = (np.concatenate([np.array(row[i]) for row in rendered]) for i in (0, 1))
     ends = np.cumsum([len(ids) for ids, _ in rendered])
     return _gather(ids, mask, np.append(0, ends[:-1]), ends, multiple, longest)
 

@@ -45,7 +45,7 @@ from miniglm.checkpoint import Checkpoint
 from miniglm.devices import Peak
 from miniglm.distributed import ALONE, LossModule, World
 from miniglm.lora import adapters, add_adapters
-from miniglm.losses import chunk_rows
+from miniglm.losses import chunk_sizes
 from miniglm.monitor import Stopwatch, Window
 from miniglm.objectives import Batch, Objective
 from miniglm.optim import learning_rate, make_optimizers
@@ -76,7 +76,7 @@ class Settings(Architecture):
     lora_targets: list[str] | None = None  # names of Linears; None: all those of the blocks
     beta: Annotated[float, at_least(0)] = 0.1  # of preferences, marks, rewards: how near to stay
     dpo_sft_weight: Annotated[float, at_least(0)] = 0.0  # of the chosen answers' mean loss
-    reward: list[str] = field(default_factory=list)  # of sampled answers: chrf, rouge_l, a file.py
+    reward: list[str] = field(default_factory=list)  # chrf, bleu, rouge_l, form, or a file.py
     num_samples: Annotated[int, at_least(2)] = 8  # with reward: answers to each question
     optimizer: Literal["muon", "adamw"] = "muon"  # of the blocks' matrices; AdamW for all else
     learning_rate: Annotated[float, at_least(0)] = 1e-3  # at its highest
@@ -649,7 +649,7 @@ def on_a_gpu(run: Run, known: int) -> str:
     if run.device != "cpu" or config.model != "gpt":
         return ""
     # a chunk's logits and their gradient in half precision, log-probabilities in float32
-    rows = min(config.batch_size * config.block_size, chunk_rows(n_vocab, "cuda"))
+    rows = chunk_sizes(config.batch_size * config.block_size, n_vocab, "cuda")[0]
     total = known + 8 * rows * n_vocab + CONTEXT
     return f"            on a GPU about {total / 1e9:.1f} GB, an estimate\n"
 

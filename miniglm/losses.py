@@ -103,19 +103,20 @@ def head_weights(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.lm_head.parameters() if p.requires_grad]
 
 
-def chunk_rows(n_vocab: int, device: str) -> int:
-    """Rows of a chunk: their logits in float32 take 64 MiB at most, on a GPU 512."""
+def chunk_sizes(n: int, n_vocab: int, device: str) -> list[int]:
+    """Rows of each chunk of n, the largest first: their logits in float32 take 64 MiB at most, on a
+    GPU 512. The rest is cut into powers of two on a CPU: oneDNN keeps code for each size that it
+    meets, in bfloat16 megabytes."""
     rows, logits = (512, 2**24) if device == "cpu" else (4096, 2**27)
-    return max(1, min(rows, logits // n_vocab))
+    rows = max(1, min(rows, logits // n_vocab))
+    rest = [n % rows & 1 << i for i in range(9, -1, -1)] if device == "cpu" else [n % rows]
+    return [rows] * (n // rows) + [size for size in rest if size] or [0]
 
 
 def chunks(model: nn.Module, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Rows of hidden (n, n_embd), as leaves, with their logits and targets: some hundred rows at a
     time, so that the memory of logits does not grow with the batch and a CPU's cache keeps them."""
-    n, rows = len(hidden), chunk_rows(model.config.n_vocab, hidden.device.type)
-    sizes = rows
-    if hidden.device.type == "cpu":  # the rest in powers of two: oneDNN keeps code for each size
-        sizes = [rows] * (n // rows) + [1 << i for i in range(9) if n % rows >> i & 1] or [0]
+    sizes = chunk_sizes(len(hidden), model.config.n_vocab, hidden.device.type)
     for h, t in zip(hidden.detach().split(sizes), targets.split(sizes), strict=True):
         h = h.requires_grad_(torch.is_grad_enabled())
         yield h, model.head(h), t

@@ -57,7 +57,7 @@ class Marks(Objective):
         with eval_mode(model), self.autocast():
             for first in range(0, len(mine), self.config.batch_size):
                 part = mine[first : first + self.config.batch_size]
-                arrays = self.data.crossed(split, part, self.config.block_size)
+                arrays = self.data.crossed(split, part, self.config.block_size, self.multiple)
                 batch = send(arrays, self.device)
                 ratio = sequence_log_prob(model, *batch) - reference_log_prob(model, *batch)
                 total += ratio.double().sum().item()

@@ -22,6 +22,7 @@ FULL_STOP = "\ue000"  # the package would split sentences at "."
 # BLEU counts Chinese characters and English words. chrF++ counts runs of characters, and words
 # between blanks: in Chinese, which has few blanks, whole clauses, so it lies below plain chrF
 METRICS = {"bleu": BLEU(tokenize="zh"), "chrf": CHRF(word_order=2)}
+OF_SENTENCE = METRICS | {"bleu": BLEU(tokenize="zh", effective_order=True)}
 NAMES = {"bleu": "BLEU", "chrf": "chrF++"}
 RESAMPLES = 1000  # of an interval
 EXCHANGES = 10_000  # of a p
@@ -100,8 +101,9 @@ def look_up(questions: list[str], known: list[tuple[str, str]]) -> list[str]:
 
 
 def sentence(key: str, answer: str, reference: str) -> float:
-    """BLEU or chrF++ of one sentence (bleu, chrf), 0 to 100."""
-    return _score_of(METRICS[key], _counts(METRICS[key], [answer], [reference])[0])
+    """BLEU or chrF++ of one sentence (bleu, chrf), 0 to 100; BLEU by the n-grams that it has room
+    for, up to four."""
+    return OF_SENTENCE[key].sentence_score(answer, [reference]).score
 
 
 def score(metric: Metric, answers: list[str], references: list[str]) -> tuple[float, float, float]:

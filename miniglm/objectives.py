@@ -56,13 +56,14 @@ class Objective:
 
     unit = "rows"  # what a step counts
     copies = 1  # rows that the model reads of each
+    pieces = 1  # batches of each part
     needs_newest_weights = False  # to make its rows, as samples do: then no step is made ahead
     needs_a_model = False  # to begin with; dropout is then off by default
     weights: dict[str, float]  # of each term in the loss
 
     def __init__(self, config, data: Dataset | Mixture, device: str, world: World = ALONE):
         self.config, self.data, self.device, self.world = config, data, device, world
-        # few lengths of rows: compiled code is reused on a GPU, what oneDNN has prepared on a CPU
+        # few lengths of rows: compiled code is reused on a GPU, what oneDNN keeps of each on a CPU
         self.multiple = 64 if device.startswith("cuda") else 16
 
     def start_from(self, checkpoint: Path) -> None:
@@ -97,7 +98,7 @@ class Objective:
         other = copy.copy(self)
         other.world = dataclasses.replace(self.world, rank=rank)
         if self.needs_newest_weights:  # which have changed since
-            return "samples of " + self.data.show_rows(np.concatenate(other.parts(start)[1]))
+            return self.data.show_rows(other.parts(start)[1][micro // self.pieces])
         return self.data.show_rows(other.batches(start, step)[0][micro].rows)
 
     def judge(self, model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, float]:

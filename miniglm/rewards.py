@@ -1,12 +1,12 @@
 """Rewards (GRPO): the model answers each question several times, and learns what scored well.
 
 A step samples num_samples answers to each of its questions with the newest weights, at TEMPERATURE,
-by which the logits are divided in the loss, too. An answer's advantage is its reward less the mean
-of its question's, over their standard deviation (arXiv 2402.03300); each of its tokens takes it,
-and the loss is the mean over all tokens of the step (arXiv 2503.14476). Samples are used once, so
-the ratio of the new to the old policy is 1, and nothing is clipped. beta is the weight of the KL to
-the model with its adapters off, by the estimator exp(d) - d - 1 of d = log p(reference) - log
-p(policy).
+by which the logits are divided in the loss, too. They have room for twice the reference's tokens
+and 16 more. An answer's advantage is its reward less the mean of its question's, over their
+standard deviation (arXiv 2402.03300); each of its tokens takes it, and the loss is the mean over
+all tokens of the step (arXiv 2503.14476). Samples are used once, so the ratio of the new to the old
+policy is 1, and nothing is clipped. beta is the weight of the KL to the model with its adapters
+off, by the estimator exp(d) - d - 1 of d = log p(reference) - log p(policy).
 
 A reward is a function of this file, or `reward` in a file of your own:
 
@@ -129,13 +129,12 @@ class Rewards(Objective):
         if config.beta and not config.lora_rank:
             raise UserError(f"beta={config.beta:g} needs adapters; pass --lora_rank=, or --beta=0")
         self.weights = {"loss": 1.0} | ({"kl": config.beta} if config.beta else {})
-        self.copies = config.num_samples
+        self.copies, self.pieces = config.num_samples, min(4, config.num_samples)
         self.rewards = [(name, find_reward(name)) for name in config.reward]
 
     def batches(self, start: int, step: int) -> tuple[list[Batch], int]:
         rows, parts = self.parts(start)
-        sampling = Sampling(temperature=TEMPERATURE, seed=self.config.seed)
-        n = self.config.num_samples
+        n, sampling = self.copies, Sampling(temperature=TEMPERATURE, seed=self.config.seed)
         numbers = np.array_split(start + self.world.share(np.arange(len(rows))), len(parts) or 1)
         batches, tokens = [], 0
         for part, own in zip(parts, numbers, strict=False):
@@ -146,10 +145,9 @@ class Rewards(Objective):
             measured[:, 1] = rewards.std(axis=1, ddof=1).repeat(n)
             lengths, scores = [len(s.ids) for s in samples], advantages(rewards).ravel()
             # few are long: those alike in length together, so that little is padding
-            for alike in np.array_split(np.argsort(lengths, kind="stable"), min(4, n)):
-                asked, rows = part[alike // n], [samples[i][:2] for i in alike]
-                arrays = collate(rows, self.multiple, self.config.block_size)
-                batches.append(Batch("loss", asked, (*arrays, scores[alike], measured[alike])))
+            for few in np.array_split(np.argsort(lengths, kind="stable"), self.pieces):
+                rows = collate([samples[i][:2] for i in few], self.multiple, self.config.block_size)
+                batches.append(Batch("loss", part[few // n], (*rows, scores[few], measured[few])))
             tokens += sum(len(sample.ids) - 1 for sample in samples)
         return batches, self.world.sums([tokens])[0]
 
@@ -158,22 +156,21 @@ class Rewards(Objective):
     ) -> list[Sample]:
         """An answer to each of wanted: a row of the split, and two numbers of which, with the seed,
         its random stream depends."""
-        tokenizer, longest = self.data.tokenizer, self.data.meta["max_tokens"]
-        size = self.config.batch_size * self.config.num_samples
+        tokenizer, size = self.data.tokenizer, self.config.batch_size * self.config.num_samples
         eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
         asked = {row: self.question(split, row) for row in {row for row, *_ in wanted}}
         with eager, eval_mode(model):
             batch, requests = generation.Batch(model, tokenizer.stop_ids, size), []
             for row, *stream in wanted:
-                prompt = asked[row][0]
-                limit = dataclasses.replace(sampling, max_new_tokens=longest - len(prompt))
+                prompt, most, *_ = asked[row]
+                limit = dataclasses.replace(sampling, max_new_tokens=most)
                 requests.append(Request(prompt, limit, *stream))
                 batch.add(requests[-1])
             while batch:
                 batch.step()
         samples = []
         for (row, *_), request in zip(wanted, requests, strict=True):
-            prompt, question, reference = asked[row]
+            prompt, _, question, reference = asked[row]
             answer, ended = tokenizer.decode(request.ids), request.finish == "stop"
             answer = without_reasoning(answer).strip()
             reward = total(self.rewards, question, answer, reference, ended)
@@ -181,13 +178,15 @@ class Rewards(Objective):
             samples.append(Sample(request.text, mask, reward, ended))
         return samples
 
-    def question(self, split: str, row: int) -> tuple[list[int], str, str]:
-        """The prompt's ids, the question and the reference of a row."""
+    def question(self, split: str, row: int) -> tuple[list[int], int, str, str]:
+        """Of a row the prompt's ids, the most ids of an answer, the question and the reference."""
         here = slice(*self.data.bounds[split][row : row + 2].astype(int))
         ids, mask = self.data.tokens[split][here], self.data.mask[split][here]
         *_, question, answer = self.data.tokenizer.parse(ids)
         prompt = ids[: mask.tobytes().rindex(b"\0\1") + 1].tolist()
-        return prompt, question["content"], without_reasoning(answer["content"])
+        # a step waits for its longest answer
+        most = min(self.data.meta["max_tokens"] - len(prompt), 2 * (len(ids) - len(prompt)) + 16)
+        return prompt, most, question["content"], without_reasoning(answer["content"])
 
     def counts(self, batches: list[Batch]) -> dict[str, int]:
         tokens = sum(int((batch.arrays[1] != IGNORE).sum()) for batch in batches)

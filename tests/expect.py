@@ -70,8 +70,8 @@ def flash(q, k, v, mask=None, is_causal=False):
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
 
 
-def chunk_rows(n_vocab, device, rows=losses.chunk_rows):
-    return rows(n_vocab, "cuda")
+def chunk_sizes(n, n_vocab, device, sizes=losses.chunk_sizes):
+    return sizes(n, n_vocab, "cuda")
 
 
 def settings(argv: list[str]) -> Settings:
@@ -90,7 +90,7 @@ def count_step(config: Settings, vocab: int, rows: int, length: int):
     with (
         FakeTensorMode(),
         patch.object(models, "attend", flash),
-        patch.object(losses, "chunk_rows", chunk_rows),
+        patch.object(losses, "chunk_sizes", chunk_sizes),
         patch.object(F, "rms_norm", lambda *x: torch.ops.aten._fused_rms_norm(*x)[0]),
     ):
         model = models.GPT(models.ModelConfig(**architecture(vars(config)), n_vocab=vocab))

@@ -127,7 +127,7 @@ COURSES = {
     "marks": LORA | {"init_from": "answers", "dataset": "marks"},
     "rewards": LORA
     | {"init_from": "answers", "dataset": "questions"}
-    | {"reward": "chrf,length", "num_samples": 3, "max_iters": 8},
+    | {"reward": "chrf,bleu", "num_samples": 3, "max_iters": 8},
     "an untied head": {"dataset": "text", "tie_weights": False, "checkpoint_activations": True},
     "short rows first": {"dataset": "text", "short_block": 8},
     "an LSTM": {"dataset": "text", "model": "lstm", "n_head": 8},

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data_utils import IGNORE, Dataset
 from miniglm.lora import add_adapters
 from miniglm.losses import (
-    chunk_rows,
+    chunk_sizes,
     chunks,
     next_token,
     send,
@@ -218,6 +218,9 @@ def test_chunks_have_few_sizes_and_hold_all_rows_in_order():
 
 
 def test_a_chunk_of_logits_is_small_whatever_the_vocabulary():
-    assert [chunk_rows(n, "cpu") for n in (6400, 8192, 32768, 151_669)] == [512, 512, 512, 110]
-    assert [chunk_rows(n, "cuda") for n in (6400, 32768, 151_669)] == [4096, 4096, 884]
-    assert chunk_rows(10**9, "cpu") == 1
+    def rows(n_vocab: int, device: str) -> int:
+        return chunk_sizes(10_000, n_vocab, device)[0]
+
+    assert [rows(n, "cpu") for n in (6400, 8192, 32768, 151_669)] == [512, 512, 512, 110]
+    assert [rows(n, "cuda") for n in (6400, 32768, 151_669)] == [4096, 4096, 884]
+    assert rows(10**9, "cpu") == 1 and chunk_sizes(300, 6400, "cuda") == [300]

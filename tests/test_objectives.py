@@ -1,6 +1,7 @@
 """Objectives: what a step reads, what is mixed with what weight, and the seam for a new one."""
 
 import math
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -152,6 +153,17 @@ def test_the_log_says_how_texts_and_questions_are_kept(toys, tmp_path):
         assert last[key] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
     assert last["val_loss"] == pytest.approx(nats / count, rel=1e-5)
     assert checkpoint.answers
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_rows_have_few_lengths(toys, device):
+    """Each new length costs memory or a compilation for as long as a process runs."""
+    config = SimpleNamespace(**TINY | {"block_size": 40, "rows_per_step": 4, "seed": 1})
+    config.mix_weight, config.short_block, config.shard, config.batch_size = 1, None, False, 4
+    objective = NextToken(config, Dataset(toys / "questions"), device)
+    batches = [batch for step in range(20) for batch in objective.batches(4 * step, step)[0]]
+    lengths = {batch.arrays[0].shape[1] for batch in batches}
+    assert lengths <= ({16, 32, 40} if device == "cpu" else {40})
 
 
 def test_rows_of_one_kind_are_padded_to_the_longest_dataset(toys):

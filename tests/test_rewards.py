@@ -123,7 +123,7 @@ def test_what_is_rewarded_is_what_was_sampled(sft, tmp_path):
     batch = joined([run.objective.to_device(batch) for batch in batches])
     widths = [batch.arrays[0].shape[1] for batch in batches]
     assert widths == sorted(widths) and widths[0] < widths[-1]  # of rows alike in length
-    assert run.objective.show_rows(0, 0, 0, 3).startswith("samples of conversations ")
+    assert run.objective.show_rows(0, 0, 0, 3) == run.data.show_rows(run.objective.parts(0)[1][0])
     run.objective.multiple = 5  # as 64 on a GPU
     padded, _ = run.objective.batches(0, 0)
     assert {b.arrays[0].shape[1] for b in padded} <= {*range(0, 32, 5), 32}
@@ -137,6 +137,9 @@ def test_what_is_rewarded_is_what_was_sampled(sft, tmp_path):
         messages = conversations[row]
         prompt = tokenizer.render_prompt(messages[:-1])
         assert idx[place][: len(prompt)].tolist() == prompt
+        n = len(tokenizer.render(messages)[0]) - len(prompt)
+        most = min(run.data.meta["max_tokens"] - len(prompt), 2 * n + 16)
+        assert run.objective.question("train", row)[1] == most >= len(ids)
         assert targets[place].tolist().index(ids[0]) == len(prompt) - 1
         reward, _, length, ended = measured[place].tolist()
         answer = tokenizer.decode([id for id in ids if id != tokenizer.end]).strip()
@@ -180,6 +183,8 @@ def test_rewards_worked_by_hand():
     chrf, bleu, rouge, form = rewards("刘备到荆州", ended=False)
     assert (rouge, form) == (pytest.approx(10 / 11), 0) and 0.5 < chrf < 0.9
     assert bleu == pytest.approx(math.exp(-1 / 5))  # all n-grams are right, one of 6 is missing
+    assert REWARDS["bleu"]("谁？", "孔明", "孔明", True) == pytest.approx(1)  # too short for four
+    assert REWARDS["bleu"]("谁？", "孔明孔明", "孔明", True) < 0.6
     assert rewards("")[1:] == [0, 0, 0] and rewards("刘备刘备刘备刘备")[3] == pytest.approx(0.4)
 
 
