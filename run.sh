@@ -98,7 +98,7 @@ translate() {
   [ $# -le 1 ] || fail "bash run.sh translate takes --yes or nothing, not $2"
   [ -z "${1-}" ] || [ "$1" = --yes ] || fail "bash run.sh translate takes --yes or nothing, not $1"
   setup requirements.txt
-  local times=() began=$SECONDS phase domain runs=()
+  local times=() began=$SECONDS phase domain run runs=()
   stage fetch "$python" data/fetch_data.py hongkong ${1+--yes}
   [ -f data/translation/meta.json ] || stage "prepare general" "$python" data/translation/prepare.py
   [ -f data/finance/meta.json ] ||
@@ -108,15 +108,16 @@ translate() {
       stage "prepare questions" "$python" "data/$domain/prepare_sft.py"
   done
   for phase in pretrain sft lora grpo; do
+    run=out-translate-$phase
+    runs+=("$run")
     stage "train $phase" "$python" train.py config/translate_small/?_$phase.py --resume
-    [ $phase != pretrain ] || [ out-translate-$phase/evaluation-translation-val.json -nt out-translate-$phase/latest ] ||
-      stage "evaluate texts" "$python" evaluations.py --out_dir=out-translate-$phase --dataset=translation
+    [ $phase != pretrain ] || [ $run/evaluation-translation-val.json -nt $run/latest ] ||
+      stage "evaluate texts" "$python" evaluations.py --out_dir=$run --dataset=translation
     for domain in translation finance; do
-      [ out-translate-$phase/evaluation-${domain}_sft-test.json -nt out-translate-$phase/latest ] ||
-        stage "evaluate $phase" "$python" evaluations.py --out_dir=out-translate-$phase \
+      [ $run/evaluation-${domain}_sft-test.json -nt $run/latest ] ||
+        stage "evaluate $phase" "$python" evaluations.py --out_dir=$run \
           --dataset=${domain}_sft --split=test
     done
-    runs+=("out-translate-$phase")
   done
   runs=$(IFS=, && echo "${runs[*]}")
   stage draw "$python" visualize.py --runs="${runs%,*}"  # rewards are no loss

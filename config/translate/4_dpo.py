@@ -1,8 +1,8 @@
 # Fourth phase: of two of its own translations of finance the model learns to prefer the better.
 #   python data/finance/prepare_dpo.py --out_dir=out-minimind-lora --out=data/finance_dpo_minimind
 #   python train.py config/translate/4_dpo.py
-# For one GPU; not yet run on one. What the course asks of it: COMET 0.70. The rate of
-# config/translate_small/dpo.py; not measured with as many pairs.
+# For one GPU; not yet run on one. What the course asks of it: COMET 0.70. Its pairs can
+# be ranked by COMET (--rank=comet). The rate of config/translate_small/dpo.py; not measured.
 out_dir = "out-minimind-dpo"
 init_from = "out-minimind-lora"
 dataset = "finance_dpo_minimind"

@@ -1,5 +1,5 @@
 # Preferences in place of rewards: of two of its own translations the model learns to prefer the
-# better. docs/translator.md has the command that samples and ranks them.
+# better. docs/translator.md has the command that samples and ranks them. Not measured at rank 32.
 #   python train.py config/translate_small/dpo.py
 out_dir = "out-translate-dpo"
 init_from = "out-translate-lora"
