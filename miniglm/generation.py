@@ -308,7 +308,7 @@ def draw(logits: Tensor, requests: list[Request]) -> list[int]:
     u = column(*(request.random.random() for request in requests))
     place = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
     # u can round up to the whole sum: then take the last token that is left
-    place = torch.minimum(place, (cumulative < cumulative[:, -1:]).sum(dim=-1, keepdim=True))
+    place = torch.minimum(place, torch.searchsorted(cumulative, cumulative[:, -1:].contiguous()))
     # a sum on a GPU may fall by a rounding error, and meet an id that has no probability
-    place = torch.where(probs.gather(1, place) > 0, place, probs.argmax(dim=-1, keepdim=True))
+    place = torch.where(probs.gather(1, place) > 0, place, probs.max(dim=-1, keepdim=True).indices)
     return (place if order is None else order.gather(1, place)).squeeze(1).tolist()

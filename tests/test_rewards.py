@@ -79,6 +79,21 @@ def test_a_step_has_the_loss_and_gradient_of_a_plain_version(sft, tmp_path):
     each = [run.objective.sums(state.model, batch) for batch in batches]
     for name, value in sums.items():
         assert sum(own[name] for own in each).item() == pytest.approx(value.item(), abs=1e-4)
+    parts, _ = start([*argv, "--batch_size=2", "--gradient_accumulation_steps=2"])
+    parts.objective.begin(state.model, out, 4)
+    accumulated, _ = parts.objective.batches(16, 4)
+    assert len(accumulated) == 2 * len(batches)
+    answers = [by_row(own) for own in (batch, joined([*map(run.objective.to_device, accumulated)]))]
+    assert answers[0] == answers[1]
+    second = parts.objective.parts(16)[1][1]
+    assert parts.objective.show_rows(16, 4, 0, 4) == run.data.show_rows(second)
+
+
+def by_row(batch: Batch) -> list[tuple]:
+    """Each sample's row, trained ids and reward, in one order."""
+    _, targets, _, _, measured = batch.arrays
+    ids = [tuple(row[row != -100].tolist()) for row in targets]
+    return sorted(zip(batch.rows.tolist(), ids, measured[:, 0].tolist(), strict=True))
 
 
 def joined(batches: list[Batch]) -> Batch:
