@@ -15,7 +15,6 @@ What writes all this is miniglm/prep/writer.py.
 
 import functools
 import hashlib
-import itertools
 import mmap
 import re
 from collections.abc import Iterator
@@ -112,11 +111,12 @@ class Dataset:
                 f"{block_size}; prepare it with --max_tokens={block_size}"
             )
 
-    def conversations(self, split: str) -> list[list[dict]]:
-        """The messages of each row of a question and answer set."""
-        tokens, bounds = self.tokens[split], itertools.pairwise(self.bounds[split].tolist())
+    def conversations(self, split: str, rows: slice = slice(None)) -> list[list[dict]]:
+        """The messages of rows of a question and answer set."""
+        tokens, bounds = self.tokens[split], self.bounds[split]
+        pairs = zip(bounds[:-1][rows].tolist(), bounds[1:][rows].tolist(), strict=True)
         try:
-            conversations = [self.tokenizer.parse(tokens[start:end]) for start, end in bounds]
+            conversations = [self.tokenizer.parse(tokens[start:end]) for start, end in pairs]
             if any(len(messages) < 2 for messages in conversations):
                 raise IndexError
         except (IndexError, ValueError):
@@ -182,9 +182,7 @@ class Dataset:
     def eval_batches(self, split: str, block_size: int, batch_size: int) -> Iterator[Arrays]:
         """The whole split once, always the same: idx and targets, (B, T) int64 each."""
         if self.kind != "pretrain":
-            rows = np.argsort(np.diff(self.bounds[split].astype(np.int64)), kind="stable")
-            for first in range(0, len(rows), batch_size):
-                yield self._padded(split, rows[first : first + batch_size])
+            yield from (arrays for _, arrays in self.row_batches(split, batch_size))
             return
         tokens = self.tokens[split]
         starts = np.arange(0, len(tokens) - 1, block_size)

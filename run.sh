@@ -99,7 +99,7 @@ translate() {
   [ -z "${1-}" ] || [ "$1" = --yes ] || fail "bash run.sh translate takes --yes or nothing, not $1"
   setup requirements.txt
   local times=() began=$SECONDS phase domain run runs=()
-  stage fetch "$python" data/fetch_data.py hongkong ${1+--yes}
+  stage fetch "$python" data/fetch_data.py hongkong ${1:+--yes}
   [ -f data/translation/meta.json ] || stage "prepare general" "$python" data/translation/prepare.py
   [ -f data/finance/meta.json ] ||
     stage "prepare finance" "$python" data/finance/prepare.py --tokenizer=data/translation

@@ -9,7 +9,6 @@ miniglm/serve/api.py, what the page shows in page_html.py and page.css beside it
 """
 
 import html
-import json
 import os
 import socket
 import sys
@@ -28,6 +27,7 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
+from miniglm import jsonl
 from miniglm.generation import Request, Sampling
 from miniglm.serve import api, page_html
 from miniglm.serve.api import MOST_SAMPLES
@@ -133,10 +133,8 @@ def explain(error: Exception) -> str:
 def save_mark(server: Server, answer: Answer, kind: str) -> Path:
     """Appends a line to marks.jsonl: {"prompt": messages or text, "chosen" or "rejected": text}."""
     prompt = answer.messages if server.checkpoint.answers else answer.messages[-1]["content"]
-    line = json.dumps({"prompt": prompt, kind: answer.text}, ensure_ascii=False) + "\n"
     path = server.checkpoint.out_dir / "marks.jsonl"
-    with path.open("ab") as file:
-        file.write(line.encode())
+    jsonl.append(path, [{"prompt": prompt, kind: answer.text}])
     answer.mark = kind
     return path
 

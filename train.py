@@ -65,7 +65,7 @@ class Settings(Architecture):
     init_from: str = "scratch"  # or an out_dir, a Hugging Face directory, nanoGPT's ckpt.pt
     resume: bool = False  # go on from out_dir's latest checkpoint, if there is one
     dry_run: bool = False  # print parameters, memory and time expected, and stop
-    seed: Annotated[int, at_least(0)] = 1337  # of weights, order of rows and dropout
+    seed: Annotated[int, at_least(0), below(2**63)] = 1337  # of weights, order of rows and dropout
     max_iters: Annotated[int | None, at_least(1)] = None  # steps; None: epochs, else 2000
     epochs: Annotated[float | None, above(0), at_most(1e6)] = None  # readings of the data instead
     batch_size: Annotated[int, at_least(1)] = 16  # rows of a micro-batch, computed at once

@@ -11,7 +11,7 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from configurator import at_least
+from configurator import at_least, below
 from miniglm.devices import pick_device
 
 Seconds = dict[str, list[float]]  # of each contender, turn by turn
@@ -29,7 +29,7 @@ class Settings:
     n_head: Annotated[int, at_least(1)] = 4  # heads
     n_embd: Annotated[int, at_least(1)] = 256  # width
     rounds: Annotated[int, at_least(1)] = 7  # turns of each contender, after one to warm up
-    seed: Annotated[int, at_least(0)] = 1337  # of weights, ids and training
+    seed: Annotated[int, at_least(0), below(2**63)] = 1337  # of weights, ids and training
     device: str = "cpu"  # or cuda, mps, auto
     clock: Literal["wall", "cpu"] = "wall"  # cpu: of this process, on all threads
     out: str = "bench-results"  # where the figures are written

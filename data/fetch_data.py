@@ -108,7 +108,8 @@ def ask(source: Source) -> None:
     print(textwrap.fill(f"{source.name}, {source.package}: {source.terms}", 100))
     if not sys.stdin.isatty():
         raise UserError(f"the terms of {source.name} are not accepted; pass --yes")
-    if input("Do you accept? [y/N] ").strip().lower() not in ("y", "yes"):
+    print("Do you accept? [y/N] ", end="", flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise UserError(f"the terms of {source.name} are not accepted; nothing was fetched")
 
 

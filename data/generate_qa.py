@@ -191,8 +191,10 @@ def parse_pairs(text: str) -> tuple[list[dict], int]:
 def is_grounded(pair: dict, passage: str) -> bool:
     """Whether a passage has the pair's evidence, the numbers of its answer, and a share of GROUNDED
     of the answer's character pairs, those of the question aside."""
-    evidence = letters_of(str(pair.get("Evidence") or ""))
-    if not evidence or evidence not in letters_of(passage):
+    evidence = pair.get("Evidence")
+    if not isinstance(evidence, str) or not is_whole(evidence) or not letters_of(evidence):
+        return False
+    if letters_of(evidence) not in letters_of(passage):
         return False
     known = letters_of(passage) + "\n" + letters_of(pair["Question"])
     answer = letters_of(pair["Answer"])

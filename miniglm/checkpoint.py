@@ -470,6 +470,7 @@ def _read_run(path: Path, tokenizer: Tokenizer | None = None) -> dict:
     file = path / "run.json"
 
     run = _read(file, lambda: {**json.loads(file.read_text(encoding="utf-8"))})
+    _read(file, lambda: run["dataset"]["kind"])
     return run | _read(file, lambda: {part: {**run[part]} for part in PARTS if part in run})
 
 
@@ -520,9 +521,13 @@ def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _pointer(out_dir: Path, which: str) -> str | None:
+    """The checkpoint that `latest` or `best` names; the newest if `latest` is lost, or was not
+    written yet when the first save was killed."""
     file = out_dir / which
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
-    return text and text.strip()[:99]  # a damaged one may be longer than any file's name
+    if file.is_file():  # a damaged one may be longer than any file's name
+        return file.read_text(encoding="utf-8", errors="replace").strip()[:99]
+    names = [path.parent.name for path in out_dir.glob("step-*/run.json")]
+    return max(names, key=lambda name: (len(name), name)) if names and which == "latest" else None
 
 
 def _point(out_dir: Path, which: str, name: str) -> None:

@@ -29,7 +29,6 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.out_features, self.in_features = linear.weight.shape
         self.bias = linear.bias
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, self.ROWS)
 
@@ -44,7 +43,6 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight = linear.weight.data
-        self.out_features, self.in_features = weight.shape
         scales = weight.abs().amax(dim=1).clamp_min(1e-12).double() / 127
         zeros = torch.zeros(len(weight), dtype=torch.int64)
         with warnings.catch_warnings():

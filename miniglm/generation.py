@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configurator import Bound, UserError, at_least, at_most, check_bounds
+from configurator import Bound, UserError, at_least, at_most, below, check_bounds
 from lstm_model import LSTM
 from miniglm.decoding import decoder, may_compile
 from model import GPT, KVCache
@@ -46,7 +46,7 @@ class Sampling:
     no_repeat_ngram: Annotated[int, at_least(0)] = 0  # n: no n tokens come twice; 0 is off
     end_p: Annotated[float, at_least(0), at_most(1)] = 0.0  # ends only where that is so probable
     stop: list[str] = field(default_factory=list)  # the output ends before these texts
-    seed: Annotated[int, at_least(0)] = 1337  # same seed, same text
+    seed: Annotated[int, at_least(0), below(2**63)] = 1337  # same seed, same text
 
     def __post_init__(self):
         check_bounds(type(self), vars(self))

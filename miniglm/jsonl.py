@@ -5,6 +5,7 @@ a last line that was cut short is removed, and where the file has a header, its 
 tells whether the file belongs to the same run. What is written whole is written aside and renamed.
 """
 
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -85,11 +86,14 @@ def write_report(path: Path, report: dict) -> None:
 
 
 def append(path: Path, records: Iterable[dict]) -> None:
-    """Raises UserError if the disk is full."""
+    """On lines of their own, though the last one may lack its end. Raises UserError if the disk is
+    full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with path.open("a", encoding="utf-8", newline="\n") as file:
-            file.write(dumps(records))
+        with path.open("a+b") as file:
+            file.seek(max(0, file.seek(0, 2) - 1))
+            end = b"" if file.read(1) in (b"", b"\n") else b"\n"
+            file.write(end + dumps(records).encode())
     except OSError as error:
         raise UserError(
             f"cannot write {show_path(path)}: {error.strerror}; make room and run the same command "
@@ -99,21 +103,31 @@ def append(path: Path, records: Iterable[dict]) -> None:
 
 def recover(path: Path, key: str = "") -> list[dict]:
     """The records of a file that was appended to, [] if there is none; a last line that was cut
-    short is removed from the file. Raises UserError if another line is damaged or lacks the key."""
+    short is removed from the file, one that only lacks its end gets it. Raises UserError if another
+    line is damaged or has no text under the key."""
     content = path.read_bytes() if path.is_file() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    records = []
-    for number, line in enumerate(whole.decode("utf-8", "replace").split("\n")[:-1], 1):
-        try:
-            records.append(json.loads(line))
-            if not isinstance(records[-1], dict) or (key and key not in records[-1]):
-                raise ValueError
-        except (ValueError, RecursionError):
-            raise UserError(f"{show_path(path)}, line {number} is damaged; delete it") from None
-    if len(whole) < len(content):
+    *lines, last = content.decode("utf-8", "replace").split("\n")
+    is_cut = last.startswith("{") and _object(last) is None
+    lines += [last] if last and not is_cut else []
+    records = [_object(line, key) for line in lines]
+    if None in records:
+        number = records.index(None) + 1
+        raise UserError(f"{show_path(path)}, line {number} is damaged; delete it")
+    if is_cut:
         with path.open("r+b") as file:
-            file.truncate(len(whole))
+            file.truncate(content.rfind(b"\n") + 1)
+    elif last:
+        append(path, [])
     return records
+
+
+def _object(line: str, key: str = "") -> dict | None:
+    """The object of a line; None if it is none, or has no text under the key."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(line)
+        if isinstance(value, dict) and (not key or isinstance(value.get(key), str)):
+            return value
+    return None
 
 
 def resume(path: Path, header: dict) -> list[dict]:

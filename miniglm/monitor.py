@@ -175,7 +175,7 @@ def first_prompt(data: Dataset, block_size: int) -> Prompt:
         while len(ids := tokenizer.encode(text)) > block_size // 2:
             text = text[:-1]
         return text, ids or [tokenizer.end_of_text]
-    *messages, _ = tokenizer.parse(tokens[: int(data.bounds[split][1])])
+    [[*messages, _]] = data.conversations(split, slice(1))
     return messages[-1]["content"], tokenizer.render_prompt(messages)
 
 

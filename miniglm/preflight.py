@@ -21,7 +21,6 @@ from model import Architecture
 
 # settings that change no bits
 FREE = ("resume", "dry_run", "out_dir", "keep_last", "best_by", "track", "prompts")
-FEW = 8000  # tokens; a GPU with fewer spends a step on launching kernels (an estimate)
 # what a run that is resumed needs of its run.json, and one that begins with it of the first
 RESUMED = ("architecture", "settings", "dataset", "environment", "scaler", "progress")
 # settings that a run keeps from its first step on
@@ -125,9 +124,6 @@ def check(config, start: Start, data: Dataset | Mixture, device: str, world: Wor
         raise UserError("shard=True does not go with marks or rewards; leave it out")
 
     rows = config.rows_per_step
-    tokens = rows * config.block_size // world.size
-    if world.size > 1 and device == "cuda" and tokens < FEW:
-        print(f"note: {tokens:,} tokens a step are few for each GPU; raise --batch_size=")
     if rows < world.size:
         raise UserError(
             f"batch_size={config.batch_size} x gradient_accumulation_steps="

@@ -182,7 +182,7 @@ class Rewards(Objective):
         """Of a row the prompt's ids, the most ids of an answer, the question and the reference."""
         here = slice(*self.data.bounds[split][row : row + 2].astype(int))
         ids, mask = self.data.tokens[split][here], self.data.mask[split][here]
-        *_, question, answer = self.data.tokenizer.parse(ids)
+        [[*_, question, answer]] = self.data.conversations(split, slice(row, row + 1))
         prompt = ids[: mask.tobytes().rindex(b"\0\1") + 1].tolist()
         # a step waits for its longest answer
         most = min(self.data.meta["max_tokens"] - len(prompt), 2 * (len(ids) - len(prompt)) + 16)

@@ -56,37 +56,28 @@ def answer_nats(
     return nats
 
 
-def reference_losses(
-    checkpoint: Checkpoint, conversations: list[list[dict]], batch_size: int, ask: Ask = in_chat
-) -> list[tuple[float, int, int]]:
-    """For each conversation's last answer, its end token included: the sum of -log p in nats, its
-    tokens, its UTF-8 bytes."""
-    pairs = [ask(checkpoint.tokenizer, messages) for messages in conversations]
-    n_bytes = [int(checkpoint.tokenizer.bytes_per_id[answer].sum()) for _, answer in pairs]
-    tokens = [len(answer) for _, answer in pairs]
-    return [*zip(answer_nats(checkpoint, pairs, batch_size), tokens, n_bytes, strict=True)]
-
-
 def answer_all(
     checkpoint: Checkpoint, conversations: list[list[dict]], config, ask: Ask = in_chat
 ) -> tuple[list[dict], dict]:
     """A record for each conversation: question, reference, the model's answer, the reference's
     perplexity; and per_token of all the references. config: Sampling with a batch_size."""
-    prompts = [ask(checkpoint.tokenizer, messages)[0] for messages in conversations]
-    outputs = complete(checkpoint, prompts, config, 1, config.batch_size)
-    answers = [output for [output] in tqdm(outputs, total=len(prompts), unit="answer")]
-    losses = reference_losses(checkpoint, conversations, config.batch_size, ask)
+    pairs = [ask(checkpoint.tokenizer, messages) for messages in conversations]
+    outputs = complete(checkpoint, [prompt for prompt, _ in pairs], config, 1, config.batch_size)
+    answers = [output for [output] in tqdm(outputs, total=len(pairs), unit="answer")]
+    losses = answer_nats(checkpoint, pairs, config.batch_size)  # with the end tokens
+    tokens = [len(reference) for _, reference in pairs]
+    n_bytes = sum(int(checkpoint.tokenizer.bytes_per_id[ids].sum()) for _, ids in pairs)
     records = [
         {
             "question": messages[-2]["content"],
             "reference": without_reasoning(messages[-1]["content"]),
             "answer": without_reasoning(answer.text),
-            "perplexity": math.exp(nats / tokens),
+            "perplexity": math.exp(nats / n),
             "ended": answer.ended,
         }
-        for messages, answer, (nats, tokens, _) in zip(conversations, answers, losses, strict=True)
+        for messages, answer, nats, n in zip(conversations, answers, losses, tokens, strict=True)
     ]
-    return records, per_token(*(sum(column) for column in zip(*losses, strict=True)))
+    return records, per_token(sum(losses), sum(tokens), n_bytes)
 
 
 def without_reasoning(text: str) -> str:

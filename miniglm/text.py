@@ -94,17 +94,14 @@ def prompt_ids(checkpoint: Checkpoint, text: str) -> list[int]:
 
 
 def chat_prompt(checkpoint: Checkpoint, messages: list[dict]) -> list[int]:
-    """Ids that ask for the answer to the last message. The oldest turns are left out until a
-    quarter of block_size is free for the answer. Raises UserError if what is left is too long: the
-    last question, what came behind it, the system message and the tools."""
+    """Ids that ask for the answer to the last message, a question or a tool's result. The oldest
+    turns are left out until a quarter of block_size is free for the answer. Raises UserError if
+    what is left is too long: the last question, what came behind it, the system message and the
+    tools."""
     block_size = checkpoint.model.config.block_size
-    if not messages or messages[-1]["role"] not in ("user", "tool"):
-        raise UserError("a conversation must end with a question of the user or a tool's result")
-    for turns in shortened(messages):
-        ids = checkpoint.tokenizer.render_prompt(turns)
-        if len(ids) <= block_size - block_size // 4:
-            return ids
-    if len(ids) > block_size:
+    render = checkpoint.tokenizer.render_prompt
+    turns = shortened(messages, lambda turns: len(render(turns)) <= block_size - block_size // 4)
+    if len(ids := render(turns)) > block_size:
         longest = max((message["content"] for message in plain(turns)), key=len)
         raise UserError(
             f"the prompt {longest[:20]!r}... has {len(ids)} tokens, longer than "

@@ -15,7 +15,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from configurator import UserError, nearest, written_aside
+from configurator import UserError, in_a_line, nearest, written_aside
 
 PROJECT = "miniglm"
 
@@ -97,8 +97,7 @@ def open_trackers(names: list[str], out_dir: Path, step: int, settings: dict) ->
             try:
                 tracker = TRACKERS[name](id, out_dir, step, settings)
             except Exception as error:
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-                raise UserError(f"track={name!r} cannot start: {reason}") from None
+                raise UserError(f"track={name!r} cannot start: {in_a_line(error)}") from None
             stack.callback(tracker.close)
             trackers.append(tracker)
         yield trackers

@@ -7,11 +7,24 @@ import pytest
 import setuptools  # noqa: F401  # which torch's compiler imports: two threads at once break it
 import torch
 
+from miniglm import metrics
 from tests.runs import ready_python, train_here, write_toys
 
 torch.set_num_threads(1)  # two are many times slower for tiny models on a busy machine
 # a shell that starts the tests in the background makes them and their children ignore Ctrl-C
 signal.signal(signal.SIGINT, signal.default_int_handler)
+metrics.EXCHANGES = 2_000  # enough for p < 0.001
+LONGEST = {"test_compiling", "test_cuda", "test_generation", "test_gpu", "test_notebook"}
+LONGEST |= {"test_page", "test_translate"}
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """The files with the longest tests first, so that both cores end together."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(scope="module")

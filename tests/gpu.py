@@ -68,6 +68,7 @@ class Check:
         self.folder, self.device, self.rows = folder, device, {}
         self.size = (runs.TINY if device == "cpu" else LARGE) | {"n_kv_head": 1, "device": device}
         self.size |= {"lr_decay_iters": self.size["max_iters"], "dtype": "auto", "compile": False}
+        self.size |= {"prompts": None}
         runs.write_toys(folder, 1 if device == "cpu" else 50)
 
     def row(self, name: str) -> dict:

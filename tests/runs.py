@@ -32,6 +32,7 @@ DEEDS = ["到", "攻打", "离开", "守住"]
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4}
 TINY |= {"max_iters": 20, "warmup_iters": 4, "eval_interval": 10, "log_interval": 1}
 TINY |= {"device": "cpu", "dtype": "float32"}
+TINY |= {"prompts": []}  # samples take most of an evaluation
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 
 

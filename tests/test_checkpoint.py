@@ -73,6 +73,7 @@ def save_step(
     model, optimizer = stepped_model(**options)
     model.norm.weight.data.fill_(step)
     run = {"progress": {"iter": step}, "settings": {"keep_last": keep_last}}
+    run |= {"dataset": {"kind": "pretrain"}}
     save_checkpoint(out_dir, model, [optimizer], tokenizer, run, is_best)
 
 
@@ -333,7 +334,8 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_still_there(tmp_path, 
 # part of run.json, a name in it or "", a value
 WRONG = [("settings", "", []), ("settings", "max_iters", "x"), ("settings", "track", 3)]
 WRONG += [("progress", "iter", "x"), ("progress", "", {}), ("dataset", "", "x"), ("scaler", "", 3)]
-WRONG += [("architecture", "n_layer", 2.5), ("architecture", "norm", "x"), ("sha256", "", "x")]
+WRONG += [("architecture", "n_layer", 2.5), ("architecture", "norm", "x")]
+WRONG += [("sha256", "", "x"), ("dataset", "", {})]
 
 
 @pytest.mark.parametrize(("part", "name", "value"), WRONG)
@@ -346,6 +348,18 @@ def test_a_value_of_a_wrong_type_in_run_json_is_one_line(toys, tmp_path, part, n
             load_checkpoint(out)
         train_here(out_dir=out, resume=True, max_iters=30)
     assert contents(out) == before
+
+
+def test_with_lost_pointers_the_newest_checkpoint_is_found(toys, tmp_path):
+    common = {"dataset": toys / "text", "out_dir": tmp_path / "out"}
+    out = train_here(**common, max_iters=20, keep_last=2)
+    for name in ("latest", "best"):
+        (out / name).unlink()
+    with pytest.raises(UserError, match="already holds a run; pass --resume"):
+        train_here(**common)
+    assert {read_run(out, which)["progress"]["iter"] for which in ("best", "latest")} == {20}
+    train_here(out_dir=out, resume=True, max_iters=22)
+    assert [record["iter"] for record in log(out)] == [*range(1, 23)]
 
 
 def test_a_damaged_pointer_is_an_error_of_one_line(tmp_path, tokenizer):
@@ -385,13 +399,14 @@ def flags(toys: Path, **settings: object) -> list[str]:
 
 @posix
 def test_a_run_stopped_by_ctrl_c_and_by_sigterm_ends_in_the_bits_of_one_never_stopped(
-    toys, tmp_path
+    toys, tmp_path, capsys
 ):
     # a directory with a blank, as the printed command must quote it
     out = tmp_path / "out 三国"
     common = {"max_iters": 60, "eval_interval": 20}
-    process = start("train.py", *flags(toys, out_dir=out, **common))
+    script, argv = "train.py", flags(toys, out_dir=out, **common)
     for stop, signum in ((5, signal.SIGINT), (25, signal.SIGTERM)):
+        process = start(script, *argv)
         wait_for_lines(out, stop, process)
         process.send_signal(signum)
         stdout, stderr = (part.decode() for part in process.communicate(timeout=120))
@@ -403,10 +418,8 @@ def test_a_run_stopped_by_ctrl_c_and_by_sigterm_ends_in_the_bits_of_one_never_st
         # it prints what a person types: python, and a script beside which they stand
         python, script, *argv = shlex.split(stdout.splitlines()[-1])
         assert (python, script) == ("python", "train.py")
-        process = start(script, *argv)
-    stdout, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
-    assert "finished at step 60" in stdout.decode()
+    train.main(argv)
+    assert "finished at step 60" in capsys.readouterr().out
     train.main(flags(toys, out_dir=tmp_path / "whole", **common))
     assert_same_run(tmp_path / "whole", out)
     assert len(log(out)) == 60

@@ -136,6 +136,7 @@ def test_a_flag_gets_the_type_of_its_setting(name):
     for text, value in VALUES[name].items():
         assert repr(getattr(configure(Settings, [f"--{name}={text}"], base), name)) == repr(value)
     assert configure(Settings, ["--resume"]).resume
+    assert configure(Settings, ["--compile"]).compile is True
 
 
 WRONG = {
@@ -409,21 +410,21 @@ SLOW += [f"data/{name}.py" for name in ("upload", "generate_qa", "custom/prepare
 
 @pytest.mark.skipif(os.name != "posix", reason="a process cannot be sent Ctrl-C")
 @pytest.mark.parametrize(
-    ("script", "word"), [*((script, "--help") for script in SLOW), ("-m", "bench")]
+    ("script", "word", "later"),
+    [("train.py", "--help", 1), ("-m", "bench", 30), *((name, "--help", 30) for name in SLOW)],
 )
-def test_ctrl_c_while_a_script_is_imported_is_one_line(script, word, monkeypatch):
+def test_ctrl_c_while_a_script_is_imported_is_one_line(script, word, later, monkeypatch):
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # Python prints each import on stderr
-    for later in (1, 30):
-        with start(script, word, encoding="utf-8") as process:
-            lines = iter(process.stderr.readline, "")
-            while "| configurator" not in next(lines):
-                pass
-            for _ in range(later):
-                next(lines)
-            process.send_signal(signal.SIGINT)
-            err = process.stderr.read()
-        assert (process.returncode, err.splitlines()[-1]) == (130, "interrupted")
-        assert "Traceback" not in err
+    with start(script, word, encoding="utf-8") as process:
+        lines = iter(process.stderr.readline, "")
+        while "| configurator" not in next(lines):
+            pass
+        for _ in range(later):
+            next(lines)
+        process.send_signal(signal.SIGINT)
+        err = process.stderr.read()
+    assert (process.returncode, err.splitlines()[-1]) == (130, "interrupted")
+    assert "Traceback" not in err
 
 
 # --- files -------------------------------------------------------------------------------------

@@ -148,8 +148,8 @@ def world(toys):
 
 
 def located(world: Path, settings: dict) -> dict:
-    """Names of datasets and models as paths."""
-    paths = {}
+    """Names of datasets and models as paths; with samples at evaluations."""
+    paths = {"prompts": None}
     for name in settings.keys() & {"dataset", "init_from"}:
         paths[name] = ",".join(f"{world}/{part}" for part in settings[name].split(","))
     return settings | paths

@@ -285,10 +285,9 @@ def sft(toys):
     return toys
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("lora", [{}, LORA])
-def test_the_loss_of_the_model_that_is_its_own_reference_is_log_2(sft, tmp_path, dtype, lora):
-    given = {"dtype": dtype, "learning_rate": 0, "max_iters": 4, **lora}
+def test_the_loss_of_the_model_that_is_its_own_reference_is_log_2(sft, tmp_path, lora):
+    given = {"dtype": "bfloat16", "learning_rate": 0, "max_iters": 4, **lora}
     *_, record = records = log(run_dpo(sft, tmp_path / "out", **given))
     losses = [record["val_loss"], *(r["train_loss"] for r in records)]
     assert losses == pytest.approx([math.log(2)] * 5, abs=1e-6)

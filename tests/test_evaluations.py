@@ -17,7 +17,7 @@ from miniglm.generation import Sampling
 from miniglm.losses import split_sums
 from miniglm.metrics import METRICS, look_up, mean, rouge_l, score
 from miniglm.prep import parallel
-from miniglm.scoring import in_chat, in_text, reference_losses, score_translations, simplified
+from miniglm.scoring import answer_nats, in_chat, in_text, score_translations, simplified
 from miniglm.text import stream
 from miniglm.tokenizer import train_tokenizer
 from tests.helpers import (
@@ -75,8 +75,9 @@ def test_reference_perplexities_are_those_of_each_answer_alone(tmp_path):
     slow = [perplexity([slow_nats(checkpoint, messages)]) for messages in conversations]
     assert max(slow) > 1.5 * min(slow)
     for batch_size in (1, 2, 9):
-        losses = reference_losses(checkpoint, conversations, batch_size)
-        got = [math.exp(nats / tokens) for nats, tokens, _ in losses]
+        pairs = [in_chat(checkpoint.tokenizer, messages) for messages in conversations]
+        nats = answer_nats(checkpoint, pairs, batch_size)
+        got = [math.exp(n / len(ids)) for n, (_, ids) in zip(nats, pairs, strict=True)]
         assert got == pytest.approx(slow, rel=1e-4)
 
 

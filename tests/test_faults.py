@@ -108,8 +108,7 @@ def test_who_waits_at_a_lock_that_goes_does_not_hold_it(tmp_path):
 # --- numbers that are none ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["text", "questions"])
-@pytest.mark.parametrize("log_interval", [1, 7])
+@pytest.mark.parametrize(("kind", "log_interval"), [("text", 7), ("questions", 1)])
 def test_the_step_and_the_rows_of_a_loss_that_is_nan_are_named(toys, tmp_path, kind, log_interval):
     data = Dataset(toys / kind)
     untied = {"dataset": data.path, "tie_weights": False}

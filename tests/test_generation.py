@@ -529,13 +529,13 @@ def lone_and_together(model: torch.nn.Module, decode) -> list[list[int]]:
     return [request.ids for request in requests]
 
 
-@pytest.mark.parametrize("options", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_a_compiled_row_has_the_ids_of_an_eager_one_in_one_graph(monkeypatch, options):
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "qwen2", "one_kv_head"])
+def test_a_compiled_row_has_the_ids_of_an_eager_one_in_one_graph(monkeypatch, name):
     graphs = []
     monkeypatch.setattr(decoding, "may_compile", lambda device: True)
     monkeypatch.setattr(compiling, "backend", lambda graph, _: graphs.append(graph) or graph)
     torch.compiler.reset()
-    model = pack(tiny_model(**options | {"block_size": 200}))
+    model = pack(tiny_model(**ARCHITECTURES[name] | {"block_size": 200}))
     decode = Decoder(model)
     compile_one_row(decode, size=3)
     assert len(graphs) == 1

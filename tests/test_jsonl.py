@@ -41,15 +41,23 @@ def test_a_file_that_is_cut_at_any_byte_keeps_its_whole_lines(tmp_path):
     content = path.read_bytes()
     for size in range(len(content) + 1):
         path.write_bytes(content[:size])
-        whole = content[:size].count(b"\n")
+        whole = content[: size + 1].count(b"\n")  # of a line only its end may be missing
         assert resume(path, {"seed": 1}) == RECORDS[: max(0, whole - 1)]
         append(path, RECORDS[max(0, whole - 1) :])
         assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("line", ["{", "[" * 10**5, "[]", '{"b": 1}'])
+@pytest.mark.parametrize("content", ["a text", '{"a": "x"}\na text', '{"a": "x"}\n{"b": "y"}', "5"])
+def test_a_last_line_that_is_another_thing_stays(content, tmp_path):
+    (tmp_path / "a.jsonl").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"a\.jsonl, line . is damaged"):
+        recover(tmp_path / "a.jsonl", "a")
+    assert (tmp_path / "a.jsonl").read_text(encoding="utf-8") == content
+
+
+@pytest.mark.parametrize("line", ["{", "[" * 10**5, "[]", '{"b": 1}', '{"a": 1}'])
 def test_a_file_with_a_damaged_line_stays_as_it_was(line, tmp_path):
-    path, content = tmp_path / "a.jsonl", f'{{"a": 1}}\n{line}\n{{"a": 2}}\n{{"a": '
+    path, content = tmp_path / "a.jsonl", f'{{"a": "1"}}\n{line}\n{{"a": "2"}}\n{{"a": '
     path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=r"a\.jsonl, line 2 is damaged"):
         recover(path, "a")

@@ -36,7 +36,7 @@ def test_without_prompts_the_first_of_the_validation_split_is_taken(toys, tmp_pa
     text, ids = first_prompt(data, block_size=256)
     assert text == question["content"]
     assert ids == data.tokenizer.render_prompt([question])
-    common = {"init_from": toys / "base", "max_iters": 1}
+    common = {"init_from": toys / "base", "max_iters": 1, "prompts": None}
     train_here(dataset=toys / "questions", out_dir=tmp_path / "out", **common)
     assert f"问：{text}\n答：" in capsys.readouterr().out
 
@@ -88,7 +88,7 @@ def test_the_logged_rate_is_tokens_times_their_operations_over_the_peak(toys, tm
 def test_the_stages_of_the_start_add_up_to_the_time_since_the_process_began(toys, tmp_path):
     given = TINY | {"dataset": toys / "text", "out_dir": tmp_path / "out", "max_iters": 1}
     began = time.monotonic()
-    out = run("train.py", *words(**given, prompts="")).stdout
+    out = run("train.py", *words(**given)).stdout
     elapsed = time.monotonic() - began
     [line] = [line for line in out.splitlines() if line.startswith("first step after")]
     total, stages = re.fullmatch(r"first step after ([\d.]+) s: (.+)", line).groups()

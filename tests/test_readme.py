@@ -1,5 +1,6 @@
 """READMEs and docs/: both languages agree, links and files exist, commands and settings parse."""
 
+import functools
 import importlib
 import importlib.util
 import re
@@ -107,6 +108,7 @@ def test_links_resolve(name):
             assert anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
+@functools.cache
 def is_there(name: str) -> bool:
     """Whether the repository has a file, or git ignores its place since scripts make it, or, for a
     name without its folder, a script speaks of it. What lies in my/ is the reader's own."""
@@ -171,6 +173,7 @@ def misspelt(command: str) -> Iterator[str]:
         yield f"{command[: match.end()]}q{command[match.end() :]}"
 
 
+@functools.cache
 def fault(command: str) -> Exception | None:
     """What is wrong with a command, if anything."""
     try:

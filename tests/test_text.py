@@ -11,6 +11,7 @@ from configurator import UserError
 from miniglm import text
 from miniglm.checkpoint import Checkpoint
 from miniglm.generation import Batch, Request, Sampling
+from miniglm.prep.forms import shortened
 from miniglm.text import TextStream, chat_prompt, complete, complete_question, prompt_ids, stream
 from tests.helpers import TEXT, dialogue, logits, tiny_model, tiny_tokenizer
 
@@ -149,9 +150,13 @@ def test_a_conversation_loses_its_oldest_turns_first():
         assert messages[-1] in kept and (messages[0] in kept) == (messages[0]["role"] == "system")
     with pytest.raises(UserError, match="longer than block_size=64"):
         chat_prompt(checkpoint, dialogue("谁？", "曹节。", TEXT))
-    for bad in ([], turns[:2], [system]):
-        with pytest.raises(UserError, match="must end with a question"):
-            chat_prompt(checkpoint, bad)
+
+
+def test_of_thousands_of_turns_few_beginnings_are_tried():
+    messages, tried = dialogue(*["谁？", "曹节。"] * 2000, "何处？"), []
+    assert shortened(messages, lambda turns: tried.append(1) or len(turns) <= 8) == messages[-7:]
+    assert shortened(messages, lambda turns: bool(tried.append(1))) == messages[-1:]
+    assert len(tried) < 30
 
 
 def test_a_question_gets_the_mark_that_it_was_trained_with():

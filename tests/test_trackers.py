@@ -59,7 +59,7 @@ def logged(out_dir):
 
 def test_tensorboard_holds_what_the_log_holds_after_a_kill_too(toys, tmp_path):
     pytest.importorskip("tensorboard")
-    common = {"dataset": toys / "text", "track": "tensorboard"}
+    common = {"dataset": toys / "text", "track": "tensorboard", "prompts": None}
     out = train_here(out_dir=tmp_path / "out", max_iters=10, **common)
     ten = shutil.copytree(out, tmp_path / "ten")
     train_here(out_dir=out, resume=True, max_iters=20)
@@ -83,7 +83,7 @@ def test_wandb_offline_holds_what_the_log_holds(toys, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    common = {"dataset": toys / "text", "track": "wandb"}
+    common = {"dataset": toys / "text", "track": "wandb", "prompts": None}
     out = train_here(out_dir=tmp_path / "out", max_iters=10, **common)
     train_here(out_dir=out, resume=True, max_iters=20)
     wandb.teardown()  # waits for its process, which writes the files

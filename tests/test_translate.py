@@ -101,7 +101,8 @@ def test_the_four_phases_in_a_row(tmp_path, monkeypatch):
         )
         train.main([str(paths[number]), *(shape if number == 0 else []), *tiny, *own])
         for dataset in tests:
-            evaluations.main(words(out_dir=out_dirs[number], dataset=dataset, split="test"))
+            asked = words(out_dir=out_dirs[number], dataset=dataset, split="test")
+            evaluations.main([*asked, "--max_new_tokens=16"])
     runs, out = ",".join(map(str, out_dirs)), tmp_path / "comparison"
     evaluations.main(words(compare=runs, datasets=",".join(tests), out=out))
 

@@ -30,6 +30,7 @@ from miniglm.prep.writer import Mask, write_sft
 from miniglm.tokenizer import load_tokenizer
 
 QUOTES = 150  # questions of the form: who said this line?
+CALLED = ("字", "号", "号为", "号曰")  # before another name
 SPEECH = re.compile(r"([\u4e00-\u9fff]{2,4})曰：“([^“”\n]{10,30}[。！？])”")
 
 
@@ -112,7 +113,7 @@ def name_pairs(novel: str, names: dict[str, list[str]]) -> Iterator[dict]:
             if len(name) > 1
             and owners[name] == 1
             and name not in who
-            and (name[0] == who[0] or re.search(f"(字|号|号为|号曰|{who[0]}){name}", novel))
+            and (name[0] == who[0] or any(a + name in novel for a in (*CALLED, who[0])))
             and novel.count(name) > 1
         ]
         if own and novel.count(who) > 1:
@@ -127,7 +128,7 @@ def read_people(path: Path) -> dict[str, list[str]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         mentions, types = content["mention"].items(), content["type"]
-        return {who: [who, *others] for who, others in mentions if types.get(who) == "人名"}
+        return {who: [who, *others] for who, others in mentions if who and types.get(who) == "人名"}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{show_path(path)} is damaged ({error!r}); fetch it again") from None
 

@@ -117,9 +117,9 @@ def find_encoding(path: Path, encoding: str = "auto") -> str:
 def _known(name: str, head: bytes) -> str:
     """Python's name of an encoding that was asked for."""
     try:
-        "".encode(name)
+        b"\xe5".decode(name, "replace")
         name = codecs.lookup(name).name
-    except LookupError:
+    except (LookupError, UnicodeError):
         raise UserError(f"unknown encoding={name!r}; write utf-8, gb18030, big5, ...") from None
     if name == "utf-16":  # which of the two, the mark tells, or the text
         return MARKS.get(head[:2]) or _best([(0, head)], ["utf-16-le", "utf-16-be"])[1]

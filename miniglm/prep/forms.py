@@ -34,13 +34,14 @@ fault of the file.
 """
 
 import ast
+import bisect
 import hashlib
 import itertools
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from configurator import UserError, is_text, nearest, printable
 from miniglm.chat import plain
@@ -445,33 +446,33 @@ def awaits_result(message: dict) -> bool:
 # --- texts ---------------------------------------------------------------------------------------
 
 
-def is_validation(record: Record, share: float) -> bool:
-    """Whether a text is in the share for validation, by its hash; a conversation, by that of its
-    first question."""
+def split_of(record: Record, val: float) -> str:
+    """val or train, `val` being the share for validation, by the hash of a text, or of the first
+    question of a conversation."""
     text = first_question(record) if isinstance(record, list) else record
     digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:8]) < share * 2**64
-
-
-def split_of(record: Record, val: float) -> str:
-    """val or train, `val` being the share for validation."""
-    return "val" if is_validation(record, val) else "train"
+    return "val" if int.from_bytes(digest[:8]) < val * 2**64 else "train"
 
 
 def first_question(messages: list[dict]) -> str:
     return next(turn["content"] for turn in messages if turn["role"] == "user")
 
 
-def shortened(messages: list[dict]) -> Iterator[list[dict]]:
-    """The messages, then the same without the turns before each later question; a system message
-    and the tools stay."""
-    yield messages
+def shortened(messages: list[dict], fits: Callable[[list[dict]], bool]) -> list[dict]:
+    """The messages, or where they do not fit, the same without the turns before the first later
+    question from which on they do, else before the last; a system message and the tools stay."""
     system = [m for m in messages[:1] if m["role"] == "system"]
     tools = {name: messages[0][name] for name in ["tools"] if name in messages[0]}
-    for place in range(len(system) + 1, len(messages)):
-        if messages[place]["role"] == "user":
-            first, *later = messages[place:]
-            yield [*system, first, *later] if system else [first | tools, *later]
+
+    def since(place: int) -> list[dict]:
+        first, *later = messages[place:]
+        return [*system, first, *later] if system else [first | tools, *later]
+
+    places = [n for n, m in enumerate(messages) if m["role"] == "user" and n > len(system)]
+    if not places or fits(messages):
+        return messages
+    n = bisect.bisect_left(places, True, key=lambda place: fits(since(place)))
+    return since(places[min(n, len(places) - 1)])
 
 
 def text_of(record: Record) -> str:

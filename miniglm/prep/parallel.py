@@ -84,7 +84,7 @@ def check(english: str, chinese: str) -> None:
     if han_share(english) > 0.3 or not re.search("[A-Za-z]", english):
         raise BadRecord("no English", english)
     if han_share(chinese) < 0.3:
-        raise BadRecord("no Chinese", chinese)
+        raise BadRecord("too little Chinese", chinese)
     if max(len(english), len(chinese)) > MOST:
         raise BadRecord("too long", english)
     ratio = len(english) / len(chinese)
@@ -162,7 +162,7 @@ _tokenizer = functools.lru_cache(load_tokenizer)
 
 def prepare(config: Settings, kind: Kind) -> dict:
     """Prepares config.input. The tests of the files that are not in it stay unseen."""
-    if not all((ROOT / name).is_file() for name in config.input if name.startswith(RAW)):
+    if not all(any(ROOT.glob(name)) for name in config.input if name.startswith(RAW)):
         raise UserError(f"{RAW} is not complete; run python data/fetch_data.py hongkong")
     own = find_sources(config.input, config.encoding, config.target)
     others = [name for name in GENERAL + FINANCE if name not in config.input]

@@ -143,9 +143,8 @@ def read_ranked(
 ) -> Records:
     """The best and the worst of each record's answers, if their scores differ by margin."""
     for item in (item for source in sources for item in converted(source, tally, ranked)):
-        texts, faults = usable(item.prompt, item.texts, item.ended, tokenizer, config.max_tokens)
-        score_of = dict(zip(reversed(item.texts), reversed(item.scores), strict=True))
-        scores = {text: score_of[text] for text in texts}
+        answers = zip(item.texts, item.scores, item.ended, strict=True)
+        scores, faults = usable(item.prompt, answers, tokenizer, config.max_tokens)
         pair, why = best_and_worst(scores, faults, margin if item.scored else 0.0)
         split = item.split or split_of(item.prompt, config.val)
         if pair and split in splits_of(config.val):
@@ -184,14 +183,15 @@ def ranked(value: object) -> Ranked:
 
 
 def usable(
-    prompt: list[dict], texts: list[str], ended: list[bool], tokenizer: Tokenizer, max_tokens: int
-) -> tuple[list[str], Counter]:
-    """The distinct answers that can be a side of a pair, and how many cannot, by reason.
+    prompt: list[dict], answers: Iterable[tuple], tokenizer: Tokenizer, max_tokens: int
+) -> tuple[dict[str, float], Counter]:
+    """Of answers (text, score, whether it ended) the scores of the distinct texts that can be a
+    side of a pair, and how many cannot, by reason.
 
     An unfinished one cannot: training would give it an end that it never had. Nor is one cut to
     fit, since half a translation is no translation."""
-    good, faults = [], Counter()
-    for text, has_ended in zip(texts, ended, strict=True):
+    good, faults = {}, Counter()
+    for text, score, has_ended in answers:
         if not has_ended:
             faults["unfinished"] += 1
         elif not text.strip():
@@ -201,7 +201,7 @@ def usable(
         elif text not in good:
             answer = {"role": "assistant", "content": text}
             if len(tokenizer.render([*prompt, answer])[0]) <= max_tokens:
-                good.append(text)
+                good[text] = score
             else:
                 faults["longer than --max_tokens"] += 1
     return good, faults

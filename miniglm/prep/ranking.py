@@ -219,10 +219,9 @@ def rank(
     the others do not. Raises UserError if a split has no pair."""
     pairs, counts = [], {"train": Counter(), "val": Counter()}
     for line, line_scores in zip(lines, scores, strict=True):
-        prompt, samples = prompt_of(line), line["samples"]
-        texts, faults = usable(prompt, samples, line["ended"], tokenizer, max_tokens)
-        score_of = dict(zip(samples, line_scores, strict=True))
-        pair, why = best_and_worst({text: score_of[text] for text in texts}, faults, config.margin)
+        prompt = prompt_of(line)
+        answers = zip(line["samples"], line_scores, line["ended"], strict=True)
+        pair, why = best_and_worst(*usable(prompt, answers, tokenizer, max_tokens), config.margin)
         counts[line["split"]][why or "pairs"] += 1
         if pair:
             pairs.append((line["split"], (prompt, *pair)))

@@ -267,10 +267,11 @@ def _fit(
     answer = messages[-1]
     if not answer["content"].strip() and "tool_calls" not in answer:
         raise Skipped("skipped: empty answer")
-    for kept in shortened(messages):
-        rendered = _render(tokenizer, kept)
-        if len(rendered[0]) <= max_tokens:
-            return kept, "cut: oldest turns" if kept is not messages else "", rendered
+    if len((rendered := _render(tokenizer, messages))[0]) <= max_tokens:
+        return messages, "", rendered
+    kept = shortened(messages, lambda turns: len(_render(tokenizer, turns)[0]) <= max_tokens)
+    if len((rendered := _render(tokenizer, kept))[0]) <= max_tokens:
+        return kept, "cut: oldest turns", rendered
     cuts = [] if "tool_calls" in answer else SENTENCE_END.finditer(answer["content"])
     for end in reversed([match.end() for match in cuts]):
         shorter = [*kept[:-1], answer | {"content": answer["content"][:end]}]

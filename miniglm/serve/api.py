@@ -71,7 +71,7 @@ class Body(BaseModel, extra="allow"):
     messages: Annotated[list[Message], Field(min_length=1)]
     tools: list[dict] = []
     n: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] = 1
-    stop: str | list[str] = []
+    stop: str | Annotated[list[str], Field(max_length=16)] = []
     max_new_tokens: int = LENGTH
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()

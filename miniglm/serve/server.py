@@ -141,9 +141,12 @@ class Server:
         if not checkpoint.answers:
             return prompt_ids(checkpoint, text[-room:])
         content = complete_question(checkpoint, text) if last["role"] == "user" else text
-        for turns in shortened(messages):
-            if sum(len(message["content"]) for message in turns) <= room:
-                return chat_prompt(checkpoint, [*turns[:-1], turns[-1] | {"content": content}])
+
+        def fits(turns: list[dict]) -> bool:
+            return sum(len(message["content"]) for message in turns) <= room
+
+        if fits(turns := shortened(messages, fits)):
+            return chat_prompt(checkpoint, [*turns[:-1], turns[-1] | {"content": content}])
         longest = max(turns, key=lambda message: len(message["content"]))
         had = f"the {longest['role']}'s message has {len(longest['content']):,} characters"
         raise UserError(f"{had}; this model reads {block_size} tokens")

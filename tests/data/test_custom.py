@@ -7,7 +7,7 @@ import pytest
 from configurator import UserError
 from data.custom import prepare
 from data_utils import Dataset
-from miniglm.prep.forms import is_validation
+from miniglm.prep.forms import split_of
 from miniglm.tokenizer import load_tokenizer
 from tests.helpers import TEXT, dialogue, tiny_tokenizer, write_lines
 from tests.runs import contents, error_line, run
@@ -52,16 +52,6 @@ def test_text_files_of_two_encodings_become_one_dataset(mine, capsys):
     assert (data.meta["records"], data.meta["skipped"]) == (550, {})
 
 
-def test_line_aligned_files_become_conversations(mine):
-    pairs = [(f"This is line {n}.", f"这是第{n}行。") for n in range(40)]
-    for name, column in zip(("a.en", "a.zh"), zip(*pairs, strict=True), strict=True):
-        (mine / name).write_text("\n".join(column), encoding="gb18030")
-    data = prepared(mine, "--input=a.en", "--target=a.zh", "--val=0.2")
-    found = data.conversations("train") + data.conversations("val")
-    assert sorted(found, key=str) == sorted((dialogue(*pair) for pair in pairs), key=str)
-    assert data.meta["sources"] == [str(mine / "a.en"), str(mine / "a.zh")]
-
-
 @pytest.mark.parametrize("given", ["a.jsonl", "*.jsonl"])
 def test_files_of_their_own_can_be_the_validation_split(given, mine):
     write_questions(mine / "a.jsonl", QUESTIONS[:40])
@@ -98,7 +88,7 @@ def test_bad_records_are_counted_once_however_often_they_are_read(mine, capsys):
     write_lines(mine / "a.jsonl", [*good, {"q": "谁？"}, "x", {"text": "甲"}])
     data = prepared(mine, "--input=a.jsonl", "--val=0.2")
     for split in ("train", "val"):
-        expected = [q for q in QUESTIONS if is_validation(q, 0.2) == (split == "val")]
+        expected = [q for q in QUESTIONS if split_of(q, 0.2) == split]
         assert list(data.conversations(split)) == expected
     assert data.meta["question_end"] == "？"
     reasons = {"broken JSON": 1, "missing field": 1, "no conversation": 1}

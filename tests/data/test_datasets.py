@@ -22,7 +22,7 @@ from data.zhihu import prepare as zhihu
 from data.zhihu import prepare_sft as zhihu_sft
 from data_utils import Dataset
 from miniglm.prep import pipeline
-from miniglm.prep.forms import is_validation
+from miniglm.prep.forms import split_of
 from tests.helpers import TEXT, dialogue, tiny_tokenizer, write_lines
 from tests.runs import contents
 
@@ -98,7 +98,7 @@ def test_of_news_the_text_behind_the_last_mark_is_kept(mine, capsys):
     assert all_documents(data) == sorted(f"正文{n}。{LINES[n % 5]}" for n in range(40))
     assert data.meta["skipped"] == {"empty text": 1, "no separator mark": 1}
     assert f"line 41: no separator mark ({bad[0]})" in capsys.readouterr().out
-    assert all(is_validation(text, 0.3) for text in documents(data, "val"))
+    assert all(split_of(text, 0.3) == "val" for text in documents(data, "val"))
     write_lines(mine / "a.jsonl", [{"text": line} for line in lines])
     with pytest.raises(UserError, match=r"40 of 40 .* wrong type .a record is no line of text"):
         prepared(sohu_news, mine, f"--input={mine / 'a.jsonl'}")

@@ -172,8 +172,8 @@ def test_terms_of_use_are_printed_and_must_be_accepted(with_terms, tmp_path, cap
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminal")
-@pytest.mark.parametrize(("answer", "fetched"), [(b"yes\n", True), (b"n\n", False), (b"\n", False)])
-def test_at_a_terminal_the_terms_are_asked_for(with_terms, tmp_path, monkeypatch, answer, fetched):
+@pytest.mark.parametrize("answer", [b"yes\n", b"n\n", b"\x04"])  # the last is Ctrl-D
+def test_at_a_terminal_the_terms_are_asked_for(with_terms, tmp_path, monkeypatch, answer):
     keyboard, terminal = os.openpty()
     os.write(keyboard, answer)
     with os.fdopen(terminal, encoding="utf-8") as stdin:
@@ -183,7 +183,7 @@ def test_at_a_terminal_the_terms_are_asked_for(with_terms, tmp_path, monkeypatch
         except UserError as error:
             assert str(error) == "the terms of tiny are not accepted; nothing was fetched"
     os.close(keyboard)
-    assert (tmp_path / "out").exists() == fetched
+    assert (tmp_path / "out").exists() == (answer == b"yes\n")
 
 
 def test_the_gpt2_files_are_those_that_tiktoken_checks():

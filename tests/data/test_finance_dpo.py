@@ -39,7 +39,8 @@ def answers(toys) -> Path:
     splits = {split: questions(5 + seed, n) for seed, (split, n) in enumerate(N.items())}
     write_sft(toys / "asked", toy_tokenizer(), splits, ["a test"], max_tokens=32)
     common = {"dataset": toys / "asked", "init_from": toys / "base"}
-    train_here(out_dir=toys / "answers", max_iters=300, learning_rate=1e-2, **common)
+    common |= {"max_iters": 300, "eval_interval": 300}
+    train_here(out_dir=toys / "answers", learning_rate=1e-2, **common)
     return toys
 
 

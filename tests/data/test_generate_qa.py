@@ -237,7 +237,7 @@ def test_pairs_are_found_in_whatever_a_model_says():
     [
         ("皇帝那天在温德殿。", "帝御 温德殿。", True),  # in other words; blanks aside
         ("帝御温德殿。", "帝御未央宫", False),
-        ("帝御温德殿。", None, False),
+        *(("帝御温德殿。", odd, False) for odd in (None, ["帝御温德殿"], 3, "帝御温德殿\ud800")),
         ("公元169年，帝御温德殿。", "帝御温德殿", False),  # a number that the passage lacks
         ("唐太宗当时住在长安城里。", "帝御温德殿", False),
     ],

@@ -90,7 +90,7 @@ def test_a_sentence_is_tidied():
 @pytest.mark.parametrize(
     ("english", "chinese", "reason"),
     [
-        ("Operating income", "Operating expenses", "no Chinese"),
+        ("Operating income", "Operating expenses", "too little Chinese"),
         ("1,200", "一千二百", "no English"),
         ("The fund may sell all of its shares at noon.", "基金。", "lengths do not match"),
         ("The fund may sell all its shares.", "基金可以" * 10, "lengths do not match"),
@@ -162,7 +162,7 @@ def test_what_is_left_out_is_counted_by_reason(folder):
     ]
     data = prepared(translation, folder, f"--input={write_pairs(folder / 'a.tsv', pairs + extra)}")
     assert english_of(data) == sorted(english for english, _ in pairs)
-    assert data.meta["skipped"] == {"lengths do not match": 1, "no Chinese": 1}
+    assert data.meta["skipped"] == {"lengths do not match": 1, "too little Chinese": 1}
     assert data.meta["not_taken"] == {"English nearly the same": 1, "English the same": 1}
     assert data.meta["splits"]["train"]["skipped: duplicate"] == 1
 

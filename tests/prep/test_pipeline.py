@@ -19,7 +19,7 @@ from configurator import UserError
 from data_utils import Dataset
 from miniglm.prep import pipeline
 from miniglm.prep import writer as data_writer
-from miniglm.prep.forms import is_validation
+from miniglm.prep.forms import split_of
 from miniglm.prep.pipeline import Settings, prepare, read_records
 from miniglm.prep.readers import Tally, find_sources, parts, read_lines, records
 from miniglm.prep.writer import write_pretrain, write_sft
@@ -284,7 +284,7 @@ def test_of_equal_records_the_first_stays_across_units_and_files(tmp_path, small
     data = prepared(tmp_path / "out", files, "sft", tokenizer=str(tokenizer_at), processes=1)
     seen, expected, repeated = set(), {"train": [], "val": []}, {"train": 0, "val": 0}
     for turns in itertools.chain.from_iterable(questions(200, 150, seed) for seed in range(3)):
-        split = "val" if is_validation(turns, 0.2) else "train"
+        split = split_of(turns, 0.2)
         if str(turns) in seen:
             repeated[split] += 1
         else:

@@ -9,7 +9,7 @@ import pytest
 from configurator import UserError
 from data.custom import prepare_dpo
 from data_utils import Dataset
-from miniglm.prep.forms import BadRecord, is_validation, preference
+from miniglm.prep.forms import BadRecord, preference, split_of
 from miniglm.prep.preferences import best_and_worst, ranked, usable
 from miniglm.prep.writer import Form, encode_pair, write_sft
 from miniglm.tokenizer import load_tokenizer
@@ -57,8 +57,9 @@ def test_what_cannot_be_a_side_of_a_pair_has_a_reason():
     limit = len(tokenizer.render([*prompt, *dialogue("", long)[1:]])[0])
     texts = ["曹节。", "曹节", "", " ", "窦\ufffd", "窦\0武", "曹节。", long, long + "帝"]
     ended = [True, False, *[True] * 7]
-    good, faults = usable(prompt, texts, ended, tokenizer, limit)
-    assert good == ["曹节。", long]
+    answers = zip(texts, range(9), ended, strict=True)
+    good, faults = usable(prompt, answers, tokenizer, limit)
+    assert good == {"曹节。": 0, long: 7}
     counts = {"unfinished": 1, "empty": 2, "broken characters": 2}
     assert faults == counts | {"longer than --max_tokens": 1}
 
@@ -89,8 +90,8 @@ def test_answers_in_order_need_no_scores(tokenizer, tmp_path):
     data = prepared(tokenizer, tmp_path / "out", f"--ranked={file}", "--margin=10")
     splits = [pairs_of(data, split) for split in ("train", "val")]
     assert sum(map(len, splits)) == 40
-    for pairs, is_val in zip(splits, (False, True), strict=True):
-        assert all(is_validation(dialogue(source), 0.3) == is_val for source in pairs)
+    for pairs, split in zip(splits, ("train", "val"), strict=True):
+        assert all(split_of(dialogue(source), 0.3) == split for source in pairs)
         assert all(pair == ("荆州。", f"洛阳{source[3:-1]}。") for source, pair in pairs.items())
 
 

@@ -16,7 +16,7 @@ from backports import zstd
 from configurator import UserError
 from miniglm.prep import readers
 from miniglm.prep.encodings import PIECE, find_encoding
-from miniglm.prep.forms import BadRecord, clean, interpret, is_validation, parse_fields
+from miniglm.prep.forms import BadRecord, clean, interpret, parse_fields, split_of
 from miniglm.prep.readers import Tally, find_sources, is_text, records
 from miniglm.prep.writer import write_pretrain
 from tests.helpers import TEXT, dialogue, tiny_tokenizer, write_lines
@@ -74,16 +74,6 @@ def test_a_plain_text_comes_in_passages_of_whole_lines(suffix, tmp_path):
     assert "".join(text + "\n" for text in found) == TEXT * 40
     assert all(4096 <= len(text) < 4096 + 100 for text in found[:-1])
     assert len(found) > 2
-
-
-def test_json_is_an_array_or_values_or_lines(tmp_path):
-    path, rows = tmp_path / "a.json", [{"text": text} for text in TEXTS]
-    for text in (
-        json.dumps(TEXTS, indent=1),
-        "\n".join(json.dumps(row, indent=1) for row in rows),
-        "".join(json.dumps(row) + "\n" for row in rows),
-    ):
-        assert read(write_text(path, text)) == TEXTS
 
 
 def test_json_and_lines_are_the_same_whatever_the_size_of_the_chunks(tmp_path, monkeypatch):
@@ -305,7 +295,7 @@ def test_an_override_is_taken_and_a_wrong_one_refused(tmp_path):
     for wrong in ("gb18030", "big5", "utf-16", "utf-16-be"):
         with pytest.raises(UserError, match=rf"a\.txt: as {wrong}.* it is garbage"):
             read(path, encoding=wrong)
-    for unknown in ("utf9", "hex"):
+    for unknown in ("utf9", "hex", "idna", "undefined"):
         with pytest.raises(UserError, match=f"unknown encoding='{unknown}'"):
             read(path, encoding=unknown)
 
@@ -558,11 +548,11 @@ def test_fields_override_what_the_keys_say():
 def test_the_split_depends_on_the_first_question_alone():
     asked = [dialogue(f"第{n}问？", "甲。") for n in range(400)]
     other = [dialogue(f"第{n}问？", "乙。", "再问？", "丙。") for n in range(400)]
-    sides = [is_validation(record, 0.1) for record in asked]
-    assert sides == [is_validation(record, 0.1) for record in other]
-    assert 20 < sum(sides) < 60
-    wider = [is_validation(record, 0.3) for record in asked]
-    assert all(more or not side for side, more in zip(sides, wider, strict=True))
+    splits = [split_of(record, 0.1) for record in asked]
+    assert splits == [split_of(record, 0.1) for record in other]
+    assert 20 < splits.count("val") < 60
+    wider = [split_of(record, 0.3) for record in asked]
+    assert {more for split, more in zip(splits, wider, strict=True) if split == "val"} == {"val"}
 
 
 # --- counting ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from miniglm.serve.api import Body
 from miniglm.serve.gate import LARGEST_BODY
 from sample_gradio import Settings
 from tests.helpers import dialogue
-from tests.runs import error_line, run
+from tests.runs import error_line
 from tests.served import expected, serving, wait_until
 
 QUESTION = "谁弄权？"
@@ -273,9 +273,9 @@ def test_a_public_address_wants_auth():
     Settings(host="0.0.0.0", open=True)
 
 
-def test_a_port_in_use_is_one_line(served):
+def test_a_port_in_use_is_one_line(served, run_ready):
     port = served[0].rpartition(":")[2]
-    error = error_line(run("sample_gradio.py", f"--port={port}", "--out_dir=out-none"))
+    error = error_line(run_ready("sample_gradio.py", f"--port={port}", "--out_dir=out-none"))
     assert error.startswith("cannot listen: Address already in use")
     assert port in error
 
