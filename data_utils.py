@@ -192,8 +192,8 @@ class Dataset:
             yield self._checked(split, _gather(tokens, None, bounds, ends))
 
     def row_batches(self, split: str, batch_size: int) -> Iterator[tuple[np.ndarray, Arrays]]:
-        """A whole split of preferences or marks once, always the same: their numbers, (B,), and
-        their idx and targets, int64 each: (2 B, T) of pairs, (B, T) of marks."""
+        """A whole split of conversations, pairs or marks once, always the same: their numbers,
+        (B,), and their idx and targets, int64 each: (2 B, T) of pairs, else (B, T)."""
         order = np.argsort(self.row_lengths(split), kind="stable")
         for first in range(0, len(order), batch_size):
             part = order[first : first + batch_size]
@@ -307,9 +307,10 @@ class Mixture:
             if split in part.tokens or split not in self.tokens:
                 part.check(block_size, split)
 
-    def conversations(self, split: str) -> list[list[dict]]:
+    def conversations(self, split: str, rows: slice = slice(None)) -> list[list[dict]]:
+        """As Dataset.conversations; rows: of each part."""
         parts = [part for part in self.judged if split in part.tokens]
-        return [messages for part in parts for messages in part.conversations(split)]
+        return [messages for part in parts for messages in part.conversations(split, rows)]
 
     def n_rows(self, split: str, block_size: int) -> int:
         return sum(part.n_rows(split, block_size) for part in self.parts)

@@ -184,8 +184,6 @@ def main(argv: list[str]) -> None:
     if config.input_data:
         return answer_file.answer_file(config)
     if config.save_path:
-        if expanded(config.save_path).is_dir():
-            raise UserError(f"save_path={config.save_path} is a directory; name a file in it")
         check_writable(expanded(config.save_path).parent, "--save_path=")
     checkpoint = load_for_sampling(config.out_dir, config.device, config.quantize == "int8")
     if config.interactive:

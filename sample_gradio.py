@@ -238,8 +238,8 @@ class Page:
                 gr.Info(f"已记入 / kept in {show_path(path)}", duration=2)
         except IndexError:  # the page has changed meanwhile
             pass
-        except OSError as error:
-            gr.Warning(f"cannot write {show_path(error.filename)}: {error.strerror}")
+        except UserError as error:
+            gr.Warning(str(error))
         return conversation(session.turns)
 
     async def compare(self, values):

@@ -192,9 +192,8 @@ def is_grounded(pair: dict, passage: str) -> bool:
     """Whether a passage has the pair's evidence, the numbers of its answer, and a share of GROUNDED
     of the answer's character pairs, those of the question aside."""
     evidence = pair.get("Evidence")
-    if not isinstance(evidence, str) or not is_whole(evidence) or not letters_of(evidence):
-        return False
-    if letters_of(evidence) not in letters_of(passage):
+    evidence = letters_of(evidence) if isinstance(evidence, str) and is_whole(evidence) else ""
+    if not evidence or evidence not in letters_of(passage):
         return False
     known = letters_of(passage) + "\n" + letters_of(pair["Question"])
     answer = letters_of(pair["Answer"])

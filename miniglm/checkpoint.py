@@ -153,7 +153,7 @@ def save_checkpoint(
             for file in aside.iterdir():
                 with file.open("rb+") as handle:
                     os.fsync(handle.fileno())
-            # a directory of that name is left from a killed save: no pointer names it
+            # a directory of that name is left from a killed save, or behind `latest`
             shutil.rmtree(out_dir / name, ignore_errors=True)
         _point(out_dir, "latest", name)
         _point(out_dir, "best", best)
@@ -180,6 +180,7 @@ def load_checkpoint(
     path = _checkpoint_path(out_dir, which)
     tokenizer = load_tokenizer(path) if is_foreign(path) else None  # its run depends on it
     run = _read_run(path, tokenizer)
+    _read(path / "run.json", lambda: run["dataset"]["kind"])
     model = _load_model(path, run, device, changes, frozen)
     if merged:
         merge(model)
@@ -387,6 +388,7 @@ def rewind(out_dir: Path) -> None:
         run = read_run(out_dir, "latest")
         if (out_dir / run["best"]).is_dir():  # not if `latest` was set back by hand
             _point(out_dir, "best", run["best"])
+        _point(out_dir, "latest", _pointer(out_dir, "latest"))  # it may have been lost
         step, keep_last = run["progress"]["iter"], run["settings"]["keep_last"]
     _delete_old(out_dir, keep_last)
     log = read_log(out_dir)
@@ -454,10 +456,12 @@ def load_reference(out_dir: Path, key: dict[str, str]) -> dict[str, torch.Tensor
 
 
 def _checkpoint_path(out_dir: Path, which: str) -> Path:
-    # killed during its first save, an out_dir has no `best` yet
-    for name in (_pointer(out_dir, which), _pointer(out_dir, "latest")):
-        if name is not None:
-            return out_dir / name
+    name = _pointer(out_dir, which)
+    if name is None and (name := _pointer(out_dir, "latest")):  # `best` is lost, or not written yet
+        best = _read_run(out_dir / name).get("best", name)
+        name = best if (out_dir / best).is_dir() else name
+    if name is not None:
+        return out_dir / name
     if foreign := find_foreign(out_dir):
         return foreign
     raise UserError(f"no checkpoint in {show_path(out_dir)}; train first, or pass --out_dir=")
@@ -470,7 +474,6 @@ def _read_run(path: Path, tokenizer: Tokenizer | None = None) -> dict:
     file = path / "run.json"
 
     run = _read(file, lambda: {**json.loads(file.read_text(encoding="utf-8"))})
-    _read(file, lambda: run["dataset"]["kind"])
     return run | _read(file, lambda: {part: {**run[part]} for part in PARTS if part in run})
 
 

@@ -86,8 +86,8 @@ def write_report(path: Path, report: dict) -> None:
 
 
 def append(path: Path, records: Iterable[dict]) -> None:
-    """On lines of their own, though the last one may lack its end. Raises UserError if the disk is
-    full."""
+    """Adds lines to a file, of whose last one the end may be missing. Raises UserError if the disk
+    is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with path.open("a+b") as file:
@@ -96,8 +96,7 @@ def append(path: Path, records: Iterable[dict]) -> None:
             file.write(end + dumps(records).encode())
     except OSError as error:
         raise UserError(
-            f"cannot write {show_path(path)}: {error.strerror}; make room and run the same command "
-            "again, which resumes"
+            f"cannot write {show_path(path)}: {error.strerror}; make room, then do the same again"
         ) from None
 
 
@@ -107,13 +106,13 @@ def recover(path: Path, key: str = "") -> list[dict]:
     line is damaged or has no text under the key."""
     content = path.read_bytes() if path.is_file() else b""
     *lines, last = content.decode("utf-8", "replace").split("\n")
-    is_cut = last.startswith("{") and _object(last) is None
-    lines += [last] if last and not is_cut else []
+    # what a power loss leaves may be zeros
+    is_cut = not last.strip("\0\t\r ") or (last.startswith("{") and _object(last) is None)
+    lines += [] if is_cut else [last]
     records = [_object(line, key) for line in lines]
     if None in records:
-        number = records.index(None) + 1
-        raise UserError(f"{show_path(path)}, line {number} is damaged; delete it")
-    if is_cut:
+        raise UserError(f"{show_path(path)}, line {records.index(None) + 1} is damaged; delete it")
+    if last and is_cut:
         with path.open("r+b") as file:
             file.truncate(content.rfind(b"\n") + 1)
     elif last:

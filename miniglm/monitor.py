@@ -167,15 +167,14 @@ def first_prompt(data: Dataset, block_size: int) -> Prompt:
     """The beginning of the validation text, in at most half of block_size; or the first question
     with what stands before it. Of training if there is no validation."""
     tokenizer, split = data.tokenizer, data.splits[-1]
-    tokens = data.tokens[split]
     if data.kind == "pretrain":
         # a character has at most four bytes
-        beginning = tokens[: min(4 * PROMPT_LENGTH, block_size // 2)].tolist()
+        beginning = data.tokens[split][: min(4 * PROMPT_LENGTH, block_size // 2)].tolist()
         text = tokenizer.decode(beginning)[:PROMPT_LENGTH].rstrip("\ufffd")  # cut characters
         while len(ids := tokenizer.encode(text)) > block_size // 2:
             text = text[:-1]
         return text, ids or [tokenizer.end_of_text]
-    [[*messages, _]] = data.conversations(split, slice(1))
+    *messages, _ = data.conversations(split, slice(1))[0]
     return messages[-1]["content"], tokenizer.render_prompt(messages)
 
 

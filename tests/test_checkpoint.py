@@ -38,6 +38,7 @@ from tests.runs import (
     edit_run,
     flip_bit,
     log,
+    pointer,
     saved,
     start,
     toy_tokenizer,
@@ -325,8 +326,8 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_still_there(tmp_path, 
     said += f"step-000001 into {tmp_path}/latest and best, or train again"
     with pytest.raises(UserError, match=re.escape(said)):
         step_of(tmp_path, "latest")
-    for pointer in ("latest", "best"):
-        (tmp_path / pointer).write_text("step-000001\n")
+    for name in ("latest", "best"):
+        (tmp_path / name).write_text("step-000001\n")
     rewind(tmp_path)
     assert step_of(tmp_path, "latest") == step_of(tmp_path, "best") == 1
 
@@ -344,7 +345,7 @@ def test_a_value_of_a_wrong_type_in_run_json_is_one_line(toys, tmp_path, part, n
     edit_run(out / "step-000020", **{part: saved(out)[part] | {name: value} if name else value})
     before = contents(out)
     with pytest.raises(UserError, match=r"^.*step-000020/run\.json is damaged \(.*\).*\Z"):
-        if part == "architecture":
+        if part in ("architecture", "dataset"):
             load_checkpoint(out)
         train_here(out_dir=out, resume=True, max_iters=30)
     assert contents(out) == before
@@ -353,11 +354,15 @@ def test_a_value_of_a_wrong_type_in_run_json_is_one_line(toys, tmp_path, part, n
 def test_with_lost_pointers_the_newest_checkpoint_is_found(toys, tmp_path):
     common = {"dataset": toys / "text", "out_dir": tmp_path / "out"}
     out = train_here(**common, max_iters=20, keep_last=2)
+    edit_run(out / "step-000020", best="step-000010")
     for name in ("latest", "best"):
         (out / name).unlink()
     with pytest.raises(UserError, match="already holds a run; pass --resume"):
         train_here(**common)
-    assert {read_run(out, which)["progress"]["iter"] for which in ("best", "latest")} == {20}
+    steps = {which: read_run(out, which)["progress"]["iter"] for which in ("best", "latest")}
+    assert steps == {"best": 10, "latest": 20}
+    train_here(out_dir=out, resume=True)  # nothing to do
+    assert (pointer(out, "best"), pointer(out, "latest")) == ("step-000010", "step-000020")
     train_here(out_dir=out, resume=True, max_iters=22)
     assert [record["iter"] for record in log(out)] == [*range(1, 23)]
 

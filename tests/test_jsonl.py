@@ -47,6 +47,13 @@ def test_a_file_that_is_cut_at_any_byte_keeps_its_whole_lines(tmp_path):
         assert path.read_bytes() == content
 
 
+def test_zeros_and_blanks_behind_the_last_line_are_removed(tmp_path):
+    for rest in ("\0\0\0", " \t", "\r"):
+        (tmp_path / "a.jsonl").write_text('{"a": "x"}\n' + rest, encoding="utf-8", newline="\n")
+        assert recover(tmp_path / "a.jsonl", "a") == [{"a": "x"}]
+        assert (tmp_path / "a.jsonl").read_bytes() == b'{"a": "x"}\n'
+
+
 @pytest.mark.parametrize("content", ["a text", '{"a": "x"}\na text', '{"a": "x"}\n{"b": "y"}', "5"])
 def test_a_last_line_that_is_another_thing_stays(content, tmp_path):
     (tmp_path / "a.jsonl").write_text(content, encoding="utf-8")

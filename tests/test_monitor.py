@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from data_utils import Dataset
+from data_utils import Dataset, open_dataset
 from miniglm.checkpoint import load_checkpoint
 from miniglm.generation import Sampling
 from miniglm.monitor import SAMPLE_TOKENS, first_prompt, sample_prompts, write_samples
@@ -39,6 +39,8 @@ def test_without_prompts_the_first_of_the_validation_split_is_taken(toys, tmp_pa
     common = {"init_from": toys / "base", "max_iters": 1, "prompts": None}
     train_here(dataset=toys / "questions", out_dir=tmp_path / "out", **common)
     assert f"问：{text}\n答：" in capsys.readouterr().out
+    mixture = open_dataset(f"{toys}/text:1,{toys}/questions:1")
+    assert first_prompt(mixture, block_size=256)[0] == text
 
     data = Dataset(str(toys / "text"))
     text, ids = first_prompt(data, block_size=256)

@@ -39,6 +39,7 @@ def shell(command):
     elif child := os.fork():
         assert os.waitpid(child, 0)[1] == 0, command
     else:
+        del sys.modules["IPython"], sys.modules["IPython.display"]  # a notebook's own
         sys.argv, sys.path[0] = argv, os.path.dirname(os.path.abspath(argv[0]))
         runpy.run_path(argv[0], run_name="__main__")
         sys.exit()

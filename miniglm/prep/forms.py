@@ -459,8 +459,9 @@ def first_question(messages: list[dict]) -> str:
 
 
 def shortened(messages: list[dict], fits: Callable[[list[dict]], bool]) -> list[dict]:
-    """The messages, or where they do not fit, the same without the turns before the first later
-    question from which on they do, else before the last; a system message and the tools stay."""
+    """The messages if they fit or have no later question. Else without the oldest turns: from the
+    first later question from which on they fit, or from the last if none does. A system message and
+    the tools stay. fits: true of what is left of messages that fit."""
     system = [m for m in messages[:1] if m["role"] == "system"]
     tools = {name: messages[0][name] for name in ["tools"] if name in messages[0]}
 

@@ -270,7 +270,7 @@ def _fit(
     if len((rendered := _render(tokenizer, messages))[0]) <= max_tokens:
         return messages, "", rendered
     kept = shortened(messages, lambda turns: len(_render(tokenizer, turns)[0]) <= max_tokens)
-    if len((rendered := _render(tokenizer, kept))[0]) <= max_tokens:
+    if kept is not messages and len((rendered := _render(tokenizer, kept))[0]) <= max_tokens:
         return kept, "cut: oldest turns", rendered
     cuts = [] if "tool_calls" in answer else SENTENCE_END.finditer(answer["content"])
     for end in reversed([match.end() for match in cuts]):

@@ -213,8 +213,9 @@ def test_a_pair_that_is_too_long_is_left_out_whole(folder):
 
 def test_files_that_were_not_fetched_are_one_line(folder, monkeypatch):
     monkeypatch.setattr(parallel, "GENERAL", ["data/raw/hongkong/gone.tsv"])
-    with pytest.raises(UserError, match="data/raw/hongkong is not complete; run python data/fetch"):
-        prepared(translation, folder)
+    for absent in ([], ["--input=data/raw/hongkong/gone*.tsv"], ["--input=data/raw/hongkong/**x"]):
+        with pytest.raises(UserError, match="data/raw/hongkong is not complete; run python data/f"):
+            prepared(translation, folder, *absent)
 
 
 # --- Hong Kong's files ---------------------------------------------------------------------------

@@ -283,6 +283,7 @@ def test_a_port_in_use_is_one_line(served, run_ready):
 MESSAGES = b'"model": "answers", "messages": [{"role": "user", "content": "x"}]'
 HUGE = b"1" + b"0" * 400
 ODD_OPTIONS = (b'"n": 1e400', b'"max_tokens": 0', b'"temperature": ' + HUGE, b'"\\ud800": 3')
+ODD_OPTIONS += (b'"stop": ["x"' + b', "x"' * 16 + b"]",)
 ODD_BODIES = [b"{", b"[" * 100_000, b"{" + MESSAGES.replace(b"x", b"\\ud800") + b"}"]
 ODD_BODIES += [b"{" + MESSAGES + b", " + option + b"}" for option in ODD_OPTIONS]
 

@@ -334,16 +334,16 @@ NASTY = (
 )
 
 
-def test_html_and_markdown_are_shown_as_text(page):
+@pytest.mark.parametrize("tab", ["chat", "compare", "certainty"])
+def test_html_and_markdown_are_shown_as_text(page, tab):
     choose_model(page, "novel")
-    for tab in ("chat", "compare", "certainty"):
-        page.get_by_role("tab", name=tab).click()
-        send(page, NASTY, tab)
-        log = page.locator(f"#{tab}-log")
-        shown = log.locator(".given" if tab == "certainty" else ".message.user .md")
-        expect(shown).to_have_count(1)
-        assert shown.text_content() == NASTY
-        assert not log.locator("img, script, a, strong, b, code, .katex").count()
+    page.get_by_role("tab", name=tab).click()
+    send(page, NASTY, tab)
+    log = page.locator(f"#{tab}-log")
+    shown = log.locator(".given" if tab == "certainty" else ".message.user .md")
+    expect(shown).to_have_count(1)
+    assert shown.text_content() == NASTY
+    assert not log.locator("img, script, a, strong, b, code, .katex").count()
     assert page.evaluate("window.hacked") is None
     assert not [url for url in page.asked if "evil" in url]
 
