@@ -458,8 +458,8 @@ def load_reference(out_dir: Path, key: dict[str, str]) -> dict[str, torch.Tensor
 def _checkpoint_path(out_dir: Path, which: str) -> Path:
     name = _pointer(out_dir, which)
     if name is None and (name := _pointer(out_dir, "latest")):  # `best` is lost, or not written yet
-        best = _read_run(out_dir / name).get("best", name)
-        name = best if (out_dir / best).is_dir() else name
+        best = _read_run(out_dir / name).get("best")
+        name = best if isinstance(best, str) and (out_dir / best / "run.json").is_file() else name
     if name is not None:
         return out_dir / name
     if foreign := find_foreign(out_dir):

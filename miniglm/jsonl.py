@@ -88,16 +88,14 @@ def write_report(path: Path, report: dict) -> None:
 def append(path: Path, records: Iterable[dict]) -> None:
     """Adds lines to a file, of whose last one the end may be missing. Raises UserError if the disk
     is full."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
             file.seek(max(0, file.seek(0, 2) - 1))
             end = b"" if file.read(1) in (b"", b"\n") else b"\n"
             file.write(end + dumps(records).encode())
     except OSError as error:
-        raise UserError(
-            f"cannot write {show_path(path)}: {error.strerror}; make room, then do the same again"
-        ) from None
+        raise UserError(f"cannot write {show_path(path)}: {error.strerror}; make room") from None
 
 
 def recover(path: Path, key: str = "") -> list[dict]:
@@ -105,18 +103,19 @@ def recover(path: Path, key: str = "") -> list[dict]:
     short is removed from the file, one that only lacks its end gets it. Raises UserError if another
     line is damaged or has no text under the key."""
     content = path.read_bytes() if path.is_file() else b""
-    *lines, last = content.decode("utf-8", "replace").split("\n")
-    # what a power loss leaves may be zeros
-    is_cut = not last.strip("\0\t\r ") or (last.startswith("{") and _object(last) is None)
-    lines += [] if is_cut else [last]
+    whole = content.rstrip(b"\0\t\r ")  # a power loss may leave zeros
+    *lines, last = whole.decode("utf-8", "replace").split("\n")
+    is_cut = last.startswith("{") and _object(last) is None
+    lines += [last] if last and not is_cut else []
     records = [_object(line, key) for line in lines]
     if None in records:
         raise UserError(f"{show_path(path)}, line {records.index(None) + 1} is damaged; delete it")
-    if last and is_cut:
+    keep = whole.rfind(b"\n") + 1 if is_cut else len(whole)
+    if keep < len(content):
         with path.open("r+b") as file:
-            file.truncate(content.rfind(b"\n") + 1)
-    elif last:
-        append(path, [])
+            file.truncate(keep)
+    if keep:
+        append(path, [])  # the end of the last line, if it lacks one
     return records
 
 
@@ -126,7 +125,6 @@ def _object(line: str, key: str = "") -> dict | None:
         value = json.loads(line)
         if isinstance(value, dict) and (not key or isinstance(value.get(key), str)):
             return value
-    return None
 
 
 def resume(path: Path, header: dict) -> list[dict]:

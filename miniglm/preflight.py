@@ -108,7 +108,7 @@ def check(config, start: Start, data: Dataset | Mixture, device: str, world: Wor
     check_validation(config, data)
     if config.max_iters <= config.warmup_iters:
         print(f"note: {config.max_iters} steps only warm up (warmup_iters={config.warmup_iters})")
-    if start.resumes and start.run["dataset"]["fingerprint"] != data.fingerprint:
+    if start.resumes and start.run["dataset"].get("fingerprint") != data.fingerprint:
         raise UserError(
             f"dataset={config.dataset} is not what this run was trained on: that was "
             f"dataset={settings['dataset']} as prepared then; train again in another --out_dir="

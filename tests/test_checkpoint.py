@@ -348,6 +348,9 @@ def test_a_value_of_a_wrong_type_in_run_json_is_one_line(toys, tmp_path, part, n
         if part in ("architecture", "dataset"):
             load_checkpoint(out)
         train_here(out_dir=out, resume=True, max_iters=30)
+    if part == "dataset":
+        with pytest.raises(UserError, match=r"is damaged|as prepared then"):
+            train_here(out_dir=out, resume=True, max_iters=30)
     assert contents(out) == before
 
 

@@ -52,6 +52,9 @@ def test_zeros_and_blanks_behind_the_last_line_are_removed(tmp_path):
         (tmp_path / "a.jsonl").write_text('{"a": "x"}\n' + rest, encoding="utf-8", newline="\n")
         assert recover(tmp_path / "a.jsonl", "a") == [{"a": "x"}]
         assert (tmp_path / "a.jsonl").read_bytes() == b'{"a": "x"}\n'
+        (tmp_path / "a.jsonl").write_text('{"a": "x"}' + rest, encoding="utf-8", newline="\n")
+        assert recover(tmp_path / "a.jsonl", "a") == [{"a": "x"}]
+        assert (tmp_path / "a.jsonl").read_bytes() == b'{"a": "x"}\n'
 
 
 @pytest.mark.parametrize("content", ["a text", '{"a": "x"}\na text', '{"a": "x"}\n{"b": "y"}', "5"])

@@ -163,7 +163,8 @@ _tokenizer = functools.lru_cache(load_tokenizer)
 
 def prepare(config: Settings, kind: Kind) -> dict:
     """Prepares config.input. The tests of the files that are not in it stay unseen."""
-    if not all(glob.glob(name, root_dir=ROOT) for name in config.input if name.startswith(RAW)):  # noqa: PTH207
+    raw = [name for name in config.input if name.startswith(RAW)]
+    if not all(glob.glob(name, root_dir=ROOT, recursive=True) for name in raw):  # noqa: PTH207
         raise UserError(f"{RAW} is not complete; run python data/fetch_data.py hongkong")
     own = find_sources(config.input, config.encoding, config.target)
     others = [name for name in GENERAL + FINANCE if name not in config.input]
