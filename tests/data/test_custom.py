@@ -52,6 +52,16 @@ def test_text_files_of_two_encodings_become_one_dataset(mine, capsys):
     assert (data.meta["records"], data.meta["skipped"]) == (550, {})
 
 
+def test_line_aligned_files_become_conversations(mine):
+    pairs = [(f"This is line {n}.", f"这是第{n}行。") for n in range(40)]
+    for name, column in zip(("a.en", "a.zh"), zip(*pairs, strict=True), strict=True):
+        (mine / name).write_text("\n".join(column), encoding="gb18030")
+    data = prepared(mine, "--input=a.en", "--target=a.zh", "--val=0.2")
+    found = data.conversations("train") + data.conversations("val")
+    assert sorted(found, key=str) == sorted((dialogue(*pair) for pair in pairs), key=str)
+    assert data.meta["sources"] == [str(mine / "a.en"), str(mine / "a.zh")]
+
+
 @pytest.mark.parametrize("given", ["a.jsonl", "*.jsonl"])
 def test_files_of_their_own_can_be_the_validation_split(given, mine):
     write_questions(mine / "a.jsonl", QUESTIONS[:40])
